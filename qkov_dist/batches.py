@@ -1,0 +1,127 @@
+"""Padded batches of samples, whose composition changes no sample's gradient.
+
+Position t of ``targets`` is what the model's output at position t has to predict: the labels shifted by one for a
+causal model, the labels themselves for a masked one. A causal sample ends at its last predicting position: later
+tokens cannot influence its loss. Samples are sorted by length before they are grouped, so that little is padded, and
+padded on the right, where no causal model can see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .tasks import Sample
+
+IGNORED = -100
+Objective = Literal["causal", "masked"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N samples padded to T tokens.
+
+    Attributes:
+        samples: The samples' numbers in the pooled order, [N].
+        names: How a message calls each sample, [N].
+        input_ids: Token ids, int64 [N, T].
+        attention_mask: 1 on real tokens, 0 on padding, int64 [N, T].
+        targets: What the output at each position predicts, int64 [N, T]; -100 where nothing.
+    """
+
+    samples: tuple[int, ...]
+    names: tuple[str, ...]
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Real tokens of each sample."""
+        return tuple(self.attention_mask.sum(dim=1).tolist())
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Labelled positions of each sample, int64 [N]."""
+        return (self.targets != IGNORED).sum(dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = (t.to(device) for t in (self.input_ids, self.attention_mask, self.targets))
+        return Batch(self.samples, self.names, *moved)
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """One sample as the model will see it: tokens, and what each position predicts, both int64 [T]."""
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+
+
+def sequence(sample: Sample, objective: Objective) -> Sequenced:
+    """Align a sample's labels with the outputs that predict them, and cut what cannot matter."""
+    if objective == "masked":
+        return Sequenced(sample.input_ids, sample.labels)
+    targets = sample.labels[1:]
+    end = int(np.flatnonzero(targets != IGNORED)[-1]) + 1
+    return Sequenced(sample.input_ids[:end], targets[:end])
+
+
+def num_targets(sample: Sample, objective: Objective) -> int:
+    """How many positions of a sample carry a loss."""
+    return int((sequence(sample, objective).targets != IGNORED).sum())
+
+
+def make_batch(samples: Sequence[Sequenced], numbers: Sequence[int], names: Sequence[str]) -> Batch:
+    """Pad a few samples to the longest of them."""
+    shape = (len(samples), max(len(s.input_ids) for s in samples))
+    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    targets = torch.full(shape, IGNORED, dtype=torch.int64)
+    for n, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        ids[n, :length] = torch.from_numpy(sample.input_ids)
+        mask[n, :length] = 1
+        targets[n, :length] = torch.from_numpy(sample.targets)
+    return Batch(tuple(numbers), tuple(names), ids, mask, targets)
+
+
+def make_batches(
+    samples: Sequence[Sample],
+    *,
+    names: Sequence[str],
+    first_number: int = 0,
+    batch_tokens: int,
+    objective: Objective,
+) -> Iterator[Batch]:
+    """Group samples of like length into batches of at most ``batch_tokens`` padded tokens.
+
+    A single sample longer than ``batch_tokens`` makes a batch of its own.
+
+    Args:
+        samples: The samples, in file order.
+        names: How a message calls each of them.
+        first_number: Pooled number of ``samples[0]``.
+        batch_tokens: Padded tokens in one batch.
+        objective: Whether labels are shifted (causal) or not (masked).
+    """
+    sequenced = [sequence(sample, objective) for sample in samples]
+    for group in _groups([len(s.input_ids) for s in sequenced], batch_tokens):
+        yield make_batch([sequenced[n] for n in group], [first_number + n for n in group], [names[n] for n in group])
+
+
+def _groups(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Sample numbers, longest first, cut where one more sample would exceed ``batch_tokens``."""
+    group: list[int] = []
+    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        if group and (len(group) + 1) * lengths[group[0]] > batch_tokens:
+            yield group
+            group = []
+        group.append(n)
+    if group:
+        yield group

@@ -1,0 +1,194 @@
+"""The command line: parse, call, exit code. 0 for success, 2 for the user's error, 1 for ours."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from .errors import QkovError
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``qkov`` with the given arguments (those of the process by default); returns the exit code."""
+    options = _parser().parse_args(arguments)
+    if not options.debug:
+        warnings.simplefilter("ignore")
+    try:
+        options.command(options)
+    except QkovError as error:
+        if options.debug:
+            raise
+        print(f"qkov: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qkov: interrupted; the same command goes on from the layers on disk", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:  # ours: say so, and how to see more
+        if options.debug:
+            raise
+        print(f"qkov: internal error: {type(error).__name__}: {error}. Run again with --debug.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from .config import describe, load_config
+    from .run import run
+    from .summary import print_summary
+
+    if options.keys:
+        print(describe())
+        return
+    if options.config is None:
+        raise QkovError(
+            "qkov run",
+            expected="a configuration file",
+            got="none",
+            remedy="Write `qkov run CONFIG.yaml`; `qkov run --keys` lists what it may hold.",
+        )
+    config = load_config(options.config, options.overrides)
+    print_summary(run(config, say=_say, show_progress=not options.quiet), config.output.dir)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import demo_config
+    from .run import run
+    from .summary import print_summary
+
+    config = demo_config(
+        model=options.model, samples=options.samples, max_tokens=options.max_tokens, output=options.output
+    )
+    print_summary(run(config, say=_say, show_progress=not options.quiet), config.output.dir)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .inspection import inspect_model
+
+    inspect_model(_model_config(options), verify=options.verify)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from .check_command import check
+
+    check(_model_config(options), samples=options.samples, max_tokens=options.max_tokens, layers=options.layers)
+
+
+def _model_config(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from .config import ModelConfig
+
+    return ModelConfig(
+        path=options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _say(line: str) -> None:
+    print(f"qkov: {line}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in the project's own form."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"qkov: {self.prog}: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qkov",
+        description="Which attention heads, in which projection (Q, K, V, O), two tasks fight over.",
+        epilog="example: qkov demo",
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_run(commands)
+    _add_demo(commands)
+    _add_inspect(commands)
+    _add_check(commands)
+    return parser
+
+
+def _add(commands: "argparse._SubParsersAction[_Parser]", name: str, command: Command, text: str, example: str) -> _Parser:
+    parser = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    parser.set_defaults(command=command)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    return parser
+
+
+def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add(
+        commands,
+        "run",
+        _run,
+        "Score two tasks as a configuration says; write heatmap.h5.",
+        "qkov run configs/laptop.yaml metric.layers=0-3 output.dir=runs/first",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--keys", action="store_true", help="list every setting with its default and meaning")
+
+
+def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add(
+        commands,
+        "demo",
+        _demo,
+        "Score arithmetic against Python code on SmolLM2-135M, a model that comes as a package.",
+        "qkov demo --samples 8 --output runs/demo",
+    )
+    parser.add_argument("--model", help="another model: hub id, directory or .gguf file")
+    parser.add_argument("--samples", type=_positive, default=24, help="samples of each task (default: 24)")
+    parser.add_argument("--max-tokens", type=_positive, default=96, help="cut samples after so many tokens (default: 96)")
+    parser.add_argument("--output", default="runs/demo", help="output folder (default: runs/demo)")
+
+
+def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add(
+        commands,
+        "inspect",
+        _inspect,
+        "Show where each head of a model lives, from its configuration alone.",
+        "qkov inspect HuggingFaceTB/SmolLM2-135M --verify",
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("--verify", action="store_true", help="load the weights and prove every head by perturbation")
+
+
+def _add_check(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _add(
+        commands,
+        "check",
+        _check,
+        "Prove on a model of yours that its scores are right: six properties, with the deviation measured of each.",
+        "qkov check ./my-model --layers 0,15,29",
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("--samples", type=_positive, default=4, help="samples of each task (default: 4)")
+    parser.add_argument("--max-tokens", type=_positive, default=32, help="cut samples after so many tokens (default: 32)")
+    parser.add_argument("--layers", help="layers to score, such as 0-3,7 (default: the first, middle and last)")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, model directory or .gguf file")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float64, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--attn-implementation", help="eager, sdpa, ... (default: what transformers chooses)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return number

@@ -1,0 +1,207 @@
+"""Collecting gradients from Python: the model's heads, and the samples of each task, step by step.
+
+    config    = QKOVConfig.from_model(model)
+    collector = FisherCollector(gradient_memory_mb=100)
+    collector.collect_fisher(model, batch_a, task="math", mode="ema")     # one call = one step of the moving average
+    collector.collect_fisher(model, batch_b, task="code", mode="ema")
+
+Scores come from :mod:`qkov_dist.metric`. Both stand on the engine of `qkov run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+from torch import nn
+
+from .arguments import choose, wrong_argument
+from .batches import Objective
+from .collection import Collection, SampleRecord
+from .errors import QkovError
+from .factors import FactorStore
+from .fisher import Estimator
+from .padded import samples_of_batch
+from .plan import Selection, make_plan
+from .proof import resolve_proved
+from .slices import Layout
+from .structure import text_config
+from .tasks import Sample
+
+
+@dataclass(frozen=True)
+class QKOVConfig:
+    """Where each head of a model is.
+
+    Attributes:
+        layout: Every attention layer with its projections and head slices.
+        objective: ``causal``, or ``masked`` where labels are not shifted.
+    """
+
+    layout: Layout
+    objective: Objective = "causal"
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> QKOVConfig:
+        """Find the heads of a model and prove them by perturbation, one layer of each kind.
+
+        Raises:
+            QkovError: for an architecture that is refused, or not known and not provable (see ``register_layout``).
+        """
+        masked = any(type(module).__name__.endswith("ForMaskedLM") for module in model.modules())
+        return cls(resolve_proved(model), "masked" if masked else "causal")
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, with or without attention."""
+        return self.layout.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the layer that has most."""
+        return self.layout.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key-value heads of the layer that has most."""
+        return self.layout.num_kv_heads
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of ``collect_fisher``: one step of the Fisher average."""
+
+    task: str
+    mode: Estimator
+    numbers: tuple[int, ...]
+
+
+class FisherCollector:
+    """Runs samples once and keeps the factors of their gradients.
+
+    Args:
+        reduction: ``param``: the Fisher is kept for every element (the only reduction there is).
+        enable_cross_task_analysis: Keep the factors; without them no pair of samples can be scored.
+        gradient_memory_mb: MiB of factors kept in memory; beyond it they are spilled to disk.
+        loss_reduction: ``mean`` or ``sum`` over each sample's own labelled tokens.
+        decay: beta of the moving average.
+        layers: Layers to capture; all by default.
+        batch_tokens: Padded tokens in one compute batch. Changes no result.
+        spill_dir: Folder for factors beyond the memory; the system's temporary folder by default.
+    """
+
+    def __init__(
+        self,
+        reduction: str = "param",
+        enable_cross_task_analysis: bool = True,
+        gradient_memory_mb: float = 100,
+        *,
+        loss_reduction: str = "mean",
+        decay: float = 0.99,
+        layers: Sequence[int] | None = None,
+        batch_tokens: int = 2048,
+        spill_dir: str | Path | None = None,
+    ) -> None:
+        choose("reduction", reduction, ("param",))
+        choose("loss_reduction", loss_reduction, ("mean", "sum"))
+        if not 0 < decay < 1:
+            raise wrong_argument("decay", "a number above 0 and below 1", decay)
+        if gradient_memory_mb < 0:
+            raise wrong_argument("gradient_memory_mb", "at least 0", gradient_memory_mb)
+        if batch_tokens < 1:
+            raise wrong_argument("batch_tokens", "at least 1", batch_tokens)
+        self.enabled = enable_cross_task_analysis
+        self.decay = decay
+        self.steps: list[_Step] = []
+        self._selection = Selection(None if layers is None else tuple(layers))
+        self._reduction, self._batch_tokens = loss_reduction, batch_tokens
+        self._store = FactorStore(int(gradient_memory_mb * 2**20), None if spill_dir is None else Path(spill_dir))
+        self._collection: Collection | None = None
+        self._config: QKOVConfig | None = None
+
+    def collect_fisher(
+        self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str, mode: str = "ema"
+    ) -> np.ndarray:
+        """Run one batch of a task: one step of the Fisher average.
+
+        Args:
+            model: A transformers language model; it is left as it was found.
+            batch: ``input_ids`` [N, T], and optionally ``attention_mask`` (padding on either side) and ``labels``
+                (-100 ignored; by default every real token), as tensors or nested lists; or a list of ``Sample``.
+            task: The task that these samples belong to.
+            mode: ``ema`` (bias-corrected moving average, one step a call) or ``mean`` (plain mean over samples).
+
+        Returns:
+            Each sample's own loss, float64 [N].
+
+        Raises:
+            QkovError: for a malformed batch, an unknown mode, or a loss or gradient that is not finite.
+        """
+        choose("mode", mode, get_args(Estimator))
+        first = len(self.records)
+        samples = self._samples(model, batch, task)
+        if not self.enabled:
+            return np.full(len(samples), np.nan)
+        numbers = self._start(model).run(model, task, samples)
+        self.steps.append(_Step(task, cast(Estimator, mode), tuple(numbers)))
+        return np.array([record.loss for record in self.records[first:]])
+
+    @property
+    def records(self) -> list[SampleRecord]:
+        """Every sample that has been run, by its pooled number."""
+        return self._collection.records if self._collection else []
+
+    @property
+    def store(self) -> FactorStore:
+        """The captured factors."""
+        return self._store
+
+    @property
+    def loss_reduction(self) -> str:
+        """``mean`` or ``sum``."""
+        return self._reduction
+
+    def samples_of(self, task: str) -> list[int]:
+        """Pooled numbers of a task's samples, in the order of collection.
+
+        Raises:
+            QkovError: where nothing was collected for this task.
+        """
+        if not self.enabled:
+            raise QkovError(
+                "FisherCollector",
+                expected="captured gradients of both tasks",
+                got="enable_cross_task_analysis=False",
+                remedy="Create the collector with enable_cross_task_analysis=True and collect both tasks again.",
+            )
+        numbers = [number for step in self.steps if step.task == task for number in step.numbers]
+        if not numbers:
+            raise QkovError(
+                f"task {task!r}",
+                expected="captured samples",
+                got=f"none (collected: {', '.join(sorted({step.task for step in self.steps})) or 'no task'})",
+                remedy=f"Call collect_fisher(model, batch, task={task!r}) first.",
+            )
+        return numbers
+
+    def close(self) -> None:
+        """Forget the factors and remove what was spilled."""
+        self._store.close()
+
+    def _samples(self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str) -> list[Sample]:
+        if not isinstance(batch, Mapping):
+            return list(batch)
+        vocab_size = int(text_config(model).vocab_size)
+        return list(samples_of_batch(batch, where=f"batch of task {task!r}", vocab_size=vocab_size))
+
+    def _start(self, model: nn.Module) -> Collection:
+        if self._collection is None:
+            self._config = QKOVConfig.from_model(model)
+            plan = make_plan(self._config.layout, self._selection, include_bias=False, num_samples=1)
+            self._collection = Collection(
+                self._store, plan.sites, self._config.objective, self._reduction, batch_tokens=self._batch_tokens
+            )
+        return self._collection

@@ -1,0 +1,50 @@
+r"""The diagonal empirical Fisher as a fixed weighted sum of per-sample squares.
+
+With F_t = beta F_{t-1} + (1 - beta) mean_{i in batch t} g_i^2 and I = F_T / (1 - beta^T),
+
+    I = sum_i w_i g_i^2,    w_i = (1 - beta) beta^{T-t} / (|batch t| (1 - beta^T))    for i in batch t,
+
+so I depends on nothing but the order of the samples: not on compute batches, ranks or shards. The weights sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Literal
+
+import numpy as np
+
+Estimator = Literal["ema", "mean"]
+Scope = Literal["pooled", "a", "b"]
+
+
+def fisher_steps(num_a: int, num_b: int, *, batch_size: int, scope: Scope) -> list[list[int]]:
+    """Pooled sample numbers of each Fisher batch, in order: samples of A come first in the pooled order.
+
+    A batch of A and a batch of B alternate until both are used up; with scope ``a`` or ``b`` only that task counts.
+    """
+    of_a = _chunks(0, num_a, batch_size) if scope != "b" else []
+    of_b = _chunks(num_a, num_a + num_b, batch_size) if scope != "a" else []
+    return [step for pair in zip_longest(of_a, of_b) for step in pair if step is not None]
+
+
+def fisher_weights(
+    steps: Sequence[Sequence[int]], num_samples: int, *, estimator: Estimator, decay: float
+) -> np.ndarray:
+    """Each sample's weight in I, float64 [num_samples]; zero for samples in no step."""
+    weights = np.zeros(num_samples)
+    if estimator == "mean":
+        for step in steps:
+            weights[list(step)] += 1.0
+        weights /= weights.sum()
+        return weights
+    total = len(steps)
+    correction = -np.expm1(total * np.log(decay))
+    for t, step in enumerate(steps, start=1):
+        weights[list(step)] += (1.0 - decay) * decay ** (total - t) / (len(step) * correction)
+    return weights
+
+
+def _chunks(start: int, stop: int, size: int) -> list[list[int]]:
+    return [list(range(s, min(s + size, stop))) for s in range(start, stop, size)]

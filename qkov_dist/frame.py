@@ -1,0 +1,149 @@
+"""What a heatmap is besides its scores: axes, samples, provenance; stored with every partial file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .collection import SampleRecord
+from .errors import QkovError
+from .plan import Plan
+from .results import SampleTable
+from .slices import BLOCKS, Layout
+
+
+@dataclass(frozen=True)
+class FrameLayer:
+    """One layer's axes: its number, query heads of one kv head, query heads scored, native heads of each block."""
+
+    layer: int
+    group: int
+    query_heads: tuple[int, ...]
+    heads: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Everything that :func:`qkov_dist.merge.assemble` needs besides scores.
+
+    Attributes:
+        tasks: Names of A and of B.
+        layers: The layers scored.
+        samples: The samples of A and of B.
+        pooled: Whether scores are among all pooled samples rather than A x B.
+        attributes: Settings, versions, seeds: strings, numbers, JSON values.
+    """
+
+    tasks: tuple[str, str]
+    layers: tuple[FrameLayer, ...]
+    samples: tuple[SampleTable, SampleTable]
+    pooled: bool
+    attributes: Mapping[str, Any]
+
+    @property
+    def query_heads(self) -> tuple[int, ...]:
+        """Query heads scored in some layer."""
+        return tuple(sorted({head for layer in self.layers for head in layer.query_heads}))
+
+    @property
+    def kv_heads(self) -> tuple[int, ...]:
+        """Kv heads scored in some layer, in K or V."""
+        return tuple(sorted({head for layer in self.layers for kv in "KV" for head in layer.heads.get(kv, ())}))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Blocks that some layer has."""
+        return tuple(block for block in BLOCKS if any(block in layer.heads for layer in self.layers))
+
+    def axis(self, block: str) -> tuple[int, ...]:
+        """Native heads along a block's axis."""
+        return self.query_heads if block in ("Q", "O") else self.kv_heads
+
+
+def make_frame(
+    plan: Plan,
+    layout: Layout,
+    tasks: tuple[str, str],
+    records: tuple[Sequence[SampleRecord], Sequence[SampleRecord]],
+    *,
+    pooled: bool,
+    attributes: Mapping[str, Any],
+) -> Frame:
+    """The frame of a plan and the samples that were run."""
+    layers = tuple(
+        FrameLayer(layer.layer, layout.layer(layer.layer).group, layer.query_heads, layer.heads)
+        for layer in plan.layers
+    )
+    return Frame(tasks, layers, (_table(records[0]), _table(records[1])), pooled, attributes)
+
+
+def to_json(frame: Frame) -> dict[str, Any]:
+    """The frame as JSON values."""
+    return {
+        "tasks": list(frame.tasks),
+        "layers": [
+            {"layer": x.layer, "group": x.group, "query_heads": list(x.query_heads), "heads": dict(x.heads)}
+            for x in frame.layers
+        ],
+        "samples": [
+            {
+                "ids": list(table.ids),
+                "num_tokens": table.num_tokens.tolist(),
+                "losses": table.losses.tolist(),
+                "texts": list(table.texts),
+            }
+            for table in frame.samples
+        ],
+        "pooled": frame.pooled,
+        "attributes": dict(frame.attributes),
+    }
+
+
+def from_json(raw: Mapping[str, Any], where: str) -> Frame:
+    """The frame that :func:`to_json` wrote.
+
+    Raises:
+        QkovError: at ``where``, for anything that is not such a frame.
+    """
+    try:
+        layers = tuple(
+            FrameLayer(
+                int(x["layer"]),
+                int(x["group"]),
+                tuple(map(int, x["query_heads"])),
+                {str(block): tuple(map(int, heads)) for block, heads in x["heads"].items()},
+            )
+            for x in raw["layers"]
+        )
+        tables = tuple(
+            SampleTable(
+                tuple(map(str, x["ids"])),
+                np.array(x["num_tokens"], np.int64),
+                np.array(x["losses"], np.float64),
+                tuple(map(str, x["texts"])),
+            )
+            for x in raw["samples"]
+        )
+        (task_a, task_b), (table_a, table_b) = raw["tasks"], tables
+        return Frame(
+            (str(task_a), str(task_b)), layers, (table_a, table_b), bool(raw["pooled"]), dict(raw["attributes"])
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise QkovError(
+            where,
+            expected="a description of layers, heads and samples",
+            got=f"{type(error).__name__}: {error}",
+            remedy="Use a partial file that `qkov run` wrote.",
+        ) from error
+
+
+def _table(records: Sequence[SampleRecord]) -> SampleTable:
+    return SampleTable(
+        ids=tuple(record.id for record in records),
+        num_tokens=np.array([record.num_tokens for record in records], np.int64),
+        losses=np.array([record.loss for record in records], np.float64),
+        texts=tuple(record.text for record in records),
+    )

@@ -1,0 +1,73 @@
+"""``qkov inspect``: where each head of a model lives, printed."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+
+from tabulate import tabulate
+
+from .config import ModelConfig
+from .errors import QkovError
+from .layout import candidates, resolve
+from .models import load_model, meta_model
+from .proof import prove, resolve_proved
+from .provenance import layout_notes
+from .slices import Layout, layout_table
+
+
+def inspect_model(config: ModelConfig, *, verify: bool) -> None:
+    """Print the table of heads; with ``verify``, load the weights and prove every slice by perturbation.
+
+    Raises:
+        QkovError: for a model that cannot be read, is refused, or disproves its layout.
+    """
+    if not verify:
+        layout = _from_structure(config)
+        print_layout(layout)
+        return
+    model = load_model(config).model
+    layout = resolve_proved(model)
+    rows = prove(model, layout)
+    print_layout(layout)
+    print(f"proved by perturbation: {len(rows)} slices of {len(layout.layers)} layers, no mismatch")
+
+
+def print_layout(layout: Layout) -> None:
+    """Print one row for each block of each run of like layers, and what is left out."""
+    state = "proved" if layout.proved else "not proved yet: add --verify"
+    print(f"{layout.model_type}: layout {layout.family!r}, {layout.num_layers} layers ({state})\n")
+    print(tabulate(_merged_rows(layout), headers="keys"))
+    for note in layout_notes(layout):
+        print(f"note: {note}")
+
+
+def _from_structure(config: ModelConfig) -> Layout:
+    model = meta_model(config)
+    try:
+        return resolve(model)
+    except QkovError:
+        guesses = candidates(model)
+        if len(guesses) != 1:
+            raise
+        return guesses[0]
+
+
+def _merged_rows(layout: Layout) -> list[dict[str, str]]:
+    """The layout's table, with consecutive layers of the same rows as one range."""
+    by_layer = [list(rows) for _, rows in groupby(layout_table(layout), key=lambda row: row["layer"])]
+
+    def shape(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
+        return [tuple(_starred(row)[key] for key in row if key != "layer") for row in rows]
+
+    merged = []
+    for _, group in groupby(by_layer, key=shape):
+        layers = list(group)
+        first, last = layers[0][0]["layer"], layers[-1][0]["layer"]
+        name = first if first == last else f"{first}-{last}"
+        merged += [{**_starred(row), "layer": name} for row in layers[0]]
+    return merged
+
+
+def _starred(row: dict[str, str]) -> dict[str, str]:
+    return {**row, "parameter": re.sub(r"\.\d+\.", ".*.", row["parameter"])}

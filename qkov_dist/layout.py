@@ -1,0 +1,207 @@
+"""Finding where each head lives: architecture -> ``slices.Layout``.
+
+Head dims are read from the attention module, counts follow from the projections' shapes and are checked against those
+that the module and the config state, and the slices of a projection must tile it exactly; what disagrees is an error.
+No weight's value is read: the meta device will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .errors import QkovError
+from .families import FAMILIES, OUTPUT_MARK, REFUSED, Family, HeadDims
+from .guesses import guess_families
+from .rows import parse
+from .slices import BLOCKS, AttentionLayer, HeadSlice, Layout, OtherLayer, Projection, layout_table
+from .structure import (
+    attention_linears,
+    is_encoder_decoder,
+    layer_lists,
+    mixer_kind,
+    submodule,
+    text_config,
+)
+from .tiling import attention_layer
+
+__all__ = [
+    "BLOCKS",
+    "AttentionLayer",
+    "HeadSlice",
+    "Layout",
+    "OtherLayer",
+    "Projection",
+    "candidates",
+    "layout_table",
+    "register_layout",
+    "resolve",
+]
+
+_REGISTERED: dict[str, Family] = {}
+
+
+def register_layout(
+    model_type: str,
+    orders: Mapping[str, str],
+    *,
+    head_dim: str = "head_dim",
+    v_head_dim: str = "",
+    attention: str = "",
+    optional: Sequence[str] = (),
+) -> None:
+    """Say where the heads of a custom architecture are.
+
+    Three lines do it::
+
+        register_layout("my_model", {
+            "qkv": "K*(G*q k v)", "out": "cols H*v",
+        }, head_dim="head_dim")
+
+    Args:
+        model_type: ``config.model_type``; a known one is overridden.
+        orders: Path inside the attention module -> row order (``rows.py``); O's column order starts with ``"cols "``.
+        head_dim: Attribute of the attention module with the Q and K head dim; ``"a/b"`` is a quotient.
+        v_head_dim: The same for V where it differs.
+        attention: Path of the attention module in a decoder layer; by default, the one that has these projections.
+        optional: Projections that some layers lack.
+
+    Raises:
+        QkovError: for an order outside the grammar, or unless exactly one projection is O.
+    """
+    outputs = [path for path, order in orders.items() if order.startswith(OUTPUT_MARK)]
+    if len(outputs) != 1:
+        raise QkovError(
+            f"register_layout({model_type!r})",
+            expected=f"one output projection, whose order starts with {OUTPUT_MARK!r}",
+            got=f"{len(outputs)} in {dict(orders)}",
+            remedy="Write for example {'qkv': 'H*(q k v)', 'out': 'cols H*v'}.",
+        )
+    for order in orders.values():
+        parse(order.removeprefix(OUTPUT_MARK))
+    dims = HeadDims(q=head_dim, v=v_head_dim)
+    _REGISTERED[model_type] = Family(
+        model_type, (model_type,), attention, tuple(orders.items()), optional=tuple(optional), dims=dims
+    )
+
+
+def known_family(config: object) -> Family | None:
+    """The registered or built-in family of a text config, or None."""
+    model_type = str(getattr(config, "model_type", ""))
+    if model_type in _REGISTERED:
+        return _REGISTERED[model_type]
+    matching = (f for f in FAMILIES if model_type in f.model_types)
+    return next((f for f in matching if all(getattr(config, a, None) == v for a, v in f.when)), None)
+
+
+def resolve(model: nn.Module) -> Layout:
+    """Find every head of a known architecture; ``proved`` stays False until ``proof.prove`` has run.
+
+    Raises:
+        QkovError: for encoder-decoders, refused and unknown architectures (with the attention parameters found and the
+            lines that register a layout), and wherever shapes, counts and head dims disagree.
+    """
+    _check_covered(model)
+    config = text_config(model)
+    family = known_family(config)
+    if family is None:
+        raise unresolved(model, f"model type {config.model_type!r}, which is not known")
+    return layout_of_family(model, family)
+
+
+def candidates(model: nn.Module) -> list[Layout]:
+    """Layouts that the structure of an unknown architecture allows; ``proof.prove_candidates`` finds the true one.
+
+    A fused projection fits several row orders, so several layouts come back; orders that do not tile are left out.
+
+    Raises:
+        QkovError: for encoder-decoders and refused architectures.
+    """
+    _check_covered(model)
+    config = text_config(model)
+    found: dict[object, Layout] = {}
+    for family in guess_families(model):
+        try:
+            layout = layout_of_family(model, family)
+        except QkovError:
+            continue  # this guess does not tile the parameters: it is no candidate
+        key = tuple((p.module, p.slices) for layer in layout.layers for p in layer.projections)
+        found.setdefault(key, replace(layout, model_type=str(config.model_type)))
+    return list(found.values())
+
+
+def layout_of_family(model: nn.Module, family: Family) -> Layout:
+    """Lay one family's rule over a model.
+
+    Raises:
+        QkovError: where no layer has its projections, or shapes, counts and head dims disagree.
+    """
+    config = text_config(model)
+    path, stack = _decoder(model, family, config)
+    layers, others = [], []
+    for index, layer in enumerate(stack):
+        layer_path = f"{path}.{index}"
+        found = find_attention(layer, family)
+        if found is None:
+            others.append(_other(index, layer_path, layer, family))
+        else:
+            place = f"{layer_path}.{found[0]}"
+            layers.append(attention_layer(index, place, found[1], family, config))
+    return Layout(str(config.model_type), family.name, len(stack), tuple(layers), tuple(others))
+
+
+def _check_covered(model: nn.Module) -> None:
+    model_type = str(text_config(model).model_type)
+    if model_type in REFUSED and model_type not in _REGISTERED:
+        raise unresolved(model, REFUSED[model_type])
+    if is_encoder_decoder(model):
+        raise unresolved(model, "an encoder-decoder or cross-attention, which is not covered")
+
+
+def find_attention(layer: nn.Module, family: Family) -> tuple[str, nn.Module] | None:
+    """The attention module of a decoder layer, with its path inside it; None where the layer has none."""
+    if family.attention:
+        module = submodule(layer, family.attention)
+        return (family.attention, module) if module is not None and _has_all(module, family) else None
+    found = [(path, module) for path, module in layer.named_modules() if path and _has_all(module, family)]
+    return found[0] if len(found) == 1 else None
+
+
+def _has_all(module: nn.Module, family: Family) -> bool:
+    return all(submodule(module, path) is not None for path in family.required)
+
+
+def _decoder(model: nn.Module, family: Family, config: Any) -> tuple[str, nn.ModuleList]:
+    """The one list of decoder layers, with its path."""
+    found = [(path, stack) for path, stack in layer_lists(model) if any(find_attention(x, family) for x in stack)]
+    if len(found) > 1:
+        found = [(path, stack) for path, stack in found if len(stack) == getattr(config, "num_hidden_layers", None)]
+    if len(found) != 1:
+        raise unresolved(model, f"{len(found)} stacks of layers have {', '.join(family.required)}, of which one must")
+    return found[0]
+
+
+def _other(index: int, path: str, layer: nn.Module, family: Family) -> OtherLayer:
+    at_place = submodule(layer, family.attention) if family.attention else None
+    kind = type(at_place).__name__ if at_place is not None else mixer_kind(layer)
+    return OtherLayer(index, path, kind, f"no softmax attention with {', '.join(family.required)}")
+
+
+def unresolved(model: nn.Module, why: str) -> QkovError:
+    """The refusal: what attention-like parameters there are, and the lines that register a layout."""
+    model_type = str(text_config(model).model_type)
+    found = [f"{path} {list(shape)}" for path, shape in attention_linears(model)]
+    return QkovError(
+        f"model type {model_type!r}",
+        expected="an architecture whose heads are known",
+        got=f"{why}; attention-like parameters [out, in]: {'; '.join(found) or 'none'}",
+        remedy=(
+            "Register its layout before using it:\n"
+            "    from qkov_dist.layout import register_layout\n"
+            f"    orders = {{'q_proj': 'H*q', 'k_proj': 'K*k', 'v_proj': 'K*v', 'o_proj': 'cols H*v'}}\n"
+            f"    register_layout({model_type!r}, orders, head_dim='head_dim')"
+        ),
+    )

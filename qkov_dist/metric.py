@@ -1,0 +1,194 @@
+"""Scores from Python: pairs, and whole heatmaps, of samples that a :class:`FisherCollector` has collected.
+
+metric  = QKOVInterferenceMetric(config, collector)
+heatmap = metric.compute_heatmap("math", "code", layers=[3, 4, 5])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from .arguments import choose, wrong_argument
+from .collector import FisherCollector, QKOVConfig
+from .engine import Roles, ScoreSettings, score_layer
+from .fisher import Estimator, Scope, fisher_weights
+from .frame import make_frame
+from .merge import assemble, layer_partial
+from .plan import Plan, Selection, make_plan
+from .progress import progress_bar
+from .results import Heatmap
+from .score import Score
+from .slices import BLOCKS
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class QKOVInterferenceMetric:
+    """Scores pairs of collected samples, head by head.
+
+    Args:
+        config: Where the heads are.
+        collector: Both tasks' samples.
+        epsilon: Floor of I.
+        ridge_lambda: Absolute ridge, added to the floored I.
+        ridge_relative: Relative ridge, a multiple of the mean of I over the layer's block.
+        score: ``interference``, ``signed`` or ``symmetric``.
+        scope: Samples of the Fisher: ``pooled`` (both tasks), ``a`` or ``b`` (as in ``compute_heatmap(a, b)``).
+        include_bias: Add the biases of Q, K and V to their heads.
+        dtype: ``float32`` or ``float64``, of gradients and scores.
+        show_progress: Show a progress bar.
+    """
+
+    config: QKOVConfig
+    collector: FisherCollector
+    epsilon: float = 1e-10
+    ridge_lambda: float = 1e-8
+    ridge_relative: float = 0.0
+    score: Score = "interference"
+    scope: Scope = "pooled"
+    include_bias: bool = False
+    dtype: str = "float32"
+    show_progress: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        choose("score", self.score, get_args(Score))
+        choose("scope", self.scope, get_args(Scope))
+        choose("dtype", self.dtype, tuple(DTYPES))
+        values = {"epsilon": self.epsilon, "ridge_lambda": self.ridge_lambda, "ridge_relative": self.ridge_relative}
+        for name, value in values.items():
+            if not (value >= 0 and np.isfinite(value)):
+                raise wrong_argument(name, "a finite number of at least 0", value)
+        if not any(values.values()):
+            raise wrong_argument("epsilon", "one of epsilon, ridge_lambda and ridge_relative above 0", 0)
+
+    def compute_sample_pair(
+        self, task_a: str, sample_i: int, task_b: str, sample_j: int, layer: int, head: int
+    ) -> dict[str, float]:
+        """One pair's scores at one query head; K and V are those of its kv head.
+
+        Args:
+            task_a: Task of sample i.
+            sample_i: Its place among the task's samples, from 0.
+            task_b: Task of sample j.
+            sample_j: Its place.
+            layer: Layer number.
+            head: Query head.
+
+        Returns:
+            Block -> score, for the blocks that the layer has.
+        """
+        of_a, of_b = self.collector.samples_of(task_a), self.collector.samples_of(task_b)
+        i, j = _place(of_a, sample_i, task_a, "sample_i"), _place(of_b, sample_j, task_b, "sample_j")
+        roles = self._roles(task_a, task_b, [i], [j], pooled=False)
+        plan = self._plan([layer], [head], len(roles.members))
+        blocks = score_layer(plan.layers[0], self.collector.store, roles, self._settings())
+        return {block: float(blocks[block].scores[0, 0, 0]) for block in BLOCKS if block in blocks}
+
+    def compute_heatmap(
+        self,
+        task_a: str,
+        task_b: str,
+        layers: Iterable[int] | None = None,
+        heads: Iterable[int] | None = None,
+        max_samples_per_task: int | None = None,
+        pairs: str = "all",
+    ) -> Heatmap:
+        """Scores of all pairs, all selected layers and heads.
+
+        Args:
+            task_a: Task of the samples i.
+            task_b: Task of the samples j; not ``task_a``.
+            layers: Layer numbers; all captured ones by default.
+            heads: Query heads; all by default. Kv heads follow.
+            max_samples_per_task: Score pairs of the first so many samples of each task. The Fisher takes all.
+            pairs: ``cross`` (A x B), or ``all`` pooled samples in both roles, which tests need.
+
+        Raises:
+            QkovError: for tasks that were not collected, and layers, heads or pairs that do not exist.
+        """
+        choose("pairs", pairs, ("cross", "all"))
+        if task_a == task_b:
+            raise wrong_argument("task_b", "another task than task_a", repr(task_b))
+        if max_samples_per_task is not None and max_samples_per_task < 1:
+            raise wrong_argument("max_samples_per_task", "at least 1", max_samples_per_task)
+        of_a, of_b = (self.collector.samples_of(task)[:max_samples_per_task] for task in (task_a, task_b))
+        roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
+        plan = self._plan(layers, heads, len(roles.members))
+        with progress_bar("scoring", len(plan.layers), "layer", show=self.show_progress) as advance:
+            parts = {}
+            for layer in plan.layers:
+                blocks = score_layer(layer, self.collector.store, roles, self._settings())
+                parts[layer.layer] = layer_partial(blocks)
+                advance(1)
+        records = self.collector.records
+        frame = make_frame(
+            plan,
+            self.config.layout,
+            (task_a, task_b),
+            ([records[n] for n in of_a], [records[n] for n in of_b]),
+            pooled=pairs == "all",
+            attributes=self._attributes(task_a, task_b),
+        )
+        return assemble(frame, parts)
+
+    def _attributes(self, task_a: str, task_b: str) -> dict[str, Any]:
+        return {
+            "model_type": self.config.layout.model_type,
+            "score": self.score,
+            "scope": self.scope,
+            "estimator": self._estimator(task_a, task_b),
+            "decay": self.collector.decay,
+            "loss_reduction": self.collector.loss_reduction,
+            "epsilon": self.epsilon,
+            "ridge_absolute": self.ridge_lambda,
+            "ridge_relative": self.ridge_relative,
+            "include_bias": self.include_bias,
+        }
+
+    def _settings(self) -> ScoreSettings:
+        return ScoreSettings(self.score, self.epsilon, self.ridge_lambda, self.ridge_relative, DTYPES[self.dtype])
+
+    def _plan(self, layers: Iterable[int] | None, heads: Iterable[int] | None, num_samples: int) -> Plan:
+        captured = {site.layer for site in self.collector.store.sites}
+        chosen = tuple(layers) if layers is not None else tuple(sorted(captured))
+        return make_plan(
+            self.config.layout,
+            Selection(chosen, None if heads is None else tuple(heads)),
+            include_bias=self.include_bias,
+            num_samples=num_samples,
+            itemsize=DTYPES[self.dtype].itemsize,
+        )
+
+    def _estimator(self, task_a: str, task_b: str) -> Estimator:
+        modes = {step.mode for step in self.collector.steps if step.task in (task_a, task_b)}
+        if len(modes) != 1:
+            raise wrong_argument("mode", "one mode for all calls of collect_fisher of both tasks", sorted(modes))
+        return modes.pop()
+
+    def _roles(self, task_a: str, task_b: str, of_a: list[int], of_b: list[int], *, pooled: bool) -> Roles:
+        """Scored samples first, A's before B's; then those that only the Fisher needs."""
+        in_scope = {"pooled": (task_a, task_b), "a": (task_a,), "b": (task_b,)}[self.scope]
+        steps = [step.numbers for step in self.collector.steps if step.task in in_scope]
+        weights = fisher_weights(
+            steps,
+            len(self.collector.records),
+            estimator=self._estimator(task_a, task_b),
+            decay=self.collector.decay,
+        )
+        scored = [*of_a, *of_b]
+        members = (*scored, *(n for n in np.flatnonzero(weights).tolist() if n not in set(scored)))
+        left = slice(0, len(scored) if pooled else len(of_a))
+        right = slice(0 if pooled else len(of_a), len(scored))
+        return Roles(members, weights[list(members)], left, right)
+
+
+def _place(numbers: list[int], place: int, task: str, argument: str) -> int:
+    if not 0 <= place < len(numbers):
+        raise wrong_argument(argument, f"a sample of task {task!r}, 0 to {len(numbers) - 1}", place)
+    return numbers[place]

@@ -1,0 +1,350 @@
+"""Loading a model and its tokenizer, and telling one model from another.
+
+A path is a directory or a ``.gguf`` file where it looks like one, and a Hugging Face hub id otherwise; the hub is never
+asked about local paths. Weights come from safetensors, or from tensors-only checkpoints: nothing is unpickled.
+
+The fingerprint's checksum is additive over the elements of a tensor, so that the parts held by several ranks add up
+(modulo 2^64) to the checksum of the whole. With b the bits of element (r, c) read as an integer, and h, k fixed mixing
+functions of the row and the column, it is the pair ``sum b`` and ``sum b (h(r) + k(c))``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+import transformers
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import has_file
+
+from .config import ModelConfig
+from .errors import QkovError
+
+AUTO_CLASSES: dict[str, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "tekken.json",
+)  # fmt: skip
+LOAD_ERRORS = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError,
+    pickle.UnpicklingError, struct.error, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+# Settings that leave the function of the model as it is, and differ between ways of loading it.
+NEUTRAL_SETTINGS = {
+    "architectures", "dtype", "torch_dtype", "use_cache", "transformers_version", "quantization_config",
+    "distributed_config", "tp_plan", "tp_size", "attn_implementation", "experts_implementation",
+}  # fmt: skip
+CHUNK_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model in eval mode and what its samples must respect.
+
+    Attributes:
+        model: The transformers model.
+        tokenizer: Its tokenizer, or None where the checkpoint has none.
+        objective: ``causal`` or ``masked``.
+        vocab_size: Token ids lie in [0, vocab_size).
+        max_positions: Longest input in tokens, or None for no limit.
+    """
+
+    model: Any
+    tokenizer: Any
+    objective: str
+    vocab_size: int
+    max_positions: int | None
+
+
+def load_model(config: ModelConfig, *, device_map: Any = None) -> LoadedModel:
+    """Load the weights, in eval mode, and the tokenizer.
+
+    Args:
+        config: Path and dtype; ``dtype: auto`` keeps the checkpoint's.
+        device_map: As in ``transformers``; None loads on the CPU.
+
+    Raises:
+        QkovError: The path, its files, the dtype or the attention implementation do not do.
+    """
+    name, options = _source(config.path, config.revision)
+    options["trust_remote_code"] = config.trust_remote_code
+    settings = _settings(name, options, config.path)
+    objective = _objective(settings, config.path)
+    extra: dict[str, Any] = {"device_map": device_map, "dtype": _dtype(config.dtype), "weights_only": True}
+    if config.attn_implementation is not None:
+        extra["attn_implementation"] = config.attn_implementation
+    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _quiet(), _explained(config.path, "a model that loads"):
+        model, report = AUTO_CLASSES[objective].from_pretrained(name, output_loading_info=True, **options, **extra)
+    if report["missing_keys"]:
+        absent = sorted(report["missing_keys"])
+        got = f"none for {len(absent)}, among them {absent[0]}"
+        remedy = "These would be random numbers; use a complete checkpoint that fits its config.json."
+        raise QkovError(config.path, expected="weights for every parameter", got=got, remedy=remedy)
+    model = _plain(model.eval()) if "gguf_file" in options else model.eval()
+    text_settings = model.config.get_text_config()
+    return LoadedModel(
+        model,
+        _tokenizer(name, options, config.path),
+        objective,
+        int(text_settings.vocab_size),
+        _max_positions(model, text_settings),
+    )
+
+
+def meta_model(source: str | ModelConfig | transformers.PretrainedConfig) -> Any:
+    """The model on the meta device, from its configuration alone: module names and shapes, no weights."""
+    if isinstance(source, transformers.PretrainedConfig):
+        settings, place, trust = source, source.model_type, False
+    else:
+        config = ModelConfig(source) if isinstance(source, str) else source
+        place, trust = config.path, config.trust_remote_code
+        name, options = _source(config.path, config.revision)
+        settings = _settings(name, {**options, "trust_remote_code": trust}, place)
+    auto = AUTO_CLASSES[_objective(settings, place)]
+    with _quiet(), _explained(place, "a configuration that builds a model"), torch.device("meta"):
+        return auto.from_config(settings, trust_remote_code=trust).eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the configuration and of the name, shape, dtype and checksum of every parameter and persistent buffer.
+
+    Does not depend on the device, on ``requires_grad``, or on where the checkpoint lies. LoRA weights count.
+    """
+    entries = []
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_meta:
+            remedy = "Load the weights without offloading to CPU or disk."
+            raise QkovError(name, expected="a weight in memory", got="a tensor on the meta device", remedy=remedy)
+        entries.append((name, tuple(tensor.shape), str(tensor.dtype), checksum(tensor)))
+    return digest(model, entries)
+
+
+def digest(model: nn.Module, entries: Iterable[tuple[str, tuple[int, ...], str, tuple[int, int]]]) -> str:
+    """The fingerprint from (name, logical shape, dtype, checksum) of every tensor, checksums summed over ranks."""
+    config: Any = getattr(model, "config", None)
+    plain = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {key: value for key, value in plain.items() if key not in NEUTRAL_SETTINGS and not key.startswith("_")}
+    content = [type(config or model).__name__, settings, sorted(entries)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def checksum(part: Tensor, row: int = 0, col: int = 0) -> tuple[int, int]:
+    """The additive checksum of the rectangle of a tensor that begins at (row, col), each sum in [0, 2^64).
+
+    The tensor is seen as a matrix: its first dimension by all others, a vector as one column.
+    """
+    if part.numel() == 0:
+        return 0, 0
+    matrix = part.detach().reshape(len(part), -1) if part.ndim else part.detach().reshape(1, 1)
+    bits = matrix.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()])
+    num_rows, num_cols = bits.shape
+    row_weights = _mix(torch.arange(row, row + num_rows, device=part.device), 1)
+    col_weights = _mix(torch.arange(col, col + num_cols, device=part.device), 2)
+    sums = torch.zeros(2, dtype=torch.int64, device=part.device)
+    step = max(1, CHUNK_ELEMENTS // num_cols)
+    for start in range(0, num_rows, step):
+        words = bits[start : start + step].to(torch.int64)
+        row_sums = words.sum(dim=1)
+        sums[0] += row_sums.sum()
+        sums[1] += (row_sums * row_weights[start : start + step]).sum() + (words.sum(dim=0) * col_weights).sum()
+    plain, weighted = sums.tolist()
+    return plain % 2**64, weighted % 2**64
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode and no parameter with ``requires_grad``; both are restored exactly afterwards, gradients untouched."""
+    training = [(module, module.training) for module in model.modules()]
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+        for module, flag in training:
+            module.training = flag
+
+
+def _mix(index: Tensor, salt: int) -> Tensor:
+    """A fixed pseudo-random int64 for each index (multiply, shift, multiply; wraps around)."""
+    mixed = (index * 2 + salt) * -0x61C8864680B583EB
+    return (mixed ^ (mixed >> 29)) * -0x4B47D0C5AF2E7B13
+
+
+def _source(path: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """The name that transformers loads from, and the options that go with it."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        if _looks_local(path):
+            remedy = f"Check the path; it is taken from {Path.cwd()}."
+            raise QkovError(path, expected="a model directory or a .gguf file", got="no such file", remedy=remedy)
+        pinned = {} if revision is None else {"revision": revision}
+        return path, {**pinned, "local_files_only": not _hub_reachable()}
+    if local.is_file():
+        _check_gguf(local)
+        return str(local.parent), {"gguf_file": local.name, "local_files_only": True}
+    _check_directory(local)
+    return str(local), {"local_files_only": True}
+
+
+def _looks_local(path: str) -> bool:
+    is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path) and not path.endswith(".gguf")
+    return not is_hub_id or ("/" in path and Path(path).parent.is_dir())
+
+
+def _hub_reachable() -> bool:
+    """Whether the hub answers within seconds; without this, every missing file is retried for half a minute."""
+    if hub.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    url = urlsplit(hub.ENDPOINT)
+    try:
+        with socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _check_gguf(path: Path) -> None:
+    with _explained(str(path), "a readable file"), path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        remedy = "Give a model directory, a hub id, or a GGUF file."
+        raise QkovError(str(path), expected="a GGUF file", got=f"a file that begins with {magic!r}", remedy=remedy)
+
+
+def _check_directory(path: Path) -> None:
+    place, remedy = path / "config.json", "Give a directory written by save_pretrained."
+    if not place.is_file():
+        if (path / "adapter_config.json").is_file():
+            remedy = "This is an adapter alone: merge it into its base model, or load both in Python and use the API."
+        raise QkovError(str(path), expected="a config.json in the directory", got="none", remedy=remedy)
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise QkovError(f"{place}:{error.lineno}", expected="valid JSON", got=error.msg, remedy=remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise QkovError(str(place), expected="readable UTF-8 JSON", got=str(error), remedy=remedy) from None
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise QkovError(str(place), expected="an object with a model_type", got="none", remedy=remedy)
+
+
+def _settings(name: str, options: dict[str, Any], place: str) -> Any:
+    with _quiet(), _explained(place, "a readable model configuration"):
+        return AutoConfig.from_pretrained(name, **options)
+
+
+def _objective(settings: Any, place: str) -> str:
+    """``masked`` for encoders that are not set up as decoders, ``causal`` for the rest; anything else is refused."""
+    remedy = "Give a decoder language model, or a BERT-style encoder with a masked LM head."
+    if getattr(settings, "is_encoder_decoder", False):
+        raise QkovError(place, expected="a model of one stack", got="an encoder-decoder", remedy=remedy)
+    remote = getattr(settings, "auto_map", None) or {}
+    masked = settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in remote
+    causal = settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in remote
+    if masked and not getattr(settings, "is_decoder", False):
+        return "masked"
+    if not causal:
+        raise QkovError(place, expected="a language model", got=f"model type {settings.model_type!r}", remedy=remedy)
+    return "causal"
+
+
+def _dtype(name: str) -> Any:
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _plain(model: Any) -> Any:
+    """Take away the traces of a GGUF quantizer from a model whose weights are dense; tied weights stay tied."""
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        return model
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(attribute, None)
+    model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def _tokenizer(name: str, options: dict[str, Any], place: str) -> Any:
+    with _quiet(), _explained(place, "a tokenizer that loads"):
+        where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+        if "gguf_file" in options or any(has_file(name, file, **where) for file in TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(name, **options)
+    return None
+
+
+def _max_positions(model: nn.Module, settings: Any) -> int | None:
+    """The configured limit, less the positions that RoBERTa-style embeddings keep for padding."""
+    limits = [getattr(settings, key, None) for key in POSITION_KEYS]
+    limit = next((value for value in limits if isinstance(value, int) and value > 0), None)
+    for name, module in model.named_modules():
+        padded = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if padded and module.padding_idx is not None:
+            limit = module.num_embeddings - module.padding_idx - 1
+    return limit
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers without progress bars and warnings; both come back as they were."""
+    logs: Any = transformers_logging
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()
+
+
+@contextmanager
+def _explained(place: str, expected: str) -> Iterator[None]:
+    """Turn what loading raises into one message of the project's own."""
+    try:
+        yield
+    except QkovError:
+        raise
+    except LOAD_ERRORS as error:
+        got = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise QkovError(place, expected=expected, got=got, remedy=_remedy(error)) from error
+
+
+def _remedy(error: BaseException) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "Read the code that comes with the model; if you trust it, set model.trust_remote_code=true."
+    if isinstance(error, ImportError) or "attn_implementation" in text:
+        return "Install what is missing, or set another model.attn_implementation, such as sdpa or eager."
+    if "connect" in text or "offline" in text or "huggingface.co" in text:
+        return "Check the id, the revision and the network, or download the model and give its directory."
+    return "Check that the files are a complete checkpoint that this version of transformers knows."

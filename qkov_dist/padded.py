@@ -1,0 +1,82 @@
+"""A user's padded batch -> samples. Padding is put back, on the right, when the samples are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batches import IGNORED
+from .errors import QkovError
+from .tasks import Sample
+
+BATCH_KEYS = ("input_ids", "attention_mask", "labels")
+
+
+def samples_of_batch(batch: Mapping[str, Any], *, where: str, vocab_size: int) -> Iterator[Sample]:
+    """Take the padding off a batch.
+
+    Args:
+        batch: ``input_ids`` [N, T], and optionally ``attention_mask`` (padding on either side) and ``labels`` (-100
+            ignored; by default every real token), as tensors or nested lists.
+        where: What messages call the batch.
+        vocab_size: Token ids lie in [0, vocab_size).
+
+    Raises:
+        QkovError: for other keys, other shapes, ids out of range, and samples without a label.
+    """
+    if "input_ids" not in batch or set(batch) - set(BATCH_KEYS):
+        raise QkovError(
+            where,
+            expected=f"input_ids, and optionally {', '.join(BATCH_KEYS[1:])}",
+            got=", ".join(map(str, batch)) or "nothing",
+            remedy="Pass tokens only; positions and padding are worked out from the attention mask.",
+        )
+    ids = _tensor(batch["input_ids"], where)
+    mask = _tensor(batch.get("attention_mask", torch.ones_like(ids)), where).bool()
+    labels = _tensor(batch.get("labels", ids), where)
+    if ids.ndim != 2 or ids.is_floating_point() or mask.shape != ids.shape or labels.shape != ids.shape:
+        raise QkovError(
+            where,
+            expected="integer input_ids, attention_mask and labels of one shape [samples, tokens]",
+            got=f"{list(ids.shape)}, {list(mask.shape)}, {list(labels.shape)} of {ids.dtype}",
+            remedy="Tokenize with padding=True and return_tensors='pt'.",
+        )
+    for n in range(len(ids)):
+        kept_ids, kept_labels = (t[n][mask[n]].cpu().numpy().astype(np.int64) for t in (ids, labels))
+        yield _checked(Sample(str(n), kept_ids, kept_labels, ""), f"{where}, sample {n}", vocab_size)
+
+
+def _tensor(values: Any, where: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise QkovError(
+            where,
+            expected="tensors or nested lists of equally long rows",
+            got=str(error),
+            remedy="Tokenize with padding=True and return_tensors='pt'.",
+        ) from error
+
+
+def _checked(sample: Sample, where: str, vocab_size: int) -> Sample:
+    labels = sample.labels[sample.labels != IGNORED]
+    for what, values in (("input_ids", sample.input_ids), ("labels", labels)):
+        if len(values) and (values.min() < 0 or values.max() >= vocab_size):
+            raise QkovError(
+                f"{where}: {what}",
+                expected=f"token ids from 0 to {vocab_size - 1}",
+                got=f"{values.min()} to {values.max()}",
+                remedy="Use the tokenizer of this model.",
+            )
+    if not (sample.labels[1:] != IGNORED).any():
+        raise QkovError(
+            where,
+            expected="at least one labelled token after the first",
+            got="none",
+            remedy="Leave out samples without labels; nothing predicts the first token.",
+        )
+    return sample

@@ -1,0 +1,124 @@
+"""Proof of a layout by perturbation: nudge the slice that the layout calls (block, head) and see who responds.
+
+Every slice of every layer is put to the tests of ``signatures``; one that responds as it should not is an error.
+Nothing here knows an architecture: a model that nobody described is proved in the same way, its candidates one after
+the other until one is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .errors import QkovError
+from .layout import candidates, known_family, resolve, unresolved
+from .probe import Probe, make_probe, probe_tokens, quiet_eval, record_calls
+from .signatures import SliceCheck
+from .slices import HeadSlice, Layout, Projection
+from .structure import text_config
+
+
+@dataclass(frozen=True)
+class ProofRow:
+    """What was seen for one head: the query heads that responded, and how."""
+
+    layer: int
+    block: str
+    head: int
+    responded: tuple[int, ...]
+    evidence: str
+
+
+def prove(model: nn.Module, layout: Layout, *, layers: Iterable[int] | None = None, seed: int = 0) -> list[ProofRow]:
+    """Check every slice of a layout on the model itself.
+
+    Args:
+        model: With weights; its state is restored exactly.
+        layout: What to prove.
+        layers: Layer numbers to check, by default all with attention.
+        seed: Of the tokens and nudges; the global generators are left alone.
+
+    Raises:
+        QkovError: at the first slice whose response is not what the layout says.
+    """
+    wanted = set(layers) if layers is not None else {layer.index for layer in layout.layers}
+    chosen = [layer for layer in layout.layers if layer.index in wanted]
+    rows: list[ProofRow] = []
+    with quiet_eval(model):
+        tokens = probe_tokens(model, seed)
+        calls = record_calls(model, chosen, tokens)
+        for layer in chosen:
+            probe = make_probe(model, layer, calls.pop(layer.index), tokens)
+            _check_columns(probe)
+            generator = torch.Generator().manual_seed(seed)
+            for projection in layer.projections:
+                for piece in projection.slices:
+                    rows.append(_prove_slice(probe, projection, piece, generator))
+    return rows
+
+
+def prove_candidates(model: nn.Module, layouts: Sequence[Layout], *, seed: int = 0) -> Layout:
+    """The one layout that the model does not refute, marked proved.
+
+    Raises:
+        QkovError: where none or more than one is left; the message lists the attention parameters found.
+    """
+    standing, refusals = [], []
+    for layout in layouts:
+        try:
+            prove(model, layout, layers=[layout.layers[0].index], seed=seed)  # most wrong guesses fail on one layer
+            prove(model, layout, seed=seed)
+        except QkovError as refusal:
+            refusals.append(f"{refusal.where}: {refusal.got}")
+        else:
+            standing.append(layout)
+    if len(standing) == 1:
+        return replace(standing[0], proved=True)
+    if standing:
+        orders = "; ".join(" | ".join(p.order for p in layout.layers[0].projections) for layout in standing)
+        raise unresolved(model, f"its structure allows several layouts that the proof cannot tell apart ({orders})")
+    tried = (
+        f"{len(refusals)} layouts were tried and refuted, the first by {refusals[0]}" if refusals else "none is known"
+    )
+    raise unresolved(model, f"of the layouts that its module names allow, {tried}")
+
+
+def resolve_proved(model: nn.Module, *, layers: Iterable[int] | None = None, seed: int = 0) -> Layout:
+    """Find the layout of any model and prove it: known families by their data, others from structure.
+
+    Raises:
+        QkovError: as ``resolve``, ``prove`` and ``prove_candidates`` do.
+    """
+    if known_family(text_config(model)) is None:
+        return prove_candidates(model, candidates(model), seed=seed)
+    layout = resolve(model)
+    prove(model, layout, layers=layers, seed=seed)
+    return replace(layout, proved=True)
+
+
+def _prove_slice(probe: Probe, projection: Projection, piece: HeadSlice, generator: torch.Generator) -> ProofRow:
+    check = SliceCheck(probe, projection, piece, generator)
+    if piece.block == "O":
+        evidence = check.output_columns()
+    else:
+        test = {"Q": check.query, "K": check.key, "V": check.value}[piece.block]
+        step = 4 if piece.block == "Q" else 1  # a gate would answer only in the rows that are nudged
+        evidence = test(range(piece.rect.row, piece.rect.row_end, step)) + check.weight_rows()
+        for row in check.edge_rows():
+            test((row,), may_be_silent=True)
+    heads = tuple(probe.layer.query_heads(piece.block, piece.head))
+    return ProofRow(probe.layer.index, piece.block, piece.head, heads, evidence)
+
+
+def _check_columns(probe: Probe) -> None:
+    layer = probe.layer
+    if probe.baseline.shape[1] != layer.output.shape[1]:
+        raise QkovError(
+            layer.output.module,
+            expected=f"an input of {layer.output.shape[1]} features",
+            got=f"{probe.baseline.shape[1]}",
+            remedy="Prove the layout on an unsharded model of the same type, before tensor parallelism.",
+        )

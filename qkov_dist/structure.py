@@ -1,0 +1,135 @@
+"""Reading the structure of a model: its text config, its decoder layers, its linears. No weight's value is read.
+
+Everything works on the meta device, and through the wrappers that others put around a model (LoRA, quantization, data
+parallelism), because only modules, names and declared sizes are looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import QkovError
+
+NOT_TEXT = frozenset(
+    (
+        *("vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder", "embed_vision"),
+        *("audio_tower", "audio_model", "audio_encoder", "embed_audio", "code2wav", "talker"),
+        *("crossattention", "cross_attn", "encoder_attn", "mtp"),
+    )
+)
+ATTENTION_LIKE = re.compile(r"attn|attention|qkv|query|key|value|[qkvo]_proj|mixer", re.IGNORECASE)
+OTHER_MIXERS = ("linear_attn", "mamba", "mixer", "conv", "temporal_block", "ssm", "linear_attention", "rwkv")
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the text model inside ``model``, whatever wraps it.
+
+    Raises:
+        QkovError: where no module has a config with a model type.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "model_type", None):
+            return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    raise QkovError(
+        type(model).__name__,
+        expected="a model with a config that has a model_type, as transformers models do",
+        got="none",
+        remedy="Give the model a `config` attribute with `model_type`, `num_attention_heads` and `num_hidden_layers`.",
+    )
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has an encoder beside its decoder, or layers that attend across."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return any(getattr(c, "is_encoder_decoder", False) or getattr(c, "add_cross_attention", False) for c in configs)
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The descendant at a dotted path, or None where it is absent or set to None."""
+    found: Any = module
+    for name in path.split(".") if path else ():
+        found = getattr(found, name, None)
+        if not isinstance(found, nn.Module):
+            return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Every ``ModuleList`` outside vision and audio towers, with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not NOT_TEXT.intersection(path.split(".")):
+            yield path, module
+
+
+def base_linear(path: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The linear that maps X to Y inside any LoRA-like wrapper, with its path."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        path, module = f"{path}.base_layer", inner
+    return path, module
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Logical (out, in) of a linear, dense or quantized; None where the module is no linear."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    out, into = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return (out, into) if isinstance(out, int) and isinstance(into, int) else None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored [in, out]."""
+    return isinstance(module, Conv1D)
+
+
+def read_int(module: nn.Module, path: str) -> int | None:
+    """An integer attribute at a dotted path; ``a/b`` is an exact quotient of two; None where it is absent."""
+    if "/" in path:
+        over, under = (read_int(module, part) for part in path.split("/"))
+        return over // under if over and under and over % under == 0 else None
+    *parents, name = path.split(".")
+    owner = submodule(module, ".".join(parents))
+    value = getattr(owner, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def declared_heads(attention: nn.Module, config: Any) -> int | None:
+    """The number of query heads that the module states, or else its config."""
+    return _first_int(attention, _HEADS) or _first_int(config, _HEADS)
+
+
+def declared_kv_heads(attention: nn.Module, config: Any, num_heads: int) -> int | None:
+    """The number of kv heads that the module states (its own before the config: layers may differ)."""
+    groups = _first_int(attention, ("num_key_value_groups",))
+    if groups:
+        return num_heads // groups
+    return _first_int(attention, _KV_HEADS) or _first_int(config, _KV_HEADS)
+
+
+def mixer_kind(layer: nn.Module) -> str:
+    """The class name of what mixes positions in a layer that has no softmax attention."""
+    mixers = [child for name in OTHER_MIXERS if (child := submodule(layer, name)) is not None]
+    return type(mixers[0] if mixers else layer).__name__
+
+
+def _first_int(owner: Any, names: tuple[str, ...]) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+
+def attention_linears(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Linears that look like attention, layer numbers starred out, each with its logical shape; each form once."""
+    seen = set()
+    for path, module in model.named_modules():
+        shape = linear_shape(module)
+        starred = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+        if shape and ATTENTION_LIKE.search(path) and (starred, shape) not in seen:
+            seen.add((starred, shape))
+            yield starred, shape

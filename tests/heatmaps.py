@@ -1,0 +1,96 @@
+"""A small heatmap with what is awkward: layers of different head counts, one without V, non-ASCII ids and texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qkov_dist.results import Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
+
+LAYERS = (2, 5, 7)
+HEADS = (0, 1, 2, 3, 4, 5)
+KV_HEADS = (0, 1, 2)
+GROUPS = np.array([3, 2, 2])
+NUM_HEADS = np.array([6, 6, 4])
+NUM_A, NUM_B = 4, 3
+ATTRIBUTES = {
+    "run_id": "run-1",
+    "score": "interference",
+    "config": '{"metric": {"score": "interference"}}',
+    "versions": {"torch": "2.6", "numpy": "1.26"},
+    "seeds": {"statistics": 0},
+    "warnings": ["ridge exceeds I on 60% of Q 5.1", "é <b>"],
+    "notes": [],
+    "loss_factor": 1.5,
+    "num_ranks": 2,
+    "resumed": False,
+}
+
+
+def present(block: str) -> np.ndarray:
+    if block in "QO":
+        return np.array(HEADS)[None] < NUM_HEADS[:, None]
+    there = np.array(KV_HEADS)[None] < (NUM_HEADS // GROUPS)[:, None]
+    return there & (np.array(LAYERS)[:, None] != 7) if block == "V" else there
+
+
+def make_table(task: str, count: int) -> SampleTable:
+    return SampleTable(
+        tuple(f"{task}/é-{i}" for i in range(count)),
+        np.arange(3, 3 + count),
+        np.linspace(0.5, 2.5, count),
+        tuple("λ <script>" * i for i in range(count)),
+    )
+
+
+def make_heatmap(**changes: Any) -> Heatmap:
+    rng = np.random.default_rng(0)
+    masks = {block: present(block) for block in "QKVO"}
+    pooled = {}
+    for block, mask in masks.items():
+        scores = rng.gamma(1.0, size=(*mask.shape, NUM_A + NUM_B, NUM_A + NUM_B)).astype(np.float32)
+        scores[~mask] = np.nan
+        pooled[block] = scores
+    cross = cross_of_pooled(pooled, NUM_A)
+    shared_cross = rng.gamma(1.0, size=(len(LAYERS), NUM_A, NUM_B)).astype(np.float32)
+    fields: dict[str, Any] = {
+        "task_a": "math",
+        "task_b": "cøde",
+        "layers": LAYERS,
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "groups": GROUPS,
+        "samples_a": make_table("a", NUM_A),
+        "samples_b": make_table("b", NUM_B),
+        "mean": mean_over_pairs(cross),
+        "present": masks,
+        "fisher": {
+            block: {key: np.where(mask, rng.random(mask.shape), np.nan) for key in ("mean", "min", "ridge_share")}
+            for block, mask in masks.items()
+        },
+        "cross": cross,
+        "pooled": pooled,
+        "shared": {"O_bias": {"cross": shared_cross, "mean": shared_cross.mean((1, 2), dtype=np.float64)}},
+        "attributes": ATTRIBUTES,
+    }
+    return Heatmap(**(fields | changes))
+
+
+def make_statistics() -> dict[str, Any]:
+    """Shaped like what the statistics give: arrays by statistic and block, and JSON values."""
+    rng = np.random.default_rng(1)
+    names = ("statistic", "p_value", "q_value")
+    tests: dict[str, Any] = {
+        statistic: {
+            block: {name: np.where(present(block), rng.random(present(block).shape), np.nan) for name in names}
+            for block in "QKVO"
+        }
+        for statistic in ("cross_mean", "overlap")
+    }
+    tests["overlap"]["Q"]["interval"] = np.stack([np.full(present("Q").shape, x) for x in (0.1, 0.9)], axis=-1)
+    tests["overlap"]["Q"]["significant"] = present("Q")
+    tests["cross_mean"]["num_undefined"] = 3
+    tests["fdr_corrected"] = {"Q": [{"layer": 2, "head": 1, "q_value": 0.01}], "K": []}
+    tests["settings"] = {"alpha": 0.05, "exact": True}
+    return tests

