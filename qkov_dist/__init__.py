@@ -2,7 +2,7 @@
 
     from qkov_dist import QKOVConfig, FisherCollector, QKOVInterferenceMetric, QKOVStatistics, load_heatmap
 
-See :mod:`qkov_dist.collector` and :mod:`qkov_dist.metric` for the engine from Python and ``qkov --help`` for the command line.
+The engine from Python is :mod:`qkov_dist.collector` and :mod:`qkov_dist.metric`; the command line is ``qkov --help``.
 """
 
 from .collector import FisherCollector, QKOVConfig

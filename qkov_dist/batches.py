@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tasks import Sample
+from .samples import IGNORED, Sample
 
-IGNORED = -100
 Objective = Literal["causal", "masked"]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .batches import Batch
 from .errors import QkovError
 from .losses import check_losses, sample_losses
+from .modes import evaluating, frozen
 
 FP16_LOSS_SCALES = (2.0**14, 2.0**10, 2.0**6, 1.0)
 
@@ -127,6 +128,8 @@ class Capture:
         try:
             losses = sample_losses(self._model, batch, self._reduction)
             check_losses(losses, batch)
+            if not losses.requires_grad:
+                raise _not_reached(self._sites)
             state.in_backward = True
             (losses.sum() * (self._factor * loss_scale)).backward()  # type: ignore[no-untyped-call]
         finally:
@@ -149,9 +152,9 @@ class Capture:
         output.register_hook(lambda d: self._on_gradient(site, d))  # type: ignore[no-untyped-call]
         return output.clone() if root else None
 
-    def _on_gradient(self, site: Site, d: Tensor) -> None:
+    def _on_gradient(self, site: Site, d: Tensor | None) -> None:
         state = self._current
-        if state is None or site in state.finished:
+        if state is None or site in state.finished or d is None:  # None: cut off by a kernel without a gradient
             return
         known = state.inputs[site]
         if known.x._version != known.version:
@@ -199,7 +202,8 @@ def capture(
     """
     session = Capture(model, sites, loss_reduction, loss_factor)
     with ExitStack() as stack:
-        stack.enter_context(frozen_eval(model))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(frozen(model))
         for site in sites:
             module = model.get_submodule(site.module)
             stack.callback(module.register_forward_hook(_hook(session, site), with_kwargs=True).remove)
@@ -222,23 +226,6 @@ def _root_hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
 def _recomputes(model: nn.Module) -> bool:
     """Whether anything in the model may run again in the backward pass."""
     return any(getattr(m, "gradient_checkpointing", False) or "Checkpoint" in type(m).__name__ for m in model.modules())
-
-
-@contextmanager
-def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode with every parameter frozen; restore each flag afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module, mode in training:
-            module.training = mode
 
 
 def _check_finite(factors: Factors, batch: Batch) -> None:
@@ -276,7 +263,7 @@ def _changed_in_place(site: Site) -> QkovError:
     )
 
 
-def _not_reached(missing: list[Site]) -> QkovError:
+def _not_reached(missing: Sequence[Site]) -> QkovError:
     return QkovError(
         ", ".join(site.module for site in missing[:4]) + (", …" if len(missing) > 4 else ""),
         expected="a forward and a backward pass through every projection",

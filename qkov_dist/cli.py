@@ -6,9 +6,14 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import QkovError
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+
+    Commands = argparse._SubParsersAction["_Parser"]
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -39,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from .config import describe, load_config
+    from .config import describe
+    from .config_file import load_config
     from .run import run
     from .summary import print_summary
 
@@ -77,10 +83,16 @@ def _inspect(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from .check_command import check
 
-    check(_model_config(options), samples=options.samples, max_tokens=options.max_tokens, layers=options.layers)
+    check(
+        _model_config(options),
+        samples=options.samples,
+        max_tokens=options.max_tokens,
+        layers=options.layers,
+        say=_say,
+    )
 
 
-def _model_config(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _model_config(options: argparse.Namespace) -> ModelConfig:
     from .config import ModelConfig
 
     return ModelConfig(
@@ -118,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: "argparse._SubParsersAction[_Parser]", name: str, command: Command, text: str, example: str) -> _Parser:
+def _add(commands: Commands, name: str, command: Command, text: str, example: str) -> _Parser:
     parser = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
     parser.set_defaults(command=command)
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
@@ -126,7 +138,7 @@ def _add(commands: "argparse._SubParsersAction[_Parser]", name: str, command: Co
     return parser
 
 
-def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_run(commands: Commands) -> None:
     parser = _add(
         commands,
         "run",
@@ -139,7 +151,7 @@ def _add_run(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--keys", action="store_true", help="list every setting with its default and meaning")
 
 
-def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_demo(commands: Commands) -> None:
     parser = _add(
         commands,
         "demo",
@@ -149,11 +161,13 @@ def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     parser.add_argument("--model", help="another model: hub id, directory or .gguf file")
     parser.add_argument("--samples", type=_positive, default=24, help="samples of each task (default: 24)")
-    parser.add_argument("--max-tokens", type=_positive, default=96, help="cut samples after so many tokens (default: 96)")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=96, help="tokens of a sample at most (default: 96)"
+    )
     parser.add_argument("--output", default="runs/demo", help="output folder (default: runs/demo)")
 
 
-def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_inspect(commands: Commands) -> None:
     parser = _add(
         commands,
         "inspect",
@@ -165,7 +179,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--verify", action="store_true", help="load the weights and prove every head by perturbation")
 
 
-def _add_check(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_check(commands: Commands) -> None:
     parser = _add(
         commands,
         "check",
@@ -175,7 +189,9 @@ def _add_check(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     _add_model_arguments(parser)
     parser.add_argument("--samples", type=_positive, default=4, help="samples of each task (default: 4)")
-    parser.add_argument("--max-tokens", type=_positive, default=32, help="cut samples after so many tokens (default: 32)")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=48, help="tokens of a sample at most (default: 48)"
+    )
     parser.add_argument("--layers", help="layers to score, such as 0-3,7 (default: the first, middle and last)")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from .batches import Objective, make_batches
 from .capture import Site, capture
 from .factors import FactorStore
-from .tasks import Sample
+from .samples import Sample
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from .fisher import Estimator
 from .padded import samples_of_batch
 from .plan import Selection, make_plan
 from .proof import resolve_proved
+from .samples import Sample
 from .slices import Layout
 from .structure import text_config
-from .tasks import Sample
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Family:
     Args:
         name: What the layout is called in reports.
         model_types: ``config.model_type`` of the text model.
-        attention: Path of the attention module inside a decoder layer; empty for any that has all the projections.
+        attention: Path of the attention module inside a decoder layer; None for the one that has all the projections.
         orders: (path inside the attention module, row order); the output projection's is ``"cols ..."``.
         optional: Projections that a layer may lack.
         when: (config attribute, value) pairs that must all hold.
@@ -43,7 +43,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    attention: str
+    attention: str | None
     orders: tuple[tuple[str, str], ...]
     optional: tuple[str, ...] = ()
     when: tuple[tuple[str, object], ...] = ()
@@ -144,7 +144,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("codegen", ("codegen",), "attn", _fused("qkv_proj", "4*(H/4*q H/4*v H/4*k)", "out_proj")),
     Family("gptj", ("gptj",), "attn", _OPT),
     Family("gpt_neo", ("gpt_neo",), "attn.attention", _OPT),
-    Family("opt", ("opt", "biogpt", "xglm"), "self_attn", _OPT),
+    Family("opt", ("opt", "biogpt", "xglm", "lfm2"), "self_attn", _OPT),
     Family("phi", ("phi",), "self_attn", _separate("q_proj", "k_proj", "v_proj", "dense")),
     Family(
         "llama",
@@ -153,6 +153,9 @@ FAMILIES: tuple[Family, ...] = (
             *("arcee", "helium", "ernie4_5", "stablelm", "phimoe", "granitemoe", "jamba", "bamba", "starcoder2"),
             *("qwen2", "qwen2_moe", "glm", "glm4", "seed_oss"),
             *("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "exaone4", "apertus", "dots1"),
+            *("aria_text", "cohere2", "cohere2_moe", "cwm", "ernie4_5_moe", "exaone_moe", "glm4_moe", "granite_swa"),
+            *("granitemoe_swa", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jais2"),
+            *("llama4_text", "minimax", "ministral", "ministral3", "nanochat", "solar_open", "vaultgemma", "falcon_h1"),
         ),
         "self_attn",
         _LLAMA,
@@ -161,13 +164,17 @@ FAMILIES: tuple[Family, ...] = (
     Family("olmo2", ("olmo2", "olmo3", "olmoe", "flex_olmo", "minimax_m2"), "self_attn", _LLAMA, notes=(NORM_NOTE,)),
     Family(
         "qwen3_next",
-        ("qwen3_next", "qwen3_5", "qwen3_5_text"),
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
         "self_attn",
         (("q_proj", "H*(q gate)"), *_LLAMA[1:]),
         notes=("the gate rows of q_proj belong to no block",),
     ),
-    Family("afmoe", ("afmoe",), "self_attn", _LLAMA, notes=("gate_proj belongs to no block",)),
-    Family("gemma4", ("gemma4", "gemma4_text"), "self_attn", _LLAMA, optional=("k_proj", "v_proj")),
+    Family("afmoe", ("afmoe",), "self_attn", _LLAMA),
+    Family("nemotron_h", ("nemotron_h",), "mixer", _LLAMA),
+    Family("modernbert-decoder", ("modernbert-decoder",), "attn", _separate("q_proj", "k_proj", "v_proj", "Wo")),
+    Family(
+        "gemma4", ("gemma4", "gemma4_text", "gemma4_unified_text"), "self_attn", _LLAMA, optional=("k_proj", "v_proj")
+    ),
     Family(
         "mimo_v2_flash",
         ("mimo_v2_flash",),
@@ -178,19 +185,26 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "mla",
-        ("deepseek_v2", "deepseek_v3", "minicpm3"),
+        (
+            *("deepseek_v2", "deepseek_v3", "minicpm3"),
+            *("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "youtu", "axk1"),
+        ),
         "self_attn",
         (("q_proj", "H*q"), ("q_b_proj", "H*q"), ("kv_b_proj", "H*(k v)"), ("o_proj", "cols H*v")),
         optional=("q_proj", "q_b_proj"),
         dims=HeadDims(q="qk_head_dim", k="qk_nope_head_dim", v="v_head_dim"),
         notes=(
-            "q_a_proj and kv_a_proj_with_mqa are shared by all heads: not head-resolved",
+            "a-projections (q_a_proj, kv_a_proj_with_mqa) are shared by all heads: not head-resolved",
             "K is the nope part of kv_b_proj; the rope key is shared by all heads",
         ),
     ),
     Family(
         "bert",
-        ("bert", "roberta", "electra"),
+        (
+            *("bert", "roberta", "electra"),
+            *("bert-generation", "camembert", "data2vec-text", "ernie", "megatron-bert", "rembert", "roc_bert"),
+            *("roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl"),
+        ),
         "attention",
         _separate("self.query", "self.key", "self.value", "output.dense"),
         dims=HeadDims(q="self.attention_head_size"),

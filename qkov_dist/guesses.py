@@ -8,11 +8,12 @@ keeps the only one that it cannot refute.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
 
 from torch import nn
 
-from .families import OUTPUT_MARK, Family, HeadDims
+from .families import FAMILIES, OUTPUT_MARK, Family, HeadDims
 from .structure import layer_lists, linear_shape, read_int, submodule
 
 _SEPARATE = (
@@ -26,42 +27,47 @@ _SEPARATE = (
     ("q_lin", "k_lin", "v_lin"),
     ("to_q", "to_k", "to_v"),
     ("linear_q", "linear_k", "linear_v"),
+    ("Wq", "Wk", "Wv"),
+    ("project_q", "project_k", "project_v"),
 )
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "qkv", "W_pack", "in_proj", "to_qkv", "att_proj")
 _OUTPUT = (
     *("o_proj", "out_proj", "dense", "c_proj", "wo", "w_o", "o", "out", "out_lin", "to_out", "to_out.0"),
-    *("output.dense", "proj", "proj_out", "attn_out", "output", "linear_out"),
+    *("output.dense", "proj", "proj_out", "attn_out", "output", "linear_out", "Wo", "attention_out"),
 )
 _HEAD_DIM = (
     *("head_dim", "head_size", "attention_head_size", "self.attention_head_size", "d_head", "dim_head", "d_k", "d_kv"),
-    *(
-        "dim_per_head",
-        "size_per_head",
-        "head_dimension",
-        "d_model/n_heads",
-        "embed_dim/num_heads",
-        "hidden_size/num_heads",
-    ),
+    *("dim_per_head", "size_per_head", "head_dimension", "depth"),
+    *("d_model/n_heads", "embed_dim/num_heads", "hidden_size/num_heads", "dim/n_heads"),
 )
 
 
 def guess_families(model: nn.Module) -> list[Family]:
-    """Every family that the names of some attention-like module allow, most usual first."""
+    """Every family that the names of some attention-like module allow, most usual first.
+
+    Each comes twice: for every module with these projections, and for those at one place in a layer only (a hybrid may
+    give its linear attention the same names).
+    """
     found: dict[Family, None] = {}
     for _, stack in layer_lists(model):
         for layer in stack:
-            for _, module in layer.named_modules():
-                found.update(dict.fromkeys(_families_of(module)))
+            for path, module in layer.named_modules():
+                for family in _families_of(module):
+                    found.update({family: None, replace(family, attention=path): None})
     return list(found)
 
 
 def _families_of(attention: nn.Module) -> Iterator[Family]:
-    """The guesses for one module; none where it lacks an output, an input projection, or a head dim."""
+    """The guesses for one module; none where it lacks an output or an input projection."""
     output = next((name for name in _OUTPUT if _linear(attention, name)), None)
+    if output is None:
+        return
+    if _linear(attention, "kv_b_proj"):
+        yield replace(next(family for family in FAMILIES if family.name == "mla"), model_types=(), attention=None)
     head_dim = next((name for name in _HEAD_DIM if read_int(attention, name) is not None), "head_dim")
-    for orders in _input_orders(attention) if output else ():
-        dims = HeadDims(q=head_dim)
-        yield Family("found by structure", (), "", (*orders, (str(output), f"{OUTPUT_MARK}H*v")), dims=dims)
+    for orders in _input_orders(attention):
+        every = (*orders, (output, f"{OUTPUT_MARK}H*v"))
+        yield Family("found by structure", (), None, every, dims=HeadDims(q=head_dim))
 
 
 def _input_orders(attention: nn.Module) -> Iterator[tuple[tuple[str, str], ...]]:

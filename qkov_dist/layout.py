@@ -7,7 +7,7 @@ No weight's value is read: the meta device will do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from .structure import (
     attention_linears,
     is_encoder_decoder,
     layer_lists,
-    mixer_kind,
+    other_mixers,
     submodule,
     text_config,
 )
@@ -50,7 +50,7 @@ def register_layout(
     *,
     head_dim: str = "head_dim",
     v_head_dim: str = "",
-    attention: str = "",
+    attention: str | None = None,
     optional: Sequence[str] = (),
 ) -> None:
     """Say where the heads of a custom architecture are.
@@ -98,18 +98,23 @@ def known_family(config: object) -> Family | None:
 
 
 def resolve(model: nn.Module) -> Layout:
-    """Find every head of a known architecture; ``proved`` stays False until ``proof.prove`` has run.
+    """Find every head of a model; ``proved`` stays False until ``proof`` has seen each slice respond.
+
+    An unknown architecture is resolved where its structure allows one layout only, with the family name
+    "found by structure": believe that one after ``proof.resolve_proved``, not before.
 
     Raises:
-        QkovError: for encoder-decoders, refused and unknown architectures (with the attention parameters found and the
-            lines that register a layout), and wherever shapes, counts and head dims disagree.
+        QkovError: for encoder-decoders, refused and ambiguous architectures (with the attention parameters found and
+            the lines that register a layout), and wherever shapes, counts and head dims disagree.
     """
     _check_covered(model)
-    config = text_config(model)
-    family = known_family(config)
-    if family is None:
-        raise unresolved(model, f"model type {config.model_type!r}, which is not known")
-    return layout_of_family(model, family)
+    family = known_family(text_config(model))
+    if family is not None:
+        return layout_of_family(model, family)
+    found = candidates(model)
+    if len(found) == 1:
+        return found[0]
+    raise unresolved(model, f"an unknown one, whose structure allows {len(found)} layouts")
 
 
 def candidates(model: nn.Module) -> list[Layout]:
@@ -141,33 +146,61 @@ def layout_of_family(model: nn.Module, family: Family) -> Layout:
     """
     config = text_config(model)
     path, stack = _decoder(model, family, config)
-    layers, others = [], []
+    layers, others, classes = [], [], set()
     for index, layer in enumerate(stack):
-        layer_path = f"{path}.{index}"
         found = find_attention(layer, family)
         if found is None:
-            others.append(_other(index, layer_path, layer, family))
-        else:
-            place = f"{layer_path}.{found[0]}"
-            layers.append(attention_layer(index, place, found[1], family, config))
+            others.append(_other(index, f"{path}.{index}", layer, family))
+            continue
+        place = f"{path}.{index}.{found[0]}".removesuffix(".")
+        attention = attention_layer(index, place, found[1], family, config)
+        beside = [kind for kind in other_mixers(layer) if kind != type(found[1]).__name__]
+        notes = tuple(f"beside the attention there is a {kind}, which is not scored" for kind in beside)
+        layers.append(replace(attention, notes=(*attention.notes, *notes)))
+        classes.add(type(found[1]))
+    for other in others:
+        _check_other(other, stack[other.index], classes, family)
     return Layout(str(config.model_type), family.name, len(stack), tuple(layers), tuple(others))
+
+
+def _check_other(other: OtherLayer, layer: nn.Module, attention_classes: Set[type], family: Family) -> None:
+    """An attention of a covered class that lacks a projection must not pass for a layer without attention."""
+    missed = [path for path, module in layer.named_modules() if type(module) in attention_classes]
+    if missed:
+        raise QkovError(
+            f"{other.module}.{missed[0]}",
+            expected=f"the projections {', '.join(family.required)}, as in other layers",
+            got="an attention without all of them",
+            remedy="Register a layout that names them in register_layout(..., optional=[...]).",
+        )
 
 
 def _check_covered(model: nn.Module) -> None:
     model_type = str(text_config(model).model_type)
-    if model_type in REFUSED and model_type not in _REGISTERED:
+    if model_type in _REGISTERED:
+        return  # the user's word, to be proved like any other
+    if model_type in REFUSED:
         raise unresolved(model, REFUSED[model_type])
     if is_encoder_decoder(model):
         raise unresolved(model, "an encoder-decoder or cross-attention, which is not covered")
 
 
 def find_attention(layer: nn.Module, family: Family) -> tuple[str, nn.Module] | None:
-    """The attention module of a decoder layer, with its path inside it; None where the layer has none."""
-    if family.attention:
-        module = submodule(layer, family.attention)
-        return (family.attention, module) if module is not None and _has_all(module, family) else None
-    found = [(path, module) for path, module in layer.named_modules() if path and _has_all(module, family)]
-    return found[0] if len(found) == 1 else None
+    """The attention module of a decoder layer, with its path inside it; None where the layer has none.
+
+    Raises:
+        QkovError: where a second module of the layer has the same projections: it would be overlooked.
+    """
+    found = [(path, module) for path, module in layer.named_modules() if _has_all(module, family)]
+    chosen = [(path, module) for path, module in found if family.attention in (None, path)]
+    if chosen and len(found) > 1:
+        raise QkovError(
+            type(layer).__name__,
+            expected=f"one module with {', '.join(family.required)} in a layer",
+            got=", ".join(path for path, _ in found),
+            remedy="A layer with two attentions is not covered.",
+        )
+    return chosen[0] if chosen else None
 
 
 def _has_all(module: nn.Module, family: Family) -> bool:
@@ -185,8 +218,9 @@ def _decoder(model: nn.Module, family: Family, config: Any) -> tuple[str, nn.Mod
 
 
 def _other(index: int, path: str, layer: nn.Module, family: Family) -> OtherLayer:
-    at_place = submodule(layer, family.attention) if family.attention else None
-    kind = type(at_place).__name__ if at_place is not None else mixer_kind(layer)
+    at_place = submodule(layer, family.attention or "")
+    found = [type(at_place).__name__] if at_place not in (None, layer) else other_mixers(layer)
+    kind = next(iter(found), type(layer).__name__)
     return OtherLayer(index, path, kind, f"no softmax attention with {', '.join(family.required)}")
 
 

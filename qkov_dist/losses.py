@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .batches import IGNORED, Batch
+from .batches import Batch
 from .errors import QkovError
+from .samples import IGNORED
 
 
 def sample_losses(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
@@ -80,6 +81,7 @@ def _only_rows(model: nn.Module, labelled: Tensor) -> Iterator[list[bool]]:
 
 def check_losses(losses: Tensor, batch: Batch) -> None:
     """Raise, naming the sample, unless every loss is finite."""
+    losses = losses.detach()
     if bool(torch.isfinite(losses).all()):
         return
     n = int((~torch.isfinite(losses)).nonzero()[0])

@@ -20,18 +20,24 @@ from .slices import BLOCKS
 
 
 def layer_partial(blocks: Mapping[str, BlockScores]) -> LayerPartial:
-    """One layer's scores as they are stored."""
-    heads = {
-        block: BlockPartial(
-            np.array(of_block.heads, np.int64),
-            of_block.scores.cpu().numpy(),
-            np.array([[f.total, f.count, f.minimum, f.below_ridge] for f in of_block.fisher], np.float64),
-        )
-        for block, of_block in blocks.items()
-        if block in BLOCKS
-    }
-    shared = {block: of_block.scores[0].cpu().numpy() for block, of_block in blocks.items() if block not in BLOCKS}
+    """One layer's scores as they are stored: the heads of which this rank scored an element."""
+    heads, shared = {}, {}
+    for block, scored in blocks.items():
+        touched = [place for place, sums in enumerate(scored.fisher) if sums.count]
+        if touched and block in BLOCKS:
+            heads[block] = _block_partial(scored, touched)
+        elif touched:
+            shared[block] = scored.scores[0].cpu().numpy()
     return LayerPartial(heads, shared)
+
+
+def _block_partial(scored: BlockScores, touched: list[int]) -> BlockPartial:
+    sums = [scored.fisher[place] for place in touched]
+    return BlockPartial(
+        np.array([scored.heads[place] for place in touched], np.int64),
+        scored.scores[touched].cpu().numpy(),
+        np.array([[f.total, f.count, f.minimum, f.below_ridge] for f in sums], np.float64),
+    )
 
 
 def add_layers(parts: Sequence[LayerPartial]) -> LayerPartial:
@@ -128,15 +134,18 @@ def warnings_of(frame: Frame, fisher: Mapping[str, Mapping[str, np.ndarray]]) ->
 
 def _fill(frame: Frame, layers: Mapping[int, LayerPartial], block: str) -> tuple[np.ndarray, np.ndarray]:
     """Scores [layer, head, left, right] and Fisher sums [layer, head, 4] of a block; NaN where there is no head."""
-    some = next(part.blocks[block].scores for part in layers.values() if block in part.blocks)
     axis = frame.axis(block)
+    parts = {
+        place: _block_of(layers[layer.layer], layer, block)
+        for place, layer in enumerate(frame.layers)
+        if block in layer.heads
+    }
+    some = next(iter(parts.values())).scores
     scores = np.full((len(frame.layers), len(axis), *some.shape[1:]), np.nan, some.dtype)
     sums = np.full((len(frame.layers), len(axis), 4), np.nan)
-    for place, layer in enumerate(frame.layers):
-        if block in layer.heads:
-            part = _block_of(layers[layer.layer], layer, block)
-            at = np.searchsorted(axis, part.heads)
-            scores[place, at], sums[place, at] = part.scores, part.fisher_sums
+    for place, part in parts.items():
+        at = np.searchsorted(axis, part.heads)
+        scores[place, at], sums[place, at] = part.scores, part.fisher_sums
     return scores, sums
 
 

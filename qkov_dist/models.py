@@ -1,22 +1,17 @@
-"""Loading a model and its tokenizer, and telling one model from another.
+"""Loading a model and its tokenizer.
 
 A path is a directory or a ``.gguf`` file where it looks like one, and a Hugging Face hub id otherwise; the hub is never
 asked about local paths. Weights come from safetensors, or from tensors-only checkpoints: nothing is unpickled.
-
-The fingerprint's checksum is additive over the elements of a tensor, so that the parts held by several ranks add up
-(modulo 2^64) to the checksum of the whole. With b the bits of element (r, c) read as an integer, and h, k fixed mixing
-functions of the row and the column, it is the pair ``sum b`` and ``sum b (h(r) + k(c))``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +24,7 @@ import transformers
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -51,12 +46,6 @@ LOAD_ERRORS = (
     OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError,
     pickle.UnpicklingError, struct.error, SafetensorError, StrictDataclassError,
 )  # fmt: skip
-# Settings that leave the function of the model as it is, and differ between ways of loading it.
-NEUTRAL_SETTINGS = {
-    "architectures", "dtype", "torch_dtype", "use_cache", "transformers_version", "quantization_config",
-    "distributed_config", "tp_plan", "tp_size", "attn_implementation", "experts_implementation",
-}  # fmt: skip
-CHUNK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,77 +116,6 @@ def meta_model(source: str | ModelConfig | transformers.PretrainedConfig) -> Any
     auto = AUTO_CLASSES[_objective(settings, place)]
     with _quiet(), _explained(place, "a configuration that builds a model"), torch.device("meta"):
         return auto.from_config(settings, trust_remote_code=trust).eval()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the configuration and of the name, shape, dtype and checksum of every parameter and persistent buffer.
-
-    Does not depend on the device, on ``requires_grad``, or on where the checkpoint lies. LoRA weights count.
-    """
-    entries = []
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.is_meta:
-            remedy = "Load the weights without offloading to CPU or disk."
-            raise QkovError(name, expected="a weight in memory", got="a tensor on the meta device", remedy=remedy)
-        entries.append((name, tuple(tensor.shape), str(tensor.dtype), checksum(tensor)))
-    return digest(model, entries)
-
-
-def digest(model: nn.Module, entries: Iterable[tuple[str, tuple[int, ...], str, tuple[int, int]]]) -> str:
-    """The fingerprint from (name, logical shape, dtype, checksum) of every tensor, checksums summed over ranks."""
-    config: Any = getattr(model, "config", None)
-    plain = config.to_dict() if hasattr(config, "to_dict") else {}
-    settings = {key: value for key, value in plain.items() if key not in NEUTRAL_SETTINGS and not key.startswith("_")}
-    content = [type(config or model).__name__, settings, sorted(entries)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def checksum(part: Tensor, row: int = 0, col: int = 0) -> tuple[int, int]:
-    """The additive checksum of the rectangle of a tensor that begins at (row, col), each sum in [0, 2^64).
-
-    The tensor is seen as a matrix: its first dimension by all others, a vector as one column.
-    """
-    if part.numel() == 0:
-        return 0, 0
-    matrix = part.detach().reshape(len(part), -1) if part.ndim else part.detach().reshape(1, 1)
-    bits = matrix.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()])
-    num_rows, num_cols = bits.shape
-    row_weights = _mix(torch.arange(row, row + num_rows, device=part.device), 1)
-    col_weights = _mix(torch.arange(col, col + num_cols, device=part.device), 2)
-    sums = torch.zeros(2, dtype=torch.int64, device=part.device)
-    step = max(1, CHUNK_ELEMENTS // num_cols)
-    for start in range(0, num_rows, step):
-        words = bits[start : start + step].to(torch.int64)
-        row_sums = words.sum(dim=1)
-        sums[0] += row_sums.sum()
-        sums[1] += (row_sums * row_weights[start : start + step]).sum() + (words.sum(dim=0) * col_weights).sum()
-    plain, weighted = sums.tolist()
-    return plain % 2**64, weighted % 2**64
-
-
-@contextmanager
-def frozen_eval(model: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode and no parameter with ``requires_grad``; both are restored exactly afterwards, gradients untouched."""
-    training = [(module, module.training) for module in model.modules()]
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in required:
-            parameter.requires_grad_(False)
-        yield model
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)
-        for module, flag in training:
-            module.training = flag
-
-
-def _mix(index: Tensor, salt: int) -> Tensor:
-    """A fixed pseudo-random int64 for each index (multiply, shift, multiply; wraps around)."""
-    mixed = (index * 2 + salt) * -0x61C8864680B583EB
-    return (mixed ^ (mixed >> 29)) * -0x4B47D0C5AF2E7B13
 
 
 def _source(path: str, revision: str | None) -> tuple[str, dict[str, Any]]:
@@ -345,6 +263,6 @@ def _remedy(error: BaseException) -> str:
         return "Read the code that comes with the model; if you trust it, set model.trust_remote_code=true."
     if isinstance(error, ImportError) or "attn_implementation" in text:
         return "Install what is missing, or set another model.attn_implementation, such as sdpa or eager."
-    if "connect" in text or "offline" in text or "huggingface.co" in text:
+    if "connect" in text or "offline" in text or hub.HUGGINGFACE_CO_URL_HOME in text:
         return "Check the id, the revision and the network, or download the model and give its directory."
     return "Check that the files are a complete checkpoint that this version of transformers knows."

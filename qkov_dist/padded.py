@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import IGNORED
 from .errors import QkovError
-from .tasks import Sample
+from .samples import IGNORED, Sample
 
 BATCH_KEYS = ("input_ids", "attention_mask", "labels")
 

@@ -209,7 +209,7 @@ def _coupling_norms(
 
     with ExitStack() as stack:
         for module in attention.modules():
-            if "norm" in type(module).__name__.lower():
+            if "norm" in type(module).__name__.lower() and not next(module.children(), None):
                 stack.enter_context(_removing(module.register_forward_hook(keep)))
         run()
     return tuple(factors.items())

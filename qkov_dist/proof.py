@@ -75,6 +75,8 @@ def prove_candidates(model: nn.Module, layouts: Sequence[Layout], *, seed: int =
             refusals.append(f"{refusal.where}: {refusal.got}")
         else:
             standing.append(layout)
+    most = max((len(layout.layers) for layout in standing), default=0)
+    standing = [layout for layout in standing if len(layout.layers) == most]  # one that overlooks layers is no rival
     if len(standing) == 1:
         return replace(standing[0], proved=True)
     if standing:

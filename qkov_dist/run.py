@@ -24,11 +24,12 @@ from .config import RunConfig, canonical_json
 from .engine import Roles, ScoreSettings, score_layer
 from .errors import QkovError
 from .factors import FactorStore
+from .fingerprint import fingerprint
 from .fisher import Estimator, Scope, fisher_steps, fisher_weights
 from .frame import Frame, from_json, make_frame, to_json
 from .hdf5_write import refuse_other_run
 from .merge import assemble, layer_partial
-from .models import LoadedModel, fingerprint, load_model
+from .models import LoadedModel, load_model
 from .partial_schema import PartialHeader
 from .partials import PartialWriter, partial_path, read_partial
 from .plan import Plan, Selection, make_plan
@@ -36,11 +37,12 @@ from .progress import progress_bar
 from .proof import resolve_proved
 from .provenance import run_attributes
 from .results import Heatmap, Pairs
+from .samples import Task, task_fingerprint
 from .score import Score
 from .slices import Layout
 from .statistics import QKOVStatistics
 from .store import load_heatmap
-from .tasks import Task, load_task, task_fingerprint
+from .tasks import load_task
 
 HEATMAP_FILE = "heatmap.h5"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

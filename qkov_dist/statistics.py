@@ -13,155 +13,24 @@ alike. Unequal scales still widen and raise its *null* (mixed groups are more va
 conservative but lets ``less`` and ``two-sided`` find scale alone: do not read those as a lack of conflict. Self-pairs
 being excluded, the null mean is slightly above 0: compare with the null (``effect_size``), not with 0.
 For ``signed``, whose means may be negative, only ``cross_mean`` exists: ``greater`` finds synergy, ``less`` conflict.
-
-On several ranks: each calls ``head_tests`` on the heads it holds with the same ``Design``; ``max_z`` is reduced by max,
-the rest is gathered by ``join``, and ``correct`` runs anywhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from . import permutation
 from .errors import QkovError
+from .head_tests import Design, Floats, HeadTests, Statistic, correct, family_max, head_tests, join
 from .permutation import Alternative
-
-Floats = NDArray[np.float64]
-Statistic = Literal["cross_mean", "overlap"]
-_CHUNK_BYTES = 64 << 20
-
-
-class _Samples(Protocol):
-    @property
-    def ids(self) -> Sequence[str]: ...
-
-
-class _PooledHeatmap(Protocol):
-    """What a test needs of a heatmap; ``pooled[block]`` is [layer, native head, N, N], A's samples first."""
-
-    @property
-    def pooled(self) -> Mapping[str, Any] | None: ...
-    @property
-    def layers(self) -> tuple[int, ...]: ...
-    @property
-    def heads(self) -> tuple[int, ...]: ...
-    @property
-    def kv_heads(self) -> tuple[int, ...]: ...
-    @property
-    def samples_a(self) -> _Samples: ...
-    @property
-    def samples_b(self) -> _Samples: ...
-    @property
-    def attributes(self) -> Mapping[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Design:
-    """All that the tests of different heads share: drawn once, the same on every rank."""
-
-    labels: permutation.Labels
-    resamples: Tensor
-    names: tuple[Statistic, ...]
-    alternative: Alternative
-    alpha: float
-    power: float
-    confidence: float
-
-
-@dataclass(frozen=True)
-class HeadTests:
-    """One statistic of some heads.
-
-    ``arrays`` hold one float64 number a head, NaN for absent heads; ``z`` and ``tolerance`` likewise, and are what a
-    head's family-wise p-value needs beside ``max_z`` [P], the largest z of these heads under each labelling.
-    """
-
-    arrays: dict[str, Floats]
-    z: Floats
-    tolerance: Floats
-    max_z: Floats
-
-
-def head_tests(scores: Tensor, design: Design) -> dict[Statistic, HeadTests]:
-    """Test at least one head, each by itself, in chunks of bounded memory; scores [heads, N, N], NaN where absent."""
-    num_samples, num_columns = design.labels.a.shape
-    num_columns = max(num_columns, design.resamples.shape[1])
-    chunk = max(_CHUNK_BYTES // (8 * num_samples * num_columns), 1)
-    parts = [_chunk_tests(part, design) for part in torch.split(scores, chunk)]
-    return {name: join([part[name] for part in parts]) for name in design.names}
-
-
-def _chunk_tests(scores: Tensor, design: Design) -> dict[Statistic, HeadTests]:
-    with_overlap = "overlap" in design.names
-    nulls = permutation.head_nulls(scores, design.labels, with_overlap=with_overlap)
-    resampled = permutation.resampled_statistics(scores, design.resamples, design.labels.n_a, with_overlap=with_overlap)
-    return {name: _statistic_tests(nulls[name], resampled[name], design) for name in design.names}
-
-
-def _statistic_tests(null: permutation.Null, resampled: Tensor, design: Design) -> HeadTests:
-    labels, alternative = design.labels, design.alternative
-    z, tolerance = permutation.standardise(null, alternative)
-    effect, sd = permutation.effect_size(null, labels.exhaustive)
-    shift = permutation.detectable_shift(null, labels, alternative, design.alpha, design.power)
-    ci_low, ci_high = permutation.percentile_interval(resampled, labels, design.confidence)
-    arrays = {
-        "statistic": null.values[..., 0],
-        "p_value": permutation.count_p(z[..., 0], tolerance, z),
-        "effect_size": effect,
-        "ci_low": ci_low,
-        "ci_high": ci_high,
-        "detectable": shift,
-        "detectable_sd": shift / sd,
-    }
-    return HeadTests(
-        {key: value.numpy(force=True) for key, value in arrays.items()},
-        z[..., 0].numpy(force=True),
-        tolerance.numpy(force=True),
-        permutation.max_over_heads(z).numpy(force=True),
-    )
-
-
-def join(parts: Sequence[HeadTests]) -> HeadTests:
-    """The tests of all parts' heads, in order."""
-    return HeadTests(
-        {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays},
-        np.concatenate([part.z for part in parts]),
-        np.concatenate([part.tolerance for part in parts]),
-        family_max(parts),
-    )
-
-
-def family_max(parts: Iterable[HeadTests]) -> Floats:
-    """The largest z [P] of any head of any part under each labelling."""
-    largest: Floats = np.maximum.reduce([part.max_z for part in parts])
-    return largest
-
-
-def correct(tests: HeadTests, max_z: Floats) -> dict[str, Floats]:
-    """Add q-values over one block's heads, and the family-wise p-value over all heads that ``max_z`` [P] covers."""
-    z, tolerance, family = (torch.from_numpy(array) for array in (tests.z, tests.tolerance, max_z))
-    return tests.arrays | {
-        "q_value": _q_values(tests.arrays["p_value"], "bh"),
-        "q_value_by": _q_values(tests.arrays["p_value"], "by"),
-        "p_max": permutation.count_p(z, tolerance, family).numpy(),
-    }
-
-
-def _q_values(p_values: Floats, method: Literal["bh", "by"]) -> Floats:
-    present = np.isfinite(p_values)
-    q_values = np.full_like(p_values, np.nan)
-    if present.any():
-        q_values[present] = false_discovery_control(p_values[present], method=method)
-    return q_values
+from .results import Heatmap
 
 
 class StatisticsResult(dict[str, Any]):
@@ -225,7 +94,7 @@ class QKOVStatistics:
         resamples = permutation.draw_resamples(self.seed, n_a, n_b, self.n_bootstrap)
         return Design(labels, resamples, names, self.alternative, self.fdr_alpha, self.power, self.confidence)
 
-    def test_heatmap(self, heatmap: _PooledHeatmap) -> StatisticsResult:
+    def test_heatmap(self, heatmap: Heatmap) -> StatisticsResult:
         """Test every native head of every block.
 
         Raises:
@@ -252,7 +121,7 @@ class QKOVStatistics:
         return ("cross_mean",)
 
     def _result(
-        self, heatmap: _PooledHeatmap, design: Design, tests: Mapping[str, Sequence[Mapping[Statistic, HeadTests]]]
+        self, heatmap: Heatmap, design: Design, tests: Mapping[str, Sequence[Mapping[Statistic, HeadTests]]]
     ) -> StatisticsResult:
         result = StatisticsResult()
         for name in design.names:
@@ -273,7 +142,7 @@ class QKOVStatistics:
         result["notes"] = _notes(result)
         return result
 
-    def _settings(self, heatmap: _PooledHeatmap, design: Design, deciding: Statistic) -> dict[str, Any]:
+    def _settings(self, heatmap: Heatmap, design: Design, deciding: Statistic) -> dict[str, Any]:
         labels, attributes = design.labels, heatmap.attributes
         num_labellings = labels.a.shape[1]
         return asdict(self) | {
@@ -288,11 +157,11 @@ class QKOVStatistics:
 
 
 def significant_heads(
-    heatmap: _PooledHeatmap, block: str, name: Statistic, arrays: Mapping[str, Floats], alpha: float
+    heatmap: Heatmap, block: str, name: Statistic, arrays: Mapping[str, Floats], alpha: float
 ) -> list[dict[str, Any]]:
     """Records of the heads of one block with q-value at most alpha: by q, then p, then distance from the null."""
     keys = ("p_value", "q_value", "q_value_by", "p_max", "effect_size")
-    heads = _heads(heatmap, block)
+    heads = heatmap.natives(block)
     records = [
         {"block": block, "layer": heatmap.layers[layer], "head": heads[head], "statistic": name}
         | {"value": float(arrays["statistic"][layer, head])}
@@ -302,15 +171,11 @@ def significant_heads(
     return sorted(records, key=lambda record: (record["q_value"], record["p_value"], -abs(record["effect_size"])))
 
 
-def _heads(heatmap: _PooledHeatmap, block: str) -> tuple[int, ...]:
-    return heatmap.kv_heads if block in ("K", "V") else heatmap.heads
-
-
-def _undefined(heatmap: _PooledHeatmap, block: str, result: StatisticsResult) -> list[tuple[int, int]]:
+def _undefined(heatmap: Heatmap, block: str, result: StatisticsResult) -> list[tuple[int, int]]:
     if "overlap" not in result:
         return []
     without = np.isnan(result["overlap"][block]["statistic"]) & np.isfinite(result["cross_mean"][block]["statistic"])
-    return [(heatmap.layers[layer], _heads(heatmap, block)[head]) for layer, head in np.argwhere(without)]
+    return [(heatmap.layers[layer], heatmap.natives(block)[head]) for layer, head in np.argwhere(without)]
 
 
 def _notes(result: StatisticsResult) -> tuple[str, ...]:
@@ -334,7 +199,7 @@ def _notes(result: StatisticsResult) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _pooled_scores(heatmap: _PooledHeatmap) -> Mapping[str, Any]:
+def _pooled_scores(heatmap: Heatmap) -> Mapping[str, Any]:
     if heatmap.pooled is None:
         raise QkovError(
             "statistics",
@@ -349,7 +214,7 @@ def _pooled_scores(heatmap: _PooledHeatmap) -> Mapping[str, Any]:
     return heatmap.pooled
 
 
-def _layer_scores(heatmap: _PooledHeatmap, block: str, place: int) -> Tensor:
+def _layer_scores(heatmap: Heatmap, block: str, place: int) -> Tensor:
     """The scores [head, N, N] of one layer, checked; a head is absent where all of them are NaN."""
     assert heatmap.pooled is not None
     stored = heatmap.pooled[block][place]
@@ -359,7 +224,7 @@ def _layer_scores(heatmap: _PooledHeatmap, block: str, place: int) -> Tensor:
     if wrong.any():
         head, left, right = wrong.nonzero()[0].tolist()
         ids = (*heatmap.samples_a.ids, *heatmap.samples_b.ids)
-        where = f"layer {heatmap.layers[place]}, block {block}, head {_heads(heatmap, block)[head]}"
+        where = f"layer {heatmap.layers[place]}, block {block}, head {heatmap.natives(block)[head]}"
         raise QkovError(
             f"{where}, samples {ids[left]!r} and {ids[right]!r}",
             expected="a finite score",

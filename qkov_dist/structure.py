@@ -7,7 +7,7 @@ parallelism), because only modules, names and declared sizes are looked at.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -63,10 +63,13 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Every ``ModuleList`` outside vision and audio towers, with its path."""
+    """Every outermost ``ModuleList`` outside vision and audio towers, with its path."""
+    outer: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not NOT_TEXT.intersection(path.split(".")):
-            yield path, module
+        if isinstance(module, nn.ModuleList) and len(module) and not path.startswith(outer):
+            outer = (*outer, f"{path}.")
+            if not NOT_TEXT.intersection(path.split(".")):
+                yield path, module
 
 
 def base_linear(path: str, module: nn.Module) -> tuple[str, nn.Module]:
@@ -113,10 +116,16 @@ def declared_kv_heads(attention: nn.Module, config: Any, num_heads: int) -> int 
     return _first_int(attention, _KV_HEADS) or _first_int(config, _KV_HEADS)
 
 
-def mixer_kind(layer: nn.Module) -> str:
-    """The class name of what mixes positions in a layer that has no softmax attention."""
-    mixers = [child for name in OTHER_MIXERS if (child := submodule(layer, name)) is not None]
-    return type(mixers[0] if mixers else layer).__name__
+def unassigned_linears(attention: nn.Module, assigned: Collection[str]) -> list[str]:
+    """Paths of linears in an attention module that are not (inside) an assigned one."""
+    inside = tuple(f"{path}." for path in assigned)
+    linears = (path for path, module in attention.named_modules() if linear_shape(module) is not None)
+    return [path for path in linears if path not in assigned and not path.startswith(inside)]
+
+
+def other_mixers(layer: nn.Module) -> list[str]:
+    """Class names of what mixes positions in a layer without being softmax attention."""
+    return [type(child).__name__ for name in OTHER_MIXERS if (child := submodule(layer, name)) is not None]
 
 
 def _first_int(owner: Any, names: tuple[str, ...]) -> int | None:
@@ -125,11 +134,11 @@ def _first_int(owner: Any, names: tuple[str, ...]) -> int | None:
 
 
 def attention_linears(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Linears that look like attention, layer numbers starred out, each with its logical shape; each form once."""
-    seen = set()
-    for path, module in model.named_modules():
-        shape = linear_shape(module)
-        starred = re.sub(r"\.\d+(?=\.|$)", ".*", path)
-        if shape and ATTENTION_LIKE.search(path) and (starred, shape) not in seen:
-            seen.add((starred, shape))
-            yield starred, shape
+    """Linears that look like attention, or sit beside one, each with its logical shape.
+
+    Layer numbers are starred out and each form comes once. Where nothing looks like attention, all linears come.
+    """
+    linears = [(path, shape) for path, module in model.named_modules() if (shape := linear_shape(module))]
+    parents = {path.rpartition(".")[0] for path, _ in linears if ATTENTION_LIKE.search(path)}
+    alike = [(path, shape) for path, shape in linears if not parents or path.rpartition(".")[0] in parents]
+    yield from dict.fromkeys((re.sub(r"\.\d+(?=\.|$)", ".*", path), shape) for path, shape in alike)

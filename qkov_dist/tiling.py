@@ -26,6 +26,7 @@ from .structure import (
     linear_shape,
     read_int,
     submodule,
+    unassigned_linears,
 )
 
 
@@ -53,7 +54,9 @@ def attention_layer(index: int, path: str, attention: nn.Module, family: Family,
         rule = OUTPUT_MARK + order if is_output else order
         projections.append(_projection(*linears[rel], rule, _slices(pieces, shapes[rel], is_output)))
     blocks = {block for projection in projections for block in projection.blocks}
-    notes = (*family.notes, *_notes_on_missing(blocks))
+    unassigned = unassigned_linears(attention, linears)
+    in_no_block = (f"in no block of Q, K, V, O: {', '.join(unassigned)}",) if unassigned else ()
+    notes = (*family.notes, *_notes_on_missing(blocks), *in_no_block)
     return AttentionLayer(index, path, num_heads, num_kv_heads, sizes["q"], sizes["v"], tuple(projections), notes)
 
 

@@ -15,7 +15,7 @@ from qkov_dist.factors import FactorStore
 from qkov_dist.fisher import fisher_steps, fisher_weights
 from qkov_dist.layout import Layout, resolve
 from qkov_dist.plan import Selection, make_plan
-from qkov_dist.tasks import Sample
+from qkov_dist.samples import Sample
 
 
 def mixed_samples(num: int, vocab: int, *, seed: int, lengths: tuple[int, int] = (3, 12), mask: bool = True):

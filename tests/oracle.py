@@ -99,6 +99,9 @@ def mla(q: Tensor, kv: Tensor, o: Tensor, num_heads: int, nope: int, dv: int) ->
     return split_heads(q, k.flatten(0, 1), v.flatten(0, 1), o, (q.shape[0] // num_heads, nope, dv))
 
 
+OUTPUTS = ("c_proj", "dense", "out_proj", "o_proj", "output.dense")
+
+
 def ema_fisher(squares: list[Tensor], steps: list[list[int]], decay: float) -> Tensor:
     """The EMA as it is written down: step by step, then bias-corrected."""
     fisher = torch.zeros_like(squares[0])
@@ -139,7 +142,9 @@ def block_scores(
     return out
 
 
-def heads_of_layer(model: nn.Module, family: str, path: str, gradients: dict[str, Tensor]) -> Heads:
+def heads_of_layer(
+    model: nn.Module, family: str, path: str, gradients: dict[str, Tensor], *, include_bias: bool = False
+) -> Heads:
     """Cut one layer's attention gradients into heads, family by family, with counts from the model's own modules.
 
     Args:
@@ -147,11 +152,17 @@ def heads_of_layer(model: nn.Module, family: str, path: str, gradients: dict[str
         family: Name of the zoo's family.
         path: Path of the attention module.
         gradients: One sample's gradients by parameter name.
+        include_bias: Whether the biases of Q, K and V are one more input feature of their weights.
     """
     attention, config = model.get_submodule(path), model.config.get_text_config()
 
     def grad(name: str) -> Tensor | None:
-        return gradients.get(f"{path}.{name}.weight")
+        weight = gradients.get(f"{path}.{name}.weight", gradients.get(f"{path}.{name}.base_layer.weight"))
+        bias = gradients.get(f"{path}.{name}.bias")
+        if not include_bias or bias is None or name in OUTPUTS:
+            return weight
+        conv1d = family in ("gpt2", "openai-gpt")
+        return torch.cat([weight, bias[None]]) if conv1d else torch.cat([weight, bias[:, None]], dim=1)
 
     if family in ("gpt2", "openai-gpt"):  # Conv1D stores [in, out]
         dim = config.n_embd // config.n_head

@@ -24,11 +24,10 @@ from qkov_dist.config import (
     TaskConfig,
     canonical_json,
     describe,
-    from_dict,
     identity,
-    load_config,
     to_dict,
 )
+from qkov_dist.config_file import from_dict, load_config
 from qkov_dist.errors import QkovError
 
 MINIMAL = """\

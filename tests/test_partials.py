@@ -335,6 +335,7 @@ def seconds_unkilled(folder: Path) -> float:
     return time.monotonic() - start
 
 
+@pytest.mark.long
 def test_sigkill_at_random_moments_loses_no_complete_layer(tmp_path: Path) -> None:
     moments = random.Random(0)
     full_seconds = seconds_unkilled(tmp_path)

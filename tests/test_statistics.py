@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from qkov_dist import permutation, statistics
+from qkov_dist import head_tests, permutation
 from qkov_dist.errors import QkovError
 from qkov_dist.statistics import QKOVStatistics
 
@@ -44,6 +44,9 @@ class FakeHeatmap:
     samples_a: Samples = field(default_factory=lambda: Samples(tuple(f"a{i}" for i in range(5))))
     samples_b: Samples = field(default_factory=lambda: Samples(tuple(f"b{i}" for i in range(6))))
     attributes: dict = field(default_factory=lambda: {"score": "interference", "estimator": "mean", "scope": "pooled"})
+
+    def natives(self, block):
+        return self.kv_heads if block in "KV" else self.heads
 
 
 def interference(rng, shape, num_samples, *, scale=None, num_parameters=30):
@@ -325,23 +328,23 @@ def test_absent_heads_stay_nan_and_change_nothing_else():
 def test_ranks_that_hold_different_heads_agree_with_one_process():
     scores = torch.from_numpy(interference(np.random.default_rng(4), (7,), 10))
     design = QKOVStatistics(n_permutations=80, n_bootstrap=20).design(4, 6)
-    whole = statistics.head_tests(scores, design)["overlap"]
-    parts = [statistics.head_tests(part, design)["overlap"] for part in (scores[:1], scores[1:5], scores[5:])]
+    whole = head_tests.head_tests(scores, design)["overlap"]
+    parts = [head_tests.head_tests(part, design)["overlap"] for part in (scores[:1], scores[1:5], scores[5:])]
     max_z = np.maximum.reduce([part.max_z for part in parts])  # the all-reduce
-    together = statistics.correct(statistics.join(parts), max_z)
-    expected = statistics.correct(whole, whole.max_z)
+    together = head_tests.correct(head_tests.join(parts), max_z)
+    expected = head_tests.correct(whole, whole.max_z)
     for key, array in expected.items():
         np.testing.assert_allclose(together[key], array, rtol=1e-10)
-    own_only = np.concatenate([statistics.correct(part, part.max_z)["p_max"] for part in parts])
+    own_only = np.concatenate([head_tests.correct(part, part.max_z)["p_max"] for part in parts])
     assert (own_only < expected["p_max"]).any()  # a rank's own maximum would not do
 
 
 def test_chunks_change_nothing(monkeypatch):
     scores = torch.from_numpy(interference(np.random.default_rng(4), (5,), 9))
     design = QKOVStatistics(n_permutations=30, n_bootstrap=10).design(4, 5)
-    whole = statistics.head_tests(scores, design)["overlap"]
-    monkeypatch.setattr(statistics, "_CHUNK_BYTES", 2 * 8 * 9 * 31)
-    for key, array in statistics.head_tests(scores, design)["overlap"].arrays.items():
+    whole = head_tests.head_tests(scores, design)["overlap"]
+    monkeypatch.setattr(head_tests, "_CHUNK_BYTES", 2 * 8 * 9 * 31)
+    for key, array in head_tests.head_tests(scores, design)["overlap"].arrays.items():
         np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-10)
 
 
@@ -557,8 +560,8 @@ def test_family_wise_error_is_at_its_level_with_correlated_heads():
     wrong, uncorrected = 0, 0
     for _ in range(250):
         scores = torch.from_numpy(interference(rng, (12,), 16, scale=np.exp(0.5 * rng.normal(size=16))))
-        tests = statistics.head_tests(scores, design)["overlap"]
-        arrays = statistics.correct(tests, tests.max_z)
+        tests = head_tests.head_tests(scores, design)["overlap"]
+        arrays = head_tests.correct(tests, tests.max_z)
         wrong += (arrays["p_max"] <= 0.05).any()
         uncorrected += (arrays["p_value"] <= 0.05).any()
     assert wrong / 250 < 0.05 + 3 * 0.0138
@@ -574,8 +577,8 @@ def test_false_discoveries_are_at_their_level_and_true_ones_are_found():
     for _ in range(40):
         scores = interference(rng, (30,), 24)
         scores[:10] *= np.where(side[:, None] != side, 1.3, 1.0)
-        tests = statistics.head_tests(torch.from_numpy(scores), design)["overlap"]
-        found = statistics.correct(tests, tests.max_z)["q_value"] <= 0.1
+        tests = head_tests.head_tests(torch.from_numpy(scores), design)["overlap"]
+        found = head_tests.correct(tests, tests.max_z)["q_value"] <= 0.1
         false_share.append(found[10:].sum() / max(found.sum(), 1))
         power.append(found[:10].mean())
     assert np.mean(false_share) < 0.1
@@ -643,7 +646,7 @@ def test_repeats_of_kv_heads_would_change_the_correction():
     native = stats.false_discovery_control(p, method="by")
     repeated = stats.false_discovery_control(np.repeat(p, 4), method="by")[::4]
     assert abs(native - repeated).max() > 0.01
-    np.testing.assert_allclose(statistics._q_values(p, "by"), native)
+    np.testing.assert_allclose(head_tests._q_values(p, "by"), native)
 
 
 def test_heads_of_large_scores_would_own_an_unstandardised_maximum():
@@ -653,8 +656,8 @@ def test_heads_of_large_scores_would_own_an_unstandardised_maximum():
     scores[0] *= 1e6
     scores[1] *= np.where(side[:, None] != side, 2.0, 1.0)
     design = QKOVStatistics(n_permutations=199, n_bootstrap=0).design(12, 12)
-    tests = statistics.head_tests(torch.from_numpy(scores), design)["cross_mean"]
-    assert statistics.correct(tests, tests.max_z)["p_max"][1] == 1 / 200
+    tests = head_tests.head_tests(torch.from_numpy(scores), design)["cross_mean"]
+    assert head_tests.correct(tests, tests.max_z)["p_max"][1] == 1 / 200
     values = permutation.head_nulls(torch.from_numpy(scores), design.labels)["cross_mean"].values
     raw = (values - values.mean(-1, keepdim=True)).amax(0)
     assert (raw >= (values - values.mean(-1, keepdim=True))[1, 0]).double().mean() > 0.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -247,6 +248,23 @@ def test_a_full_disk_is_one_clear_error_and_keeps_the_old_file(saved: Path, shar
     assert list(saved.parent.iterdir()) == [saved]
 
 
+@pytest.mark.parametrize("good_writes", [0, 1, 40])
+def test_a_write_that_fails_once_fails_the_file(saved: Path, good_writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may be full for a moment: what is lost then stays lost, whatever succeeds afterwards."""
+    before, pwrite, calls = saved.read_bytes(), os.pwrite, iter(range(1 << 20))
+
+    def failing(*arguments: Any) -> int:
+        if next(calls) == good_writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    with pytest.raises(QkovError, match="room on the disk"):
+        make_heatmap().save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(QkovError, match="existing folder"):
         make_heatmap().save(tmp_path / "no" / "h.h5")
@@ -300,6 +318,7 @@ def test_without_a_checksum_the_same_flip_would_go_unseen(tmp_path: Path) -> Non
         assert not (file["x"][...] == 1).all()
 
 
+@pytest.mark.long
 def test_random_damage_is_refused_or_harmless_and_never_crashes(saved: Path) -> None:
     result = run_python(
         """

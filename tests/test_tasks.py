@@ -17,11 +17,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from qkov_dist import tasks
+from qkov_dist import sources
 from qkov_dist.builtin_tasks import MAX_SAMPLES, builtin_samples
 from qkov_dist.config import TaskConfig
 from qkov_dist.errors import QkovError
-from qkov_dist.tasks import IGNORED, Task, load_task, task_fingerprint
+from qkov_dist.samples import IGNORED, Task, task_fingerprint
+from qkov_dist.tasks import load_task
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -426,7 +427,7 @@ def test_not_utf8_names_line_and_byte(tmp_path: Path) -> None:
 
 
 def test_endless_line(file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 20)
     path = file({"text": "fine"}, {"text": "x" * 100})
     assert refused(path).where == f"{path}:2"
 

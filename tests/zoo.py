@@ -11,9 +11,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 VOCAB = 96
@@ -165,7 +167,7 @@ def _entries() -> list[Tiny]:
         Tiny("mpt", "mpt", "mpt", {"d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": 64}),
         Tiny("dbrx", "dbrx", "dbrx", _DBRX),
         Tiny("phi3", "phi3", "phi3", {**GROUPED, **NO_DROPOUT, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-        Tiny("codegen", "codegen", "codegen", {**NO_PDROP, "n_head": 8, "n_ctx": 64, "rotary_dim": 2}),
+        Tiny("codegen", "codegen", "codegen", {**NO_PDROP, "num_attention_heads": 8, "n_ctx": 64, "rotary_dim": 2}),
         Tiny("gptj", "gptj", "gptj", {**NO_PDROP, "rotary_dim": 4}),
         Tiny(
             "gpt_neo",
@@ -288,3 +290,88 @@ _LLAMA_LIKE: dict[str, dict[str, Any]] = {
 }
 
 TINY: dict[str, Tiny] = {entry.name: entry for entry in _entries()}
+
+# Close relatives that share a layout, one entry a model type, proved by the tests; not in TINY.
+_SSM = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8}
+_INDEXER = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+_RELATIVES: list[tuple[str, str, dict[str, Any]]] = [
+    *(("llama", name, {**LLAMA, **MOE}) for name in ("aria_text", "cohere2_moe", "ernie4_5_moe", "glm4_moe")),
+    *(("llama", name, {**LLAMA, **MOE}) for name in ("granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe")),
+    *(("llama", name, {**LLAMA, **MOE}) for name in ("llama4_text", "solar_open", "exaone_moe")),
+    *(("llama", name, {**LLAMA, **WINDOW}) for name in ("cohere2", "cwm", "granite_swa", "ministral", "vaultgemma")),
+    *(("llama", name, LLAMA) for name in ("hunyuan_v1_dense", "hyperclovax", "jais2", "ministral3", "nanochat")),
+    ("llama", "minimax", {**LLAMA, **MOE, "layer_types": ["linear_attention", "full_attention"]}),
+    ("llama", "falcon_h1", {**LLAMA, **_SSM}),
+    ("opt", "lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"]}),
+    ("qwen3_next", "qwen3_5_moe_text", {**LLAMA, **MOE, **HYBRID}),
+    ("gemma4", "gemma4_unified_text", {**GROUPED, **GEMMA4, "num_kv_shared_layers": 2}),
+    ("nemotron_h", "nemotron_h", {**LLAMA, **MOE}),
+    ("modernbert-decoder", "modernbert-decoder", NO_DROPOUT),
+    *(("mla", name, {**MLA, **_INDEXER}) for name in ("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "youtu", "axk1")),
+    *(("bert", name, DECODER_BERT) for name in ("bert-generation", "camembert", "data2vec-text", "ernie")),
+    *(("bert", name, DECODER_BERT) for name in ("megatron-bert", "rembert", "roc_bert", "roberta-prelayernorm")),
+    *(("bert", name, DECODER_BERT) for name in ("roformer", "xlm-roberta", "xlm-roberta-xl")),
+]
+RELATIVES: dict[str, Tiny] = {name: Tiny(name, family, name, settings) for family, name, settings in _RELATIVES}
+
+
+class StrangerAttention(nn.Module):
+    """Causal attention that no library knows: a fused ``qkv`` in an order of its own, and ``out``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.head_dim, self.order = config.head_dim, config.order
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.qkv = nn.Linear(HIDDEN, (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim)
+        self.out = nn.Linear(self.num_heads * self.head_dim, HIDDEN)
+        self.mix = nn.Linear(self.num_heads, self.num_heads, bias=False) if config.mixes_heads else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        num_kv, group = self.num_key_value_heads, self.num_heads // self.num_key_value_heads
+        if self.order == "groups":  # per kv head: its queries, its key, its value
+            rows = self.qkv(x).view(*x.shape[:2], num_kv, group + 2, self.head_dim)
+            q, k, v = rows[:, :, :, :group].flatten(2, 3), rows[:, :, :, group], rows[:, :, :, group + 1]
+        else:  # all values, then all queries, then all keys
+            rows = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
+            v, q, k = rows.split([num_kv, self.num_heads, num_kv], dim=2)
+        k, v = (t.repeat_interleave(group, dim=2).transpose(1, 2) for t in (k, v))
+        heads = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
+        if self.mix is not None:
+            heads = self.mix(heads.transpose(-1, -2)).transpose(-1, -2)
+        return self.out(heads.flatten(2))
+
+
+class StrangerLayer(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.norm, self.talk = nn.LayerNorm(HIDDEN), StrangerAttention(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.talk(self.norm(x))
+
+
+class Stranger(nn.Module):
+    """A language model of an unknown type. ``order`` is "groups" or "blocks"; mixed heads cannot be told apart."""
+
+    def __init__(self, order: str = "groups", *, mixes_heads: bool = False, model_type: str = "stranger") -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            model_type=model_type,
+            vocab_size=VOCAB,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            head_dim=6,
+            order=order,
+            mixes_heads=mixes_heads,
+        )
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.blocks = nn.ModuleList(StrangerLayer(self.config) for _ in range(LAYERS))
+        self.head = nn.Linear(HIDDEN, VOCAB)
+        randomize(self)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)

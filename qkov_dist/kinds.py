@@ -1,0 +1,102 @@
+"""What a key of the configuration accepts: in words, and as a reader of plain values."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a key accepts, in words, and the reader that returns the value or raises ValueError."""
+
+    expected: str
+    read: Callable[[object], Any]
+
+
+def _require(ok: bool) -> None:
+    if not ok:
+        raise ValueError
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    _require(bool(value.strip()) and "\0" not in value)
+    value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def whole(minimum: int) -> Kind:
+    """Whole numbers from ``minimum`` that fit 64 bits; a bool is none."""
+
+    def read(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError
+        _require(minimum <= value < 2**63)
+        return value
+
+    return Kind(f"a whole number of at least {minimum}", read)
+
+
+def _real(expected: str, accepts: Callable[[float], bool]) -> Kind:
+    def read(value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError
+        _require(math.isfinite(value) and accepts(value))
+        return float(value)
+
+    return Kind(expected, read)
+
+
+def one_of(*options: str | bool) -> Kind:
+    """One of a few names and flags."""
+
+    def read(value: object) -> str | bool:
+        for option in options:
+            if type(option) is type(value) and option == value:  # 1 == True
+                return option
+        raise ValueError
+
+    return Kind("one of " + ", ".join(str(option).lower() for option in options), read)
+
+
+def optional(kind: Kind) -> Kind:
+    """The same kind, or null."""
+    return Kind(f"{kind.expected}, or null", lambda value: None if value is None else kind.read(value))
+
+
+def _selection(value: object) -> tuple[int, ...]:
+    """Sorted unique numbers from a list of numbers, one number, or text such as ``0-3,7``."""
+    if isinstance(value, str):
+        parts = [re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part) for part in value.split(",")]
+        spans = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+        _require(len(spans) == len(parts) and all(low <= high for low, high in spans))
+        return tuple(sorted({number for low, high in spans for number in range(low, high + 1)}))
+    items = value if isinstance(value, list | tuple) else [value]
+    numbers = {item for item in items if type(item) is int and 0 <= item < 100_000}
+    _require(bool(numbers) and all(type(item) is int and item in numbers for item in items))
+    return tuple(sorted(numbers))
+
+
+TEXT = Kind("text", _text)
+FLAG = Kind("true or false", _flag)
+COUNT = whole(1)
+NON_NEGATIVE = _real("a finite number of at least 0", lambda x: x >= 0)
+FRACTION = _real("a number above 0 and below 1", lambda x: 0 < x < 1)
+SELECTION = optional(Kind("a list of numbers from 0, or text such as '0-3,7'", _selection))
+
+
+def shown(value: object) -> str:
+    """A value as the YAML would show it, cut to one short piece."""
+    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,43 @@
+"""The frozen state of a model, and that it is left exactly as it was found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_models import llama
+from torch import nn
+
+from qkov_dist.capture import frozen_eval
+
+
+def test_frozen_eval_restores_exactly() -> None:
+    model = llama().train()
+    model.model.layers[0].mlp.eval()
+    model.lm_head.requires_grad_(True)
+    model.model.norm.requires_grad_(False)
+    gradient = torch.ones_like(model.model.layers[0].mlp.up_proj.weight)
+    model.model.layers[0].mlp.up_proj.weight.grad = gradient
+    training = {name: module.training for name, module in model.named_modules()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert len(set(training.values())) == len(set(required.values())) == 2
+    with frozen_eval(model):
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {name: module.training for name, module in model.named_modules()} == training
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+    assert model.model.layers[0].mlp.up_proj.weight.grad is gradient
+
+
+def test_frozen_eval_restores_after_an_error() -> None:
+    model = llama().train()
+    with pytest.raises(KeyError), frozen_eval(model):
+        raise KeyError
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_eval_takes_integer_parameters() -> None:
+    module = nn.Module()
+    module.packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with frozen_eval(module):
+        assert not module.packed.requires_grad
