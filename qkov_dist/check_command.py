@@ -61,7 +61,13 @@ def check(
             got=f"{len(broken)} broken: " + "; ".join(f"{f.check}: {f.what} {f.note}".strip() for f in broken),
             remedy="Do not trust scores of this model; report its architecture, or register its layout.",
         )
-    print("\nall six properties hold")
+    print("\nall six properties hold" + _unjudged(findings))
+
+
+def _unjudged(findings: list[Finding]) -> str:
+    judged = {finding.check for finding in findings if finding.holds}
+    left = [check for check in dict.fromkeys(finding.check for finding in findings) if check not in judged]
+    return f", as far as they apply ({', '.join(left)}: not on this model)" if left else ""
 
 
 def _layout(loaded: LoadedModel) -> Layout:

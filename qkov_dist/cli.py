@@ -20,7 +20,11 @@ Command = Callable[[argparse.Namespace], None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``qkov`` with the given arguments (those of the process by default); returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if unknown := [word for word in more if options.name != "run" or word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides = [*getattr(options, "overrides", []), *more]  # argparse stops at an option between them
     if not options.debug:
         warnings.simplefilter("ignore")
     try:
@@ -161,9 +165,7 @@ def _add_demo(commands: Commands) -> None:
     )
     parser.add_argument("--model", help="another model: hub id, directory or .gguf file")
     parser.add_argument("--samples", type=_positive, default=24, help="samples of each task (default: 24)")
-    parser.add_argument(
-        "--max-tokens", type=_positive, default=96, help="tokens of a sample at most (default: 96)"
-    )
+    parser.add_argument("--max-tokens", type=_positive, default=96, help="tokens of a sample at most (default: 96)")
     parser.add_argument("--output", default="runs/demo", help="output folder (default: runs/demo)")
 
 
@@ -189,9 +191,7 @@ def _add_check(commands: Commands) -> None:
     )
     _add_model_arguments(parser)
     parser.add_argument("--samples", type=_positive, default=4, help="samples of each task (default: 4)")
-    parser.add_argument(
-        "--max-tokens", type=_positive, default=48, help="tokens of a sample at most (default: 48)"
-    )
+    parser.add_argument("--max-tokens", type=_positive, default=48, help="tokens of a sample at most (default: 48)")
     parser.add_argument("--layers", help="layers to score, such as 0-3,7 (default: the first, middle and last)")
 
 

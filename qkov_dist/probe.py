@@ -49,7 +49,14 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
 
 def probe_tokens(model: nn.Module, seed: int) -> Tensor:
     """Random token ids [1, NUM_TOKENS] from the upper part of the vocabulary, where special tokens are rare."""
-    vocab = int(text_config(model).vocab_size)
+    vocab = getattr(text_config(model), "vocab_size", None)
+    if not isinstance(vocab, int):
+        raise QkovError(
+            type(model).__name__,
+            expected="a config with a vocab_size",
+            got=repr(vocab),
+            remedy="Set model.config.vocab_size: the proof runs a few random tokens.",
+        )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab // 4, vocab, (1, NUM_TOKENS), generator=generator)
     return ids.to(_device(model))
@@ -160,7 +167,8 @@ def nudge_rows(linear: nn.Module, num_rows: int, position: int, delta: Tensor) -
         QkovError: where the linear returns only a part of its rows (tensor parallelism).
     """
 
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def add(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return the output with the nudge; the units are its own."""
         if output.shape[-1] != num_rows:
             raise QkovError(
                 type(linear).__name__,
@@ -173,7 +181,7 @@ def nudge_rows(linear: nn.Module, num_rows: int, position: int, delta: Tensor) -
         nudged.view(-1, num_rows)[position] += (unit * delta).to(output)
         return nudged
 
-    with _removing(linear.register_forward_hook(hook)):
+    with _removing(linear.register_forward_hook(add)):
         yield
 
 

@@ -44,8 +44,7 @@ def prove(model: nn.Module, layout: Layout, *, layers: Iterable[int] | None = No
     Raises:
         QkovError: at the first slice whose response is not what the layout says.
     """
-    wanted = set(layers) if layers is not None else {layer.index for layer in layout.layers}
-    chosen = [layer for layer in layout.layers if layer.index in wanted]
+    chosen = layout.layers if layers is None else [layout.layer(index) for index in sorted(set(layers))]
     rows: list[ProofRow] = []
     with quiet_eval(model):
         tokens = probe_tokens(model, seed)
@@ -66,6 +65,7 @@ def prove_candidates(model: nn.Module, layouts: Sequence[Layout], *, seed: int =
     Raises:
         QkovError: where none or more than one is left; the message lists the attention parameters found.
     """
+    probe_tokens(model, seed)  # a model that cannot run at all refutes nothing: its error is raised here
     standing, refusals = [], []
     for layout in layouts:
         try:

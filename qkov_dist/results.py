@@ -129,6 +129,18 @@ class Heatmap(Mapping[str, BlockView]):
         """Blocks scored, in the order Q, K, V, O."""
         return tuple(block for block in BLOCKS if block in self.mean)
 
+    @property
+    def deciding(self) -> str:
+        """Name of the statistic that decides which heads are significant."""
+        settings = (self.statistics or {}).get("settings", {})
+        return str(settings.get("statistic", "cross_mean"))
+
+    @property
+    def tests(self) -> Mapping[str, Any]:
+        """The deciding statistic's tests: block -> name -> [layer, native head]; empty before a test."""
+        found: Mapping[str, Any] = (self.statistics or {}).get(self.deciding, {})
+        return found
+
     def natives(self, block: str) -> tuple[int, ...]:
         """Head numbers along a block's native axis."""
         return self.heads if HEAD_DIM[block] == "head" else self.kv_heads
@@ -137,7 +149,7 @@ class Heatmap(Mapping[str, BlockView]):
         if block not in self.mean:
             expected, remedy = f"one of {', '.join(self.blocks)}", "Use a block that the model's layers have."
             raise UnknownEntryError("heatmap", expected=expected, got=repr(block), remedy=remedy)
-        tests = (self.statistics or {}).get("cross_mean", {}).get(block)
+        tests = self.tests.get(block)
         return BlockView(
             block,
             self.layers,

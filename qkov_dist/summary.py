@@ -16,7 +16,7 @@ def print_summary(heatmap: Heatmap, folder: str | Path) -> None:
     """Print each block's strongest heads and the path of the file, to stdout."""
     score = heatmap.attributes["score"]
     rows = [row for block in heatmap.blocks for row in _strongest(heatmap, block)]
-    headers = ["block", "layer", "head", f"mean {score}"] + (["overlap", "q"] if _tests(heatmap) else [])
+    headers = ["block", "layer", "head", f"mean {score}"] + ([heatmap.deciding, "q"] if heatmap.tests else [])
     print(f"\n{heatmap.task_a} x {heatmap.task_b}: strongest heads of each block (K, V: kv heads)\n")
     print(tabulate(rows, headers=headers, floatfmt=".4g"))
     for note in heatmap.attributes.get("notes", []):
@@ -32,12 +32,8 @@ def _strongest(heatmap: Heatmap, block: str) -> list[list[object]]:
     for flat in order[: min(NUM_SHOWN, int(heatmap.present[block].sum()))]:
         at = np.unravel_index(flat, mean.shape)
         row: list[object] = [block, heatmap.layers[at[0]], heatmap.natives(block)[at[1]], float(mean[at])]
-        if tests := _tests(heatmap):
-            row += [float(tests[block]["statistic"][at]), float(tests[block]["q_value"][at])]
+        if heatmap.tests:
+            tests = heatmap.tests[block]
+            row += [float(tests["statistic"][at]), float(tests["q_value"][at])]
         rows.append(row)
     return rows
-
-
-def _tests(heatmap: Heatmap):  # type: ignore[no-untyped-def]
-    statistics = heatmap.statistics or {}
-    return statistics.get("overlap") or statistics.get("cross_mean")

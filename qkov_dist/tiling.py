@@ -64,6 +64,7 @@ def _sizes(path: str, attention: nn.Module, dims: HeadDims, config: Any) -> dict
     """Rows of each atom: head dims as the module states them, or else its config."""
 
     def read(attribute: str) -> int:
+        """One head dim."""
         value = read_int(attention, attribute)
         value = value if value is not None else getattr(config, attribute.rsplit(".", 1)[-1], None)
         if not isinstance(value, int) or value < 1:

@@ -47,7 +47,7 @@ class BlockView(Mapping[str, Any]):
         cross: Scores [layer, native head, n_a, n_b], or None.
         ids_a: Ids of A's samples.
         ids_b: Ids of B's samples.
-        p_values: Of each head's mean score, [layer, native head], or None before a test.
+        p_values: Of each head by the statistic that decides, [layer, native head], or None before a test.
         conflict_is_low: Whether conflict means a low score (``signed``: gradients point against each other).
     """
 
@@ -102,8 +102,8 @@ class BlockView(Mapping[str, Any]):
         """The strongest (sample pair, layer, native head), strongest first; equal scores in index order.
 
         Each is a dict of sample_i, sample_j (positions in A and B), id_a, id_b, layer, head, score and p_value (of the
-        head's mean score, None before a test). For K and V ``head`` is the kv head, repeated as ``kv_head``: a kv head
-        is listed once, not once for each of its query heads.
+        head by the statistic that decides, None before a test). For K and V ``head`` is the kv head, repeated as
+        ``kv_head``: a kv head is listed once, not once for each of its query heads.
         """
         pairs = self._pairs()
         sign = -1 if self.conflict_is_low else 1

@@ -19,9 +19,14 @@ Heads = dict[str, list[Tensor]]  # block -> per native head, the head's gradient
 
 
 def per_sample_gradients(
-    model: nn.Module, samples: list[tuple[np.ndarray, np.ndarray]], *, causal: bool = True, reduction: str = "mean"
+    model: nn.Module,
+    samples: list[tuple[np.ndarray, np.ndarray]],
+    *,
+    causal: bool = True,
+    reduction: str = "mean",
+    keep: tuple[str, ...] = ("",),
 ) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """Gradients of every parameter, [out, in] oriented for Linear, as stored; one dict a sample, and the losses."""
+    """Gradients of the parameters whose names begin as ``keep`` says, as stored; one dict a sample, and the losses."""
     twin = copy.deepcopy(model).double().eval()
     if any("experts" in name for name, _ in twin.named_parameters()):
         twin.set_experts_implementation("eager")  # the grouped matrix product has no float64
@@ -37,7 +42,8 @@ def per_sample_gradients(
             logits, targets = logits[:-1], targets[1:]
         loss = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
         loss.backward()
-        gradients.append({n: p.grad.clone() for n, p in twin.named_parameters() if p.grad is not None})
+        kept = {n: p for n, p in twin.named_parameters() if n.startswith(keep) and p.grad is not None}
+        gradients.append({n: p.grad.clone() for n, p in kept.items()})
         losses.append(float(loss.detach()))
     return gradients, losses
 

@@ -53,9 +53,14 @@ def test_a_failed_batch_leaves_no_trace(budget, tmp_path):
     store = FactorStore(budget, tmp_path)
     x, dq, _ = fill(store, torch.float32)
     before = store.bytes_in_memory, store.bytes_on_disk
-    with pytest.raises(RuntimeError, match="out of memory"), store.batch(batch_of((9,), (2,))):
-        store.add(Factors(Q, Q, torch.ones(2, 6), torch.ones(2, 4)))
-        raise RuntimeError("out of memory")
+
+    def fail_halfway() -> None:
+        with store.batch(batch_of((9,), (2,))):
+            store.add(Factors(Q, Q, torch.ones(2, 6), torch.ones(2, 4)))
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail_halfway()
     assert (store.bytes_in_memory, store.bytes_on_disk) == before
     assert torch.equal(store.x(Q), x)
     assert torch.equal(store.d(Q), dq)

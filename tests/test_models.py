@@ -284,6 +284,12 @@ def test_hub_behind_a_proxy_is_taken_to_be_there(monkeypatch: pytest.MonkeyPatch
     assert models._hub_reachable()
 
 
+def test_an_id_that_the_hub_does_not_know_points_to_the_id_and_the_network() -> None:
+    text = f"org/none is not a valid model identifier listed on '{hub.HUGGINGFACE_CO_URL_HOME}models'"
+    with pytest.raises(QkovError, match="Check the id"), models._explained("org/none", "a model that loads"):
+        raise OSError(text)
+
+
 def test_file_that_is_no_gguf(saved: Path) -> None:
     assert refused(saved / "config.json").expected == "a GGUF file"
 

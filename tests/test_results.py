@@ -99,6 +99,17 @@ def test_statistics_give_conflicts_their_p_values_and_leave_the_original_alone()
         assert conflict["p_value"] == tests["cross_mean"]["K"]["p_value"][layer, head]
 
 
+@pytest.mark.parametrize("deciding", ["cross_mean", "overlap"])
+def test_p_values_are_those_of_the_statistic_that_decides(deciding: str) -> None:
+    tests = make_statistics() | {"settings": {"statistic": deciding}}
+    tested = make_heatmap().with_statistics(tests)
+    assert tested.deciding == deciding
+    for block in "QKVO":
+        np.testing.assert_array_equal(tested[block].p_values, tests[deciding][block]["p_value"])
+    assert make_heatmap()["Q"].p_values is None
+    assert not make_heatmap().tests
+
+
 def test_unknown_names_are_qkov_errors_that_mappings_understand() -> None:
     heatmap = make_heatmap()
     with pytest.raises(QkovError, match="one of Q, K, V, O") as raised:

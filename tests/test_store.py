@@ -20,6 +20,7 @@ from heatmaps import ATTRIBUTES, LAYERS, NUM_A, NUM_B, make_heatmap, make_statis
 from qkov_dist.errors import QkovError
 from qkov_dist.hdf5_write import writing
 from qkov_dist.results import Heatmap
+from qkov_dist.statistics import QKOVStatistics
 from qkov_dist.store import load_heatmap, write_heatmap
 
 TESTS = Path(__file__).parent
@@ -65,6 +66,26 @@ def saved(tmp_path: Path) -> Path:
 
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(saved: Path) -> None:
     assert_same_heatmap(make_heatmap().with_statistics(make_statistics()), load_heatmap(saved))
+
+
+@pytest.mark.parametrize(("score", "deciding"), [("interference", "overlap"), ("signed", "cross_mean")])
+def test_the_statistic_that_decides_still_decides_after_loading(tmp_path: Path, score: str, deciding: str) -> None:
+    heatmap = make_heatmap(attributes=ATTRIBUTES | {"score": score, "estimator": "mean", "scope": "pooled"})
+    result = QKOVStatistics(fdr_alpha=0.9, n_permutations=30, n_bootstrap=2).test_heatmap(heatmap)
+    heatmap.with_statistics(result).save(tmp_path / "h.h5", "cross")
+    loaded = load_heatmap(tmp_path / "h.h5")
+    assert loaded.deciding == deciding
+    for block, tests in result[deciding].items():
+        np.testing.assert_array_equal(loaded[block].p_values, tests["p_value"])
+        assert np.isfinite(tests["p_value"]).sum() == heatmap.present[block].sum()
+    found = loaded.statistics
+    assert found["settings"] == result["settings"]
+    assert found["fdr_corrected"] == result["fdr_corrected"]
+    assert any(found["fdr_corrected"].values())
+    assert tuple(found["notes"]) == result["notes"]
+    assert {name: found[name].keys() for name in result.arrays()} == {
+        name: blocks.keys() for name, blocks in result.arrays().items()
+    }
 
 
 @pytest.mark.parametrize(("pairs", "groups"), [("none", []), ("cross", ["scores"]), ("all", ["scores", "scores_all"])])

@@ -1,4 +1,4 @@
-"""The frozen state of a model, and that it is left exactly as it was found."""
+"""Evaluating and frozen: what holds inside, and that all is left exactly as it was found."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from test_models import llama
 from torch import nn
 
-from qkov_dist.capture import frozen_eval
+from qkov_dist.modes import evaluating, frozen
 
 
-def test_frozen_eval_restores_exactly() -> None:
+def test_both_modes_are_restored_exactly() -> None:
     model = llama().train()
     model.model.layers[0].mlp.eval()
     model.lm_head.requires_grad_(True)
@@ -20,7 +20,7 @@ def test_frozen_eval_restores_exactly() -> None:
     training = {name: module.training for name, module in model.named_modules()}
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert len(set(training.values())) == len(set(required.values())) == 2
-    with frozen_eval(model):
+    with evaluating(model), frozen(model):
         assert not any(module.training for module in model.modules())
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert {name: module.training for name, module in model.named_modules()} == training
@@ -28,16 +28,16 @@ def test_frozen_eval_restores_exactly() -> None:
     assert model.model.layers[0].mlp.up_proj.weight.grad is gradient
 
 
-def test_frozen_eval_restores_after_an_error() -> None:
+def test_both_modes_are_restored_after_an_error() -> None:
     model = llama().train()
-    with pytest.raises(KeyError), frozen_eval(model):
+    with pytest.raises(KeyError), evaluating(model), frozen(model):
         raise KeyError
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_frozen_eval_takes_integer_parameters() -> None:
+def test_integer_parameters_can_be_frozen() -> None:
     module = nn.Module()
     module.packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
-    with frozen_eval(module):
+    with evaluating(module), frozen(module):
         assert not module.packed.requires_grad

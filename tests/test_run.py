@@ -1,0 +1,330 @@
+"""`qkov run` from a configuration file to heatmap.h5, in this process, on a tiny model on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from jobs import mixed_samples
+from test_api import as_blocks
+from test_engine import assert_close, expected_scores, job_for
+from zoo import TINY, VOCAB
+
+import qkov_dist.run
+from qkov_dist import load_heatmap
+from qkov_dist.cli import main
+from qkov_dist.samples import Sample
+
+
+def write_task(path: Path, samples) -> None:
+    lines = [{"id": s.id, "input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def entry():
+    return TINY["llama"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(entry, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    entry.build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(entry, model_dir, tmp_path):
+    """A configuration file, and a function that writes it again with changes (``section.key`` -> value)."""
+    job = job_for(entry)
+    write_task(tmp_path / "a.jsonl", job.a)
+    write_task(tmp_path / "b.jsonl", job.b)
+    plain = {
+        "model": {"path": str(model_dir)},
+        "tasks": [
+            {"name": "math", "path": str(tmp_path / "a.jsonl")},
+            {"name": "code", "path": str(tmp_path / "b.jsonl")},
+        ],
+        "fisher": {"decay": job.decay, "batch_size": job.fisher_batch},
+        "statistics": {"permutations": 50, "bootstrap": 20},
+        "output": {"dir": str(tmp_path / "out")},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def qkov(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_a_run_equals_the_oracle_and_writes_what_it_promises(config, entry, tmp_path, capsys):
+    assert qkov("run", config, "--quiet") == 0
+    printed = capsys.readouterr()
+    assert "strongest heads" in printed.out
+    assert str(tmp_path / "out" / "heatmap.h5") in printed.out
+    heatmap = load_heatmap(tmp_path / "out" / "heatmap.h5")
+    assert_close(as_blocks(heatmap), expected_scores(entry, entry.build(), job_for(entry)))
+    assert heatmap.samples_a.ids == tuple(s.id for s in job_for(entry).a)
+    assert heatmap.samples_b.num_tokens.tolist() == [s.num_labels for s in job_for(entry).b]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heatmap.h5", "partial_rank00000.h5"]
+    with h5py.File(tmp_path / "out" / "heatmap.h5") as file:
+        assert file.attrs["schema"] == b"qkov-dist/1"
+        assert file["scores/K"].shape == (2, 2, 5, 3)
+        assert file["heatmap/Q"].dtype == np.float64
+        assert file["scores/Q"].dims[0][0] == file["layer"]
+        assert {"statistic", "p_value", "q_value", "q_value_by", "p_max", "effect_size", "ci_low", "ci_high"} <= set(
+            file["statistics/overlap/V"]
+        )
+        datasets = []
+        file.visititems(lambda _, item: datasets.append(item) if isinstance(item, h5py.Dataset) else None)
+        assert all(dataset.fletcher32 for dataset in datasets)
+    with h5py.File(tmp_path / "out" / "partial_rank00000.h5") as file:
+        assert file["partial/K/layer_0001"].shape == (2, 8, 8)
+        assert file["partial/K/layer_0001"].attrs["heads"].tolist() == [0, 1]
+
+
+def test_losses_are_those_of_transformers(config, entry, tmp_path):
+    assert qkov("run", config, "--quiet", "metric.layers=1") == 0
+    heatmap = load_heatmap(tmp_path / "out" / "heatmap.h5")
+    model = entry.build()
+    for sample, loss in zip(job_for(entry).a, heatmap.samples_a.losses, strict=True):
+        ids, labels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.labels)[None]
+        assert float(model(input_ids=ids, labels=labels).loss) == pytest.approx(loss, rel=1e-5)
+
+
+def test_xarray_opens_the_file(config, tmp_path):
+    xarray = pytest.importorskip("xarray")
+    assert qkov("run", config, "--quiet") == 0
+    with xarray.open_dataset(tmp_path / "out" / "heatmap.h5", engine="h5netcdf", group="scores") as scores:
+        assert scores["K"].dims == ("layer", "kv_head", "sample_a", "sample_b")
+        assert scores["Q"].sizes == {"layer": 2, "head": 4, "sample_a": 5, "sample_b": 3}
+
+
+def test_pairs_all_and_none(config, tmp_path):
+    assert qkov("run", config, "--quiet", "output.pairs=all", f"output.dir={tmp_path}/all") == 0
+    assert qkov("run", config, "--quiet", "output.pairs=none", f"output.dir={tmp_path}/none") == 0
+    everything, summary = (load_heatmap(tmp_path / name / "heatmap.h5") for name in ("all", "none"))
+    assert everything.pooled["Q"].shape == (2, 4, 8, 8)
+    assert summary.cross is None
+    np.testing.assert_array_equal(everything.mean["V"], summary.mean["V"])
+
+
+def test_without_statistics_only_cross_pairs_are_scored(config, tmp_path):
+    off = ("statistics.enabled=false", "output.partials=false")
+    assert qkov("run", config, "--quiet", *off) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["heatmap.h5"]
+    assert load_heatmap(tmp_path / "out" / "heatmap.h5").statistics is None
+
+
+def test_a_finished_run_is_not_computed_again_unless_asked(config, tmp_path, capsys, monkeypatch):
+    assert qkov("run", config, "--quiet") == 0
+    before = load_heatmap(tmp_path / "out" / "heatmap.h5")
+    monkeypatch.setattr(qkov_dist.run, "score_layer", None)
+    assert qkov("run", config, "--quiet") == 0
+    assert "finished already" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert qkov("run", config, "--quiet", "output.resume=false") == 0
+    assert_identical(load_heatmap(tmp_path / "out" / "heatmap.h5"), before)
+
+
+def assert_identical(one, other) -> None:
+    """Bit for bit, but for where it was written."""
+    for block in one.blocks:
+        np.testing.assert_array_equal(one.cross[block], other.cross[block])
+        np.testing.assert_array_equal(one.mean[block], other.mean[block])
+        for key, values in one.fisher[block].items():
+            np.testing.assert_array_equal(values, other.fisher[block][key])
+        for key, values in one.statistics["overlap"][block].items():
+            np.testing.assert_array_equal(values, other.statistics["overlap"][block][key])
+    np.testing.assert_array_equal(one.samples_a.losses, other.samples_a.losses)
+    assert one.run_id == other.run_id
+
+
+def test_a_run_goes_on_from_the_layers_on_disk_bit_for_bit(config, tmp_path, capsys, monkeypatch):
+    assert qkov("run", config, "--quiet") == 0
+    score_layer = qkov_dist.run.score_layer
+
+    def interrupted(plan, *args):
+        if plan.layer == 1:
+            raise KeyboardInterrupt
+        return score_layer(plan, *args)
+
+    monkeypatch.setattr(qkov_dist.run, "score_layer", interrupted)
+    again = f"output.dir={tmp_path}/again"
+    assert qkov("run", config, "--quiet", again) == 130
+    assert not (tmp_path / "again" / "heatmap.h5").exists()
+    monkeypatch.undo()
+    assert qkov("run", config, "--quiet", again) == 0
+    assert "1 of 2 layers are on disk" in capsys.readouterr().err
+    assert_identical(*(load_heatmap(tmp_path / name / "heatmap.h5") for name in ("again", "out")))
+
+
+@pytest.mark.long
+def test_a_killed_run_is_resumed_by_the_same_command(config, tmp_path):
+    command = [sys.executable, "-m", "qkov_dist", "run", str(config), "--quiet", f"output.dir={tmp_path}/killed"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    layers = tmp_path / "killed" / "partial_rank00000.layers"
+    deadline = time.monotonic() + 120
+    while not (layers.exists() and any(layers.glob("layer_*.h5"))) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert qkov("run", config, "--quiet") == 0
+    assert qkov("run", config, "--quiet", f"output.dir={tmp_path}/killed") == 0
+    assert_identical(*(load_heatmap(tmp_path / name / "heatmap.h5") for name in ("out", "killed")))
+
+
+# Bad input: one message, exit code 2, and nothing overwritten
+
+
+def assert_refused(capsys, tmp_path, *arguments: object, expect: str) -> None:
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert qkov(*arguments) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("qkov: ")
+    assert expect in message
+    assert "Traceback" not in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("override", "expect"),
+    [
+        ("model.path=./nowhere", "./nowhere: expected a model directory or a .gguf file, got no such file"),
+        ("tasks.a.path=./nowhere.jsonl", "nowhere.jsonl"),
+        ("model.dtyp=float32", "nearest valid key is 'model.dtype'"),
+        ("fisher.decay=1.5", "fisher.decay (command line): expected a number above 0 and below 1, got 1.5"),
+        ("metric.layers=0-2", "metric.layers: expected layers with softmax attention among 0 to 1, got 2"),
+        ("metric.heads=7", "metric.heads: expected query heads 0 to 3 (layer 0), got 7"),
+        ("parallel.tp=2", "parallel"),
+        ("tasks.b.name=math", "expected two different names"),
+        ("metric.score=loud", "expected one of interference, signed, symmetric"),
+    ],
+)
+def test_bad_settings(config, tmp_path, capsys, override, expect):
+    assert_refused(capsys, tmp_path, "run", config, "--quiet", override, expect=expect)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expect"),
+    [
+        ([], "expected at least one sample, got none"),
+        (['{"input_ids": [1, 2, 3]}', "{broken"], "a.jsonl:2"),
+        ([json.dumps({"input_ids": [1, VOCAB]})], "a.jsonl:1"),
+        (['{"input_ids": [1, 2, 3], "labels": [1, 2]}'], "a.jsonl:1"),
+        (['{"input_ids": [1, 2], "labels": [1, -100]}'], "a.jsonl:1"),
+        (['{"text": "no tokenizer"}'], "a.jsonl:1"),
+        (['{"input_ids": [1, 2, 3]}'], "task 'math': expected at least two samples"),
+    ],
+)
+def test_bad_samples(config, tmp_path, capsys, lines, expect):
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert_refused(capsys, tmp_path, "run", config, "--quiet", expect=expect)
+
+
+def test_a_loss_that_is_not_finite_names_task_and_sample(config, entry, tmp_path, capsys):
+    model = entry.build()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[2] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    write_task(
+        tmp_path / "b.jsonl", [*job_for(entry).b, Sample("bad", np.array([4, 2, 5]), np.array([-100, 2, 5]), "")]
+    )
+    assert qkov("run", config, "--quiet", f"model.path={tmp_path}/nan") == 2
+    assert "task 'code', sample 'bad': expected a finite loss, got nan" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "heatmap.h5").exists()
+
+
+def test_a_folder_of_another_run_is_left_alone(config, tmp_path, capsys):
+    assert qkov("run", config, "--quiet") == 0
+    assert_refused(capsys, tmp_path, "run", config, "--quiet", "metric.score=signed", expect="Nothing was overwritten")
+    (tmp_path / "out" / "heatmap.h5").unlink()
+    assert_refused(capsys, tmp_path, "run", config, "--quiet", "metric.score=signed", expect="Nothing was overwritten")
+
+
+def test_other_samples_or_another_model_are_another_run(config, entry, tmp_path, capsys):
+    assert qkov("run", config, "--quiet") == 0
+    write_task(tmp_path / "a.jsonl", mixed_samples(5, VOCAB, seed=9))
+    assert_refused(capsys, tmp_path, "run", config, "--quiet", expect="Nothing was overwritten")
+    write_task(tmp_path / "a.jsonl", job_for(entry).a)
+    model = entry.build()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3, 3] += 1e-3
+    folder = Path(yaml.safe_load(config.read_text())["model"]["path"])
+    model.save_pretrained(folder)
+    assert_refused(capsys, tmp_path, "run", config, "--quiet", expect="Nothing was overwritten")
+    entry.build().save_pretrained(folder)
+
+
+def test_no_arguments_and_wrong_commands_exit_with_2(capsys):
+    for arguments in ([], ["fly"], ["run"], ["inspect"], ["demo", "--samples", "0"], ["demo", "--samples", "x"]):
+        with pytest.raises(SystemExit) if arguments != ["run"] else _returns() as caught:
+            code = main(arguments)
+        assert (caught.value.code if arguments != ["run"] else code) == 2
+        assert capsys.readouterr().err.startswith("qkov: ")
+
+
+class _returns:  # noqa: N801
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "inspect", "check"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"example: qkov {command}" in capsys.readouterr().out
+
+
+def test_keys_lists_every_setting(capsys):
+    assert main(["run", "--keys"]) == 0
+    assert "factor_memory_mb" in capsys.readouterr().out
+
+
+def test_an_error_of_ours_exits_with_1(config, capsys, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise ZeroDivisionError("a mistake")
+
+    monkeypatch.setattr(qkov_dist.run, "make_plan", broken)
+    assert qkov("run", config, "--quiet") == 1
+    assert "internal error: ZeroDivisionError: a mistake" in capsys.readouterr().err
+
+
+def test_inspect_works_from_a_config_alone(entry, tmp_path, capsys):
+    entry.config().save_pretrained(tmp_path)
+    assert qkov("inspect", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "self_attn.k_proj.weight" in printed
+    assert "not proved yet" in printed
+
+
+def test_inspect_verify_proves_and_check_holds(model_dir, capsys):
+    assert qkov("inspect", model_dir, "--verify") == 0
+    assert "24 slices of 2 layers, no mismatch" in capsys.readouterr().out
+    assert qkov("check", model_dir) == 0
+    printed = capsys.readouterr().out
+    assert "all six properties hold" in printed
+    assert "BROKEN" not in printed
+
+
+def test_inspect_refuses_what_it_does_not_know(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffllama", "vocab_size": 96, "hidden_size": 32}))
+    assert qkov("inspect", tmp_path) == 2
+    assert "diffllama" in capsys.readouterr().err
