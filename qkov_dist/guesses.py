@@ -14,7 +14,7 @@ from itertools import permutations
 from torch import nn
 
 from .families import FAMILIES, OUTPUT_MARK, Family, HeadDims
-from .structure import layer_lists, linear_shape, read_int, submodule
+from .structure import base_linear, layer_lists, linear_shape, read_int, submodule, without_wrappers
 
 _SEPARATE = (
     ("q_proj", "k_proj", "v_proj"),
@@ -53,7 +53,7 @@ def guess_families(model: nn.Module) -> list[Family]:
         for layer in stack:
             for path, module in layer.named_modules():
                 for family in _families_of(module):
-                    found.update({family: None, replace(family, attention=path): None})
+                    found.update({family: None, replace(family, attention=without_wrappers(path)): None})
     return list(found)
 
 
@@ -91,6 +91,6 @@ def _fused_orders() -> Iterator[str]:
 
 
 def _linear(attention: nn.Module, name: str) -> bool:
-    """Whether there is a linear (or a wrapper of one) at this path."""
+    """Whether there is a linear, or a wrapper of one, at this path."""
     module = submodule(attention, name)
-    return module is not None and (linear_shape(module) is not None or hasattr(module, "base_layer"))
+    return module is not None and linear_shape(base_linear(name, module)[1]) is not None

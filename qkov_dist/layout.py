@@ -25,6 +25,7 @@ from .structure import (
     other_mixers,
     submodule,
     text_config,
+    without_wrappers,
 )
 from .tiling import attention_layer
 
@@ -191,13 +192,14 @@ def find_attention(layer: nn.Module, family: Family) -> tuple[str, nn.Module] | 
     Raises:
         QkovError: where a second module of the layer has the same projections: it would be overlooked.
     """
-    found = [(path, module) for path, module in layer.named_modules() if _has_all(module, family)]
-    chosen = [(path, module) for path, module in found if family.attention in (None, path)]
+    having = [(path, module) for path, module in layer.named_modules() if _has_all(module, family)]
+    found = {without_wrappers(path): (path, module) for path, module in having}  # the innermost of wrapped modules
+    chosen = [place for path, place in found.items() if family.attention in (None, path)]
     if chosen and len(found) > 1:
         raise QkovError(
             type(layer).__name__,
             expected=f"one module with {', '.join(family.required)} in a layer",
-            got=", ".join(path for path, _ in found),
+            got=", ".join(found),
             remedy="A layer with two attentions is not covered.",
         )
     return chosen[0] if chosen else None

@@ -23,6 +23,7 @@ NOT_TEXT = frozenset(
     )
 )
 ATTENTION_LIKE = re.compile(r"attn|attention|qkv|query|key|value|[qkvo]_proj|mixer", re.IGNORECASE)
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")  # names that a wrapper puts in a path
 OTHER_MIXERS = ("linear_attn", "mamba", "mixer", "conv", "temporal_block", "ssm", "linear_attention", "rwkv")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")
@@ -72,10 +73,16 @@ def layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
                 yield path, module
 
 
+def without_wrappers(path: str) -> str:
+    """A path as it was before activation checkpointing, ``torch.compile`` or FSDP1 wrapped modules on it."""
+    return ".".join(name for name in path.split(".") if name not in WRAPPERS)
+
+
 def base_linear(path: str, module: nn.Module) -> tuple[str, nn.Module]:
-    """The linear that maps X to Y inside any LoRA-like wrapper, with its path."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-        path, module = f"{path}.base_layer", inner
+    """The linear that maps X to Y inside any LoRA-like or other wrapper, with its path."""
+    for name in ("base_layer", *WRAPPERS):
+        if isinstance(inner := module._modules.get(name), nn.Module):
+            return base_linear(f"{path}.{name}", inner)
     return path, module
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jobs import mixed_samples
 
-from qkov_dist.batches import IGNORED, make_batches, num_targets, sequence
-from qkov_dist.tasks import Sample
+from qkov_dist.batches import make_batches, num_targets, sequence
+from qkov_dist.samples import IGNORED, Sample
 
 
 def sample(ids, labels) -> Sample:

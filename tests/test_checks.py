@@ -12,11 +12,12 @@ from zoo import TINY, VOCAB
 import qkov_dist.batches
 import qkov_dist.checks
 import qkov_dist.subject
-from qkov_dist.batches import IGNORED, Batch
+from qkov_dist.batches import Batch
 from qkov_dist.checks import Finding, run_checks
 from qkov_dist.engine import ScoreSettings
 from qkov_dist.geometry import Rect
 from qkov_dist.layout import resolve
+from qkov_dist.samples import IGNORED
 from qkov_dist.slices import HeadSlice, Layout
 from qkov_dist.subject import Subject
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkov_dist.errors import QkovError
@@ -30,6 +30,7 @@ def painted(*pieces: Rect, bound: int = 9) -> np.ndarray:
     return canvas
 
 
+@settings(deadline=None)
 @given(rects(), rects())
 def test_an_intersection_holds_the_common_elements(a: Rect, b: Rect) -> None:
     both = a.intersect(b)
@@ -42,6 +43,7 @@ def test_an_intersection_holds_the_common_elements(a: Rect, b: Rect) -> None:
         assert (painted(both) == common).all()
 
 
+@settings(deadline=None)
 @given(rects())
 def test_area_shape_and_transpose_agree(rect: Rect) -> None:
     assert rect.area == painted(rect).sum() == rect.shape[0] * rect.shape[1]
@@ -49,6 +51,7 @@ def test_area_shape_and_transpose_agree(rect: Rect) -> None:
     assert rect.transposed.transposed == rect
 
 
+@settings(deadline=None)
 @given(rects(), st.integers(-1, 9))
 def test_split_rows_covers_exactly_in_bands(rect: Rect, max_rows: int) -> None:
     bands = rect.split_rows(max_rows)
@@ -58,6 +61,7 @@ def test_split_rows_covers_exactly_in_bands(rect: Rect, max_rows: int) -> None:
     assert list(bands) == sorted(bands)
 
 
+@settings(deadline=None)
 @given(sizes, sizes, st.data())
 def test_a_flat_interval_is_at_most_three_rectangles(num_rows: int, num_cols: int, data: st.DataObject) -> None:
     ends = st.integers(0, num_rows * num_cols)
@@ -71,6 +75,7 @@ def test_a_flat_interval_is_at_most_three_rectangles(num_rows: int, num_cols: in
     assert canvas.sum() == stop - start
 
 
+@settings(deadline=None)
 @given(sizes, sizes, st.lists(st.integers(0, 49), max_size=4))
 def test_cuts_of_a_flat_matrix_cover_it_exactly_once(num_rows: int, num_cols: int, cuts: list[int]) -> None:
     total = num_rows * num_cols
@@ -79,6 +84,7 @@ def test_cuts_of_a_flat_matrix_cover_it_exactly_once(num_rows: int, num_cols: in
     check_exact_cover("flat partition", Rect.of_shape(num_rows, num_cols), pieces)
 
 
+@settings(deadline=None)
 @given(st.lists(rects(), max_size=6))
 def test_first_overlap_finds_one_exactly_where_there_is_one(pieces: list[Rect]) -> None:
     overlap = first_overlap(pieces)

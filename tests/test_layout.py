@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -281,6 +282,26 @@ def test_wrappers_put_a_prefix_before_every_path() -> None:
     wrapper = nn.Module()
     wrapper.add_module("module", inner)
     assert [x.module for x in resolve(wrapper).layers] == [f"module.{x.module}" for x in resolve(inner).layers]
+
+
+@pytest.mark.parametrize("inside", ["", "self_attn"])
+def test_checkpointed_and_compiled_layers_resolve_to_the_same_heads(inside: str) -> None:
+    model = TINY["llama"].build()
+    plain = resolve(model)
+    for index, layer in enumerate(model.model.layers):
+        if inside:
+            layer.self_attn = CheckpointWrapper(layer.self_attn)
+        else:
+            model.model.layers[index] = CheckpointWrapper(layer)
+    layout = resolve(model)
+    assert [[p.slices for p in x.projections] for x in layout.layers] == [
+        [p.slices for p in x.projections] for x in plain.layers
+    ]
+    for projection in layout.layers[0].projections:
+        assert "_checkpoint_wrapped_module" in projection.module
+        assert isinstance(model.get_submodule(projection.module), nn.Linear)
+    model.config.model_type = "brand_new"
+    assert resolve(model).layers == layout.layers
 
 
 def test_an_unknown_structure_yields_every_order_that_tiles() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkov_dist.errors import QkovError
@@ -41,6 +41,7 @@ def test_slices_have_the_sizes_of_their_atoms() -> None:
     assert slices == (RowSlice("K", 0, 0, 4), RowSlice("V", 0, 4, 7), RowSlice("K", 1, 7, 11), RowSlice("V", 1, 11, 14))
 
 
+@settings(deadline=None)
 @given(
     pattern=st.sampled_from(["H*q K*k K*v", "K*(G*q k v)", "H*(q gate) K*(k v)", "K*(v k) H*q H*_"]),
     num_kv_heads=st.integers(1, 5),
