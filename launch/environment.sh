@@ -18,12 +18,15 @@ find_python() {
 }
 
 ensure_environment() {
-    local extras="$1" wanted stamp="$QKOV_VENV/.installed-${1:-plain}"
+    local extras="$1" wanted python stamp="$QKOV_VENV/.installed-${1:-plain}"
     wanted="$extras $(cksum <pyproject.toml) ${TORCH_SPEC:-torch==2.13.0}"
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    [ -x "$PYTHON" ] || "$(find_python)" -m venv "$QKOV_VENV"
+    if [ ! -x "$PYTHON" ]; then
+        python="$(find_python)"
+        "$python" -m venv "$QKOV_VENV"
+    fi
     echo "launch: installing into $QKOV_VENV" >&2
     "$PYTHON" -m pip install --quiet "${TORCH_SPEC:-torch==2.13.0}"
     "$PYTHON" -m pip install --quiet --editable ".${extras:+[$extras]}"

@@ -94,7 +94,7 @@ def make_batches(
     samples: Sequence[Sample],
     *,
     names: Sequence[str],
-    first_number: int = 0,
+    numbers: Sequence[int] | None = None,
     batch_tokens: int,
     objective: Objective,
 ) -> Iterator[Batch]:
@@ -105,13 +105,14 @@ def make_batches(
     Args:
         samples: The samples, in file order.
         names: How a message calls each of them.
-        first_number: Pooled number of ``samples[0]``.
+        numbers: Pooled number of each of them; from 0 by default.
         batch_tokens: Padded tokens in one batch.
         objective: Whether labels are shifted (causal) or not (masked).
     """
     sequenced = [sequence(sample, objective) for sample in samples]
+    numbers = range(len(samples)) if numbers is None else numbers
     for group in _groups([len(s.input_ids) for s in sequenced], batch_tokens):
-        yield make_batch([sequenced[n] for n in group], [first_number + n for n in group], [names[n] for n in group])
+        yield make_batch([sequenced[n] for n in group], [numbers[n] for n in group], [names[n] for n in group])
 
 
 def _groups(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

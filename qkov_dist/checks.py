@@ -265,9 +265,9 @@ def _unsliced(captured: Captured, layer: AttentionLayer) -> dict[str, Tensor]:
 def _whole_gradients(captured: Captured, layer: AttentionLayer, projection: Projection) -> Tensor:
     """Per-sample gradients of a whole weight, float64 [N, out, in]."""
     site, whole = Site(layer.index, projection.module), Rect.of_shape(*projection.shape)
-    x, d = captured.store.x(site).double(), captured.store.d(site).double()
+    x, d = captured.store.x(site).features(whole.cols).double(), captured.store.d(site).features(whole.rows).double()
     spans = [captured.store.spans[n] for n in range(captured.subject.num_samples)]
-    return sample_gradients(x, d, spans, whole.rows, whole.cols).view(-1, *projection.shape)
+    return sample_gradients(x, d, spans).view(-1, *projection.shape)
 
 
 def _pretended_rank(rank: int) -> Owned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QkovError as error:
         if options.debug:
             raise
-        print(f"qkov: {error}", file=sys.stderr)
+        print(f"qkov: {_this_rank()}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("qkov: interrupted; the same command goes on from the layers on disk", file=sys.stderr)
@@ -42,12 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # ours: say so, and how to see more
         if options.debug:
             raise
-        print(f"qkov: internal error: {type(error).__name__}: {error}. Run again with --debug.", file=sys.stderr)
+        print(
+            f"qkov: {_this_rank()}internal error: {type(error).__name__}: {error}. Run again with --debug.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
 
 def _run(options: argparse.Namespace) -> None:
+    from .comm import connected
     from .config import describe
     from .config_file import load_config
     from .run import run
@@ -63,11 +68,15 @@ def _run(options: argparse.Namespace) -> None:
             got="none",
             remedy="Write `qkov run CONFIG.yaml`; `qkov run --keys` lists what it may hold.",
         )
-    config = load_config(options.config, options.overrides)
-    print_summary(run(config, say=_say, show_progress=not options.quiet), config.output.dir)
+    with connected():
+        config = load_config(options.config, options.overrides)
+        heatmap = run(config, say=_say, show_progress=not options.quiet)
+    if heatmap is not None:
+        print_summary(heatmap, config.output.dir)
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from .comm import connected
     from .demo import demo_config
     from .run import run
     from .summary import print_summary
@@ -75,7 +84,10 @@ def _demo(options: argparse.Namespace) -> None:
     config = demo_config(
         model=options.model, samples=options.samples, max_tokens=options.max_tokens, output=options.output
     )
-    print_summary(run(config, say=_say, show_progress=not options.quiet), config.output.dir)
+    with connected():
+        heatmap = run(config, say=_say, show_progress=not options.quiet)
+    if heatmap is not None:
+        print_summary(heatmap, config.output.dir)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -106,6 +118,11 @@ def _model_config(options: argparse.Namespace) -> ModelConfig:
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def _this_rank() -> str:
+    """Which rank speaks, where several were started and the error does not say so itself."""
+    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _say(line: str) -> None:

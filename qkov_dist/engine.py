@@ -7,14 +7,16 @@ results is the result of one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .factors import FactorStore
+from .capture import Site
+from .factors import Window
 from .plan import LayerPlan, Tile
 from .score import NO_ELEMENTS, FisherSums, Score, diagonal_fisher, fisher_sums, pair_scores, sample_gradients
 
@@ -70,9 +72,26 @@ class BlockScores:
     fisher: list[FisherSums] = field(default_factory=list)
 
 
+class FactorSource(Protocol):
+    """Where a layer's factors come from: this process's own store, or the ranks that ran the samples."""
+
+    @property
+    def spans(self) -> Mapping[int, tuple[int, int]]:
+        """Rows (start, stop) of each sample, by its pooled number."""
+
+    def x_site(self, site: Site) -> Site:
+        """The site whose X this site shares."""
+
+    def x(self, site: Site) -> Window:
+        """Inputs of all samples' tokens."""
+
+    def d(self, site: Site) -> Window:
+        """Output gradients of all samples' tokens."""
+
+
 def score_layer(
     plan: LayerPlan,
-    store: FactorStore,
+    source: FactorSource,
     roles: Roles,
     settings: ScoreSettings,
     total_over_ranks: Callable[[BlockTotals], BlockTotals] = dict,
@@ -81,7 +100,7 @@ def score_layer(
 
     Args:
         plan: The layer's tiles.
-        store: Captured factors.
+        source: Captured factors.
         roles: The samples.
         settings: The metric.
         total_over_ranks: Sums each block's total of I over all ranks, where a relative ridge needs it.
@@ -91,12 +110,12 @@ def score_layer(
     """
     ridge = dict.fromkeys(plan.block_sizes, settings.ridge_absolute)
     if settings.ridge_relative:
-        totals = total_over_ranks(_block_totals(plan, store, roles, settings))
+        totals = total_over_ranks(_block_totals(plan, source, roles, settings))
         for block, size in plan.block_sizes.items():
             ridge[block] += settings.ridge_relative * totals[block] / size
     blocks = {block: _no_scores(heads, roles, settings) for block, heads in plan.heads.items()}
     weights = torch.as_tensor(roles.weights).to(settings.device, settings.dtype)
-    for tile, gradients in _tile_gradients(plan.tiles, store, roles, settings):
+    for tile, gradients in _tile_gradients(plan.tiles, source, roles, settings):
         fisher = diagonal_fisher(gradients, weights)
         scored, at = blocks[tile.block], blocks[tile.block].heads.index(tile.head)
         scored.fisher[at] += fisher_sums(fisher, ridge[tile.block])
@@ -117,26 +136,27 @@ def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) ->
     return BlockScores(heads, zeros, [NO_ELEMENTS] * len(heads))
 
 
-def _block_totals(plan: LayerPlan, store: FactorStore, roles: Roles, settings: ScoreSettings) -> BlockTotals:
+def _block_totals(plan: LayerPlan, source: FactorSource, roles: Roles, settings: ScoreSettings) -> BlockTotals:
     """This rank's share of the sum of I over each whole block."""
     totals = dict.fromkeys(plan.block_sizes, 0.0)
     weights = torch.as_tensor(roles.weights, dtype=torch.float64)
-    for tile, gradients in _tile_gradients(plan.block_tiles, store, roles, settings):
+    for tile, gradients in _tile_gradients(plan.block_tiles, source, roles, settings):
         norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64).square()
         totals[tile.block] += float(weights @ norms.cpu())
     return totals
 
 
 def _tile_gradients(
-    tiles: Sequence[Tile], store: FactorStore, roles: Roles, settings: ScoreSettings
+    tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
 ) -> Iterator[tuple[Tile, Tensor]]:
     """Each tile with its per-sample gradients [N, P]; a layer's factors are read once per projection."""
-    spans = [store.spans[member] for member in roles.members]
-    x_site, x = None, torch.empty(0)
-    sites = sorted({tile.site for tile in tiles}, key=lambda site: (store.x_site(site), site))
+    spans = [source.spans[member] for member in roles.members]
+    x_site, x = None, Window(torch.empty(0))
+    sites = sorted({tile.site for tile in tiles}, key=lambda site: (source.x_site(site), site))
     for site in sites:
-        if x_site != store.x_site(site):
-            x_site, x = store.x_site(site), store.x(site).to(settings.device, settings.dtype)
-        d = store.d(site).to(settings.device, settings.dtype)
+        if x_site != source.x_site(site):
+            x_site, x = source.x_site(site), source.x(site).to(settings.device, settings.dtype)
+        d = source.d(site).to(settings.device, settings.dtype)
         for tile in (tile for tile in tiles if tile.site == site):
-            yield tile, sample_gradients(None if tile.bias else x, d, spans, tile.rect.rows, tile.rect.cols)
+            inputs = None if tile.bias else x.features(tile.rect.cols)
+            yield tile, sample_gradients(inputs, d.features(tile.rect.rows), spans)

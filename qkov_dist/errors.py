@@ -21,6 +21,11 @@ class QkovError(ValueError):
         self.where, self.expected, self.got, self.remedy = where, expected, got, remedy
         super().__init__(f"{where}: expected {expected}, got {got}. {remedy}")
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """The arguments that make this error again, as JSON."""
+        return {"where": self.where, "expected": self.expected, "got": self.got, "remedy": self.remedy}
+
     def within(self, outer: str) -> QkovError:
         """Return the same error with an outer place put before its own (``outer: where: ...``)."""
         return QkovError(f"{outer}: {self.where}", expected=self.expected, got=self.got, remedy=self.remedy)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,37 @@ from torch import Tensor
 from .batches import Batch
 from .capture import Factors, Site
 from .errors import QkovError
+from .geometry import Rect
 
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows of a factor at the features [start, start + width) of its projection."""
+
+    values: Tensor
+    start: int = 0
+
+    def features(self, part: slice) -> Tensor:
+        """The columns of some features, by their number in the whole projection.
+
+        Raises:
+            QkovError: for features outside the window.
+        """
+        low, high = part.start - self.start, part.stop - self.start
+        if low < 0 or high > self.values.shape[1]:
+            raise QkovError(
+                "captured factors",
+                expected=f"features {part.start} to {part.stop}",
+                got=f"{self.start} to {self.start + self.values.shape[1]}",
+                remedy="Report this: the plan asks a rank for what its hooks do not see.",
+            )
+        return self.values[:, low:high]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Window:
+        """The same window elsewhere, in another type."""
+        return Window(self.values.to(device, dtype), self.start)
 
 
 @dataclass(frozen=True)
@@ -85,6 +115,8 @@ class FactorStore:
     Args:
         budget_bytes: Factors kept in memory; the rest goes to disk.
         folder: Where the temporary folder for spilled factors is made; the system's own by default.
+        local: The tensor-parallel shard of each projection, [out, in]. Hooks hand out either all features of a
+            projection or exactly those of its shard.
 
     Attributes:
         spans: Rows (start, stop) of each sample, by its pooled number; the same in every series.
@@ -92,11 +124,12 @@ class FactorStore:
         bytes_on_disk: Size of what was spilled.
     """
 
-    def __init__(self, budget_bytes: int, folder: Path | None = None) -> None:
+    def __init__(self, budget_bytes: int, folder: Path | None = None, local: Mapping[Site, Rect] | None = None) -> None:
         self.budget_bytes = budget_bytes
         self.bytes_in_memory = 0
         self.bytes_on_disk = 0
         self.spans: dict[int, Span] = {}
+        self._local = dict(local or {})
         self._num_rows = 0
         self._series: dict[tuple[str, Site], _Series] = {}
         self._x_site: dict[Site, Site] = {}
@@ -108,6 +141,23 @@ class FactorStore:
     def sites(self) -> frozenset[Site]:
         """The sites that have been captured."""
         return frozenset(self._x_site)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of every series: the tokens of all samples."""
+        return self._num_rows
+
+    def describe(self) -> dict[str, Any]:
+        """What the store holds, as JSON: rows, spans of the samples, shared inputs, and each series with its dtype."""
+        return {
+            "rows": self._num_rows,
+            "spans": [[number, *span] for number, span in self.spans.items()],
+            "sharing": [[[s.layer, s.module], [x.layer, x.module]] for s, x in self._x_site.items()],
+            "series": [
+                [kind, [site.layer, site.module], str(series.dtype).removeprefix("torch.")]
+                for (kind, site), series in self._series.items()
+            ],
+        }
 
     def close(self) -> None:
         """Forget everything and remove the temporary folder."""
@@ -157,14 +207,18 @@ class FactorStore:
             )
         return self._x_site[site]
 
-    def x(self, site: Site) -> Tensor:
+    def x(self, site: Site) -> Window:
         """The inputs of all samples' tokens at one site, [tokens, in]; :attr:`spans` says whose each row is."""
-        return self._series["x", self.x_site(site)].read()
+        values = self._series["x", self.x_site(site)].read()
+        local = self._local.get(site)
+        return Window(values, local.col if local and values.shape[1] == local.shape[1] else 0)
 
-    def d(self, site: Site) -> Tensor:
+    def d(self, site: Site) -> Window:
         """The output gradients of all samples' tokens at one site, [tokens, out]."""
         self.x_site(site)
-        return self._series["d", site].read()
+        values = self._series["d", site].read()
+        local = self._local.get(site)
+        return Window(values, local.row if local and values.shape[1] == local.shape[0] else 0)
 
     def _append(self, kind: str, site: Site, rows: Tensor) -> None:
         rows = rows.detach().cpu()

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import QkovError
+from .comm import Alone, World
+from .pieces import logical_shape, pieces_of
 
 # Settings that leave the function of the model as it is, and differ between ways of loading it.
 NEUTRAL_SETTINGS = {
@@ -25,19 +26,34 @@ NEUTRAL_SETTINGS = {
 CHUNK_ELEMENTS = 2**20
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, world: World | None = None) -> str:
     """SHA-256 of the configuration and of the name, shape, dtype and checksum of every parameter and persistent buffer.
 
-    Does not depend on the device, on ``requires_grad``, or on where the checkpoint lies. LoRA weights count.
+    Does not depend on the device, on ``requires_grad``, on where the checkpoint lies, or on how the weights are
+    sharded: what replicas hold in common counts once. LoRA weights count.
+
+    Args:
+        model: The model, or this rank's part of it.
+        world: The ranks that hold the other parts; every one of them calls this.
+
+    Raises:
+        QkovError: for weights that are not in memory.
     """
+    world = world or Alone()
+    tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    pieces = {name: list(pieces_of(name, tensor)) for name, tensor in tensors.items()}
+    where = world.gather({name: [piece.place for piece in of_name] for name, of_name in pieces.items()})
+    mine = {
+        name: [checksum(piece.values, piece.rows, piece.cols) for piece in of_name]
+        for name, of_name in pieces.items()
+        if all(rank[name] != where[world.rank][name] for rank in where[: world.rank])
+    }
+    parts = world.gather(mine)
     entries = []
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.is_meta:
-            remedy = "Load the weights without offloading to CPU or disk."
-            raise QkovError(name, expected="a weight in memory", got="a tensor on the meta device", remedy=remedy)
-        entries.append((name, tuple(tensor.shape), str(tensor.dtype), checksum(tensor)))
+    for name, tensor in tensors.items():
+        found = [pair for rank in parts for pair in rank.get(name, ())]
+        total = sum(plain for plain, _ in found) % 2**64, sum(weighted for _, weighted in found) % 2**64
+        entries.append((name, logical_shape(tensor), str(tensor.dtype), total))
     return digest(model, entries)
 
 
@@ -50,19 +66,22 @@ def digest(model: nn.Module, entries: Iterable[tuple[str, tuple[int, ...], str, 
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def checksum(part: Tensor, row: int = 0, col: int = 0) -> tuple[int, int]:
-    """The additive checksum of the rectangle of a tensor that begins at (row, col), each sum in [0, 2^64).
+def checksum(matrix: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> tuple[int, int]:
+    """The additive checksum of some rows and columns of a matrix, each sum in [0, 2^64).
 
-    The tensor is seen as a matrix: its first dimension by all others, a vector as one column.
+    Args:
+        matrix: The elements [R, C]; a tensor of other rank is seen as its first dim by all others.
+        rows: Number of each row in the whole matrix, int64 [R]; from 0 by default.
+        cols: Number of each column in the whole matrix, int64 [C].
     """
-    if part.numel() == 0:
+    if matrix.numel() == 0:
         return 0, 0
-    matrix = part.detach().reshape(len(part), -1) if part.ndim else part.detach().reshape(1, 1)
-    bits = matrix.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()])
+    matrix = matrix.detach().reshape(len(matrix), -1) if matrix.ndim else matrix.detach().reshape(1, 1)
+    bits = matrix.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()])
     num_rows, num_cols = bits.shape
-    row_weights = _mix(torch.arange(row, row + num_rows, device=part.device), 1)
-    col_weights = _mix(torch.arange(col, col + num_cols, device=part.device), 2)
-    sums = torch.zeros(2, dtype=torch.int64, device=part.device)
+    row_weights = _mix((torch.arange(num_rows) if rows is None else rows).to(matrix.device), 1)
+    col_weights = _mix((torch.arange(num_cols) if cols is None else cols).to(matrix.device), 2)
+    sums = torch.zeros(2, dtype=torch.int64, device=matrix.device)
     step = max(1, CHUNK_ELEMENTS // num_cols)
     for start in range(0, num_rows, step):
         words = bits[start : start + step].to(torch.int64)

@@ -39,6 +39,11 @@ class Rect:
         return rows * cols
 
     @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """(first row, end of rows, first column, end of columns)."""
+        return self.row, self.row_end, self.col, self.col_end
+
+    @property
     def rows(self) -> slice:
         """The rows as a slice."""
         return slice(self.row, self.row_end)

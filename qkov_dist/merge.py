@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .comm import World
 from .engine import BlockScores
 from .errors import QkovError
 from .frame import Frame, FrameLayer
@@ -50,6 +51,45 @@ def add_layers(parts: Sequence[LayerPartial]) -> LayerPartial:
     names = {name for part in parts for name in part.shared}
     shared = {name: _add([part.shared[name] for part in parts if name in part.shared]) for name in sorted(names)}
     return LayerPartial(blocks, shared)
+
+
+def add_over_ranks(part: LayerPartial, layer: FrameLayer, shape: tuple[int, int], world: World) -> LayerPartial:
+    """One layer's sum over all ranks, on every rank; all of them call this alike.
+
+    Args:
+        part: What this rank scored; heads of which it owns nothing may be missing.
+        layer: The layer's heads.
+        shape: (samples in the role of i, samples in the role of j).
+        world: The ranks.
+    """
+    if world.size == 1:
+        return part
+    blocks = {block: _block_over_ranks(part.blocks.get(block), heads, shape, world) for block, heads in _native(layer)}
+    names = sorted({name for rank in world.gather(sorted(part.shared)) for name in rank})
+    dtype = next((scores.dtype for scores in part.shared.values()), np.dtype(np.float32))
+    shared = {name: world.sum(part.shared.get(name, np.zeros(shape, dtype))) for name in names}
+    return LayerPartial(blocks, shared)
+
+
+def _native(layer: FrameLayer) -> list[tuple[str, tuple[int, ...]]]:
+    return [(block, tuple(layer.heads[block])) for block in BLOCKS if block in layer.heads]
+
+
+def _block_over_ranks(
+    part: BlockPartial | None, heads: tuple[int, ...], shape: tuple[int, int], world: World
+) -> BlockPartial:
+    wide = any(world.gather(part is not None and part.scores.dtype == np.float64))
+    scores = np.zeros((len(heads), *shape), np.float64 if wide else np.float32)
+    sums = np.zeros((len(heads), 4))
+    sums[:, 2] = np.inf
+    if part is not None:
+        at = np.searchsorted(heads, part.heads)
+        scores[at], sums[at] = part.scores, part.fisher_sums
+    minimum = np.min(world.gather(sums[:, 2].tolist()), axis=0)
+    sums[:, 2] = 0.0
+    total = world.sum(sums)
+    total[:, 2] = minimum
+    return BlockPartial(np.array(heads, np.int64), world.sum(scores), total)
 
 
 def _add(arrays: Sequence[Floats]) -> Floats:

@@ -58,6 +58,7 @@ class LoadedModel:
         objective: ``causal`` or ``masked``.
         vocab_size: Token ids lie in [0, vocab_size).
         max_positions: Longest input in tokens, or None for no limit.
+        engine: What keeps a model's parts together (a DeepSpeed engine); held, not used.
     """
 
     model: Any
@@ -65,14 +66,16 @@ class LoadedModel:
     objective: str
     vocab_size: int
     max_positions: int | None
+    engine: Any = None
 
 
-def load_model(config: ModelConfig, *, device_map: Any = None) -> LoadedModel:
+def load_model(config: ModelConfig, *, device_map: Any = None, distributed: Any = None) -> LoadedModel:
     """Load the weights, in eval mode, and the tokenizer.
 
     Args:
         config: Path and dtype; ``dtype: auto`` keeps the checkpoint's.
         device_map: As in ``transformers``; None loads on the CPU.
+        distributed: A transformers ``DistributedConfig``: every rank reads its own shards.
 
     Raises:
         QkovError: The path, its files, the dtype or the attention implementation do not do.
@@ -82,6 +85,8 @@ def load_model(config: ModelConfig, *, device_map: Any = None) -> LoadedModel:
     settings = _settings(name, options, config.path)
     objective = _objective(settings, config.path)
     extra: dict[str, Any] = {"device_map": device_map, "dtype": _dtype(config.dtype), "weights_only": True}
+    if distributed is not None:
+        extra["distributed_config"] = distributed
     if config.attn_implementation is not None:
         extra["attn_implementation"] = config.attn_implementation
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):

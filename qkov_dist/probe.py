@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .errors import QkovError
 from .geometry import Rect
+from .modes import evaluating
 from .slices import AttentionLayer, Projection
 from .structure import text_config
 
@@ -33,18 +34,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 @contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[None]:
     """Eval mode without caches and gradients; the training flags and the config are put back."""
-    training = [module for module in model.modules() if module.training]
     config = text_config(model)
     use_cache = getattr(config, "use_cache", None)
-    model.eval()
     config.use_cache = False
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         config.use_cache = use_cache
-        for module in training:
-            module.training = True
 
 
 def probe_tokens(model: nn.Module, seed: int) -> Tensor:
@@ -124,8 +121,15 @@ def make_probe(model: nn.Module, layer: AttentionLayer, call: Call, tokens: Tens
             attention(*copy.deepcopy(args), **copy.deepcopy(kwargs))
 
     norms = _coupling_norms(attention, run, max(layer.head_dim, layer.v_head_dim))
-    output = model.get_submodule(layer.output.module)
-    return Probe(layer, model, run, norms, _observe(run, output, nullcontext(), norms))
+    baseline = _observe(run, model.get_submodule(layer.output.module), nullcontext(), norms)
+    if not bool(baseline.isfinite().all()):
+        raise QkovError(
+            layer.output.module,
+            expected="finite activations on a few tokens",
+            got="NaN or infinity",
+            remedy="Check the checkpoint's weights, or load the model in a wider type (float32 or bfloat16).",
+        )
+    return Probe(layer, model, run, norms, baseline)
 
 
 def is_plain(weight: object) -> bool:

@@ -91,13 +91,18 @@ def prove_candidates(model: nn.Module, layouts: Sequence[Layout], *, seed: int =
 def resolve_proved(model: nn.Module, *, layers: Iterable[int] | None = None, seed: int = 0) -> Layout:
     """Find the layout of any model and prove it: known families by their data, others from structure.
 
+    Args:
+        model: With weights; its state is restored exactly.
+        layers: Layers to prove; by default the first one of each kind (all of them where the architecture is unknown).
+        seed: Of the tokens and nudges.
+
     Raises:
         QkovError: as ``resolve``, ``prove`` and ``prove_candidates`` do.
     """
     if known_family(text_config(model)) is None:
         return prove_candidates(model, candidates(model), seed=seed)
     layout = resolve(model)
-    prove(model, layout, layers=layers, seed=seed)
+    prove(model, layout, layers=layout.distinct_layers() if layers is None else layers, seed=seed)
     return replace(layout, proved=True)
 
 

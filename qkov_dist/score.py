@@ -51,28 +51,23 @@ class FisherSums:
 NO_ELEMENTS = FisherSums(0.0, 0, float("inf"), 0)
 
 
-def sample_gradients(x: Tensor | None, d: Tensor, spans: Sequence[tuple[int, int]], rows: slice, cols: slice) -> Tensor:
-    """Per-sample gradients of a tile, D[:, rows]^T X[:, cols] of each sample's tokens.
+def sample_gradients(x: Tensor | None, d: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Per-sample gradients of a tile, D^T X of each sample's tokens.
 
     Args:
-        x: Inputs [tokens, in], or None for a bias (an input of ones).
-        d: Output gradients [tokens, out].
+        x: Inputs at the tile's input features [tokens, cols], or None for a bias (an input of ones).
+        d: Output gradients at the tile's output features [tokens, rows].
         spans: Each sample's tokens (start, stop), [N].
-        rows: Output features of the tile.
-        cols: Input features of the tile (ignored for a bias).
 
     Returns:
-        Gradients [N, P], P = rows x cols, in the dtype of ``d``.
+        Gradients [N, rows * cols], in the dtype of ``d``.
     """
-    num_samples, num_rows = len(spans), rows.stop - rows.start
-    d_tile = d[:, rows]
     if x is None:
-        return torch.stack([d_tile[slice(*span)].sum(dim=0) for span in spans])
-    x_tile = x[:, cols]
-    gradients = d.new_empty(num_samples, num_rows, cols.stop - cols.start)
+        return torch.stack([d[slice(*span)].sum(dim=0) for span in spans])
+    gradients = d.new_empty(len(spans), d.shape[1], x.shape[1])
     for n, (start, stop) in enumerate(spans):
-        torch.mm(d_tile[start:stop].t(), x_tile[start:stop], out=gradients[n])
-    return gradients.view(num_samples, -1)
+        torch.mm(d[start:stop].t(), x[start:stop], out=gradients[n])
+    return gradients.view(len(spans), -1)
 
 
 def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:

@@ -124,6 +124,15 @@ class Layout:
         """The blocks that some layer has."""
         return tuple(b for b in BLOCKS if any(b in layer.blocks for layer in self.layers))
 
+    def distinct_layers(self) -> tuple[int, ...]:
+        """The first layer of each kind: layers of one kind have the same counts, dims, projections and notes."""
+        kinds: dict[tuple[object, ...], int] = {}
+        for layer in self.layers:
+            shapes = tuple((p.shape, p.transposed, p.has_bias, p.order) for p in layer.projections)
+            counts = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim)
+            kinds.setdefault((*counts, shapes, layer.notes), layer.index)
+        return tuple(kinds.values())
+
     def layer(self, index: int) -> AttentionLayer:
         """The attention layer with this layer number.
 

@@ -30,7 +30,9 @@ def test_masked_targets_are_not():
 def test_every_sample_is_in_exactly_one_batch_with_its_own_tokens(num, tokens, seed):
     samples = mixed_samples(num, 50, seed=seed)
     batches = list(
-        make_batches(samples, names=[s.id for s in samples], first_number=3, batch_tokens=tokens, objective="causal")
+        make_batches(
+            samples, names=[s.id for s in samples], numbers=range(3, 3 + num), batch_tokens=tokens, objective="causal"
+        )
     )
     assert sorted(n for batch in batches for n in batch.samples) == list(range(3, 3 + num))
     for batch in batches:

@@ -37,10 +37,10 @@ def fill(store: FactorStore, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
 def test_what_comes_back_is_identical_whatever_the_budget(budget, dtype, tmp_path):
     store = FactorStore(budget, tmp_path)
     x, dq, dk = fill(store, dtype)
-    assert torch.equal(store.x(Q), x)
-    assert torch.equal(store.x(K), x)
-    assert torch.equal(store.d(Q), dq)
-    assert torch.equal(store.d(K), dk)
+    assert torch.equal(store.x(Q).values, x)
+    assert torch.equal(store.x(K).values, x)
+    assert torch.equal(store.d(Q).values, dq)
+    assert torch.equal(store.d(K).values, dk)
     assert store.spans == {4: (0, 3), 1: (3, 5), 0: (5, 10), 2: (10, 11), 3: (11, 12)}
     assert store.bytes_in_memory <= budget
     assert store.bytes_in_memory + store.bytes_on_disk == sum(t.nbytes for t in (x, dq, dk))
@@ -62,8 +62,8 @@ def test_a_failed_batch_leaves_no_trace(budget, tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         fail_halfway()
     assert (store.bytes_in_memory, store.bytes_on_disk) == before
-    assert torch.equal(store.x(Q), x)
-    assert torch.equal(store.d(Q), dq)
+    assert torch.equal(store.x(Q).values, x)
+    assert torch.equal(store.d(Q).values, dq)
     assert 9 not in store.spans
 
 

@@ -25,7 +25,7 @@ from qkov_dist.models import load_model, meta_model
 def parts(matrix: torch.Tensor, rows: list[int], cols: list[int]) -> list[tuple[int, int]]:
     row_cuts, col_cuts = [0, *sorted(rows), matrix.shape[0]], [0, *sorted(cols), matrix.shape[1]]
     return [
-        checksum(matrix[row:row_end, col:col_end], row, col)
+        checksum(matrix[row:row_end, col:col_end], torch.arange(row, row_end), torch.arange(col, col_end))
         for row, row_end in pairwise(row_cuts)
         for col, col_end in pairwise(col_cuts)
     ]

@@ -302,7 +302,7 @@ def test_an_error_of_ours_exits_with_1(config, capsys, monkeypatch):
     def broken(*_args, **_kwargs):
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr(qkov_dist.run, "make_plan", broken)
+    monkeypatch.setattr(qkov_dist.run, "make_frame", broken)
     assert qkov("run", config, "--quiet") == 1
     assert "internal error: ZeroDivisionError: a mistake" in capsys.readouterr().err
 

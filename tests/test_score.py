@@ -17,7 +17,7 @@ def factors() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_gradients_are_products_over_each_samples_own_tokens(factors):
     x, d = factors
-    tile = sample_gradients(x, d, SPANS, slice(2, 5), slice(1, 4))
+    tile = sample_gradients(x[:, 1:4], d[:, 2:5], SPANS)
     for n, (start, stop) in enumerate(SPANS):
         whole = sum(torch.outer(d[t], x[t]) for t in range(start, stop))
         torch.testing.assert_close(tile[n].view(3, 3), whole[2:5, 1:4], rtol=1e-12, atol=1e-12)
@@ -25,8 +25,8 @@ def test_gradients_are_products_over_each_samples_own_tokens(factors):
 
 def test_a_bias_is_a_weight_with_an_input_of_ones(factors):
     _, d = factors
-    bias = sample_gradients(None, d, SPANS, slice(2, 5), slice(0, 1))
-    ones = sample_gradients(torch.ones(9, 1).double(), d, SPANS, slice(2, 5), slice(0, 1))
+    bias = sample_gradients(None, d[:, 2:5], SPANS)
+    ones = sample_gradients(torch.ones(9, 1).double(), d[:, 2:5], SPANS)
     torch.testing.assert_close(bias, ones, rtol=1e-12, atol=1e-12)
 
 
@@ -37,11 +37,11 @@ def test_scores_follow_the_definition_and_tiles_add_up(factors, score):
     regularisation = {"epsilon": 0.3, "ridge": 0.1}
 
     def scores(rows: slice) -> torch.Tensor:
-        gradients = sample_gradients(x, d, SPANS, rows, slice(0, 6))
+        gradients = sample_gradients(x, d[:, rows], SPANS)
         fisher = diagonal_fisher(gradients, weights)
         return pair_scores(gradients, fisher, left=slice(0, 2), right=slice(1, 3), score=score, **regularisation)
 
-    whole = sample_gradients(x, d, SPANS, slice(0, 8), slice(0, 6))
+    whole = sample_gradients(x, d, SPANS)
     regularised = sum(w * g.square() for w, g in zip(weights, whole, strict=True)).clamp_min(0.3) + 0.1
     expected = [[float(PAIRS[score](whole[i], whole[j], regularised)) for j in (1, 2)] for i in (0, 1)]
     torch.testing.assert_close(scores(slice(0, 8)), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
@@ -50,7 +50,7 @@ def test_scores_follow_the_definition_and_tiles_add_up(factors, score):
 
 @pytest.mark.parametrize("score", ["signed", "symmetric"])
 def test_symmetric_scores_are_transposes_of_each_other(factors, score):
-    gradients = sample_gradients(*factors, SPANS, slice(0, 8), slice(0, 6))
+    gradients = sample_gradients(*factors, SPANS)
     fisher = gradients.square().mean(dim=0)
     settings = {"score": score, "epsilon": 1e-10, "ridge": 1e-8}
     forward = pair_scores(gradients, fisher, left=slice(0, 1), right=slice(1, 3), **settings)

@@ -1,0 +1,186 @@
+"""Everything that is known before the first batch: the model on its ranks, the layout, the samples, the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from .comm import World, same_on_all
+from .config import RunConfig, canonical_json, to_dict
+from .engine import Roles, ScoreSettings
+from .errors import QkovError
+from .fingerprint import fingerprint
+from .fisher import Estimator, Scope, fisher_steps, fisher_weights
+from .layout import resolve
+from .models import LoadedModel
+from .parallel import load_parallel, resolve_parallelism
+from .plan import Plan, Selection, make_plan
+from .proof import resolve_proved
+from .samples import Task, task_fingerprint
+from .score import Score
+from .shards import is_sharded
+from .slices import Layout
+from .stand_in import prove_stand_in
+from .tasks import load_task
+from .team import Team, make_team
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is known before the first batch.
+
+    Attributes:
+        config: The resolved configuration.
+        loaded: The model, its tokenizer and limits.
+        layout: Where each head is, proved.
+        tasks: A and B.
+        team: Who runs which samples, and owns what.
+        plan: This rank's tiles of every layer.
+        run_id: Hash of the configuration's identity, the model and the samples.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+    layout: Layout
+    tasks: tuple[Task, Task]
+    team: Team
+    plan: Plan
+    run_id: str
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.config.output.dir)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether scores among all pooled samples are needed."""
+        return self.config.statistics.enabled or self.config.output.pairs == "all"
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of both tasks."""
+        return sum(len(task.samples) for task in self.tasks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where scores are formed."""
+        return torch.device(next(self.loaded.model.parameters()).device)
+
+    def settings(self) -> ScoreSettings:
+        """The metric's numbers."""
+        metric, ridge = self.config.metric, self.config.ridge
+        dtype = DTYPES[self.config.compute.score_dtype]
+        return ScoreSettings(
+            cast(Score, metric.score), ridge.epsilon, ridge.absolute, ridge.relative, dtype, self.device
+        )
+
+    def roles(self) -> Roles:
+        """All samples are members, A's first."""
+        fisher, num_a, num = self.config.fisher, len(self.tasks[0].samples), self.num_samples
+        scope, estimator = cast(Scope, fisher.scope), cast(Estimator, fisher.estimator)
+        steps = fisher_steps(num_a, num - num_a, batch_size=fisher.batch_size, scope=scope)
+        weights = fisher_weights(steps, num, estimator=estimator, decay=fisher.decay)
+        if self.pooled:
+            return Roles(tuple(range(num)), weights, slice(0, num), slice(0, num))
+        return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num))
+
+
+def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
+    """Load and check everything, on every rank alike; nothing is written.
+
+    Raises:
+        QkovError: for anything wrong with the configuration, the model or the tasks, and for ranks that differ.
+    """
+    same_on_all(world, "configuration", _flat(to_dict(config)))
+    parallelism = resolve_parallelism(config.parallel, world.size, os.environ)
+    cut = f" on {world.size} ranks (tp {parallelism.tp}, {parallelism.data})" if world.size > 1 else ""
+    say(f"loading {config.model.path}{cut}")
+    loaded = load_parallel(config.model, parallelism, world)
+    layout = proved_layout(loaded.model, world)
+    tasks = _tasks(config, loaded)
+    selection = Selection(config.metric.layers, config.metric.heads)
+    layers = [layer.index for layer in selection.layers_of(layout)]
+    team = make_team(world, loaded.model, layout, layers)
+    plan = make_plan(
+        layout,
+        selection,
+        include_bias=config.metric.include_bias,
+        num_samples=sum(len(task.samples) for task in tasks),
+        itemsize=DTYPES[config.compute.score_dtype].itemsize,
+        owned=team.owned(),
+    )
+    content = [canonical_json(config), fingerprint(loaded.model, world), *map(task_fingerprint, tasks)]
+    run_id = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+    same_on_all(world, "model and samples", {"run_id": run_id})
+    say(_summary(layout, plan, tasks))
+    return Job(config, loaded, layout, tasks, team, plan, run_id)
+
+
+def proved_layout(model: nn.Module, world: World) -> Layout:
+    """A model's layout, proved on the model itself; where it is sharded, on a small copy that rank 0 makes.
+
+    Raises:
+        QkovError: as the proof does; of a sharded model, for an architecture that is not known.
+    """
+    sharded = any(world.gather(any(is_sharded(parameter) for parameter in model.parameters())))
+    if not sharded:
+        return resolve_proved(model)
+    layout, refusal = resolve(model), None
+    if world.rank == 0:
+        try:
+            prove_stand_in(model, layout)
+        except QkovError as error:
+            refusal = error.parts
+    if refusal := world.gather(refusal)[0]:
+        raise QkovError(**refusal)
+    return layout
+
+
+def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:
+    first, second = (
+        load_task(
+            task,
+            loaded.tokenizer,
+            vocab_size=loaded.vocab_size,
+            max_positions=loaded.max_positions,
+            objective=loaded.objective,
+        )
+        for task in config.tasks
+    )
+    for task in (first, second):
+        if config.statistics.enabled and len(task.samples) < 2:
+            raise QkovError(
+                f"task {task.name!r}",
+                expected="at least two samples to test with",
+                got=str(len(task.samples)),
+                remedy="Give more samples, or set statistics.enabled=false.",
+            )
+    return first, second
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    """Nested settings as ``section.key`` -> value."""
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        items = {str(n): value for n, value in enumerate(tree)}.items()
+    else:
+        return {prefix.removesuffix("."): tree}
+    return {name: value for key, part in items for name, value in _flat(part, f"{prefix}{key}.").items()}
+
+
+def _summary(layout: Layout, plan: Plan, tasks: tuple[Task, Task]) -> str:
+    names = " x ".join(f"{task.name} ({len(task.samples)} samples)" for task in tasks)
+    skipped = f", {len(layout.others)} without softmax attention" if layout.others else ""
+    return f"{layout.model_type}: {len(plan.layers)} of {layout.num_layers} layers{skipped}; {names}"

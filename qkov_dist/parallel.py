@@ -1,0 +1,176 @@
+"""Loading a model the way it is cut: replicated, tensor parallel, FSDP2, ZeRO, or over the devices of one process.
+
+    tp          transformers' own plan, on the axis ``tp`` of its device mesh
+    fsdp        FSDP2 by transformers' plan, on the axis ``fsdp``; with tp > 1, both
+    ddp         a replica for each group of ``tp`` ranks: no gradient is communicated, so nothing wraps the model
+    zero1, 2    a DeepSpeed engine around a replica
+    zero3       DeepSpeed partitions the weights while they are read
+    device_map  one process, layers over its devices
+
+What cannot work is refused before weights are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .comm import World
+from .config import ModelConfig, ParallelConfig
+from .errors import QkovError
+from .layout import resolve
+from .models import LoadedModel, load_model, meta_model
+from .slices import Layout
+
+SHARDED_BY_HOOKS = ("colwise", "rowwise")
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How a model is cut: ``tp`` ranks for one pass, ``data`` for how weights are spread over ``replicas`` groups."""
+
+    tp: int
+    data: str
+    replicas: int
+
+
+def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Mapping[str, str]) -> Parallelism:
+    """What the configuration asks for, or what the launcher says where it asks for ``auto``.
+
+    Raises:
+        QkovError: where the ranks cannot be arranged so.
+    """
+    if world_size % config.tp:
+        raise QkovError(
+            "parallel.tp",
+            expected=f"a divisor of the {world_size} ranks",
+            got=str(config.tp),
+            remedy="Start a multiple of parallel.tp ranks, or change parallel.tp.",
+        )
+    replicas = world_size // config.tp
+    data = _data_of_launcher(environment, replicas) if config.shard == "auto" else config.shard
+    if data in ("none", "device_map") and replicas > 1:
+        raise QkovError(
+            "parallel.shard",
+            expected=f"a way to use {world_size} ranks (auto, ddp, fsdp, zero1, zero2 or zero3)",
+            got=data,
+            remedy="Start one process"
+            + (f" for each of the {config.tp} tensor-parallel ranks." if data == "none" else "."),
+        )
+    if config.tp > 1 and data in ("zero1", "zero2", "zero3", "device_map"):
+        raise QkovError(
+            "parallel",
+            expected="tensor parallelism alone or with ddp or fsdp",
+            got=f"tp: {config.tp} with shard: {data}",
+            remedy="Use parallel.shard=fsdp with tensor parallelism.",
+        )
+    return Parallelism(config.tp, data if replicas > 1 or data == "device_map" else "none", replicas)
+
+
+def _data_of_launcher(environment: Mapping[str, str], replicas: int) -> str:
+    """What `accelerate launch` was configured for; ``ddp`` under any other launcher of several ranks."""
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+        return f"zero{stage}" if stage in "123" else "ddp"
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "fsdp"
+    return "ddp" if replicas > 1 else "none"
+
+
+def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -> LoadedModel:
+    """Load a model on the ranks of a world; each gets its own part.
+
+    Raises:
+        QkovError: for what cannot work (before weights are read), and as :func:`qkov_dist.models.load_model` does.
+    """
+    if parallelism.tp > 1:
+        _check_tensor_parallel(config, parallelism.tp)
+    if parallelism.data == "device_map":
+        return load_model(config, device_map="auto")
+    if parallelism.tp > 1 or parallelism.data == "fsdp":
+        return load_model(config, distributed=_mesh_settings(parallelism))
+    if parallelism.data.startswith("zero"):
+        return _load_deepspeed(config, int(parallelism.data[-1]))
+    return load_model(config, device_map={"": _device()} if torch.cuda.is_available() else None)
+
+
+def _device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def _mesh_settings(parallelism: Parallelism) -> Any:
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    sizes: dict[str, Any] = {"fsdp_size": parallelism.replicas} if parallelism.data == "fsdp" else {}
+    if parallelism.data == "ddp":
+        sizes = {"fsdp_size": 1, "dp_replicate_size": parallelism.replicas}
+    if parallelism.tp > 1:
+        return DistributedConfig(tp_size=parallelism.tp, tp_plan="auto", **sizes)
+    return DistributedConfig(**sizes)
+
+
+def _check_tensor_parallel(config: ModelConfig, tp: int) -> None:
+    """Refuse models without a plan, and head counts that the ranks cannot share."""
+    model = meta_model(config)
+    layout = resolve(model)
+    styles = _attention_styles(model, layout)
+    if not styles:
+        raise QkovError(
+            f"{config.path}: parallel.tp",
+            expected="a model whose transformers class has a tensor-parallel plan for its attention",
+            got=f"model type {layout.model_type!r}, which has none",
+            remedy="Use parallel.shard=fsdp or zero3, which cut any model, with parallel.tp=1.",
+        )
+    if not set(styles) & set(SHARDED_BY_HOOKS):
+        return  # attention runs whole on every rank: any number of heads will do
+    for layer in layout.layers:
+        if layer.num_kv_heads % tp or layer.num_heads % tp:
+            raise QkovError(
+                f"{config.path}: parallel.tp",
+                expected=f"a divisor of the {layer.num_heads} query and {layer.num_kv_heads} kv heads of each layer",
+                got=str(tp),
+                remedy="Choose such a parallel.tp, or parallel.shard=fsdp or zero3, which cut between any two rows.",
+            )
+
+
+def _attention_styles(model: Any, layout: Layout) -> tuple[str, ...]:
+    """The plan's styles for the attention projections."""
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    names = {_starred(p.module) for layer in layout.layers for p in layer.projections}
+    return tuple(style for name, style in plan.items() if name in names)
+
+
+def _starred(module: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+def _load_deepspeed(config: ModelConfig, stage: int) -> LoadedModel:
+    try:
+        import deepspeed
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+    except ImportError as error:
+        raise QkovError(
+            "parallel.shard",
+            expected=f"DeepSpeed, for zero{stage}",
+            got=str(error),
+            remedy="Run `pip install 'qkov-dist[deepspeed]'`, or use parallel.shard=fsdp.",
+        ) from error
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and meta_model(config).dtype == torch.bfloat16)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": half},
+        "steps_per_print": 10**9,
+    }
+    # alive while weights are read: from_pretrained then partitions each as it comes
+    partition = HfDeepSpeedConfig(settings) if stage == 3 else None  # type: ignore[no-untyped-call]
+    loaded = load_model(config)
+    del partition
+    for parameter in loaded.model.parameters():
+        parameter.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=loaded.model, config=settings)
+    return replace(loaded, model=engine.module.eval(), engine=engine)

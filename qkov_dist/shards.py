@@ -1,0 +1,198 @@
+"""Which rectangles of each logical weight a rank holds.
+
+A rank *holds* what is in its memory: the interval of a DTensor placement (tensor parallel, FSDP2, or both on a mesh of
+two axes), the flat interval of a ZeRO-3 partition cut into at most three rectangles, or the whole of a replicated
+weight. This module alone knows these forms; what it hands out is integers.
+
+    placement on an axis of n ranks, this rank at coordinate c, of the interval left by the axes before it
+    Replicate              the interval itself
+    Shard(dim)             chunk c of n along ``dim``, each ceil(size / n) long, the last ones shorter or empty
+    _StridedShard(dim)     the same, but cut after the plain shards of the other axes (FSDP2 over tensor parallel)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import QkovError
+from .geometry import Rect, rects_of_flat_interval
+from .slices import Layout, Projection
+
+Held = tuple[Rect, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one mesh axis treats a weight: ``dim`` is the storage dim that it cuts, None where it replicates.
+
+    ``late`` marks a shard that is cut after the plain shards of the other axes.
+    """
+
+    axis_size: int
+    coordinate: int
+    dim: int | None
+    late: bool = False
+
+
+def shard_interval(size: int, axis_size: int, coordinate: int) -> tuple[int, int]:
+    """The interval of chunk ``coordinate``: torch's rule, ceil(size / n) each, the last ones shorter or empty."""
+    chunk = -(-size // axis_size)
+    return min(chunk * coordinate, size), min(chunk * (coordinate + 1), size)
+
+
+def held_by_placements(shape: tuple[int, int], placements: Sequence[Placement]) -> Held:
+    """The rectangle of a matrix in storage orientation that is left after every axis has cut its dim."""
+    bounds = [(0, shape[0]), (0, shape[1])]
+    for placement in sorted(placements, key=lambda p: p.late):
+        if placement.dim is not None:
+            start, stop = bounds[placement.dim]
+            low, high = shard_interval(stop - start, placement.axis_size, placement.coordinate)
+            bounds[placement.dim] = (start + low, start + high)
+    rect = Rect(*bounds[0], *bounds[1])
+    return (rect,) if rect.area else ()
+
+
+def held_by_flat_partition(shape: tuple[int, int], num_partition: int, index: int) -> Held:
+    """The rectangles of ZeRO-3's partition ``index``: ``num_partition`` elements of the row-major flattened weight."""
+    size = shape[0] * shape[1]
+    start = min(num_partition * index, size)
+    return rects_of_flat_interval(start, min(start + num_partition, size), shape[1])
+
+
+def held(parameter: Tensor) -> Held:
+    """What this rank holds of a parameter, in storage orientation; a vector is one column.
+
+    Raises:
+        QkovError: for a placement that is no plain shard or replica.
+    """
+    if hasattr(parameter, "ds_id"):
+        return held_zero3(parameter)
+    shape = matrix_shape(tuple(parameter.shape))
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return (Rect.of_shape(*shape),)
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    coordinate = mesh.get_coordinate()
+    axes = [_placement(p, mesh.size(n), coordinate[n], parameter.ndim) for n, p in enumerate(placements)]
+    return held_by_placements(shape, axes)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The first dim by all others; a vector is one column."""
+    rows = shape[0] if shape else 1
+    cols = 1
+    for size in shape[1:]:
+        cols *= size
+    return rows, cols
+
+
+def held_zero3(parameter: Any) -> Held:
+    """What this rank holds of a ZeRO-3 parameter."""
+    if getattr(parameter, "ds_tensor", None) is None:
+        return (Rect.of_shape(*matrix_shape(tuple(parameter.ds_shape))),)
+    group = parameter.ds_process_group
+    shape, size = matrix_shape(tuple(parameter.ds_shape)), int(parameter.ds_tensor.ds_numel)
+    return held_by_flat_partition(shape, size, int(group.rank()))
+
+
+def _placement(placement: Any, axis_size: int, coordinate: int, ndim: int) -> Placement:
+    if placement.is_replicate():
+        return Placement(axis_size, coordinate, None)
+    dim = getattr(placement, "dim", None)
+    if dim is None or dim % ndim > 1:
+        raise QkovError(
+            "sharded weight",
+            expected="DTensor placements Replicate, Shard(0) or Shard(1)",
+            got=str(placement),
+            remedy="Shard the attention projections along their first two dims, or run them replicated.",
+        )
+    return Placement(axis_size, coordinate, dim % ndim, late=type(placement).__name__ == "_StridedShard")
+
+
+def tensor_parallel_ranks(model: nn.Module, rank: int) -> tuple[int, ...]:
+    """The ranks, this one among them, whose shards together make one pass: the group of the tensor-parallel axis."""
+    for parameter in model.parameters():
+        axis = _tensor_parallel_axis(parameter, model)
+        if axis is not None:
+            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+            place = [slice(None) if n == axis else c for n, c in enumerate(mesh.get_coordinate())]
+            return tuple(mesh.mesh[tuple(place)].tolist())
+    return (rank,)
+
+
+def tensor_parallel_rect(parameter: Any, projection: Projection, model: nn.Module) -> Rect | None:
+    """The shard that a tensor-parallel rank works with in a pass, [out, in]; None where there is no such axis."""
+    axis = _tensor_parallel_axis(parameter, model)
+    if axis is None:
+        return None
+    mesh = parameter.device_mesh
+    placement = _placement(parameter.placements[axis], mesh.size(axis), mesh.get_coordinate()[axis], parameter.ndim)
+    (rect,) = held_by_placements(matrix_shape(tuple(parameter.shape)), [placement]) or (Rect(0, 0, 0, 0),)
+    return rect.transposed if projection.transposed else rect
+
+
+def is_cut_between_samples(model: nn.Module) -> bool:
+    """Whether weights are gathered for each pass (FSDP2, ZeRO-3), so that all ranks have to pass together."""
+    return any(hasattr(p, "ds_id") for p in model.parameters()) or _is_fully_sharded(model)
+
+
+def _is_fully_sharded(model: nn.Module) -> bool:
+    return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+
+
+def _tensor_parallel_axis(parameter: Any, model: nn.Module) -> int | None:
+    """The mesh axis along which passes work with shards: the one named ``tp``, or the only one without FSDP2.
+
+    Raises:
+        QkovError: for pipeline or expert-parallel axes.
+    """
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return None
+    names = tuple(mesh.mesh_dim_names or ())
+    if other := [name for n, name in enumerate(names) if name in ("pp", "ep", "cp") and mesh.size(n) > 1]:
+        raise QkovError(
+            "device mesh",
+            expected="tensor-parallel and data-parallel axes",
+            got=", ".join(other),
+            remedy="Load the model without pipeline, context or expert parallelism.",
+        )
+    if "tp" in names:
+        return names.index("tp")
+    return None if names or mesh.ndim > 1 or _is_fully_sharded(model) else 0
+
+
+def parameter_name(projection: Projection, bias: bool) -> str:
+    """Name of a projection's parameter."""
+    return f"{projection.module}.{'bias' if bias else 'weight'}"
+
+
+def parameters_of(layout: Layout, layers: Sequence[int]) -> Iterator[tuple[Projection, bool]]:
+    """The projections' weights and biases of the given layers, in order."""
+    for index in layers:
+        for projection in layout.layer(index).projections:
+            yield projection, False
+            if projection.has_bias:
+                yield projection, True
+
+
+def held_parameters(model: nn.Module, layout: Layout, layers: Sequence[int]) -> dict[str, list[list[int]]]:
+    """What this rank holds of the given layers' projections, as JSON: name -> rectangles [out, in]."""
+    found = {}
+    for projection, bias in parameters_of(layout, layers):
+        parameter = getattr(model.get_submodule(projection.module), "bias" if bias else "weight")
+        whole = (Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1]),)
+        rects = held(parameter) if is_sharded(parameter) else whole  # quantized weights are packed: no shape to read
+        if projection.transposed and not bias:
+            rects = tuple(rect.transposed for rect in rects)
+        found[parameter_name(projection, bias)] = [list(rect.bounds) for rect in rects]
+    return found
+
+
+def is_sharded(parameter: object) -> bool:
+    """Whether this process may hold only a part of a parameter."""
+    return hasattr(parameter, "placements") or hasattr(parameter, "ds_id")

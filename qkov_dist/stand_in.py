@@ -1,0 +1,57 @@
+"""A small copy of a model that is too sharded to be perturbed: the same attention, everything else shrunk.
+
+Where heads live is a matter of the architecture, not of the weights. A model of the same configuration with random
+weights, one layer of each kind, a small vocabulary and narrow feed-forwards, is proved in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from .layout import resolve
+from .proof import prove
+from .slices import Layout
+from .structure import text_config
+
+NARROW, VOCABULARY = 16, 128
+FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def prove_stand_in(model: nn.Module, layout: Layout) -> None:
+    """Prove a layout on a small copy of the model, which has one layer of each kind that the model has.
+
+    Args:
+        model: The sharded model; only its configuration is read.
+        layout: Its layout.
+
+    Raises:
+        QkovError: as :func:`qkov_dist.proof.prove` does.
+    """
+    copy_of = stand_in(model, num_layers=max(layout.distinct_layers()) + 1)
+    found = resolve(copy_of)
+    prove(copy_of, found, layers=found.distinct_layers())
+
+
+def stand_in(model: nn.Module, num_layers: int) -> Any:
+    """The first layers of the model's architecture, attention at full size, with random weights, on the CPU."""
+    config = copy.deepcopy(text_config(model))
+    depth = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == depth:
+            setattr(config, name, value[:num_layers])
+    config.num_hidden_layers = num_layers
+    config.vocab_size = min(config.vocab_size, VOCABULARY)
+    for name in FEED_FORWARD:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, NARROW)
+    for name in TOKEN_IDS:
+        setattr(config, name, 0 if name == "pad_token_id" else None)
+    config.__dict__.pop("distributed_config", None)
+    masked = any(type(module).__name__.endswith("ForMaskedLM") for module in model.modules())
+    auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    return auto.from_config(config).float().eval()

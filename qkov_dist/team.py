@@ -1,0 +1,120 @@
+"""Who runs which samples, who sees which features, and who scores which rectangles: one model's ranks as integers.
+
+Ranks of one tensor-parallel group run the same samples and see different features. *Peers* are the ranks at the same
+place of different groups: they see the same features and run different samples, so that each sample is run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .capture import Site
+from .comm import Alone, TorchWorld, World
+from .errors import QkovError
+from .geometry import Rect
+from .ownership import Ownership, assign
+from .plan import Owned
+from .shards import (
+    held_parameters,
+    is_cut_between_samples,
+    tensor_parallel_ranks,
+    tensor_parallel_rect,
+)
+from .slices import Layout, Projection
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks around one model.
+
+    Attributes:
+        world: All ranks.
+        peers: This rank and those that see the same features, by data-parallel index.
+        peer_ranks: Their ranks in the world.
+        ownership: What every rank owns; None where one process owns everything.
+        local: The tensor-parallel shard of each projection that this rank sees, [out, in].
+        lockstep: Whether every pass of one rank needs a pass of all others (weights are gathered for it).
+    """
+
+    world: World = field(default_factory=Alone)
+    peers: World = field(default_factory=Alone)
+    peer_ranks: tuple[int, ...] = (0,)
+    ownership: Ownership | None = None
+    local: Mapping[Site, Rect] = field(default_factory=dict)
+    lockstep: bool = False
+
+    def owned(self) -> Owned | None:
+        """What this rank owns, as the plan asks for it."""
+        return None if self.ownership is None else self.owned_by(self.world.rank)
+
+    def owned_by(self, rank: int) -> Owned:
+        """What a rank owns."""
+        ownership = self.ownership
+
+        def owned(projection: Projection, bias: bool) -> tuple[Rect, ...]:
+            if ownership is None:
+                return (Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1]),)
+            return ownership.of_rank(projection, bias, rank)
+
+        return owned
+
+    def shares(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Sample numbers for each peer, in file order: about as many tokens each, dealt longest first."""
+        shares: list[list[int]] = [[] for _ in range(self.peers.size)]
+        loads = [0] * len(shares)
+        for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+            lightest = loads.index(min(loads))
+            shares[lightest].append(n)
+            loads[lightest] += lengths[n]
+        return [sorted(share) for share in shares]
+
+
+def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[int]) -> Team:
+    """Find out how the ranks hold a model, and prove that they own every element of it exactly once.
+
+    Args:
+        world: All ranks; each calls this with its own part of the model.
+        model: The model, before its first pass.
+        layout: Its projections.
+        layers: The layers that will be scored.
+
+    Raises:
+        QkovError: for tensor-parallel groups that do not fit together, or an element with no owner or two.
+    """
+    groups = world.gather(list(tensor_parallel_ranks(model, world.rank)))
+    held = world.gather(held_parameters(model, layout, layers))
+    lockstep = any(world.gather(is_cut_between_samples(model)))
+    distinct = sorted({tuple(group) for group in groups})
+    if (
+        sorted(rank for group in distinct for rank in group) != list(range(world.size))
+        or len({len(group) for group in distinct}) != 1
+    ):
+        raise QkovError(
+            "ranks",
+            expected="tensor-parallel groups of one size, with every rank in exactly one of them",
+            got=str(distinct),
+            remedy="Give all ranks the same model and mesh.",
+        )
+    columns = [tuple(group[place] for group in distinct) for place in range(len(distinct[0]))]
+    mine = next(column for column in columns if world.rank in column)
+    return Team(
+        world=world,
+        peers=world.subgroup(columns) if isinstance(world, TorchWorld) else world,
+        peer_ranks=mine,
+        ownership=assign(layout, layers, held),
+        local={
+            Site(index, projection.module): rect
+            for index in layers
+            for projection in layout.layer(index).projections
+            if (rect := tensor_parallel_rect(_weight(model, projection), projection, model)) is not None
+        },
+        lockstep=lockstep,
+    )
+
+
+def _weight(model: nn.Module, projection: Projection) -> Any:
+    return model.get_submodule(projection.module).weight
