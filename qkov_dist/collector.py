@@ -21,15 +21,17 @@ from torch import nn
 from .arguments import choose, wrong_argument
 from .batches import Objective
 from .collection import Collection, SampleRecord
+from .comm import current, same_on_all
 from .errors import QkovError
 from .factors import FactorStore
 from .fisher import Estimator
 from .padded import samples_of_batch
 from .plan import Selection, make_plan
-from .proof import resolve_proved
-from .samples import Sample
+from .samples import Sample, Task, task_fingerprint
 from .slices import Layout
-from .structure import text_config
+from .stand_in import proved_layout
+from .structure import inner_model, text_config
+from .team import make_team
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,14 @@ class QKOVConfig:
     def from_model(cls, model: nn.Module) -> QKOVConfig:
         """Find the heads of a model and prove them by perturbation, one layer of each kind.
 
+        Every rank of a sharded model calls this.
+
         Raises:
             QkovError: for an architecture that is refused, or not known and not provable (see ``register_layout``).
         """
+        model = inner_model(model)
         masked = any(type(module).__name__.endswith("ForMaskedLM") for module in model.modules())
-        return cls(resolve_proved(model), "masked" if masked else "causal")
+        return cls(proved_layout(model, current()), "masked" if masked else "causal")
 
     @property
     def num_layers(self) -> int:
@@ -118,17 +123,19 @@ class FisherCollector:
         self.steps: list[_Step] = []
         self._selection = Selection(None if layers is None else tuple(layers))
         self._reduction, self._batch_tokens = loss_reduction, batch_tokens
-        self._store = FactorStore(int(gradient_memory_mb * 2**20), None if spill_dir is None else Path(spill_dir))
+        self._budget, self._folder = int(gradient_memory_mb * 2**20), None if spill_dir is None else Path(spill_dir)
         self._collection: Collection | None = None
-        self._config: QKOVConfig | None = None
 
     def collect_fisher(
         self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str, mode: str = "ema"
     ) -> np.ndarray:
         """Run one batch of a task: one step of the Fisher average.
 
+        Every rank of a distributed job calls this with the same batch; each sample is run on one of them.
+
         Args:
-            model: A transformers language model; it is left as it was found.
+            model: A transformers language model, as it is: replicated, with DTensor weights, or inside a DeepSpeed
+                engine or another wrapper. It is left as it was found.
             batch: ``input_ids`` [N, T], and optionally ``attention_mask`` (padding on either side) and ``labels``
                 (-100 ignored; by default every real token), as tensors or nested lists; or a list of ``Sample``.
             task: The task that these samples belong to.
@@ -141,7 +148,7 @@ class FisherCollector:
             QkovError: for a malformed batch, an unknown mode, or a loss or gradient that is not finite.
         """
         choose("mode", mode, get_args(Estimator))
-        first = len(self.records)
+        first, model = len(self.records), inner_model(model)
         samples = self._samples(model, batch, task)
         if not self.enabled:
             return np.full(len(samples), np.nan)
@@ -155,9 +162,20 @@ class FisherCollector:
         return self._collection.records if self._collection else []
 
     @property
-    def store(self) -> FactorStore:
-        """The captured factors."""
-        return self._store
+    def collection(self) -> Collection:
+        """Samples, factors and ranks.
+
+        Raises:
+            QkovError: before anything was collected.
+        """
+        if self._collection is None:
+            raise self._nothing("any task")
+        return self._collection
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers captured."""
+        return frozenset(site.layer for site in self._collection.sites) if self._collection else frozenset()
 
     @property
     def loss_reduction(self) -> str:
@@ -179,29 +197,41 @@ class FisherCollector:
             )
         numbers = [number for step in self.steps if step.task == task for number in step.numbers]
         if not numbers:
-            raise QkovError(
-                f"task {task!r}",
-                expected="captured samples",
-                got=f"none (collected: {', '.join(sorted({step.task for step in self.steps})) or 'no task'})",
-                remedy=f"Call collect_fisher(model, batch, task={task!r}) first.",
-            )
+            raise self._nothing(f"task {task!r}")
         return numbers
 
     def close(self) -> None:
         """Forget the factors and remove what was spilled."""
-        self._store.close()
+        if self._collection is not None:
+            self._collection.store.close()
+
+    def _nothing(self, where: str) -> QkovError:
+        return QkovError(
+            where,
+            expected="captured samples",
+            got=f"none (collected: {', '.join(sorted({step.task for step in self.steps})) or 'no task'})",
+            remedy="Call collect_fisher(model, batch, task=...) for it first.",
+        )
 
     def _samples(self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str) -> list[Sample]:
-        if not isinstance(batch, Mapping):
-            return list(batch)
-        vocab_size = int(text_config(model).vocab_size)
-        return list(samples_of_batch(batch, where=f"batch of task {task!r}", vocab_size=vocab_size))
+        where = f"batch of task {task!r}"
+        if isinstance(batch, Mapping):
+            vocab_size = int(text_config(model).vocab_size)
+            batch = list(samples_of_batch(batch, where=where, vocab_size=vocab_size))
+        same_on_all(current(), where, {"samples": task_fingerprint(Task(task, tuple(batch)))})
+        return list(batch)
 
     def _start(self, model: nn.Module) -> Collection:
         if self._collection is None:
-            self._config = QKOVConfig.from_model(model)
-            plan = make_plan(self._config.layout, self._selection, include_bias=False, num_samples=1)
+            config = QKOVConfig.from_model(model)
+            plan = make_plan(config.layout, self._selection, include_bias=False, num_samples=1)
+            team = make_team(current(), model, config.layout, [layer.layer for layer in plan.layers])
             self._collection = Collection(
-                self._store, plan.sites, self._config.objective, self._reduction, batch_tokens=self._batch_tokens
+                FactorStore(self._budget, self._folder, team.local),
+                plan.sites,
+                config.objective,
+                self._reduction,
+                batch_tokens=self._batch_tokens,
+                team=team,
             )
         return self._collection

@@ -10,7 +10,7 @@ import numpy as np
 
 from .collection import SampleRecord
 from .errors import QkovError
-from .plan import Plan
+from .plan import LayerPlan, Plan
 from .results import SampleTable
 from .slices import BLOCKS, Layout
 
@@ -73,11 +73,13 @@ def make_frame(
     attributes: Mapping[str, Any],
 ) -> Frame:
     """The frame of a plan and the samples that were run."""
-    layers = tuple(
-        FrameLayer(layer.layer, layout.layer(layer.layer).group, layer.query_heads, layer.heads)
-        for layer in plan.layers
-    )
+    layers = tuple(frame_layer(layer, layout) for layer in plan.layers)
     return Frame(tasks, layers, (_table(records[0]), _table(records[1])), pooled, attributes)
+
+
+def frame_layer(layer: LayerPlan, layout: Layout) -> FrameLayer:
+    """The axes of one layer of a plan."""
+    return FrameLayer(layer.layer, layout.layer(layer.layer).group, layer.query_heads, layer.heads)
 
 
 def to_json(frame: Frame) -> dict[str, Any]:

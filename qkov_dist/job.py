@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 
 from .comm import World, same_on_all
 from .config import RunConfig, canonical_json, to_dict
@@ -18,16 +17,13 @@ from .engine import Roles, ScoreSettings
 from .errors import QkovError
 from .fingerprint import fingerprint
 from .fisher import Estimator, Scope, fisher_steps, fisher_weights
-from .layout import resolve
 from .models import LoadedModel
 from .parallel import load_parallel, resolve_parallelism
 from .plan import Plan, Selection, make_plan
-from .proof import resolve_proved
 from .samples import Task, task_fingerprint
 from .score import Score
-from .shards import is_sharded
 from .slices import Layout
-from .stand_in import prove_stand_in
+from .stand_in import proved_layout
 from .tasks import load_task
 from .team import Team, make_team
 
@@ -125,26 +121,6 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     same_on_all(world, "model and samples", {"run_id": run_id})
     say(_summary(layout, plan, tasks))
     return Job(config, loaded, layout, tasks, team, plan, run_id)
-
-
-def proved_layout(model: nn.Module, world: World) -> Layout:
-    """A model's layout, proved on the model itself; where it is sharded, on a small copy that rank 0 makes.
-
-    Raises:
-        QkovError: as the proof does; of a sharded model, for an architecture that is not known.
-    """
-    sharded = any(world.gather(any(is_sharded(parameter) for parameter in model.parameters())))
-    if not sharded:
-        return resolve_proved(model)
-    layout, refusal = resolve(model), None
-    if world.rank == 0:
-        try:
-            prove_stand_in(model, layout)
-        except QkovError as error:
-            refusal = error.parts
-    if refusal := world.gather(refusal)[0]:
-        raise QkovError(**refusal)
-    return layout
 
 
 def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:

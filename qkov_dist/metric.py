@@ -16,9 +16,12 @@ import torch
 from .arguments import choose, wrong_argument
 from .collector import FisherCollector, QKOVConfig
 from .engine import Roles, ScoreSettings, score_layer
+from .errors import QkovError
+from .exchange import Exchange
 from .fisher import Estimator, Scope, fisher_weights
-from .frame import make_frame
-from .merge import assemble, layer_partial
+from .frame import frame_layer, make_frame
+from .merge import add_over_ranks, assemble, layer_partial
+from .partial_schema import LayerPartial
 from .plan import Plan, Selection, make_plan
 from .progress import progress_bar
 from .results import Heatmap
@@ -87,7 +90,7 @@ class QKOVInterferenceMetric:
         i, j = _place(of_a, sample_i, task_a, "sample_i"), _place(of_b, sample_j, task_b, "sample_j")
         roles = self._roles(task_a, task_b, [i], [j], pooled=False)
         plan = self._plan([layer], [head], len(roles.members))
-        blocks = score_layer(plan.layers[0], self.collector.store, roles, self._settings())
+        blocks = self._scored(plan, roles)[layer].blocks
         return {block: float(blocks[block].scores[0, 0, 0]) for block in BLOCKS if block in blocks}
 
     def compute_heatmap(
@@ -100,6 +103,8 @@ class QKOVInterferenceMetric:
         pairs: str = "all",
     ) -> Heatmap:
         """Scores of all pairs, all selected layers and heads.
+
+        Every rank of a distributed job calls this, and gets the whole heatmap.
 
         Args:
             task_a: Task of the samples i.
@@ -120,12 +125,7 @@ class QKOVInterferenceMetric:
         of_a, of_b = (self.collector.samples_of(task)[:max_samples_per_task] for task in (task_a, task_b))
         roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
         plan = self._plan(layers, heads, len(roles.members))
-        with progress_bar("scoring", len(plan.layers), "layer", show=self.show_progress) as advance:
-            parts = {}
-            for layer in plan.layers:
-                blocks = score_layer(layer, self.collector.store, roles, self._settings())
-                parts[layer.layer] = layer_partial(blocks)
-                advance(1)
+        parts = self._scored(plan, roles)
         records = self.collector.records
         frame = make_frame(
             plan,
@@ -136,6 +136,20 @@ class QKOVInterferenceMetric:
             attributes=self._attributes(task_a, task_b),
         )
         return assemble(frame, parts)
+
+    def _scored(self, plan: Plan, roles: Roles) -> dict[int, LayerPartial]:
+        """Every layer's scores, added up over the ranks."""
+        collection, layout = self.collector.collection, self.config.layout
+        team, parts = collection.team, {}
+        exchange = Exchange(team, collection.store)
+        with progress_bar("scoring", len(plan.layers), "layer", show=self.show_progress) as advance:
+            for layer in plan.layers:
+                with exchange.layer(layout.layer(layer.layer), layer.sites) as source:
+                    blocks = score_layer(layer, source, roles, self._settings(), team.totals)
+                part = layer_partial(blocks)
+                parts[layer.layer] = add_over_ranks(part, frame_layer(layer, layout), roles.shape, team.world)
+                advance(1)
+        return parts
 
     def _attributes(self, task_a: str, task_b: str) -> dict[str, Any]:
         return {
@@ -155,14 +169,24 @@ class QKOVInterferenceMetric:
         return ScoreSettings(self.score, self.epsilon, self.ridge_lambda, self.ridge_relative, DTYPES[self.dtype])
 
     def _plan(self, layers: Iterable[int] | None, heads: Iterable[int] | None, num_samples: int) -> Plan:
-        captured = {site.layer for site in self.collector.store.sites}
+        captured = self.collector.layers
         chosen = tuple(layers) if layers is not None else tuple(sorted(captured))
+        selection = Selection(chosen, None if heads is None else tuple(heads))
+        for layer in selection.layers_of(self.config.layout):
+            if layer.index not in captured:
+                raise QkovError(
+                    f"layer {layer.index} ({layer.module})",
+                    expected="captured factors",
+                    got="none",
+                    remedy="Create the FisherCollector with this layer among its layers, and collect again.",
+                )
         return make_plan(
             self.config.layout,
-            Selection(chosen, None if heads is None else tuple(heads)),
+            selection,
             include_bias=self.include_bias,
             num_samples=num_samples,
             itemsize=DTYPES[self.dtype].itemsize,
+            owned=self.collector.collection.team.owned(),
         )
 
     def _estimator(self, task_a: str, task_b: str) -> Estimator:

@@ -3,7 +3,7 @@
     tp          transformers' own plan, on the axis ``tp`` of its device mesh
     fsdp        FSDP2 by transformers' plan, on the axis ``fsdp``; with tp > 1, both
     ddp         a replica for each group of ``tp`` ranks: no gradient is communicated, so nothing wraps the model
-    zero1, 2    a DeepSpeed engine around a replica
+    zero1, 2    as ddp: what these stages shard, optimizer states and gradients of weights, does not exist here
     zero3       DeepSpeed partitions the weights while they are read
     device_map  one process, layers over its devices
 
@@ -93,8 +93,8 @@ def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -
         return load_model(config, device_map="auto")
     if parallelism.tp > 1 or parallelism.data == "fsdp":
         return load_model(config, distributed=_mesh_settings(parallelism))
-    if parallelism.data.startswith("zero"):
-        return _load_deepspeed(config, int(parallelism.data[-1]))
+    if parallelism.data == "zero3":
+        return _load_zero3(config)
     return load_model(config, device_map={"": _device()} if torch.cuda.is_available() else None)
 
 
@@ -148,29 +148,27 @@ def _starred(module: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
-def _load_deepspeed(config: ModelConfig, stage: int) -> LoadedModel:
+def _load_zero3(config: ModelConfig) -> LoadedModel:
     try:
         import deepspeed
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
     except ImportError as error:
         raise QkovError(
             "parallel.shard",
-            expected=f"DeepSpeed, for zero{stage}",
+            expected="DeepSpeed, for zero3",
             got=str(error),
             remedy="Run `pip install 'qkov-dist[deepspeed]'`, or use parallel.shard=fsdp.",
         ) from error
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and meta_model(config).dtype == torch.bfloat16)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": 3},
         "bf16": {"enabled": half},
         "steps_per_print": 10**9,
     }
-    # alive while weights are read: from_pretrained then partitions each as it comes
-    partition = HfDeepSpeedConfig(settings) if stage == 3 else None  # type: ignore[no-untyped-call]
-    loaded = load_model(config)
+    partition = HfDeepSpeedConfig(settings)  # type: ignore[no-untyped-call]
+    loaded = load_model(config)  # while ``partition`` lives, each weight is partitioned as it is read
     del partition
-    for parameter in loaded.model.parameters():
-        parameter.requires_grad_(False)
+    loaded.model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=loaded.model, config=settings)
     return replace(loaded, model=engine.module.eval(), engine=engine)

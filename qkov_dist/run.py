@@ -10,13 +10,11 @@ import dataclasses
 from contextlib import closing
 from typing import cast
 
-import numpy as np
-
 from .batches import Objective
 from .collection import Collection
-from .comm import World, current
+from .comm import current
 from .config import RunConfig
-from .engine import BlockTotals, score_layer
+from .engine import score_layer
 from .exchange import Exchange
 from .factors import FactorStore
 from .frame import Frame, from_json, make_frame, to_json
@@ -116,18 +114,12 @@ def _score_missing_layers(job: Job, writer: PartialWriter, say: Say, show_progre
         with progress_bar("scoring", len(todo.layers), "layer", show=show_progress) as advance:
             for layer in todo.layers:
                 with exchange.layer(job.layout.layer(layer.layer), layer.sites) as source:
-                    blocks = score_layer(layer, source, roles, settings, lambda totals: _totals(totals, world))
+                    blocks = score_layer(layer, source, roles, settings, job.team.totals)
                 if layer.layer not in writer.completed:
                     part = layer_partial(blocks)
                     writer.write_layer(layer.layer, part.blocks, part.shared)
                 advance(1)
         return dataclasses.replace(memory, sent=exchange.bytes_sent)
-
-
-def _totals(totals: BlockTotals, world: World) -> BlockTotals:
-    """Each block's total of I, over all ranks."""
-    names = sorted(totals)
-    return dict(zip(names, world.sum(np.array([totals[name] for name in names])).tolist(), strict=True))
 
 
 def _over_ranks(job: Job, frame: Frame, mine: dict[int, LayerPartial]) -> dict[int, LayerPartial]:

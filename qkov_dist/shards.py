@@ -186,9 +186,11 @@ def held_parameters(model: nn.Module, layout: Layout, layers: Sequence[int]) -> 
     for projection, bias in parameters_of(layout, layers):
         parameter = getattr(model.get_submodule(projection.module), "bias" if bias else "weight")
         whole = (Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1]),)
-        rects = held(parameter) if is_sharded(parameter) else whole  # quantized weights are packed: no shape to read
-        if projection.transposed and not bias:
-            rects = tuple(rect.transposed for rect in rects)
+        if is_sharded(parameter):
+            rects = held(parameter)
+            rects = tuple(rect.transposed for rect in rects) if projection.transposed and not bias else rects
+        else:
+            rects = whole  # a quantized weight is packed: it has no shape to read
         found[parameter_name(projection, bias)] = [list(rect.bounds) for rect in rects]
     return found
 

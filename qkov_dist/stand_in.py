@@ -12,14 +12,37 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from .comm import World
+from .errors import QkovError
 from .layout import resolve
-from .proof import prove
+from .proof import prove, resolve_proved
+from .shards import is_sharded
 from .slices import Layout
 from .structure import text_config
 
 NARROW, VOCABULARY = 16, 128
 FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def proved_layout(model: nn.Module, world: World) -> Layout:
+    """A model's layout, proved on the model itself; where it is sharded, on a small copy that rank 0 makes.
+
+    Raises:
+        QkovError: as the proof does; of a sharded model, for an architecture that is not known.
+    """
+    sharded = any(world.gather(any(is_sharded(parameter) for parameter in model.parameters())))
+    if not sharded:
+        return resolve_proved(model)
+    layout, refusal = resolve(model), None
+    if world.rank == 0:
+        try:
+            prove_stand_in(model, layout)
+        except QkovError as error:
+            refusal = error.parts
+    if refusal := world.gather(refusal)[0]:
+        raise QkovError(**refusal)
+    return layout
 
 
 def prove_stand_in(model: nn.Module, layout: Layout) -> None:

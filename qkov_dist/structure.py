@@ -53,6 +53,30 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return any(getattr(c, "is_encoder_decoder", False) or getattr(c, "add_cross_attention", False) for c in configs)
 
 
+DATA_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine", "OptimizedModule")
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of data parallelism, DeepSpeed and ``torch.compile``.
+
+    Raises:
+        QkovError: for FSDP1, which flattens the weights of a layer into one.
+    """
+    while type(model).__name__ in DATA_WRAPPERS:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise QkovError(
+            type(model).__name__,
+            expected="a replica, DTensor weights, FSDP2 or DeepSpeed",
+            got="FullyShardedDataParallel (FSDP1)",
+            remedy="Shard with FSDP2: torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate.",
+        )
+    return model
+
+
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
     """The descendant at a dotted path, or None where it is absent or set to None."""
     found: Any = module

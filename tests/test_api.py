@@ -131,7 +131,7 @@ def test_tests_saving_and_loading(llama, tmp_path):
 def test_factors_beyond_the_memory_change_nothing(llama, tmp_path):
     _, model, job, config, collector = llama
     spilled = collected(model, job, gradient_memory_mb=0, spill_dir=tmp_path)
-    assert spilled.store.bytes_on_disk > 0
+    assert spilled.collection.store.bytes_on_disk > 0
     one, other = (QKOVInterferenceMetric(config, c).compute_heatmap("math", "code") for c in (collector, spilled))
     for block in one.blocks:
         np.testing.assert_array_equal(one.cross[block], other.cross[block])
@@ -240,9 +240,9 @@ def test_a_failed_batch_leaves_the_collector_as_it_was(llama):
     _, _, job, _, _ = llama
     model = TINY["llama"].build()
     collector = collected(model, job)
-    before = len(collector.records), len(collector.steps), dict(collector.store.spans)
+    before = len(collector.records), len(collector.steps), dict(collector.collection.store.spans)
     with torch.no_grad():
         model.model.embed_tokens.weight[5] = float("nan")
     with refused("finite loss"):
         collector.collect_fisher(model, {"input_ids": [[5, 6, 7]]}, "math")
-    assert (len(collector.records), len(collector.steps), dict(collector.store.spans)) == before
+    assert (len(collector.records), len(collector.steps), dict(collector.collection.store.spans)) == before
