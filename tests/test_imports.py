@@ -15,7 +15,7 @@ PACKAGE = Path(qkov_dist.__file__).parent
 MODULES = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
 # Libraries with one home; no other module imports them.
-HOMES = {"torch.distributed": "comm", "mpi4py": "comm", "deepspeed": "shards"}
+HOMES = {"torch.distributed": "comm", "mpi4py": "comm", "deepspeed": "parallel"}
 
 # All that a module may import of the package.
 ONLY = {"errors": set(), "geometry": {"errors"}, "score": {"errors"}}
