@@ -1,0 +1,235 @@
+"""Sharded models on real ranks: every way to cut a model gives the heatmap of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import mixed_samples
+from ranks import pools
+from zoo import TINY, VOCAB
+
+from qkov_dist.config_file import from_dict
+from qkov_dist.errors import QkovError
+from qkov_dist.frame import from_json
+from qkov_dist.merge import add_layers, assemble
+from qkov_dist.partials import list_partials, read_partial
+from qkov_dist.run import run
+from qkov_dist.store import load_heatmap
+
+TOLERANCE = 1e-5  # of the block's largest score, in float32
+MODELS = ("llama", "gpt2", "gpt_neox", "phi3", "olmo2", "qwen3")
+WITHOUT_PLAN = ("gpt2",)
+GATHERED = ("phi3", "olmo2")  # attention runs whole on every tensor-parallel rank: any tp size will do
+DATA = [
+    *[(world_size, {"shard": "ddp"}) for world_size in (2, 3, 4)],
+    *[(world_size, {"shard": "fsdp"}) for world_size in (2, 3, 4)],
+    *[(2, {"shard": "zero1"}), (2, {"shard": "zero2"}), (2, {"shard": "zero3"}), (3, {"shard": "zero3"})],
+]
+TENSOR = [(2, {"tp": 2}), (4, {"tp": 2, "shard": "fsdp"}), (4, {"tp": 2, "shard": "ddp"})]
+UNEVEN = [(3, {"tp": 3})]
+CASES = (
+    [(name, *case) for name in MODELS for case in DATA]
+    + [(name, *case) for name in MODELS if name not in WITHOUT_PLAN for case in TENSOR]
+    + [(name, *case) for name in GATHERED for case in UNEVEN]
+)
+
+
+def name_of(case) -> str:
+    model, world_size, cut = case
+    return f"{model}-{world_size}-" + "-".join(f"{key}{value}" for key, value in cut.items())
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with pools() as pool_of:
+        yield pool_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny models and two tasks on disk; 5 + 4 samples divide by no world size here but 3."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for task, seed, num in (("a", 1, 5), ("b", 2, 4)):
+        rows = [
+            {"id": s.id, "input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()}
+            for s in mixed_samples(num, VOCAB, seed=seed)
+        ]
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in MODELS:
+        TINY[name].build().save_pretrained(folder / name)
+    return folder
+
+
+def settings(folder: Path, model: str, out: str, cut: dict, **sections) -> dict:
+    return {
+        "model": {"path": str(folder / model)},
+        "parallel": cut,
+        "tasks": [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("a", "b")],
+        "fisher": {"batch_size": 2, "scope": "pooled"},
+        "statistics": {"enabled": False},
+        "compute": {"batch_tokens": 24},
+        "output": {"dir": str(folder / "out" / out), "resume": False},
+        **sections,
+    }
+
+
+def run_quietly(*configurations: dict) -> list[str]:
+    """Run configurations one after the other on this rank; returns what was said."""
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for raw in configurations:
+            run(from_dict(raw), say=said.append, show_progress=False)
+    return said
+
+
+def deviation(one, other) -> float:
+    """Largest deviation of any score, as a share of its block's largest."""
+    return max(
+        float(np.nanmax(np.abs(one.cross[b] - other.cross[b])) / np.nanmax(np.abs(other.cross[b])))
+        for b in other.blocks
+    )
+
+
+def from_files(folder: Path, *, twice: int | None = None):
+    """The heatmap that the partial files add up to; one rank's counted twice where asked."""
+    partials = [read_partial(path) for path in list_partials(folder)]
+    counted = [*partials, *([partials[twice]] if twice is not None else [])]
+    frame = from_json(partials[0].header.extra, "test")
+    layers = {x.layer: add_layers([partial.read_layer(x.layer) for partial in counted]) for x in frame.layers}
+    return assemble(frame, layers)
+
+
+SCOPES = {
+    "pooled": {"fisher": {"batch_size": 2, "scope": "pooled"}, "metric": {"include_bias": True}},
+    "a": {"fisher": {"batch_size": 2, "scope": "a"}, "ridge": {"relative": 0.05, "absolute": 0.0}},
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """The results of one process, by model and Fisher scope."""
+    made = {}
+
+    def result(model: str, scope: str):
+        if (model, scope) not in made:
+            out = f"{model}-one-{scope}"
+            run_quietly(settings(folder, model, out, {}, **SCOPES[scope]))
+            made[model, scope] = load_heatmap(folder / "out" / out / "heatmap.h5")
+        return made[model, scope]
+
+    return result
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_cut_equals_one_process(case, ranks, folder, one_process):
+    model, world_size, cut = case
+    outs = {scope: f"{name_of(case)}-{scope}" for scope in SCOPES}
+    ranks(world_size).run(
+        run_quietly, *(settings(folder, model, out, cut, **SCOPES[scope]) for scope, out in outs.items())
+    )
+    for scope, out in outs.items():
+        expected, place = one_process(model, scope), folder / "out" / out
+        merged = load_heatmap(place / "heatmap.h5")
+        assert deviation(merged, expected) < TOLERANCE
+        assert merged.run_id == expected.run_id
+        assert merged.samples_a.ids == expected.samples_a.ids
+        np.testing.assert_allclose(merged.samples_b.losses, expected.samples_b.losses, rtol=1e-5)
+        assert len(list_partials(place)) == world_size
+        assert deviation(from_files(place), merged) < 1e-6
+        for key in ("mean", "ridge_share"):  # the minimum is one element: rounding, where a gradient cancels
+            np.testing.assert_allclose(merged.fisher["K"][key], expected.fisher["K"][key], rtol=1e-3)
+        if "O_bias" in expected.shared:
+            bias = expected.shared["O_bias"]["cross"]
+            np.testing.assert_allclose(merged.shared["O_bias"]["cross"], bias, atol=TOLERANCE * np.abs(bias).max())
+        for rank in range(world_size):
+            assert deviation(from_files(place, twice=rank), expected) > 100 * TOLERANCE, "a replica counted twice"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["llama", "qwen3", "gpt_neox"])
+def test_kv_heads_that_do_not_divide_are_refused_before_any_work(model, ranks, folder):
+    out = folder / "out" / f"refused-{model}"
+    refusals = ranks(3).run(refusal, settings(folder, model, out.name, {"tp": 3}))
+    assert all("expected a divisor of the 4 query and" in message for message in refusals)
+    assert not out.exists()
+
+
+@pytest.mark.long
+def test_a_model_without_a_plan_is_refused_under_tensor_parallelism(ranks, folder):
+    refusals = ranks(2).run(refusal, settings(folder, "gpt2", "refused", {"tp": 2}))
+    assert all("tensor-parallel plan" in message and "parallel.shard=fsdp" in message for message in refusals)
+
+
+def refusal(raw: dict) -> str:
+    """The message with which a run is refused."""
+    try:
+        run_quietly(raw)
+    except QkovError as error:
+        return str(error)
+    return "no refusal"
+
+
+@pytest.mark.long
+def test_different_configurations_are_named(ranks, folder):
+    messages = ranks(2).run(refusal_of_rank, settings(folder, "llama", "different", {"shard": "ddp"}))
+    assert all("rank 1: configuration: fisher.decay: expected what rank 0 has" in message for message in messages)
+
+
+def refusal_of_rank(raw: dict) -> str:
+    import torch
+
+    rank = torch.distributed.get_rank()
+    return refusal({**raw, "fisher": {**raw["fisher"], "decay": 0.5 + 0.1 * rank}})
+
+
+@pytest.mark.long
+def test_a_sample_that_fails_on_one_rank_is_named_on_all(ranks, folder):
+    import torch
+
+    model = TINY["llama"].build()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[2] = float("nan")
+    model.save_pretrained(folder / "nan")
+    rows = (folder / "a.jsonl").read_text() + json.dumps({"id": "bad", "input_ids": [4, 2, 5]}) + "\n"
+    (folder / "bad.jsonl").write_text(rows)
+    raw = settings(folder, "nan", "nan", {"shard": "ddp"})
+    raw["tasks"][0]["path"] = str(folder / "bad.jsonl")
+    messages = ranks(3).run(refusal, raw)
+    assert all("sample 'bad': expected a finite loss" in message for message in messages)
+    assert sum(message.startswith("rank ") for message in messages) == 2
+
+
+@pytest.mark.long
+def test_memory_of_a_rank_falls_with_the_number_of_ranks(ranks, folder, capsys):
+    """Weights with FSDP2, factors with any cut; both are printed."""
+    sizes = {}
+    for world_size in (1, 2, 4):
+        raw = settings(folder, "llama", f"memory-{world_size}", {"shard": "fsdp"} if world_size > 1 else {})
+        found = ranks(world_size).run(memory_after, raw) if world_size > 1 else [memory_after(raw)]
+        sizes[world_size] = {key: max(rank[key] for rank in found) for key in found[0]}
+    with capsys.disabled():
+        print("\nlargest rank, bytes:", json.dumps(sizes))
+    for more, fewer in ((2, 1), (4, 2)):
+        assert sizes[more]["weights"] < 0.7 * sizes[fewer]["weights"]
+        assert sizes[more]["factors"] < 0.8 * sizes[fewer]["factors"]
+
+
+def memory_after(raw: dict) -> dict[str, int]:
+    """What this rank held after capture."""
+    import qkov_dist.run
+
+    kept = []
+    measure = qkov_dist.run.memory_of
+    qkov_dist.run.memory_of = lambda *arguments: kept.append(measure(*arguments)) or kept[-1]
+    try:
+        run_quietly(raw)
+    finally:
+        qkov_dist.run.memory_of = measure
+    return dataclasses.asdict(kept[-1])
