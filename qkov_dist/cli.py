@@ -90,6 +90,26 @@ def _demo(options: argparse.Namespace) -> None:
         print_summary(heatmap, config.output.dir)
 
 
+def _merge(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .comm import SharedError, connected_by_mpi
+    from .merge_command import merge_folder
+    from .run import HEATMAP_FILE
+    from .summary import print_summary
+
+    output = Path(options.output or Path(options.folder) / HEATMAP_FILE)
+    try:
+        with connected_by_mpi() as world:
+            heatmap = merge_folder(options.folder, output, world=world, say=_say, show_progress=not options.quiet)
+    except SharedError:
+        if world.rank:
+            sys.exit(2)  # rank 0 says what is wrong
+        raise
+    if heatmap is not None:
+        print_summary(heatmap, output.parent, output.name)
+
+
 def _inspect(options: argparse.Namespace) -> None:
     from .inspection import inspect_model
 
@@ -108,6 +128,16 @@ def _check(options: argparse.Namespace) -> None:
     )
 
 
+def _stats(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .stats_command import stats
+
+    names = ("n_permutations", "n_bootstrap", "fdr_alpha", "seed", "statistic", "alternative")
+    chosen = {name: getattr(options, name) for name in names}
+    stats(Path(options.folder), {name: value for name, value in chosen.items() if value is not None}, _say)
+
+
 def _model_config(options: argparse.Namespace) -> ModelConfig:
     from .config import ModelConfig
 
@@ -122,7 +152,7 @@ def _model_config(options: argparse.Namespace) -> ModelConfig:
 
 def _this_rank() -> str:
     """Which rank speaks, where several were started and the error does not say so itself."""
-    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _say(line: str) -> None:
@@ -133,7 +163,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors in the project's own form."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"qkov: {self.prog}: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        print(f"{self.prog}: {message}. See `{self.prog} --help`.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -146,8 +176,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_run(commands)
     _add_demo(commands)
+    _add_merge(commands)
     _add_inspect(commands)
     _add_check(commands)
+    _add_stats(commands)
     return parser
 
 
@@ -186,6 +218,18 @@ def _add_demo(commands: Commands) -> None:
     parser.add_argument("--output", default="runs/demo", help="output folder (default: runs/demo)")
 
 
+def _add_merge(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "merge",
+        _merge,
+        "Add up the partial files of a finished run, alone or under mpirun; write heatmap.h5.",
+        "mpirun -n 4 qkov merge runs/first --output first.h5",
+    )
+    parser.add_argument("folder", metavar="DIR", help="output folder of `qkov run` with output.partials=true")
+    parser.add_argument("--output", metavar="FILE", help="the file to write (default: DIR/heatmap.h5)")
+
+
 def _add_inspect(commands: Commands) -> None:
     parser = _add(
         commands,
@@ -210,6 +254,23 @@ def _add_check(commands: Commands) -> None:
     parser.add_argument("--samples", type=_positive, default=4, help="samples of each task (default: 4)")
     parser.add_argument("--max-tokens", type=_positive, default=48, help="tokens of a sample at most (default: 48)")
     parser.add_argument("--layers", help="layers to score, such as 0-3,7 (default: the first, middle and last)")
+
+
+def _add_stats(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "stats",
+        _stats,
+        "Test a finished run again with other settings; what is not given stays as in the last test.",
+        "qkov stats runs/demo --permutations 5400 --statistic cross_mean",
+    )
+    parser.add_argument("folder", metavar="DIR", help="output folder of the run")
+    parser.add_argument("--permutations", dest="n_permutations", type=int, metavar="K", help="relabellings")
+    parser.add_argument("--bootstrap", dest="n_bootstrap", type=int, metavar="B", help="resamples; 0: no intervals")
+    parser.add_argument("--alpha", dest="fdr_alpha", type=float, help="level of the false discovery rate")
+    parser.add_argument("--seed", type=int, help="of relabellings and resamples")
+    parser.add_argument("--statistic", choices=("overlap", "cross_mean"), help="which one decides what is significant")
+    parser.add_argument("--alternative", choices=("greater", "less", "two-sided"), help="direction of the test")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:

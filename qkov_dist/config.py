@@ -118,7 +118,7 @@ class StatisticsConfig(_Section):
     """Permutation test, bootstrap and multiple testing."""
 
     enabled: bool = _key(FLAG, "test the heatmap; needs scores among all pooled samples", True)
-    permutations: int = _key(COUNT, "relabellings K of the samples; the smallest p-value is 1 / (1 + K)", 1000)
+    permutations: int = _key(whole(2), "relabellings K of the samples; the smallest p-value is 1 / (1 + K)", 1000)
     bootstrap: int = _key(whole(0), "resamplings of the samples for intervals; 0 leaves intervals out", 1000)
     fdr_alpha: float = _key(FRACTION, "level of the false discovery rate", 0.05)
     seed: int = _key(whole(0), "seed of permutations and bootstrap", 0)
@@ -133,7 +133,12 @@ class ComputeConfig(_Section):
         COUNT, "MiB of captured factors in memory; beyond it they go to disk", 1024, identity=False
     )
     score_dtype: str = _key(one_of("float32", "float64"), "dtype in which scores are accumulated", "float32")
-    compile: str | bool = _key(one_of("auto", True, False), "compile the score kernels", "auto", identity=False)
+    compile: str | bool = _key(
+        one_of("auto", True, False),
+        "compile the elementwise part of scores; auto does so on GPUs",
+        "auto",
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ from torch import Tensor
 from .capture import Site
 from .factors import Window
 from .plan import LayerPlan, Tile
-from .score import NO_ELEMENTS, FisherSums, Score, diagonal_fisher, fisher_sums, pair_scores, sample_gradients
+from .score import (
+    NO_ELEMENTS,
+    FisherSums,
+    Score,
+    compiled_maps,
+    diagonal_fisher,
+    fisher_sums,
+    maps,
+    pair_scores,
+    sample_gradients,
+)
 
 BlockTotals = dict[str, float]
 
@@ -33,6 +43,7 @@ class ScoreSettings:
     ridge_relative: float = 0.0
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,7 @@ def score_layer(
             ridge[block] += settings.ridge_relative * totals[block] / size
     blocks = {block: _no_scores(heads, roles, settings) for block, heads in plan.heads.items()}
     weights = torch.as_tensor(roles.weights).to(settings.device, settings.dtype)
+    elementwise = compiled_maps() if settings.compile else maps
     for tile, gradients in _tile_gradients(plan.tiles, source, roles, settings):
         fisher = diagonal_fisher(gradients, weights)
         scored, at = blocks[tile.block], blocks[tile.block].heads.index(tile.head)
@@ -127,6 +139,7 @@ def score_layer(
             score=settings.score,
             epsilon=settings.epsilon,
             ridge=ridge[tile.block],
+            maps=elementwise,
         )
     return blocks
 

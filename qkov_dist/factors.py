@@ -26,6 +26,7 @@ from .capture import Factors, Site
 from .errors import QkovError
 from .geometry import Rect
 
+SPILLED = "qkov-factors-"  # how temporary folders of spilled factors begin
 Span = tuple[int, int]
 
 
@@ -134,7 +135,7 @@ class FactorStore:
         self._series: dict[tuple[str, Site], _Series] = {}
         self._x_site: dict[Site, Site] = {}
         self._added: list[_Series] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="qkov-factors-", dir=folder))
+        self._folder = Path(tempfile.mkdtemp(prefix=SPILLED, dir=folder))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     @property

@@ -195,7 +195,9 @@ def refuse_other_run(path: Path, run_id: str) -> None:
         found = reader.attribute("/", "run_id")
     if found != run_id or not run_id:
         remedy = "Nothing was overwritten. Choose another output.dir, or move the old files away."
-        raise QkovError(str(path), expected=f"a file of run {run_id!r}", got=f"run {found!r}", remedy=remedy)
+        wanted = f"a file of run {run_id!r}" if run_id else "no file there, as these results are of no run"
+        got = f"run {found!r}" if found else "results of no run"
+        raise QkovError(str(path), expected=wanted, got=got, remedy=remedy)
 
 
 def remove_leftovers(path: Path) -> None:

@@ -76,9 +76,11 @@ class Job:
     def settings(self) -> ScoreSettings:
         """The metric's numbers."""
         metric, ridge = self.config.metric, self.config.ridge
-        dtype = DTYPES[self.config.compute.score_dtype]
+        dtype, compiled = DTYPES[self.config.compute.score_dtype], self.config.compute.compile
+        if compiled == "auto":
+            compiled = self.device.type == "cuda"  # on a CPU it takes longer to compile than it saves
         return ScoreSettings(
-            cast(Score, metric.score), ridge.epsilon, ridge.absolute, ridge.relative, dtype, self.device
+            cast(Score, metric.score), ridge.epsilon, ridge.absolute, ridge.relative, dtype, self.device, bool(compiled)
         )
 
     def roles(self) -> Roles:

@@ -181,7 +181,12 @@ def _check_covered(model: nn.Module) -> None:
     if model_type in _REGISTERED:
         return  # the user's word, to be proved like any other
     if model_type in REFUSED:
-        raise unresolved(model, REFUSED[model_type])
+        raise QkovError(
+            f"model type {model_type!r}",
+            expected="an architecture whose heads have weights of their own",
+            got=REFUSED[model_type],
+            remedy="Its heads cannot be scored one by one; choose another model.",
+        )
     if is_encoder_decoder(model):
         raise unresolved(model, "an encoder-decoder or cross-attention, which is not covered")
 

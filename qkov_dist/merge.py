@@ -163,7 +163,7 @@ def warnings_of(frame: Frame, fisher: Mapping[str, Mapping[str, np.ndarray]]) ->
                 f"{block}: lambda exceeds I on more than half of the elements of {len(ridged)} heads (most in layer "
                 f"{frame.layers[worst[0]].layer}, head {frame.axis(block)[worst[1]]}: "
                 f"{parts['ridge_share'][worst]:.0%}); scores there are those of an unweighted product. "
-                "Try ridge.absolute=0 with ridge.relative=0.01."
+                "Try ridge.absolute=0 with a ridge.relative of 0.001 or less."
             )
         still = np.argwhere(parts["mean"] == 0)
         if len(still):

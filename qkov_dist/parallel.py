@@ -58,8 +58,7 @@ def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Ma
             "parallel.shard",
             expected=f"a way to use {world_size} ranks (auto, ddp, fsdp, zero1, zero2 or zero3)",
             got=data,
-            remedy="Start one process"
-            + (f" for each of the {config.tp} tensor-parallel ranks." if data == "none" else "."),
+            remedy=f"Start {config.tp if data == 'none' else 1} process(es), or change parallel.shard.",
         )
     if config.tp > 1 and data in ("zero1", "zero2", "zero3", "device_map"):
         raise QkovError(

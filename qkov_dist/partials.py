@@ -164,6 +164,16 @@ class PartialWriter:
         finally:
             self._unlock()
 
+    @property
+    def folder(self) -> Path:
+        """This rank's own folder while a run goes on; it is removed when the writer is closed."""
+        return self._folder
+
+    def remove_leftovers(self, prefix: str) -> None:
+        """Remove what a killed run left in :attr:`folder` under names that begin so."""
+        for path in self._folder.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def write_layer(
         self,
         layer: int,

@@ -16,7 +16,7 @@ from .comm import current
 from .config import RunConfig
 from .engine import score_layer
 from .exchange import Exchange
-from .factors import FactorStore
+from .factors import SPILLED, FactorStore
 from .frame import Frame, from_json, make_frame, to_json
 from .hdf5_write import refuse_other_run
 from .job import Job, Say, prepare
@@ -68,6 +68,7 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
         say(memory_table(world.gather(dataclasses.asdict(memory))))
     heatmap = _finish(job, assemble(frame, layers), say) if is_first else None
     if not config.output.partials:
+        world.gather(None)  # not before rank 0 has written the heatmap
         partial.path.unlink()
     return heatmap
 
@@ -93,6 +94,8 @@ def _finish(job: Job, heatmap: Heatmap, say: Say) -> Heatmap:
     heatmap.save(job.folder / HEATMAP_FILE, cast(Pairs, job.config.output.pairs))
     for warning in heatmap.attributes["warnings"]:
         say(f"warning: {warning}")
+    for note in (heatmap.statistics or {}).get("notes", ()):
+        say(f"note: {note}")
     return heatmap
 
 
@@ -106,7 +109,8 @@ def _score_missing_layers(job: Job, writer: PartialWriter, say: Say, show_progre
     if done:
         say(f"resuming: {len(done)} of {len(job.plan.layers)} layers are on disk")
     budget = job.config.compute.factor_memory_mb * 2**20
-    with closing(FactorStore(budget, job.folder, job.team.local)) as store:
+    writer.remove_leftovers(SPILLED)
+    with closing(FactorStore(budget, writer.folder, job.team.local)) as store:
         writer.header = dataclasses.replace(writer.header, extra=to_json(_capture(job, todo, store, show_progress)))
         exchange = Exchange(job.team, store)
         roles, settings = job.roles(), job.settings()

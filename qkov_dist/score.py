@@ -13,14 +13,18 @@ two symmetric scores put 1/sqrt(R) on both sides, which makes M_AB and M_BA tran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .errors import QkovError
+
 Score = Literal["interference", "signed", "symmetric"]
+Maps = Callable[[Tensor, Tensor, Score], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,41 @@ def fisher_sums(fisher: Tensor, ridge: float) -> FisherSums:
     )
 
 
+def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """The elementwise maps of g whose product is the score: for samples in the role of i, and of j.
+
+    Args:
+        gradients: Per-sample gradients [N, P].
+        inverse: 1 / R [P].
+        score: Which score.
+    """
+    if score == "interference":
+        return gradients.square() * inverse, gradients.abs()
+    scaled = gradients * inverse.sqrt()
+    scaled = scaled.abs() if score == "symmetric" else scaled
+    return scaled, scaled
+
+
+@cache
+def compiled_maps() -> Maps:
+    """:func:`maps`, fused into one pass over the gradients by ``torch.compile``.
+
+    Raises:
+        QkovError: where nothing can be compiled here.
+    """
+    compiled: Maps = torch.compile(maps, dynamic=True)
+    try:
+        compiled(torch.ones(3, 5), torch.ones(5), "interference")
+    except (RuntimeError, OSError) as error:
+        raise QkovError(
+            "compute.compile",
+            expected="a working torch.compile (on CPUs it needs a C++ compiler)",
+            got=str(error).splitlines()[0],
+            remedy="Install a compiler, or set compute.compile=false.",
+        ) from error
+    return compiled
+
+
 def pair_scores(
     gradients: Tensor,
     fisher: Tensor,
@@ -94,6 +133,7 @@ def pair_scores(
     score: Score,
     epsilon: float,
     ridge: float,
+    maps: Maps = maps,
 ) -> Tensor:
     """A tile's contribution to the scores of all pairs: [len(left), len(right)].
 
@@ -105,10 +145,8 @@ def pair_scores(
         score: Which score.
         epsilon: Floor of I.
         ridge: lambda, added to the floored I.
+        maps: The elementwise maps, as they are or compiled.
     """
     inverse = (fisher.clamp_min(epsilon) + ridge).reciprocal_()
-    if score == "interference":
-        return (gradients[left].square() * inverse) @ gradients[right].abs().t()
-    scaled = gradients * inverse.sqrt_()
-    scaled = scaled.abs_() if score == "symmetric" else scaled
-    return scaled[left] @ scaled[right].t()
+    of_i, of_j = maps(gradients, inverse, score)
+    return of_i[left] @ of_j[right].t()

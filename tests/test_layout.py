@@ -207,8 +207,6 @@ def test_only_the_text_decoder_counts_in_a_multimodal_model() -> None:
 
 
 def _refused() -> Iterator[tuple[str, nn.Module, str]]:
-    llama = {**COMMON, **LLAMA}
-    yield "diffllama", AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **llama)), "paired heads"
     t5 = T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
     yield "t5", T5ForConditionalGeneration(t5), "encoder-decoder"
     yield "gpt2", TINY["gpt2"].build(add_cross_attention=True), "cross-attention"
@@ -230,6 +228,15 @@ def test_what_cannot_be_resolved_is_refused_with_parameters_and_remedy(
     assert "attention-like parameters [out, in]: " in message
     if model_type == "stranger":
         assert "blocks.*.talk.qkv [48, 32]; blocks.*.talk.out [32, 24]." in message
+
+
+def test_heads_that_share_weights_are_refused_for_good() -> None:
+    llama = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("diffllama", **llama, num_attention_heads=4, num_key_value_heads=2)
+    with pytest.raises(QkovError, match="paired heads share Q and V") as refusal:
+        resolve(AutoModelForCausalLM.from_config(config))
+    assert "choose another model" in str(refusal.value)
+    assert "register_layout" not in str(refusal.value)
 
 
 def test_a_model_without_a_config_is_refused() -> None:

@@ -274,7 +274,7 @@ def test_no_arguments_and_wrong_commands_exit_with_2(capsys):
         with pytest.raises(SystemExit) if arguments != ["run"] else _returns() as caught:
             code = main(arguments)
         assert (caught.value.code if arguments != ["run"] else code) == 2
-        assert capsys.readouterr().err.startswith("qkov: ")
+        assert capsys.readouterr().err.startswith("qkov")
 
 
 class _returns:  # noqa: N801

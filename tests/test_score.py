@@ -4,7 +4,15 @@ import pytest
 import torch
 from oracle import PAIRS
 
-from qkov_dist.score import NO_ELEMENTS, diagonal_fisher, fisher_sums, pair_scores, sample_gradients
+from qkov_dist.score import (
+    NO_ELEMENTS,
+    compiled_maps,
+    diagonal_fisher,
+    fisher_sums,
+    maps,
+    pair_scores,
+    sample_gradients,
+)
 
 SPANS = [(0, 3), (3, 4), (4, 9)]
 
@@ -64,3 +72,13 @@ def test_sums_of_fisher_are_additive():
     assert parts == fisher_sums(fisher, 0.6)
     assert (parts.count, parts.below_ridge) == (4, 2)
     assert parts.minimum == pytest.approx(1e-12)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+def test_compiled_maps_are_the_maps(factors, score):
+    gradients = sample_gradients(*factors, SPANS).float()
+    inverse = gradients.square().mean(dim=0).reciprocal()
+    for got, expected in zip(compiled_maps()(gradients, inverse, score), maps(gradients, inverse, score), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
