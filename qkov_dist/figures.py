@@ -1,0 +1,138 @@
+"""Figures for papers: heatmaps, blocks with intervals, and the layer profile, as PDF and PNG. Needs matplotlib.
+
+Colours are safe for colour-blind readers and in grey print: cividis for one-sided values, blue to orange about 0, and
+the Okabe-Ito palette for the blocks. A dot marks a head with q at most alpha. Text in PDFs stays text.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .report_tables import alpha, test_arrays
+from .results import Heatmap
+from .views import HEAD_DIM, Floats
+
+BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
+BLUE_ORANGE = ("#0b3c74", "#2f6fb1", "#86b6de", "#f3f3f1", "#f2b877", "#cc7318", "#743a02")
+_PNG_DPI = 200
+
+
+def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
+    """File name and content of every figure, in both formats.
+
+    Raises:
+        ModuleNotFoundError: where matplotlib is not installed.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
+        for name, make in (("heatmaps", _heatmaps), ("blocks", _blocks), ("layers", _layers)):
+            figure = make(heatmap)
+            for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+                content = io.BytesIO()
+                figure.savefig(content, format=kind, dpi=_PNG_DPI, metadata=metadata)
+                yield f"{name}.{kind}", content.getvalue()
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _quantities(heatmap: Heatmap) -> list[tuple[str, str]]:
+    """Title and key of what is drawn: the mean score, and overlap where it was tested."""
+    score = str(heatmap.attributes.get("score", "score"))
+    return [(f"mean {score}", "score")] + ([("overlap", "overlap")] if "overlap" in (heatmap.statistics or {}) else [])
+
+
+def _values(heatmap: Heatmap, block: str, key: str) -> Floats:
+    return heatmap.mean[block] if key == "score" else test_arrays(heatmap, key, block)["statistic"]
+
+
+def _heatmaps(heatmap: Heatmap) -> Any:
+    rows, blocks = _quantities(heatmap), heatmap.blocks
+    figure = _figure(1.9 * len(blocks), (0.8 + 0.055 * max(len(heatmap.layers), 24)) * len(rows))
+    for axes, (title, key) in zip(figure.subplots(len(rows), len(blocks), squeeze=False), rows, strict=True):
+        for axis, block in zip(axes, blocks, strict=True):
+            values = _values(heatmap, block, key)
+            is_signed = key != "score" or heatmap.attributes.get("score") == "signed"
+            scale = values if key == "score" else np.concatenate([_values(heatmap, b, key) for b in blocks], axis=None)
+            image = axis.imshow(np.ma.masked_invalid(values), **_colors(scale, is_signed))
+            axis.set_facecolor("0.85")
+            axis.set(title=f"{block}: {title}", xlabel=HEAD_DIM[block].replace("_", " "))
+            _ticks(axis.xaxis, heatmap.natives(block))
+            _ticks(axis.yaxis, heatmap.layers)
+            q_values = test_arrays(heatmap, heatmap.deciding, block).get("q_value", np.ones_like(values))
+            layers, heads = np.nonzero(q_values <= alpha(heatmap))
+            axis.scatter(heads, layers, s=4, c="white", edgecolors="black", linewidths=0.4)
+            axis.figure.colorbar(image, ax=axis)
+        axes[0].set_ylabel("layer")
+    return figure
+
+
+def _colors(values: Floats, is_signed: bool) -> dict[str, Any]:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    options: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "cividis"}
+    if is_signed and np.isfinite(values).any():
+        most = float(np.nanmax(np.abs(values))) or 1.0
+        cmap = LinearSegmentedColormap.from_list("blue-orange", BLUE_ORANGE)
+        options |= {"cmap": cmap, "vmin": -most, "vmax": most}
+    return options
+
+
+def _blocks(heatmap: Heatmap) -> Any:
+    """Every head with its bootstrap interval, sorted within its block."""
+    rows, blocks = _quantities(heatmap), heatmap.blocks
+    figure = _figure(1.9 * len(blocks), 2.2 * len(rows))
+    grid = figure.subplots(len(rows), len(blocks), squeeze=False)
+    for axes, (title, key) in zip(grid, rows, strict=True):
+        for axis, block in zip(axes, blocks, strict=True):
+            values = _values(heatmap, block, key)
+            order = np.argsort(values, axis=None)[: int(np.isfinite(values).sum())]
+            tests = test_arrays(heatmap, "cross_mean" if key == "score" else key, block)
+            if "ci_low" in tests:
+                low, high = tests["ci_low"].flat[order], tests["ci_high"].flat[order]
+                axis.vlines(np.arange(len(order)), low, high, color=BLOCK_COLORS[block], alpha=0.35, linewidth=0.6)
+                axis.set_ylim(*_frame(values.flat[order], low, high))
+            axis.plot(np.arange(len(order)), values.flat[order], ".", color=BLOCK_COLORS[block], markersize=2)
+            if key != "score":
+                axis.axhline(0, color="0.4", linewidth=0.6)
+            axis.set(title=block, xlabel="heads, sorted")
+        axes[0].set_ylabel(title)
+    return figure
+
+
+def _frame(values: Floats, low: Floats, high: Floats) -> tuple[float, float]:
+    """All values and most of the intervals: a single wild one must not flatten the rest."""
+    ends = np.concatenate([values, [np.nanquantile(low, 0.02), np.nanquantile(high, 0.98)]])
+    margin = 0.05 * float(np.nanmax(ends) - np.nanmin(ends)) or 1.0
+    return float(np.nanmin(ends)) - margin, float(np.nanmax(ends)) + margin
+
+
+def _layers(heatmap: Heatmap) -> Any:
+    """Mean over the heads of a layer, and their range."""
+    rows, blocks = _quantities(heatmap), heatmap.blocks
+    figure = _figure(1.9 * len(blocks), 1.9 * len(rows))
+    grid = figure.subplots(len(rows), len(blocks), squeeze=False)
+    for axes, (title, key) in zip(grid, rows, strict=True):
+        for axis, block in zip(axes, blocks, strict=True):
+            values = _values(heatmap, block, key)
+            there = np.isfinite(values).any(axis=1)
+            layers, values = np.array(heatmap.layers)[there], values[there]
+            low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+            axis.fill_between(layers, low, high, color=BLOCK_COLORS[block], alpha=0.2, linewidth=0)
+            axis.plot(layers, np.nanmean(values, axis=1), color=BLOCK_COLORS[block], linewidth=1.2)
+            axis.set(title=block, xlabel="layer")
+        axes[0].set_ylabel(title)
+    return figure
+
+
+def _ticks(axis: Any, numbers: tuple[int, ...], most: int = 9) -> None:
+    places = range(0, len(numbers), -(-len(numbers) // most))
+    axis.set_ticks(list(places), labels=[str(numbers[place]) for place in places])

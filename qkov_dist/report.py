@@ -1,0 +1,85 @@
+"""The report of a finished run: ``report.html``, and with ``qkov report`` figures and tables for papers.
+
+    DIR/report.html                             the page: self-contained, offline
+    DIR/report/{heads,blocks,layers,conflicts}.{csv,md}
+    DIR/report/{heatmaps,blocks,layers}.{pdf,png}   with matplotlib
+
+It shows what ``heatmap.h5`` holds and computes nothing else. A page of another run is refused, never overwritten.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import QkovError
+from .figures import figures
+from .report_page import make_page, run_marker
+from .report_tables import all_tables
+from .results import Heatmap
+from .store import load_heatmap
+
+HEATMAP_FILE, PAGE_FILE, FOLDER = "heatmap.h5", "report.html", "report"
+
+
+def write_page(heatmap: Heatmap, folder: str | Path) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path.
+
+    Raises:
+        QkovError: where ``folder`` holds a page of another run, or cannot be written.
+    """
+    path = Path(folder) / PAGE_FILE
+    _refuse_other_page(path, heatmap.run_id)
+    _replace(path, make_page(heatmap).encode("utf-8", "backslashreplace"))
+    return path
+
+
+def write_report(folder: str | Path, say: Callable[[str], None]) -> Path:
+    """Write page, tables and figures of the run in ``folder``; returns the page's path.
+
+    Args:
+        folder: Where ``heatmap.h5`` lies.
+        say: Takes a line about each part.
+
+    Raises:
+        QkovError: without a readable ``heatmap.h5``, for a page of another run, and where writing fails.
+    """
+    folder = Path(folder)
+    if not (folder / HEATMAP_FILE).exists():
+        remedy = "Name the output folder of a finished `qkov run`."
+        raise QkovError(str(folder), expected=f"a folder with {HEATMAP_FILE}", got="none", remedy=remedy)
+    heatmap = load_heatmap(folder / HEATMAP_FILE)
+    page = write_page(heatmap, folder)
+    for table in all_tables(heatmap):
+        _replace(folder / FOLDER / f"{table.name}.csv", table.to_csv().encode())
+        _replace(folder / FOLDER / f"{table.name}.md", table.to_markdown().encode())
+    say(f"tables: {folder / FOLDER}/*.csv, *.md")
+    try:
+        for name, content in figures(heatmap):
+            _replace(folder / FOLDER / name, content)
+        say(f"figures: {folder / FOLDER}/*.pdf, *.png")
+    except ModuleNotFoundError as error:
+        say(f"no figures: {error.name} is not installed. Run: pip install 'qkov-dist[report]'")
+    return page
+
+
+def _refuse_other_page(path: Path, run_id: str) -> None:
+    if path.exists() and run_marker(run_id) not in path.read_text(encoding="utf-8", errors="replace"):
+        remedy = "Nothing was overwritten. Move it away, then run `qkov report` again."
+        raise QkovError(str(path), expected=f"a report of run {run_id!r}", got="another file", remedy=remedy)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Have a file appear whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        remedy = "Free some space, or make the folder writable."
+        got = error.strerror or type(error).__name__
+        raise QkovError(str(path), expected="a file that can be written", got=got, remedy=remedy) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"use strict";
+// What every part of the page uses: the data, numbers as text, colours, and elements made without markup.
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+
+function unpack(text, Type) {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const view = new DataView(bytes.buffer);
+  const read = Type === Int32Array ? (at) => view.getInt32(at, true) : (at) => view.getFloat32(at, true);
+  return Type.from({ length: bytes.length / 4 }, (_, place) => read(4 * place));
+}
+
+for (const block of DATA.blocks) {
+  for (const name of Object.keys(block.values)) block.values[name] = unpack(block.values[name], Float32Array);
+  block.pairs = block.pairs && unpack(block.pairs, Int32Array);
+  block.at = (layer, head) => layer * block.heads.length + head;
+  block.value = (name, place) => (block.values[name] ? block.values[name][place] : NaN);
+}
+
+/** An element with attributes, and children that are elements or plain text, never markup. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function makeSvg(tag, attributes = {}, text = "") {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.textContent = text;
+  return element;
+}
+
+/** Four significant digits; a minus that lines up; a dash for what is not there. */
+function show(number) {
+  if (number === null || Number.isNaN(number)) return "–";
+  const size = Math.abs(number);
+  const text = size !== 0 && (size < 1e-3 || size >= 1e6) ? number.toExponential(2) : String(Number(number.toPrecision(4)));
+  return text.replace("-", "−");
+}
+
+const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
+
+// Cividis; blue to orange about a neutral middle; one hue that leaves the page's own colour as it grows. All are safe
+// for colour-blind readers, and their lightness alone tells the order.
+const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+const DIVERGING = {
+  light: ["#0b3c74", "#2f6fb1", "#86b6de", "#f3f3f1", "#f2b877", "#cc7318", "#743a02"],
+  dark: ["#a9d3fb", "#4f92d3", "#24507f", "#2a2d33", "#7d4d16", "#dd8a2c", "#ffd39a"],
+};
+const SMALL_Q = {
+  light: ["#e9edf3", "#b7cbe2", "#6f9dcb", "#2c69a6", "#0b3566"],
+  dark: ["#262b33", "#38587f", "#5b90cb", "#a5cdf6", "#f2f8ff"],
+};
+
+function parse(color) {
+  return [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16));
+}
+
+/** The colour at a share of a list of colours, as [red, green, blue]. */
+function mix(colors, share) {
+  const at = Math.min(Math.max(share, 0), 1) * (colors.length - 1);
+  const [low, high] = [parse(colors[Math.floor(at)]), parse(colors[Math.ceil(at)])];
+  return low.map((part, i) => Math.round(part + (high[i] - part) * (at % 1)));
+}
+
+const rgb = (parts) => `rgb(${parts.join(" ")})`;
+
+function extent(arrays) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const array of arrays)
+    for (const number of array) {
+      if (number < low) low = number;
+      if (number > high) high = number;
+    }
+  return low > high ? [0, 1] : [low, high];
+}
+
+/** Round numbers between two ends, about as many as asked for. */
+function ticks(low, high, count) {
+  const rough = (high - low) / count || 1;
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
+  const found = [];
+  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) found.push(n * step);
+  return found;
+}
+
+const isSigned = DATA.score === "signed";
+const hasStatistic = DATA.blocks.some((block) => block.values.stat);
+const isTested = DATA.statistic !== null;
+
+/** What can be shown: its name, where it lies, its interval, and what it means. */
+const VALUES = {
+  score: {
+    label: "score", title: `mean ${DATA.score}`, key: "score", low: "score_low", high: "score_high", centred: isSigned,
+    there: true,
+    hint: `Mean ${DATA.score} over all pairs of one sample of ${DATA.tasks[0]} and one of ${DATA.tasks[1]}. It grows with the loss ` +
+      "and with the size of a head's slice: compare heads within one block, not blocks with each other." +
+      (isSigned ? " Below 0 the tasks' gradients conflict, above 0 they agree." : ""),
+  },
+  overlap: {
+    label: "overlap", title: "overlap", key: "stat", low: "stat_low", high: "stat_high", centred: true, there: hasStatistic,
+    hint: "Above 0 the tasks press on each other more than on themselves, whatever the scale of their gradients. Very negative: " +
+      "both use the head, each with weights of its own. Under exchanged labels it is near 0, not at 0: effect compares with that.",
+  },
+  effect: {
+    label: "effect", title: "effect size", key: "effect", centred: true, there: isTested,
+    hint: `Distance of ${DATA.statistic} from its mean under exchanged task labels, in standard deviations (Cohen's d).`,
+  },
+  q: {
+    label: "q", title: "q", key: "q", there: isTested,
+    hint: `Benjamini-Hochberg q-value of ${DATA.statistic} within a block. A q near 1 is no proof that nothing interferes: ` +
+      "heads that both tasks use with different weights lie below the null.",
+  },
+};
+
+const STATE = { value: "score", scale: "linear", range: "block", selected: null };
+const DRAW = [];
+const redraw = () => DRAW.forEach((draw) => draw());
+
+/** A group of radio buttons that looks like one switch. */
+function segments(title, name, choices) {
+  const labels = Object.entries(choices).map(([key, { label, there = true }]) =>
+    make("label", {}, make("input", {
+      type: "radio", name, value: key, checked: STATE[name] === key, disabled: !there,
+      onchange: () => { STATE[name] = key; redraw(); },
+    }), label));
+  return make("fieldset", {}, make("legend", {}, title), make("div", { class: "segments" }, ...labels));
+}

@@ -1,0 +1,305 @@
+"""The report without a browser: what is written, what is escaped, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from heatmaps import HEADS, KV_HEADS, LAYERS, NUM_A, NUM_B, make_heatmap, make_statistics, make_table, present
+
+from qkov_dist.cli import main
+from qkov_dist.errors import QkovError
+from qkov_dist.report import write_page, write_report
+from qkov_dist.report_page import make_page, page_data
+from qkov_dist.report_tables import Table, all_tables, blocks_table, conflicts_table, heads_table, layers_table
+from qkov_dist.results import FISHER_KEYS, Heatmap, SampleTable
+
+HOSTILE = "</script><script>alert(1)</script><!-- <img src=https://example.com/x.png> {{script}} \u2028 \udc80"
+
+
+def heatmap_with_tests(**changes) -> Heatmap:
+    rng = np.random.default_rng(2)
+    statistics = make_statistics()
+    for name in ("cross_mean", "overlap"):
+        for block in "QKVO":
+            arrays = statistics[name][block]
+            arrays |= {"ci_low": arrays["statistic"] - 0.1, "ci_high": arrays["statistic"] + 0.1}
+            for key in ("effect_size", "p_max"):
+                arrays[key] = np.where(present(block), rng.random(present(block).shape), np.nan)
+    statistics["settings"] = {"statistic": "overlap", "fdr_alpha": 0.3, "confidence": 0.95}
+    statistics["notes"] = ["few <labellings>"]
+    return make_heatmap(**changes).with_statistics(statistics)
+
+
+def large_heatmap(num_layers: int = 80, num_heads: int = 64) -> Heatmap:
+    """All four blocks at full resolution, tested, with long texts."""
+    rng = np.random.default_rng(0)
+    shape, num_samples = (num_layers, num_heads), 4
+    cross = {b: rng.gamma(1.0, size=(*shape, num_samples, num_samples)).astype(np.float32) for b in "QKVO"}
+    keys = ("statistic", "p_value", "q_value", "q_value_by", "p_max", "effect_size", "ci_low", "ci_high")
+    tests = {name: {b: {key: rng.random(shape) for key in keys} for b in "QKVO"} for name in ("cross_mean", "overlap")}
+    table = SampleTable(
+        tuple(f"sample-{i}" for i in range(num_samples)),
+        np.full(num_samples, 9000),
+        np.ones(num_samples),
+        ("語 " * 500_000,) * num_samples,
+    )
+    return Heatmap(
+        "math",
+        "code",
+        tuple(range(num_layers)),
+        tuple(range(num_heads)),
+        tuple(range(num_heads)),
+        np.ones(num_layers, np.int64),
+        table,
+        table,
+        {b: scores.mean((-2, -1), dtype=np.float64) for b, scores in cross.items()},
+        {b: np.ones(shape, bool) for b in "QKVO"},
+        {b: {key: rng.random(shape) for key in FISHER_KEYS} for b in "QKVO"},
+        cross,
+        statistics={**tests, "settings": {"statistic": "overlap", "fdr_alpha": 0.05}},
+        attributes={"run_id": "large", "score": "interference"},
+    )
+
+
+def data_of(page: str) -> dict:
+    """The data block as a browser's JSON.parse would see it."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def numbers(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4")
+
+
+class Tags(HTMLParser):
+    """Tags with their attributes, in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+# The page
+
+
+def test_the_page_holds_the_heatmap_at_native_resolution():
+    heatmap = heatmap_with_tests()
+    data = data_of(make_page(heatmap))
+    assert [block["name"] for block in data["blocks"]] == list("QKVO")
+    for block in data["blocks"]:
+        name = block["name"]
+        assert block["heads"] == list(HEADS if name in "QO" else KV_HEADS)
+        np.testing.assert_array_equal(numbers(block["values"]["score"]), heatmap.mean[name].ravel().astype("f4"))
+        tests = heatmap.statistics["overlap"][name]
+        for key, stored in {"stat": "statistic", "q": "q_value", "stat_low": "ci_low", "p_max": "p_max"}.items():
+            np.testing.assert_array_equal(numbers(block["values"][key]), tests[stored].ravel().astype("f4"))
+    assert data["layers"] == list(LAYERS)
+    assert data["alpha"] == 0.3
+
+
+def test_overlap_is_shown_whichever_statistic_decides():
+    heatmap = heatmap_with_tests()
+    settings = {**heatmap.statistics["settings"], "statistic": "cross_mean"}
+    values = page_data(heatmap.with_statistics({**heatmap.statistics, "settings": settings}))["blocks"][0]["values"]
+    for key, stored in {"stat": ("overlap", "statistic"), "q": ("cross_mean", "q_value")}.items():
+        expected = heatmap.statistics[stored[0]]["Q"][stored[1]]
+        np.testing.assert_array_equal(numbers(values[key]), expected.ravel().astype("f4"))
+
+
+def test_the_strongest_pair_of_each_head_is_the_stored_maximum():
+    heatmap = heatmap_with_tests()
+    for block in page_data(heatmap)["blocks"]:
+        places = np.frombuffer(base64.b64decode(block["pairs"]), "<i4")
+        flat = heatmap.cross[block["name"]].reshape(-1, NUM_A * NUM_B)
+        there = present(block["name"]).ravel()
+        np.testing.assert_array_equal(places[there], np.nanargmax(flat[there], axis=1))
+
+
+def test_for_signed_scores_the_strongest_pair_is_the_lowest():
+    heatmap = make_heatmap(attributes={"run_id": "s", "score": "signed"})
+    block = page_data(heatmap)["blocks"][0]
+    places = np.frombuffer(base64.b64decode(block["pairs"]), "<i4")
+    there = present("Q").ravel()
+    np.testing.assert_array_equal(places[there], np.nanargmin(heatmap.cross["Q"].reshape(-1, 12)[there], axis=1))
+
+
+def test_text_of_samples_tasks_and_warnings_is_never_markup():
+    table = SampleTable((HOSTILE,) * NUM_A, np.ones(NUM_A, int), np.ones(NUM_A), (HOSTILE,) * NUM_A)
+    attributes = {"run_id": HOSTILE, "score": "interference", "warnings": [HOSTILE], "notes": [HOSTILE], "x": HOSTILE}
+    plain, hostile = (
+        Tags(make_page(heatmap)).found
+        for heatmap in (
+            heatmap_with_tests(
+                attributes=attributes | dict.fromkeys(("run_id", "x"), "-") | {"warnings": [""], "notes": [""]}
+            ),
+            heatmap_with_tests(task_a=HOSTILE, samples_a=table, attributes=attributes),
+        )
+    )
+    assert [tag for tag, _ in hostile] == [tag for tag, _ in plain]
+    data = data_of(make_page(heatmap_with_tests(samples_a=table)))
+    assert data["samples"][0]["texts"][0] == HOSTILE.encode("utf-8", "backslashreplace").decode()
+
+
+def test_the_page_asks_nobody_for_anything():
+    page = make_page(heatmap_with_tests())
+    for tag, attributes in Tags(page).found:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith("#")
+        assert not any(name.startswith("on") for name in attributes)
+        assert "style" not in attributes
+    without_namespace = page.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|//[a-z]+\.[a-z]|url\(|@import", without_namespace)
+
+
+def test_the_policy_allows_this_style_and_this_script_alone():
+    page = make_page(heatmap_with_tests())
+    policy = next(a["content"] for tag, a in Tags(page).found if a.get("http-equiv") == "Content-Security-Policy")
+    directives = dict(part.split(" ", 1) for part in policy.split("; "))
+    for name, pattern in {"style-src": r"<style>(.*?)</style>", "script-src": r"<script>(.*?)</script>"}.items():
+        text = re.search(pattern, page, re.S)[1]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert directives.pop(name) == f"'sha256-{digest}'"
+    assert set(directives.values()) == {"'none'"}
+    assert "default-src" in directives
+
+
+def test_warnings_notes_and_provenance_are_on_the_page():
+    page = make_page(heatmap_with_tests())
+    for text in ("ridge exceeds I on 60% of Q 5.1", "é &lt;b&gt;", "few &lt;labellings&gt;", "versions.torch", "run-1"):
+        assert text in page
+
+
+def test_eighty_layers_of_64_heads_stay_below_5_mb():
+    page = make_page(large_heatmap())
+    assert len(page.encode()) < 5_000_000
+    texts = data_of(page)["samples"][0]["texts"]
+    assert texts[0].endswith("… [1,000,000 characters in all]")
+
+
+@pytest.mark.parametrize("changes", [{"cross": None, "pooled": None}, {"attributes": {}}])
+def test_a_heatmap_without_pairs_tests_or_attributes_has_a_page(changes):
+    heatmap = make_heatmap(**changes)
+    data = data_of(make_page(heatmap))
+    assert data["statistic"] is None
+    assert bool(data["conflicts"]) == (heatmap.cross is not None)
+    assert all(table.to_csv() and table.to_markdown() for table in all_tables(heatmap))
+
+
+# Tables
+
+
+def test_heads_are_listed_strongest_first_with_their_tests():
+    heatmap = heatmap_with_tests()
+    table = heads_table(heatmap)
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert len(rows) == sum(int(present(block).sum()) for block in "QKVO")
+    scores = [row["score_mean"] for row in rows if row["block"] == "V"]
+    assert scores == sorted(scores, reverse=True)
+    row = next(row for row in rows if (row["block"], row["layer"], row["head"]) == ("Q", 5, 3))
+    assert row["kv_head"] == 1  # two query heads of one kv head in layer 5
+    assert row["overlap_q_value"] == heatmap.statistics["overlap"]["Q"]["q_value"][1, 3]
+
+
+def test_blocks_and_layers_sum_up_what_is_stored():
+    heatmap = heatmap_with_tests()
+    rows = {row[0]: dict(zip(blocks_table(heatmap).columns, row, strict=True)) for row in blocks_table(heatmap).rows}
+    overlap = heatmap.statistics["overlap"]["V"]
+    assert rows["V"]["layers"] == 2
+    assert rows["V"]["score_mean"] == np.nanmean(heatmap.mean["V"])
+    assert rows["V"]["overlap_largest"] == np.nanmax(overlap["statistic"])
+    assert rows["V"]["overlap_ci_high"] == pytest.approx(np.nanmax(overlap["statistic"]) + 0.1)
+    assert rows["V"]["significant"] == int((overlap["q_value"] <= 0.3).sum())
+    layers = layers_table(heatmap)
+    assert ("V", 7) not in {row[:2] for row in layers.rows}  # no V heads there
+    assert dict(zip(layers.columns, layers.rows[1], strict=True))["score_mean"] == np.nanmean(heatmap.mean["Q"][1])
+
+
+def test_conflicts_come_with_texts_and_token_counts():
+    heatmap = heatmap_with_tests()
+    table = conflicts_table(heatmap)
+    first = dict(zip(table.columns, table.rows[0], strict=True))
+    top = heatmap["Q"]["top_conflicts"][0]
+    assert (first["score"], first["id_a"], first["id_b"]) == (top["score"], top["id_a"], top["id_b"])
+    assert first["text_b"] == heatmap.samples_b.texts[top["sample_j"]]
+    assert first["tokens_a"] == heatmap.samples_a.num_tokens[top["sample_i"]]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", '=HYPERLINK("x","y")'])
+def test_a_spreadsheet_runs_no_text(text):
+    cells = list(csv.reader(io.StringIO(Table("t", (text,), ((text, -1.5, 2, None),)).to_csv(), newline="")))
+    assert cells[1] == [f"'{text}", "-1.5", "2", ""]
+    assert cells[0] == [f"'{text}"]
+
+
+def test_markdown_cells_hold_no_markup():
+    text = Table("t", ("a|b",), (("a | b\n<b>*x*</b> `c` [l](u)",), ("long " * 99,), (0.123456,))).to_markdown()
+    lines = text.splitlines()
+    assert lines[0] == r"| a\|b |"
+    assert lines[2] == r"| a \| b \<b\>\*x\*\</b\> \`c\` \[l\](u) |"
+    assert len(lines[3]) < 100
+    assert lines[4] == "| 0.1235 |"
+
+
+# Files
+
+
+def saved(folder: Path) -> Path:
+    heatmap_with_tests().save(folder / "heatmap.h5")
+    return folder
+
+
+@pytest.mark.long
+def test_the_command_writes_page_tables_and_figures(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(saved(tmp_path))]) == 0
+    printed = capsys.readouterr()
+    assert str(tmp_path / "report.html") in printed.out
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    tables = {f"{name}.{kind}" for name in ("heads", "blocks", "layers", "conflicts") for kind in ("csv", "md")}
+    assert names == tables | {f"{name}.{kind}" for name in ("heatmaps", "blocks", "layers") for kind in ("pdf", "png")}
+    assert (tmp_path / "report" / "heatmaps.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "report" / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["report", str(tmp_path)]) == 0  # its own page may be written again
+
+
+def test_without_matplotlib_the_page_is_written_and_the_lack_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said: list[str] = []
+    assert write_report(saved(tmp_path), said.append).exists()
+    assert any("matplotlib" in line and "qkov-dist[report]" in line for line in said)
+    assert not list((tmp_path / "report").glob("*.p*"))
+
+
+def test_a_page_of_another_run_is_not_overwritten(tmp_path):
+    write_page(make_heatmap(), tmp_path)
+    other = dataclasses.replace(make_heatmap(), attributes={"run_id": "run-2"})
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(QkovError, match="run-2"):
+        write_page(other, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_a_folder_without_a_heatmap_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "heatmap.h5" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_without_text_have_a_page():
+    table = dataclasses.replace(make_table("a", NUM_A), texts=("",) * NUM_A, losses=np.full(NUM_A, np.nan))
+    assert data_of(make_page(make_heatmap(samples_a=table)))["samples"][0]["losses"] == [None] * NUM_A
