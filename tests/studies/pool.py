@@ -1,0 +1,99 @@
+"""What the studies share: samples captured once, and scored under any order, split and Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from real import smollm2
+from torch import Tensor
+
+from qkov_dist.collection import Collection
+from qkov_dist.config import TaskConfig
+from qkov_dist.engine import Roles, ScoreSettings, score_layer
+from qkov_dist.factors import FactorStore
+from qkov_dist.fisher import fisher_steps, fisher_weights
+from qkov_dist.head_tests import Design, correct, family_max, head_tests
+from qkov_dist.layout import resolve
+from qkov_dist.models import LoadedModel
+from qkov_dist.plan import Plan, Selection, make_plan
+from qkov_dist.samples import Sample
+from qkov_dist.slices import BLOCKS
+from qkov_dist.tasks import load_task
+
+Scores = Mapping[str, Tensor]  # block -> [heads of all layers, N, N]
+BUDGET = 2**31
+
+
+@dataclass(frozen=True)
+class FisherRule:
+    """How the Fisher weights the samples."""
+
+    estimator: str = "mean"
+    scope: str = "pooled"
+    decay: float = 0.99
+    batch_size: int = 8
+
+    def weights(self, num_a: int, num_b: int) -> np.ndarray:
+        steps = fisher_steps(num_a, num_b, batch_size=self.batch_size, scope=self.scope)
+        return fisher_weights(steps, num_a + num_b, estimator=self.estimator, decay=self.decay)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N captured samples."""
+
+    store: FactorStore
+    plan: Plan
+    num_samples: int
+
+    def scores(
+        self, rule: FisherRule, order: Sequence[int], num_a: int, settings: ScoreSettings | None = None
+    ) -> Scores:
+        """Scores among the samples in ``order``, of which the first ``num_a`` are called A."""
+        num = len(order)
+        roles = Roles(tuple(order), rule.weights(num_a, num - num_a), slice(0, num), slice(0, num))
+        parts: dict[str, list[Tensor]] = {}
+        for layer in self.plan.layers:
+            for block, found in score_layer(layer, self.store, roles, settings or ScoreSettings()).items():
+                parts.setdefault(block, []).append(found.scores)
+        return {block: torch.cat(parts[block]) for block in BLOCKS if block in parts}
+
+
+@contextmanager
+def pooled(model: Any, samples: Sequence[Sample], layers: tuple[int, ...] | None = None) -> Iterator[Pool]:
+    """Run the samples once and keep their factors inside the block."""
+    plan = make_plan(resolve(model), Selection(layers), include_bias=False, num_samples=len(samples))
+    with closing(FactorStore(BUDGET)) as store:
+        Collection(store, plan.sites).run(model, "pool", samples)
+        yield Pool(store, plan, len(samples))
+
+
+def task_samples(loaded: LoadedModel, name: str, num: int, max_tokens: int = 64) -> tuple[Sample, ...]:
+    """Samples of a generated task."""
+    task = TaskConfig(name=name, path=f"builtin:{name}", max_samples=num, max_tokens=max_tokens)
+    return load_task(task, loaded.tokenizer, vocab_size=loaded.vocab_size, max_positions=loaded.max_positions).samples
+
+
+def small_real_model() -> LoadedModel:
+    return smollm2()
+
+
+def reordered(scores: Scores, order: Sequence[int]) -> Scores:
+    """The scores of the same samples in another order, under the same Fisher."""
+    at = torch.as_tensor(order)
+    return {block: part[:, at][:, :, at] for block, part in scores.items()}
+
+
+def tested(scores: Scores, design: Design) -> dict[str, dict[str, Mapping[str, np.ndarray]]]:
+    """Statistic -> block -> name -> [heads], corrected as the product does."""
+    tests = {block: head_tests(part, design) for block, part in scores.items()}
+    results = {}
+    for name in design.names:
+        max_z = family_max(found[name] for found in tests.values())
+        results[name] = {block: correct(found[name], max_z) for block, found in tests.items()}
+    return results

@@ -1,0 +1,74 @@
+"""The calibration study in small: exchangeable labels hold their level, and the study sees those that do not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from calibration import ALPHA, MEAN, Condition, Outcome, run_condition
+from jobs import mixed_samples
+from pool import FisherRule, pooled, reordered
+from power import Question, count_found
+from zoo import TINY, VOCAB
+
+EXACT = Condition("tiny llama", MEAN, 8, 8, 200, 199, rescored=False)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with pooled(TINY["llama"].build(), mixed_samples(16, VOCAB, seed=11)) as made:
+        yield made
+
+
+def assert_calibrated(results) -> None:
+    for name in ("cross_mean", "overlap"):
+        found = results[name]
+        assert found["ks_p"] > 1e-3, name
+        assert found["ks_worst_head_bonferroni_p"] > 1e-3, name
+        low = found["rejected_low"]
+        assert abs(low["mean"] - ALPHA) < 4 * low["error"], name
+        assert found["family_wise"]["low"] <= ALPHA, name
+        assert all(share["low"] <= ALPHA for share in found["false_discovery"].values()), name
+
+
+def test_p_values_are_uniform_on_halves_of_one_task(pool):
+    assert_calibrated(run_condition(EXACT, pool))
+
+
+def test_under_a_mean_fisher_scoring_a_split_anew_only_reorders_the_scores(pool):
+    order = np.random.default_rng(0).permutation(16).tolist()
+    once = reordered(pool.scores(MEAN, range(16), 8), order)
+    for block, anew in pool.scores(MEAN, order, 8).items():
+        torch.testing.assert_close(once[block], anew, rtol=1e-4, atol=1e-5 * float(anew.abs().max()))
+
+
+def test_a_fisher_of_one_task_is_seen_to_break_it(pool):
+    broken = dataclasses.replace(EXACT, rule=FisherRule("mean", "a"), splits=60, rescored=True)
+    results = run_condition(broken, pool)
+    assert results["cross_mean"]["ks_p"] < 1e-3
+    assert results["cross_mean"]["ks_pooled_distance"] > 0.3
+
+
+def test_too_small_p_values_are_seen():
+    """Halved p-values, as of a one-sided test read two-sidedly, fail every one of the study's measures."""
+    rng = np.random.default_rng(0)
+    outcome = Outcome()
+    for _ in range(200):
+        p = (1 + rng.integers(200, size=8)) / 200 / 2
+        outcome.add({"Q": {"p_value": p, "q_value": p, "p_max": p}}, 400, rng)
+    with pytest.raises(AssertionError):
+        assert_calibrated({name: outcome.summary(rng) for name in ("cross_mean", "overlap")})
+
+
+def test_heads_with_weights_of_their_own_are_found_and_more_samples_find_more():
+    """In five of six heads the tasks press on themselves more than on each other, each head more than the last."""
+    rng = np.random.default_rng(1)
+    near = 1 + np.arange(6)[:, None, None] / 8 * np.kron(np.eye(2), np.ones((12, 12)))
+    scores = {"Q": torch.from_numpy(rng.gamma(4.0, size=(6, 24, 24)) * near)}
+    question = Question("interference", "overlap", "less")
+    many = count_found(scores, 12, question, 400)["found"]
+    few = count_found(reordered(scores, [0, 1, 2, 12, 13, 14]), 3, question, 400)["found"]
+    assert few < many
+    assert 4 <= many <= 5
