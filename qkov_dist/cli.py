@@ -55,8 +55,9 @@ def _run(options: argparse.Namespace) -> None:
     from .comm import connected
     from .config import describe
     from .config_file import load_config
+    from .report import write_page
     from .run import run
-    from .summary import print_summary
+    from .summary import print_page, print_summary
 
     if options.keys:
         print(describe())
@@ -73,13 +74,15 @@ def _run(options: argparse.Namespace) -> None:
         heatmap = run(config, say=_say, show_progress=not options.quiet)
     if heatmap is not None:
         print_summary(heatmap, config.output.dir)
+        print_page(write_page(heatmap, config.output.dir))
 
 
 def _demo(options: argparse.Namespace) -> None:
     from .comm import connected
     from .demo import demo_config
+    from .report import write_page
     from .run import run
-    from .summary import print_summary
+    from .summary import print_page, print_summary
 
     config = demo_config(
         model=options.model, samples=options.samples, max_tokens=options.max_tokens, output=options.output
@@ -88,6 +91,7 @@ def _demo(options: argparse.Namespace) -> None:
         heatmap = run(config, say=_say, show_progress=not options.quiet)
     if heatmap is not None:
         print_summary(heatmap, config.output.dir)
+        print_page(write_page(heatmap, config.output.dir))
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -138,6 +142,34 @@ def _stats(options: argparse.Namespace) -> None:
     stats(Path(options.folder), {name: value for name, value in chosen.items() if value is not None}, _say)
 
 
+def _report(options: argparse.Namespace) -> None:
+    from .report import write_report
+    from .summary import print_page
+
+    print_page(write_report(options.folder, _say))
+
+
+def _validate(options: argparse.Namespace) -> None:
+    from .demo import demo_model
+    from .validate_command import validate
+
+    if options.model is None:
+        options.model = str(demo_model())
+    validate(
+        _model_config(options),
+        tasks=(options.task_a, options.task_b),
+        samples=options.samples,
+        max_tokens=options.max_tokens,
+        heads=options.heads,
+        steps=options.step,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
+        output=options.output,
+        say=_say,
+        show_progress=not options.quiet,
+    )
+
+
 def _model_config(options: argparse.Namespace) -> ModelConfig:
     from .config import ModelConfig
 
@@ -173,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Which attention heads, in which projection (Q, K, V, O), two tasks fight over.",
         epilog="example: qkov demo",
     )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # some launchers insist on it
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_run(commands)
     _add_demo(commands)
@@ -180,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_check(commands)
     _add_stats(commands)
+    _add_validate(commands)
+    _add_report(commands)
     return parser
 
 
@@ -273,12 +308,59 @@ def _add_stats(commands: Commands) -> None:
     parser.add_argument("--alternative", choices=("greater", "less", "two-sided"), help="direction of the test")
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="hub id, model directory or .gguf file")
+def _add_report(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "report",
+        _report,
+        "Write the report of a finished run: report.html, and in report/ figures (PDF, PNG), tables (CSV, Markdown).",
+        "qkov report runs/demo",
+    )
+    parser.add_argument("folder", metavar="DIR", help="the run's output folder, with heatmap.h5")
+
+
+def _add_validate(commands: Commands) -> None:
+    parser = _add(
+        commands,
+        "validate",
+        _validate,
+        "Measure whether scores predict what a gradient step on task B, in one head alone, does to task A's loss.",
+        "qkov validate ./my-model --heads 40",
+    )
+    _add_model_arguments(parser, optional=True)
+    parser.set_defaults(dtype="float32")
+    parser.add_argument("--task-a", default="builtin:arithmetic", help="whose loss is measured (default: %(default)s)")
+    parser.add_argument("--task-b", default="builtin:python", help="whose step is taken (default: %(default)s)")
+    parser.add_argument("--samples", type=_positive, default=8, help="samples of each task (default: 8)")
+    parser.add_argument("--max-tokens", type=_positive, default=48, help="tokens of a sample at most (default: 48)")
+    parser.add_argument(
+        "--heads", type=_positive, default=40, help="heads, spread over blocks and layers (default: 40)"
+    )
+    parser.add_argument(
+        "--step", type=_positive_float, nargs="+", default=[0.1, 1.0], help="step sizes (default: 0.1 1)"
+    )
+    parser.add_argument("--bootstrap", type=_positive, default=1000, help="resamples of heads (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of heads and the resamples (default: 0)")
+    parser.add_argument("--output", metavar="FILE.json", help="write all numbers here")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    text = "hub id, model directory or .gguf file"
+    if optional:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{text} (default: the demo's model)")
+    else:
+        parser.add_argument("model", metavar="MODEL", help=text)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float64, bfloat16 or float16 (default: auto)")
     parser.add_argument("--attn-implementation", help="eager, sdpa, ... (default: what transformers chooses)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return number
 
 
 def _positive(text: str) -> int:

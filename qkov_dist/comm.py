@@ -1,7 +1,7 @@
-"""Ranks: who is here, and how they speak. One process, torch.distributed, or MPI; nothing else knows these.
+"""How ranks speak: torch.distributed (gloo or nccl) or MPI; nothing else knows these.
 
-Every rank makes the same calls in the same order. What is sent is tensors, or JSON as bytes: nothing is pickled. A rank
-that fails leaves a note before it goes; the others, whose next call then breaks, find it and name that rank.
+Who started the ranks is :mod:`qkov_dist.launcher`; how one rank's failure reaches the others,
+:mod:`qkov_dist.failures`.
 """
 
 from __future__ import annotations
@@ -9,61 +9,35 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import QkovError
+from .failures import Watch
+from .launcher import launched_size, rendezvous
+from .world import Alone, SharedError, World, same_on_all, together
+
+__all__ = [
+    "Alone",
+    "MpiWorld",
+    "SharedError",
+    "TorchWorld",
+    "World",
+    "connected",
+    "connected_by_mpi",
+    "current",
+    "same_on_all",
+    "together",
+]
 
 TIMEOUT_S = 1800
-GRACE_S = 5
-NOTE = "qkov/failed"
-LAUNCHED_BY_MPI = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
-LAUNCHED_BY_SLURM = ("SLURM_PROCID", "SLURM_NTASKS")
-
-
-class World(Protocol):
-    """A group of ranks."""
-
-    @property
-    def rank(self) -> int:
-        """This rank's place in the group."""
-
-    @property
-    def size(self) -> int:
-        """How many ranks there are."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, by rank."""
-
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        """The sum of an array over all ranks, on every rank."""
-
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Send ``parts[r]`` (bytes, uint8 [n]) to rank r; returns what each rank sent here."""
-
-
-class Alone:
-    """One process."""
-
-    rank, size = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value, as JSON would return it."""
-        return [json.loads(json.dumps(value))]
-
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        """The array itself."""
-        return values
-
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The one part."""
-        return list(parts)
 
 
 @dataclass(frozen=True)
@@ -95,7 +69,7 @@ class TorchWorld:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks, on every rank."""
-        total = torch.from_numpy(np.ascontiguousarray(values)).to(self.device, copy=True)
+        total = torch.from_numpy(np.array(values, order="C")).to(self.device)
         torch.distributed.all_reduce(total, group=self.group)
         summed: np.ndarray = total.cpu().numpy()
         return summed
@@ -118,6 +92,8 @@ class TorchWorld:
             group = torch.distributed.new_group(list(ranks), timeout=datetime.timedelta(seconds=_timeout()))
             if self.rank in ranks:
                 mine = group
+        if mine is None:
+            raise ValueError(f"rank {self.rank} is in none of the groups {members}")
         return TorchWorld(mine, self.device)
 
 
@@ -144,8 +120,9 @@ class MpiWorld:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks, on every rank."""
-        total = np.empty_like(np.ascontiguousarray(values))
-        self.comm.Allreduce(np.ascontiguousarray(values), total)
+        mine = np.array(values, order="C")
+        total = np.empty_like(mine)
+        self.comm.Allreduce(mine, total)
         return total
 
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -159,40 +136,35 @@ class MpiWorld:
         return list(torch.split(torch.from_numpy(received), counts.tolist()))
 
 
-def launched_size() -> int:
-    """How many ranks the launcher started, before they are connected."""
-    names = ("WORLD_SIZE", *(size for _, size in LAUNCHED_BY_MPI), LAUNCHED_BY_SLURM[1])
-    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
-
-
 @contextmanager
 def connected() -> Iterator[World]:
     """Connect the ranks that the launcher started; one process where it started one.
 
-    ``torchrun``, ``accelerate launch`` and ``deepspeed`` say who is who in the environment; for ``mpirun`` and ``srun``
-    it is worked out here. A process group that is there already is used and left alone.
+    A process group that is there already is used and left alone.
 
     Raises:
-        QkovError: where a rank fails: on that rank its own error, on the others one that names it.
+        QkovError: where the ranks do not find each other, or one fails: on that rank its own error, on the others one
+            that names it.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        with _failures_named(_default_world()):
+        with _watch().failures_named():
             yield _default_world()
         return
-    if launched_size() == 1:
+    if launched_size(os.environ) == 1:
         yield Alone()
         return
-    _complete_environment()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=_timeout()))
+    os.environ.update(rendezvous(os.environ))
+    _join()
+    watch = _watch(ends_process=True)
     try:
-        with _failures_named(_default_world()):
+        with watch.failures_named():
             yield _default_world()
             torch.distributed.barrier()
     finally:
-        torch.distributed.destroy_process_group()
+        try:
+            torch.distributed.destroy_process_group()
+        finally:
+            watch.close()
 
 
 def current() -> World:
@@ -204,15 +176,65 @@ def current() -> World:
 
 @contextmanager
 def connected_by_mpi() -> Iterator[World]:
-    """The ranks of ``mpirun``, without a process group; one process where there are none or mpi4py is missing.
+    """The ranks of ``mpirun``, without a process group; one process where one was started.
+
+    An error that the ranks do not share (see :func:`together`) is printed and ends them all, for the others may wait.
 
     Raises:
-        QkovError: under ``mpirun`` without mpi4py.
+        QkovError: for several ranks without mpi4py, or with one that does not see them.
     """
-    started = next((int(os.environ[size]) for _, size in LAUNCHED_BY_MPI if size in os.environ), 1)
+    started = launched_size(os.environ)
     if started == 1:
         yield Alone()
         return
+    world = MpiWorld(_mpi_of(started))
+    try:
+        yield world
+    except SharedError:
+        raise
+    except BaseException as error:
+        expected = isinstance(error, QkovError)
+        print(f"qkov: rank {world.rank}: {error if expected else repr(error)}", file=sys.stderr, flush=True)
+        world.comm.Abort(2 if expected else 1)
+        raise
+
+
+def _join() -> None:
+    """Make the process group of all ranks."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(_own_gpu())
+    timeout = datetime.timedelta(seconds=_timeout())
+    try:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        raise QkovError(
+            f"rank {os.environ['RANK']}",
+            expected=f"{os.environ['WORLD_SIZE']} ranks to meet at one free port of rank 0's node",
+            got=f"{str(error).splitlines()[0]} ({', '.join(f'{name}={os.environ.get(name)}' for name in names)})",
+            remedy="Start all ranks, with another MASTER_PORT where this one is in use.",
+        ) from error
+
+
+def _own_gpu() -> int:
+    """The GPU of this rank among those that it sees, which may be its own alone."""
+    local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if seen == 1 and "SLURM_LOCALID" in os.environ:
+        os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1; transformers and DeepSpeed read it too
+        return 0
+    if local >= seen:
+        raise QkovError(
+            f"rank {os.environ['RANK']}",
+            expected="a GPU for each rank of a node",
+            got=f"{seen} for local rank {local}",
+            remedy="Start as many ranks as there are GPUs, or set CUDA_VISIBLE_DEVICES= to run on the CPU.",
+        )
+    return local
+
+
+def _mpi_of(started: int) -> Any:
+    """MPI's communicator of all ranks, proved to have the size that the launcher says."""
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -222,84 +244,24 @@ def connected_by_mpi() -> Iterator[World]:
             got=str(error),
             remedy="Run `pip install 'qkov-dist[mpi]'`, or merge in one process without mpirun.",
         ) from error
-    yield MpiWorld(MPI.COMM_WORLD)
-
-
-def same_on_all(world: World, what: str, value: Mapping[str, Any]) -> None:
-    """Raise on every rank unless all were started with the same value; names the first rank and key that differ."""
-    everyone = world.gather(value)
-    for rank, other in enumerate(everyone):
-        for key in sorted({*everyone[0], *other}):
-            if everyone[0].get(key) != other.get(key):
-                raise QkovError(
-                    f"rank {rank}: {what}: {key}",
-                    expected=f"what rank 0 has, {everyone[0].get(key)!r}",
-                    got=repr(other.get(key)),
-                    remedy="Start all ranks with the same command, configuration and files.",
-                )
-
-
-@contextmanager
-def _failures_named(world: World) -> Iterator[None]:
-    """Leave a note when this rank fails; when another did, raise an error that names it."""
-    store = torch.distributed.distributed_c10d._get_default_store()
-    try:
-        yield
-    except (torch.distributed.DistError, RuntimeError) as error:
-        if note := _note_of_another(store, world.rank):
-            raise QkovError(
-                f"rank {note['rank']}",
-                expected="to finish",
-                got=note["message"],
-                remedy="See that rank's own message; the layers on disk are kept.",
-            ) from error
-        _leave_note(store, world.rank, error)
-        if not _is_lost_connection(error):
-            raise
+    if MPI.COMM_WORLD.Get_size() != started:
         raise QkovError(
-            _missing_ranks(store, world),
-            expected="an answer",
-            got=f"none (seen by rank {world.rank}: {str(error).splitlines()[0]})",
-            remedy="It died or hangs: look at its log and for lack of memory. The layers on disk are kept.",
-        ) from error
-    except BaseException as error:
-        _leave_note(store, world.rank, error)
-        raise
+            "MPI",
+            expected=f"{started} ranks, as many as were started",
+            got=str(MPI.COMM_WORLD.Get_size()),
+            remedy="Start one process, or several with the mpirun (or srun --mpi=...) of the MPI that mpi4py uses.",
+        )
+    return MPI.COMM_WORLD
 
 
-def _is_lost_connection(error: BaseException) -> bool:
-    text = str(error).lower()
-    signs = ("connection", "timed out", "timeout", "gloo", "nccl", "peer", "socket")
-    return isinstance(error, torch.distributed.DistError) or any(sign in text for sign in signs)
-
-
-def _leave_note(store: Any, rank: int, error: BaseException) -> None:
-    note = json.dumps({"rank": rank, "message": f"{type(error).__name__}: {error}"[:2000]})
-    try:
-        store.set(f"{NOTE}/{rank}", note)
-        store.compare_set(NOTE, "", note)
-    except (RuntimeError, torch.distributed.DistError):
-        return  # the rank that holds the store is gone; there is nobody left to tell
-
-
-def _note_of_another(store: Any, rank: int) -> dict[str, Any] | None:
-    try:
-        store.wait([NOTE], datetime.timedelta(seconds=GRACE_S))
-        note: dict[str, Any] = json.loads(store.get(NOTE))
-    except (RuntimeError, ValueError, torch.distributed.DistError):
-        return None
-    return note if note["rank"] != rank else None
-
-
-def _missing_ranks(store: Any, world: World) -> str:
-    """The ranks that left no note within the grace: those that died."""
-    missing = []
-    for rank in range(world.size):
-        try:
-            store.wait([f"{NOTE}/{rank}"], datetime.timedelta(seconds=1))
-        except (RuntimeError, torch.distributed.DistError):
-            missing.append(str(rank))
-    return f"rank {', '.join(missing)}" if missing else "a rank"
+def _watch(*, ends_process: bool = False) -> Watch:
+    return Watch(
+        torch.distributed.distributed_c10d._get_default_store(),
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+        store_is_of_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true",
+        ends_process=ends_process,
+    )
 
 
 def _default_world() -> TorchWorld:
@@ -307,24 +269,18 @@ def _default_world() -> TorchWorld:
     return TorchWorld(None, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
 
 
-def _complete_environment() -> None:
-    """Under ``mpirun`` and ``srun``, set what torchrun would: who this rank is, and where rank 0 listens."""
-    if "RANK" in os.environ:
-        return
-    for rank_name, size_name in (*LAUNCHED_BY_MPI, LAUNCHED_BY_SLURM):
-        if rank_name in os.environ:
-            os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ[rank_name], os.environ[size_name]
-            break
-    local = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
-    os.environ.setdefault("LOCAL_RANK", next((os.environ[name] for name in local if name in os.environ), "0"))
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000))
-
-
 def _offsets(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
 def _timeout() -> int:
-    return int(os.environ.get("QKOV_TIMEOUT_S", TIMEOUT_S))
+    """Seconds that a rank waits for the others."""
+    text = os.environ.get("QKOV_TIMEOUT_S", str(TIMEOUT_S))
+    if not text.isdecimal() or int(text) < 1:
+        raise QkovError(
+            "QKOV_TIMEOUT_S",
+            expected="a whole number of seconds, at least 1",
+            got=repr(text),
+            remedy=f"Set it so, or leave it out for {TIMEOUT_S}.",
+        )
+    return int(text)

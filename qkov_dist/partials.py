@@ -90,10 +90,11 @@ def partial_path(folder: Path, rank: int) -> Path:
 
 
 def list_partials(folder: Path) -> tuple[Path, ...]:
-    """Partial files of a folder by rank, those of unfinished runs (which may not exist themselves) among them."""
+    """Partial files of a folder by rank; one that does not exist yet is among them where a layer beside it does."""
     with file_errors(folder, OSError):
         stems = {path.stem for path in folder.iterdir() if re.fullmatch(r"partial_rank\d{5,}\.(h5|layers)", path.name)}
-    return tuple(folder / f"{stem}.h5" for stem in sorted(stems))
+        paths = [folder / f"{stem}.h5" for stem in sorted(stems)]
+        return tuple(path for path in paths if path.exists() or _layer_files(path))
 
 
 def read_partial(path: str | Path) -> Partial:

@@ -1,0 +1,93 @@
+"""Who started this process, and where its ranks meet: read from the environment alone.
+
+    torchrun, accelerate, deepspeed   RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, all of them set
+    mpirun of MPICH and Intel MPI     PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS
+    mpirun of Open MPI                OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE
+    srun                              SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST
+
+A batch script of Slurm has SLURM_NTASKS and SLURM_PROCID too, but is one process: only a step has its own task count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .errors import QkovError
+
+DEFAULT_PORT = 29500
+
+
+class _Names(NamedTuple):
+    """What a launcher calls a rank's place, the number of ranks, and the same within the rank's node."""
+
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+TORCH = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LAUNCHERS = (
+    TORCH,
+    _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    _Names("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
+
+
+def launched_size(environment: Mapping[str, str]) -> int:
+    """How many ranks the launcher started, before they are connected; 1 without a launcher."""
+    names = _launcher(environment)
+    return int(environment[names.size]) if names else 1
+
+
+def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torch.distributed reads to find the other ranks: the variables that torchrun would set.
+
+    Args:
+        environment: That of a process that a launcher started; what is set already is kept.
+
+    Raises:
+        QkovError: where the ranks are on several nodes and nothing says where rank 0 is.
+    """
+    names = _launcher(environment)
+    if names is None:
+        return {}
+    found = {
+        "RANK": environment[names.rank],
+        "WORLD_SIZE": environment[names.size],
+        "LOCAL_RANK": environment.get(names.local_rank, environment.get("SLURM_LOCALID", "0")),  # srun --mpi=pmi2
+    }
+    if "MASTER_ADDR" not in environment:
+        found["MASTER_ADDR"] = _address_of_rank_0(names, environment)
+    if "MASTER_PORT" not in environment:
+        job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
+        found["MASTER_PORT"] = str(DEFAULT_PORT + job % 1000)  # jobs that share a node seldom share a port
+    return found
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's compressed list of nodes: ``gpu-[03-07,12],login`` -> ``gpu-03``."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
+
+
+def _launcher(environment: Mapping[str, str]) -> _Names | None:
+    return next((names for names in LAUNCHERS if {names.rank, names.size} <= environment.keys()), None)
+
+
+def _address_of_rank_0(names: _Names, environment: Mapping[str, str]) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if nodes:
+        return first_host(nodes)
+    here = environment.get(names.local_size, environment[names.size])
+    if here != environment[names.size]:
+        raise QkovError(
+            "MASTER_ADDR",
+            expected="the address of rank 0's node, since the ranks are on several",
+            got=f"nothing, with {here} of {environment[names.size]} ranks on this node",
+            remedy="Set it for all ranks: mpirun -genv MASTER_ADDR HOST (MPICH) or -x MASTER_ADDR=HOST (Open MPI).",
+        )
+    return "127.0.0.1"

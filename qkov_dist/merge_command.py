@@ -1,0 +1,235 @@
+"""`qkov merge`: the partial files of a folder -> heatmap.h5, after the fact, without the model or a process group.
+
+Partial scores add up, so any number of processes may share the files: each adds its own, and where ``mpirun`` started
+several, their sums are added layer by layer. What the result says of samples and settings is in every partial file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, cast
+
+from .config import RunConfig
+from .config_file import from_dict
+from .errors import QkovError
+from .frame import Frame, FrameLayer, from_json
+from .hdf5_write import refuse_other_run
+from .job import Say
+from .merge import add_layers, add_over_ranks, assemble
+from .partial_schema import LayerPartial, PartialHeader
+from .partials import Partial, list_partials, read_partial
+from .progress import progress_bar
+from .results import Heatmap, Pairs
+from .run import HEATMAP_FILE, tested
+from .world import Alone, World, same_on_all, together
+
+NUM_LISTED = 8
+SAME = ("run_id", "world_size", "layers", "pooled", "n_left", "n_right")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one partial file says of itself: whose scores it has, and which layers are there."""
+
+    path: str
+    header: PartialHeader
+    complete: tuple[int, ...]
+
+    @property
+    def missing(self) -> list[int]:
+        """Layers that its rank did not finish."""
+        return [layer for layer in self.header.layers if layer not in self.complete]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All partial files of one run.
+
+    Attributes:
+        sources: All of them, by rank.
+        mine: Those that this process adds.
+        frame: Axes, samples and provenance.
+    """
+
+    sources: tuple[Source, ...]
+    mine: tuple[Partial, ...]
+    frame: Frame
+
+    @property
+    def run_id(self) -> str:
+        """The run that wrote them."""
+        return self.sources[0].header.run_id
+
+
+def merge_folder(
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    world: World | None = None,
+    say: Say = print,
+    show_progress: bool = True,
+) -> Heatmap | None:
+    """Add up the partial files of a folder, test the sum as its run would have, and write it.
+
+    Args:
+        folder: Where the partial files are.
+        output: The file to write; ``heatmap.h5`` in ``folder`` by default.
+        world: The processes that share the files; all of them call this alike.
+        say: Takes one line about each stage, on rank 0.
+        show_progress: Show a progress bar on stderr, on rank 0.
+
+    Returns:
+        On rank 0 the heatmap as written; None elsewhere.
+
+    Raises:
+        QkovError: as :func:`gather_partials` does; for a damaged layer, and an output that cannot be or is another's.
+    """
+    world, folder = world or Alone(), Path(folder)
+    output = Path(output) if output else folder / HEATMAP_FILE
+    gathered = gather_partials(folder, world)
+    together(world, lambda: _check_output(output, gathered.run_id))
+    num_files, num_layers = len(gathered.sources), len(gathered.frame.layers)
+    if world.rank == 0:
+        say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
+    heatmap = add_partials(gathered, world, show_progress=show_progress)
+    return None if heatmap is None else _finish(heatmap, output, say)
+
+
+def gather_partials(folder: Path, world: World) -> Gathered:
+    """Find the partial files of a folder and share them among the processes. No scores are read.
+
+    Raises:
+        QkovError: on every rank, for files that are missing, damaged, unfinished or of different runs.
+    """
+    paths = together(world, lambda: list_partials(folder))
+    same_on_all(world, str(folder), {"partial files": [path.name for path in paths]})
+    mine = together(world, lambda: tuple(read_partial(path) for path in paths[world.rank :: world.size]))
+    sources = _sources(world, mine)
+    together(world, lambda: check_sources(folder, sources))
+    frame = world.gather(mine[0].header.extra if world.rank == 0 else None)[0]
+    return Gathered(sources, mine, together(world, lambda: from_json(frame, sources[0].path)))
+
+
+def add_partials(gathered: Gathered, world: World, *, show_progress: bool = False) -> Heatmap | None:
+    """Add up all partial scores, one layer at a time; the heatmap, not tested yet, on rank 0.
+
+    Raises:
+        QkovError: on every rank, for a layer whose data do not match their checksums.
+    """
+    header, layers, is_first = gathered.sources[0].header, {}, world.rank == 0
+    num_layers = len(gathered.frame.layers)
+    with progress_bar("adding", num_layers, "layer", show=show_progress and is_first) as advance:
+        for layer in gathered.frame.layers:
+            part = _sum_of(world, gathered.mine, layer)
+            total = add_over_ranks(part, layer, (header.n_left, header.n_right), world)
+            if is_first:
+                layers[layer.layer] = total
+            advance(1)
+    return assemble(gathered.frame, layers) if is_first else None
+
+
+def check_sources(folder: Path, sources: Sequence[Source]) -> None:
+    """Prove that partial files are all those of one run, every rank and layer once.
+
+    Raises:
+        QkovError: for no file at all, another run among them, a rank that is missing or there twice, or missing layers.
+    """
+    if not sources:
+        raise QkovError(
+            str(folder),
+            expected="partial files partial_rankNNNNN.h5 with finished layers",
+            got="none",
+            remedy="Give the output.dir of a `qkov run` with output.partials=true.",
+        )
+    first = sources[0]
+    for source in sources:
+        for name in SAME:
+            wanted, found = getattr(first.header, name), getattr(source.header, name)
+            if wanted != found:
+                raise QkovError(
+                    f"{source.path}: {name}",
+                    expected=f"{wanted!r}, as in {Path(first.path).name}",
+                    got=repr(found),
+                    remedy="Keep the partial files of one run, started with one number of ranks, in a folder.",
+                )
+    _check_ranks(folder, [source.header.rank for source in sources], first.header.world_size)
+    if unfinished := [source for source in sources if source.missing]:
+        listed = [f"layers {source.missing} of rank {source.header.rank}" for source in unfinished[:NUM_LISTED]]
+        more = f", and of {len(unfinished) - NUM_LISTED} more ranks" if len(unfinished) > NUM_LISTED else ""
+        raise QkovError(
+            str(folder),
+            expected=f"all {len(first.header.layers)} layers from each of {len(sources)} ranks",
+            got=f"no {', '.join(listed)}{more}",
+            remedy="`qkov run` with the same configuration and output.resume=true goes on from what is there.",
+        )
+
+
+def _check_ranks(folder: Path, ranks: Sequence[int], world_size: int) -> None:
+    missing = sorted(set(range(world_size)) - set(ranks))
+    twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
+    if missing or twice:
+        raise QkovError(
+            str(folder),
+            expected=f"one partial file of each of {world_size} ranks",
+            got=f"none of ranks {missing}" if missing else f"two of ranks {twice}",
+            remedy="Collect them from the nodes' own disks, or run `qkov run` with the same configuration and as many "
+            "ranks: it goes on from what is there."
+            if missing
+            else "Remove the copies: each would count twice.",
+        )
+
+
+def _sources(world: World, mine: Sequence[Partial]) -> tuple[Source, ...]:
+    """All processes' files, by the rank that wrote them."""
+    described: list[list[Any]] = [[str(p.path), asdict(replace(p.header, extra={})), list(p.complete)] for p in mine]
+    sources = [
+        Source(path, PartialHeader(**{**header, "layers": tuple(header["layers"])}), tuple(complete))
+        for part in world.gather(described)
+        for path, header, complete in part
+    ]
+    return tuple(sorted(sources, key=lambda source: (source.header.rank, source.path)))
+
+
+def _check_output(output: Path, run_id: str) -> None:
+    """Refuse before anything is added what could not be written after."""
+    refuse_other_run(output, run_id)
+    if not output.parent.is_dir():
+        remedy = "Make the folder, or choose another --output."
+        raise QkovError(str(output), expected="a file in an existing folder", got="none", remedy=remedy)
+
+
+def _sum_of(world: World, mine: Sequence[Partial], layer: FrameLayer) -> LayerPartial:
+    """One layer's sum over this process's files, one file in memory at a time."""
+
+    def read() -> LayerPartial:
+        parts = (partial.read_layer(layer.layer) for partial in mine)
+        return reduce(lambda total, part: add_layers([total, part]), parts, LayerPartial({}, {}))
+
+    return together(world, read)
+
+
+def _finish(heatmap: Heatmap, output: Path, say: Say) -> Heatmap:
+    """Test and write the heatmap as its run would have, and pass on its warnings and notes."""
+    config = _config_of(heatmap)
+    if config.statistics.enabled:
+        say("testing heads")
+        heatmap = tested(heatmap, config)
+    heatmap.save(output, cast(Pairs, config.output.pairs))
+    for warning in heatmap.attributes["warnings"]:
+        say(f"warning: {warning}")
+    for note in (heatmap.statistics or {}).get("notes", ()):
+        say(f"note: {note}")
+    return heatmap
+
+
+def _config_of(heatmap: Heatmap) -> RunConfig:
+    try:
+        return from_dict(heatmap.attributes["config"])
+    except KeyError:
+        remedy = "Use partial files that `qkov run` wrote."
+        raise QkovError("partial files", expected="the run's configuration", got="none", remedy=remedy) from None
+    except QkovError as error:
+        raise error.within("configuration in the partial files") from error

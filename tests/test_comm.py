@@ -1,0 +1,392 @@
+"""Ranks that speak: one process, torch.distributed and MPI alike; and what the others learn when one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ranks import _free_port as free_port
+from ranks import pools
+
+from qkov_dist import comm
+from qkov_dist.comm import Alone, SharedError, World, connected, connected_by_mpi, current, same_on_all, together
+from qkov_dist.errors import QkovError
+
+HERE = Path(__file__).parent
+MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
+PATIENCE_S = 120  # of a test, with importing torch on a busy machine
+
+
+# What every kind of world can do
+
+
+def length(sender: int, receiver: int) -> int:
+    """Bytes that one rank sends another: uneven, and none at all between some."""
+    return (3 * sender + receiver) % 4
+
+
+def conversation(world: World) -> dict:
+    """One of every call, as JSON; all ranks take part."""
+    frozen = np.arange(3.0)
+    frozen.flags.writeable = False
+    grid = np.arange(6, dtype=np.float32).reshape(2, 3) + world.rank
+    parts = [torch.full((length(world.rank, r),), 10 * world.rank + r, dtype=torch.uint8) for r in range(world.size)]
+    sums = {
+        "float32": world.sum(grid),
+        "transposed": world.sum(grid.T),
+        "float64": world.sum(np.array([1e-12, 1.0]) * (world.rank + 1)),
+        "int64": world.sum(np.array([2**40 + world.rank])),
+        "empty": world.sum(np.zeros((0, 3), np.float32)),
+        "scalar": world.sum(np.array(1.5)),
+        "frozen": world.sum(frozen),
+    }
+    return {
+        "place": [world.rank, world.size],
+        "gathered": world.gather({"rank": world.rank, "text": "é" * world.rank, "least": float("inf")}),
+        "nothing": world.gather(None),
+        "sums": {name: [total.dtype.name, total.tolist()] for name, total in sums.items()},
+        "grid": grid.tolist(),
+        "exchanged": [part.tolist() for part in world.exchange(parts)],
+        "silence": [part.tolist() for part in world.exchange([torch.empty(0, dtype=torch.uint8)] * world.size)],
+    }
+
+
+def check_conversation(by_rank: list[dict]) -> None:
+    size = len(by_rank)
+    ones = np.arange(6, dtype=np.float32).reshape(2, 3)
+    added = sum(range(size))
+    for rank, said in enumerate(by_rank):
+        assert said["place"] == [rank, size]
+        assert said["gathered"] == [{"rank": r, "text": "é" * r, "least": float("inf")} for r in range(size)]
+        assert said["nothing"] == [None] * size
+        assert said["grid"] == (ones + rank).tolist()  # a sum leaves its argument as it was
+        assert said["sums"] == {
+            "float32": ["float32", (ones * size + added).tolist()],
+            "transposed": ["float32", (ones.T * size + added).tolist()],
+            "float64": ["float64", (np.array([1e-12, 1.0]) * (added + size)).tolist()],
+            "int64": ["int64", [2**40 * size + added]],
+            "empty": ["float32", []],
+            "scalar": ["float64", 1.5 * size],
+            "frozen": ["float64", (np.arange(3.0) * size).tolist()],
+        }
+        assert said["exchanged"] == [[10 * r + rank] * length(r, rank) for r in range(size)]
+        assert said["silence"] == [[]] * size
+
+
+def disagreement(world: World) -> list[str]:
+    """What every rank is told where the last one differs, where one fails, and where all fail alike."""
+    is_last = world.rank == world.size - 1
+
+    def fails_on(who: bool):
+        if who:
+            raise QkovError("file", expected="a", got="b", remedy="c.")
+        return world.rank
+
+    told = []
+    for step in (
+        lambda: same_on_all(world, "configuration", {"seed": 7 if is_last else 0, "same": 1}),
+        lambda: together(world, lambda: fails_on(is_last)),
+        lambda: together(world, lambda: fails_on(True)),
+    ):
+        try:
+            step()
+            told.append("nothing")
+        except SharedError as error:
+            told.append(str(error))
+    assert together(world, lambda: fails_on(False)) == world.rank
+    same_on_all(world, "configuration", {"same": [1, None]})
+    return told
+
+
+def check_disagreement(by_rank: list[list[str]]) -> None:
+    last = len(by_rank) - 1
+    assert by_rank == [
+        [
+            f"rank {last}: configuration: seed: expected what rank 0 has, 0, got 7. "
+            "Start all ranks with the same command, configuration and files.",
+            f"rank {last}: file: expected a, got b. c.",
+            "file: expected a, got b. c.",
+        ]
+    ] * len(by_rank)
+
+
+def test_one_process_is_a_world():
+    check_conversation([conversation(Alone())])
+    with connected() as world:
+        assert isinstance(world, Alone)
+        assert isinstance(current(), Alone)
+    with connected_by_mpi() as world:
+        assert isinstance(world, Alone)
+    same_on_all(Alone(), "anything", {"key": 1})
+    with pytest.raises(QkovError, match="x: expected"):
+        together(Alone(), lambda: _refuse("x"))
+
+
+def _refuse(where: str):
+    raise QkovError(where, expected="a", got="b", remedy="c.")
+
+
+# torch.distributed
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with pools() as pool_of:
+        yield pool_of
+
+
+def over_torch(name: str):
+    """A case on this rank of a pool; a warning of torch's own is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return globals()[name](current())
+
+
+def in_groups(world: World) -> list:
+    """Sums and exchanges within groups of uneven size, then a group that leaves this rank out."""
+    members = [list(range(world.size - 1)), [world.size - 1]]
+    group = world.subgroup(members)
+    mine = members[world.rank == world.size - 1]
+    parts = [torch.tensor([world.rank, other], dtype=torch.uint8) for other in mine]
+    said = [group.rank, group.size, group.sum(np.array([1.0 + world.rank])).tolist(), group.gather(world.rank)]
+    said.append([part.tolist() for part in group.exchange(parts)])
+    try:
+        world.subgroup([[0]])
+    except ValueError as error:
+        said.append(str(error))
+    return said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_of_torch_speak(ranks, world_size):
+    check_conversation(ranks(world_size).run(over_torch, "conversation"))
+    check_disagreement(ranks(world_size).run(over_torch, "disagreement"))
+
+
+@pytest.mark.long
+def test_groups_are_worlds_of_their_own(ranks):
+    first, second, third = ranks(3).run(over_torch, "in_groups")
+    assert first == [0, 2, [3.0], [0, 1], [[0, 0], [1, 0]]]
+    assert second[:-1] == [1, 2, [3.0], [0, 1], [[0, 1], [1, 1]]]
+    assert third[:-1] == [0, 1, [3.0], [2], [[2, 2]]]
+    assert second[-1] == "rank 1 is in none of the groups [[0]]"
+
+
+# MPI
+
+
+def over_mpi(folder: str, name: str) -> None:
+    """A case on this rank of mpirun; leaves what it returns in a file."""
+    with connected_by_mpi() as world:
+        said = globals()[name](world)
+        (Path(folder) / f"{world.rank}.json").write_text(json.dumps(said))
+
+
+def fails_alone(world: World) -> None:
+    """The last rank fails where no other looks: they wait for it."""
+    if world.rank == world.size - 1:
+        raise ZeroDivisionError("a mistake")
+    world.gather(None)
+
+
+def mpirun(size: int, code: str, **environment: str) -> subprocess.CompletedProcess:
+    pytest.importorskip("mpi4py")
+    if not MPIRUN.exists():
+        pytest.skip("no mpirun beside mpi4py")
+    command = [str(MPIRUN), "-n", str(size), sys.executable, "-c", f"import test_comm; test_comm.{code}"]
+    return finished(subprocess.Popen(command, **piped(environment)))
+
+
+def piped(environment: dict[str, str]) -> dict:
+    """How a process is started: in a group of its own, with the tests importable, what it says kept."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "MPI", "OMPI", "SLURM"))}
+    path = {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+        "env": {**plain, **path, "OMP_NUM_THREADS": "1", **environment},
+    }
+
+
+def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """What a process said, once it ended by itself; its whole group is killed where it does not."""
+    try:
+        out, err = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"no end: {process.communicate()}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_of_mpi_speak(tmp_path, size):
+    for name, check in (("conversation", check_conversation), ("disagreement", check_disagreement)):
+        done = mpirun(size, f"over_mpi({str(tmp_path)!r}, {name!r})")
+        assert done.returncode == 0, done.stderr
+        check([json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)])
+
+
+@pytest.mark.long
+def test_a_rank_of_mpi_that_fails_alone_ends_all(tmp_path):
+    done = mpirun(3, f"over_mpi({str(tmp_path)!r}, 'fails_alone')")
+    assert done.returncode != 0
+    assert "qkov: rank 2: ZeroDivisionError('a mistake')" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_mpi_that_does_not_see_the_ranks_is_refused(monkeypatch):
+    """As under torchrun, or where mpirun and mpi4py are of different MPIs: each rank would be alone."""
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=_CommOfOne())))
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(QkovError, match="MPI: expected 2 ranks"), connected_by_mpi():
+        pass
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(QkovError, match="expected mpi4py"), connected_by_mpi():
+        pass
+
+
+class _CommOfOne:
+    def Get_size(self) -> int:  # noqa: N802
+        return 1
+
+
+# Failures
+
+
+def failing(how: str, who: int) -> None:
+    """One rank fails in some way; the others go on to a call that needs it."""
+    try:
+        with connected() as world:
+            world.gather("hello")
+            if world.rank == who:
+                _fail(how)
+            if how == "far away" and world.rank != who:
+                time.sleep(1000)
+            world.sum(np.ones(3))
+    except BaseException as error:
+        print(json.dumps([type(error).__name__, str(error)]), flush=True)
+        sys.exit(2)
+
+
+def _fail(how: str) -> None:
+    if how in ("error", "far away"):
+        raise QkovError("model", expected="a", got="b", remedy="c.")
+    if how == "mistake":
+        raise RuntimeError("CUDA out of memory")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "hangs":
+        time.sleep(1000)
+
+
+def three_ranks(code: str, **environment: str) -> list[subprocess.CompletedProcess]:
+    """Three processes that no launcher watches over, so that they depend on themselves."""
+    port = free_port()
+    names = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "QKOV_TIMEOUT_S": "8"}
+    command = [sys.executable, "-W", "ignore", "-c", f"import test_comm; test_comm.{code}"]
+    started = [
+        subprocess.Popen(command, **piped({**names, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}))
+        for rank in range(3)
+    ]
+    try:
+        return [finished(process) for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def told(process: subprocess.CompletedProcess) -> str:
+    """The error that a rank raised."""
+    (line,) = process.stdout.splitlines()
+    kind, text = json.loads(line)
+    assert kind == "QkovError", (kind, text)
+    return text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("who", [0, 1])  # rank 0 holds the store in which notes are left
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("error", "expected to finish, got an error (model: expected a, got b. c.)"),
+        ("mistake", "expected to finish, got an error (RuntimeError: CUDA out of memory)"),
+        ("killed", "expected an answer, got none (seen by rank {seen}: "),
+    ],
+)
+def test_the_others_are_told_which_rank_failed_and_why(how, who, message):
+    done = three_ranks(f"failing({how!r}, {who})")
+    for rank, process in enumerate(done):
+        if rank == who:
+            assert process.returncode == (-signal.SIGKILL if how == "killed" else 2)
+        else:
+            assert process.returncode == 2, process.stderr
+            assert told(process).startswith(f"rank {who}: " + message.format(seen=rank)), process.stdout
+    if how == "error":
+        assert told(done[who]) == "model: expected a, got b. c."
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_is_named_and_ended():
+    done = three_ranks("failing('hangs', 1)", QKOV_TIMEOUT_S="4")
+    for rank in (0, 2):
+        assert told(done[rank]).startswith(f"rank 1: expected an answer, got none (seen by rank {rank}: Timed out")
+        assert "QKOV_TIMEOUT_S" in told(done[rank])
+    assert done[1].returncode == 2
+    assert "qkov: rank 0: expected an answer, got none (seen by rank 1:" in done[1].stderr
+
+
+@pytest.mark.long
+def test_ranks_far_from_their_next_call_are_ended_too():
+    """They never make a call that could break: the thread that looks for notes ends them, and says why."""
+    done = three_ranks("failing('far away', 2)")
+    for rank in (0, 1):
+        assert done[rank].returncode == 2
+        assert "qkov: rank 2: expected to finish, got an error (model: expected a, got b. c.)" in done[rank].stderr
+
+
+@pytest.mark.long
+def test_ranks_that_do_not_meet_are_told_where_they_looked(monkeypatch, capfd):
+    port = str(free_port())
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setenv("QKOV_TIMEOUT_S", "1")
+    with pytest.raises(QkovError, match=rf"rank 1: expected 2 ranks to meet .*MASTER_PORT={port}"), connected():
+        pass
+    capfd.readouterr()  # torch's own trace
+
+
+@pytest.mark.parametrize("text", ["", "0", "soon", "1.5", "-3"])
+def test_a_timeout_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("QKOV_TIMEOUT_S", text)
+    with pytest.raises(QkovError, match="QKOV_TIMEOUT_S: expected a whole number of seconds"):
+        comm._timeout()
+
+
+def test_every_rank_gets_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert comm._own_gpu() == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(QkovError, match="rank 3: expected a GPU for each rank of a node, got 1 for local rank 3"):
+        comm._own_gpu()
+    monkeypatch.setenv("SLURM_LOCALID", "3")  # srun --gpus-per-task=1: the one that it sees is its own
+    assert comm._own_gpu() == 0
+    assert os.environ["LOCAL_RANK"] == "0"
