@@ -9,11 +9,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from . import commands
 from .errors import QkovError
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
-
     Commands = argparse._SubParsersAction["_Parser"]
 
 Command = Callable[[argparse.Namespace], None]
@@ -51,144 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
-    from .comm import connected
-    from .config import describe
-    from .config_file import load_config
-    from .report import write_page
-    from .run import run
-    from .summary import print_page, print_summary
-
-    if options.keys:
-        print(describe())
-        return
-    if options.config is None:
-        raise QkovError(
-            "qkov run",
-            expected="a configuration file",
-            got="none",
-            remedy="Write `qkov run CONFIG.yaml`; `qkov run --keys` lists what it may hold.",
-        )
-    with connected():
-        config = load_config(options.config, options.overrides)
-        heatmap = run(config, say=_say, show_progress=not options.quiet)
-    if heatmap is not None:
-        print_summary(heatmap, config.output.dir)
-        print_page(write_page(heatmap, config.output.dir))
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from .comm import connected
-    from .demo import demo_config
-    from .report import write_page
-    from .run import run
-    from .summary import print_page, print_summary
-
-    config = demo_config(
-        model=options.model, samples=options.samples, max_tokens=options.max_tokens, output=options.output
-    )
-    with connected():
-        heatmap = run(config, say=_say, show_progress=not options.quiet)
-    if heatmap is not None:
-        print_summary(heatmap, config.output.dir)
-        print_page(write_page(heatmap, config.output.dir))
-
-
-def _merge(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from .comm import SharedError, connected_by_mpi
-    from .merge_command import merge_folder
-    from .run import HEATMAP_FILE
-    from .summary import print_summary
-
-    output = Path(options.output or Path(options.folder) / HEATMAP_FILE)
-    try:
-        with connected_by_mpi() as world:
-            heatmap = merge_folder(options.folder, output, world=world, say=_say, show_progress=not options.quiet)
-    except SharedError:
-        if world.rank:
-            sys.exit(2)  # rank 0 says what is wrong
-        raise
-    if heatmap is not None:
-        print_summary(heatmap, output.parent, output.name)
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from .inspection import inspect_model
-
-    inspect_model(_model_config(options), verify=options.verify)
-
-
-def _check(options: argparse.Namespace) -> None:
-    from .check_command import check
-
-    check(
-        _model_config(options),
-        samples=options.samples,
-        max_tokens=options.max_tokens,
-        layers=options.layers,
-        say=_say,
-    )
-
-
-def _stats(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from .stats_command import stats
-
-    names = ("n_permutations", "n_bootstrap", "fdr_alpha", "seed", "statistic", "alternative")
-    chosen = {name: getattr(options, name) for name in names}
-    stats(Path(options.folder), {name: value for name, value in chosen.items() if value is not None}, _say)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from .report import write_report
-    from .summary import print_page
-
-    print_page(write_report(options.folder, _say))
-
-
-def _validate(options: argparse.Namespace) -> None:
-    from .demo import demo_model
-    from .validate_command import validate
-
-    if options.model is None:
-        options.model = str(demo_model())
-    validate(
-        _model_config(options),
-        tasks=(options.task_a, options.task_b),
-        samples=options.samples,
-        max_tokens=options.max_tokens,
-        heads=options.heads,
-        steps=options.step,
-        bootstrap=options.bootstrap,
-        seed=options.seed,
-        output=options.output,
-        say=_say,
-        show_progress=not options.quiet,
-    )
-
-
-def _model_config(options: argparse.Namespace) -> ModelConfig:
-    from .config import ModelConfig
-
-    return ModelConfig(
-        path=options.model,
-        revision=options.revision,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
 def _this_rank() -> str:
     """Which rank speaks, where several were started and the error does not say so itself."""
     return f"rank {os.environ['RANK']}: " if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else ""
-
-
-def _say(line: str) -> None:
-    print(f"qkov: {line}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -206,31 +70,31 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: qkov demo",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # some launchers insist on it
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
-    _add_run(commands)
-    _add_demo(commands)
-    _add_merge(commands)
-    _add_inspect(commands)
-    _add_check(commands)
-    _add_stats(commands)
-    _add_validate(commands)
-    _add_report(commands)
+    group = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_run(group)
+    _add_demo(group)
+    _add_merge(group)
+    _add_inspect(group)
+    _add_check(group)
+    _add_stats(group)
+    _add_validate(group)
+    _add_report(group)
     return parser
 
 
-def _add(commands: Commands, name: str, command: Command, text: str, example: str) -> _Parser:
-    parser = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+def _add(group: Commands, name: str, command: Command, text: str, example: str) -> _Parser:
+    parser = group.add_parser(name, help=text, description=text, epilog=f"example: {example}")
     parser.set_defaults(command=command)
     parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     return parser
 
 
-def _add_run(commands: Commands) -> None:
+def _add_run(group: Commands) -> None:
     parser = _add(
-        commands,
+        group,
         "run",
-        _run,
+        commands.run_command,
         "Score two tasks as a configuration says; write heatmap.h5.",
         "qkov run configs/laptop.yaml metric.layers=0-3 output.dir=runs/first",
     )
@@ -239,11 +103,11 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--keys", action="store_true", help="list every setting with its default and meaning")
 
 
-def _add_demo(commands: Commands) -> None:
+def _add_demo(group: Commands) -> None:
     parser = _add(
-        commands,
+        group,
         "demo",
-        _demo,
+        commands.demo_command,
         "Score arithmetic against Python code on SmolLM2-135M, a model that comes as a package.",
         "qkov demo --samples 8 --output runs/demo",
     )
@@ -253,11 +117,11 @@ def _add_demo(commands: Commands) -> None:
     parser.add_argument("--output", default="runs/demo", help="output folder (default: runs/demo)")
 
 
-def _add_merge(commands: Commands) -> None:
+def _add_merge(group: Commands) -> None:
     parser = _add(
-        commands,
+        group,
         "merge",
-        _merge,
+        commands.merge_command,
         "Add up the partial files of a finished run, alone or under mpirun; write heatmap.h5.",
         "mpirun -n 4 qkov merge runs/first --output first.h5",
     )
@@ -265,11 +129,11 @@ def _add_merge(commands: Commands) -> None:
     parser.add_argument("--output", metavar="FILE", help="the file to write (default: DIR/heatmap.h5)")
 
 
-def _add_inspect(commands: Commands) -> None:
+def _add_inspect(group: Commands) -> None:
     parser = _add(
-        commands,
+        group,
         "inspect",
-        _inspect,
+        commands.inspect_command,
         "Show where each head of a model lives, from its configuration alone.",
         "qkov inspect HuggingFaceTB/SmolLM2-135M --verify",
     )
@@ -277,11 +141,11 @@ def _add_inspect(commands: Commands) -> None:
     parser.add_argument("--verify", action="store_true", help="load the weights and prove every head by perturbation")
 
 
-def _add_check(commands: Commands) -> None:
+def _add_check(group: Commands) -> None:
     parser = _add(
-        commands,
+        group,
         "check",
-        _check,
+        commands.check_command,
         "Prove on a model of yours that its scores are right: six properties, with the deviation measured of each.",
         "qkov check ./my-model --layers 0,15,29",
     )
@@ -291,11 +155,11 @@ def _add_check(commands: Commands) -> None:
     parser.add_argument("--layers", help="layers to score, such as 0-3,7 (default: the first, middle and last)")
 
 
-def _add_stats(commands: Commands) -> None:
+def _add_stats(group: Commands) -> None:
     parser = _add(
-        commands,
+        group,
         "stats",
-        _stats,
+        commands.stats_command,
         "Test a finished run again with other settings; what is not given stays as in the last test.",
         "qkov stats runs/demo --permutations 5400 --statistic cross_mean",
     )
@@ -308,22 +172,22 @@ def _add_stats(commands: Commands) -> None:
     parser.add_argument("--alternative", choices=("greater", "less", "two-sided"), help="direction of the test")
 
 
-def _add_report(commands: Commands) -> None:
+def _add_report(group: Commands) -> None:
     parser = _add(
-        commands,
+        group,
         "report",
-        _report,
+        commands.report_command,
         "Write the report of a finished run: report.html, and in report/ figures (PDF, PNG), tables (CSV, Markdown).",
         "qkov report runs/demo",
     )
     parser.add_argument("folder", metavar="DIR", help="the run's output folder, with heatmap.h5")
 
 
-def _add_validate(commands: Commands) -> None:
+def _add_validate(group: Commands) -> None:
     parser = _add(
-        commands,
+        group,
         "validate",
-        _validate,
+        commands.validate_command,
         "Measure whether scores predict what a gradient step on task B, in one head alone, does to task A's loss.",
         "qkov validate ./my-model --heads 40",
     )

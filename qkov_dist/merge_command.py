@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from .config import RunConfig
 from .config_file import from_dict
@@ -22,8 +22,8 @@ from .merge import add_layers, add_over_ranks, assemble
 from .partial_schema import LayerPartial, PartialHeader
 from .partials import Partial, list_partials, read_partial
 from .progress import progress_bar
-from .results import Heatmap, Pairs
-from .run import HEATMAP_FILE, tested
+from .results import Heatmap
+from .run import HEATMAP_FILE, finish
 from .world import Alone, World, same_on_all, together
 
 NUM_LISTED = 8
@@ -95,7 +95,7 @@ def merge_folder(
     if world.rank == 0:
         say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
     heatmap = add_partials(gathered, world, show_progress=show_progress)
-    return None if heatmap is None else _finish(heatmap, output, say)
+    return None if heatmap is None else finish(heatmap, _config_of(heatmap), output, say)
 
 
 def gather_partials(folder: Path, world: World) -> Gathered:
@@ -209,20 +209,6 @@ def _sum_of(world: World, mine: Sequence[Partial], layer: FrameLayer) -> LayerPa
         return reduce(lambda total, part: add_layers([total, part]), parts, LayerPartial({}, {}))
 
     return together(world, read)
-
-
-def _finish(heatmap: Heatmap, output: Path, say: Say) -> Heatmap:
-    """Test and write the heatmap as its run would have, and pass on its warnings and notes."""
-    config = _config_of(heatmap)
-    if config.statistics.enabled:
-        say("testing heads")
-        heatmap = tested(heatmap, config)
-    heatmap.save(output, cast(Pairs, config.output.pairs))
-    for warning in heatmap.attributes["warnings"]:
-        say(f"warning: {warning}")
-    for note in (heatmap.statistics or {}).get("notes", ()):
-        say(f"note: {note}")
-    return heatmap
 
 
 def _config_of(heatmap: Heatmap) -> RunConfig:

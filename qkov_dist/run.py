@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import closing
+from pathlib import Path
 from typing import cast
 
 from .batches import Objective
@@ -66,7 +67,7 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
     layers = _over_ranks(job, frame, {layer.layer: partial.read_layer(layer.layer) for layer in frame.layers})
     if world.size > 1:
         say(memory_table(world.gather(dataclasses.asdict(memory))))
-    heatmap = _finish(job, assemble(frame, layers), say) if is_first else None
+    heatmap = finish(assemble(frame, layers), config, path, say) if is_first else None
     if not config.output.partials:
         world.gather(None)  # not before rank 0 has written the heatmap
         partial.path.unlink()
@@ -86,12 +87,12 @@ def tested(heatmap: Heatmap, config: RunConfig) -> Heatmap:
     return heatmap.with_statistics(tests.test_heatmap(heatmap))
 
 
-def _finish(job: Job, heatmap: Heatmap, say: Say) -> Heatmap:
-    """Test and write the heatmap, and pass on its warnings."""
-    if job.config.statistics.enabled:
+def finish(heatmap: Heatmap, config: RunConfig, path: Path, say: Say) -> Heatmap:
+    """Test and write a heatmap as its configuration says, and pass on its warnings and notes."""
+    if config.statistics.enabled:
         say("testing heads")
-        heatmap = tested(heatmap, job.config)
-    heatmap.save(job.folder / HEATMAP_FILE, cast(Pairs, job.config.output.pairs))
+        heatmap = tested(heatmap, config)
+    heatmap.save(path, cast(Pairs, config.output.pairs))
     for warning in heatmap.attributes["warnings"]:
         say(f"warning: {warning}")
     for note in (heatmap.statistics or {}).get("notes", ()):

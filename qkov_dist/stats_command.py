@@ -19,34 +19,23 @@ from .results import Heatmap
 from .run import HEATMAP_FILE
 from .statistics import QKOVStatistics
 from .store import load_heatmap
-from .summary import print_summary
 
 Say = Callable[[str], object]
 
 
-def stats(folder: Path, changes: Mapping[str, Any], say: Say) -> None:
-    """Test a finished run again, write the tests into its ``heatmap.h5``, and print the summary.
+def retest(folder: Path, changes: Mapping[str, Any], say: Say) -> Heatmap:
+    """Test a finished run again and write the tests into its ``heatmap.h5``, which is replaced whole or not at all.
 
     Args:
         folder: The run's output folder.
         changes: Settings of ``QKOVStatistics`` that replace those of the last test.
         say: Takes one line about each stage.
 
+    Returns:
+        The heatmap as written.
+
     Raises:
         QkovError: where there is no finished run or no pooled scores, and for a setting out of range.
-    """
-    heatmap = retest(folder, changes, say)
-    assert heatmap.statistics is not None
-    for note in heatmap.statistics["notes"]:
-        say(f"note: {note}")
-    print_summary(heatmap, folder)
-
-
-def retest(folder: Path, changes: Mapping[str, Any], say: Say) -> Heatmap:
-    """Test and write as :func:`stats` does; returns the heatmap as written. The file is replaced whole or not at all.
-
-    Raises:
-        QkovError: as :func:`stats`.
     """
     path = folder / HEATMAP_FILE
     if not path.exists():
@@ -60,6 +49,8 @@ def retest(folder: Path, changes: Mapping[str, Any], say: Say) -> Heatmap:
     seeds = {**stored.attributes.get("seeds", {}), "statistics": tests.seed}
     tested = dataclasses.replace(stored, attributes={**stored.attributes, "seeds": seeds}).with_statistics(results)
     tested.save(path)  # with the scores that it had: those that are not in the file are not in ``stored``
+    for note in results["notes"]:
+        say(f"note: {note}")
     return tested
 
 

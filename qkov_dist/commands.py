@@ -1,0 +1,157 @@
+"""What each command does: its parsed options -> one call. Imports wait for the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import QkovError
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .results import Heatmap
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Score two tasks as a configuration says."""
+    from .comm import connected
+    from .config import describe
+    from .config_file import load_config
+    from .run import run
+
+    if options.keys:
+        print(describe())
+        return
+    if options.config is None:
+        raise QkovError(
+            "qkov run",
+            expected="a configuration file",
+            got="none",
+            remedy="Write `qkov run CONFIG.yaml`; `qkov run --keys` lists what it may hold.",
+        )
+    with connected():
+        config = load_config(options.config, options.overrides)
+        heatmap = run(config, say=say, show_progress=not options.quiet)
+    _show(heatmap, Path(config.output.dir))
+
+
+def demo_command(options: argparse.Namespace) -> None:
+    """Run the demo's configuration."""
+    from .comm import connected
+    from .demo import demo_config
+    from .run import run
+
+    config = demo_config(
+        model=options.model, samples=options.samples, max_tokens=options.max_tokens, output=options.output
+    )
+    with connected():
+        heatmap = run(config, say=say, show_progress=not options.quiet)
+    _show(heatmap, Path(config.output.dir))
+
+
+def merge_command(options: argparse.Namespace) -> None:
+    """Add up partial files."""
+    from .comm import SharedError, connected_by_mpi
+    from .merge_command import merge_folder
+    from .run import HEATMAP_FILE
+
+    output = Path(options.output or Path(options.folder) / HEATMAP_FILE)
+    try:
+        with connected_by_mpi() as world:
+            heatmap = merge_folder(options.folder, output, world=world, say=say, show_progress=not options.quiet)
+    except SharedError:
+        if world.rank:
+            sys.exit(2)  # rank 0 says what is wrong
+        raise
+    _show(heatmap, output.parent, output.name)
+
+
+def inspect_command(options: argparse.Namespace) -> None:
+    """Show where heads live."""
+    from .inspection import inspect_model
+
+    inspect_model(_model_config(options), verify=options.verify)
+
+
+def check_command(options: argparse.Namespace) -> None:
+    """Measure the six properties."""
+    from .check_command import check
+
+    check(
+        _model_config(options),
+        samples=options.samples,
+        max_tokens=options.max_tokens,
+        layers=options.layers,
+        say=say,
+    )
+
+
+def stats_command(options: argparse.Namespace) -> None:
+    """Test a finished run again."""
+    from .stats_command import retest
+
+    names = ("n_permutations", "n_bootstrap", "fdr_alpha", "seed", "statistic", "alternative")
+    chosen = {name: getattr(options, name) for name in names}
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    _show(retest(Path(options.folder), changes, say), Path(options.folder))
+
+
+def report_command(options: argparse.Namespace) -> None:
+    """Write page, tables and figures."""
+    from .report import write_report
+    from .summary import print_page
+
+    print_page(write_report(options.folder, say))
+
+
+def validate_command(options: argparse.Namespace) -> None:
+    """Measure what the scores predict."""
+    from .demo import demo_model
+    from .validate_command import validate
+
+    if options.model is None:
+        options.model = str(demo_model())
+    validate(
+        _model_config(options),
+        tasks=(options.task_a, options.task_b),
+        samples=options.samples,
+        max_tokens=options.max_tokens,
+        heads=options.heads,
+        steps=options.step,
+        bootstrap=options.bootstrap,
+        seed=options.seed,
+        output=options.output,
+        say=say,
+        show_progress=not options.quiet,
+    )
+
+
+def _model_config(options: argparse.Namespace) -> ModelConfig:
+    from .config import ModelConfig
+
+    return ModelConfig(
+        path=options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def say(line: str) -> None:
+    """One line about a stage, to stderr."""
+    print(f"qkov: {line}", file=sys.stderr)
+
+
+def _show(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> None:
+    """Print the summary on rank 0, and write the page beside ``heatmap.h5``."""
+    from .report import HEATMAP_FILE, write_page
+    from .summary import print_page, print_summary
+
+    if heatmap is None:
+        return
+    print_summary(heatmap, folder, file)
+    if file == HEATMAP_FILE:
+        print_page(write_page(heatmap, folder))
