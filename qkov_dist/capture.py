@@ -105,6 +105,13 @@ class Capture:
             QkovError: for a loss or gradient that is not finite (names the sample and the layer), or a projection
                 that the forward pass did not reach.
         """
+        if torch.is_inference_mode_enabled():
+            raise QkovError(
+                "capture",
+                expected="a graph for gradients",
+                got="torch.inference_mode",
+                remedy="Leave inference_mode while samples are collected (no_grad does no harm).",
+            )
         first = next(self._model.parameters())
         batch = batch.to(first.device)
         if not any(p.dtype == torch.float16 for p in self._model.parameters()):
@@ -126,12 +133,13 @@ class Capture:
         whole = real.numel() == batch.attention_mask.numel()
         self._current = state = _Pass(batch, None if whole else real, sink, loss_scale)
         try:
-            losses = sample_losses(self._model, batch, self._reduction)
-            check_losses(losses, batch)
-            if not losses.requires_grad:
-                raise _not_reached(self._sites)
-            state.in_backward = True
-            (losses.sum() * (self._factor * loss_scale)).backward()  # type: ignore[no-untyped-call]
+            with torch.enable_grad():
+                losses = sample_losses(self._model, batch, self._reduction)
+                check_losses(losses, batch)
+                if not losses.requires_grad:
+                    raise _not_reached(self._sites)
+                state.in_backward = True
+                (losses.sum() * (self._factor * loss_scale)).backward()  # type: ignore[no-untyped-call]
         finally:
             self._current = None
         if missing := set(self._sites) - state.finished:

@@ -10,6 +10,7 @@ Scores come from :mod:`qkov_dist.metric`. Both stand on the engine of `qkov run`
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,8 @@ class FisherCollector:
         self._reduction, self._batch_tokens = loss_reduction, batch_tokens
         self._budget, self._folder = int(gradient_memory_mb * 2**20), None if spill_dir is None else Path(spill_dir)
         self._collection: Collection | None = None
+        self._config: QKOVConfig | None = None
+        self._model: weakref.ref[nn.Module] | None = None
 
     def collect_fisher(
         self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str, mode: str = "ema"
@@ -173,6 +176,17 @@ class FisherCollector:
         return self._collection
 
     @property
+    def config(self) -> QKOVConfig:
+        """The heads of the model that was collected.
+
+        Raises:
+            QkovError: before anything was collected.
+        """
+        if self._config is None:
+            raise self._nothing("any task")
+        return self._config
+
+    @property
     def layers(self) -> frozenset[int]:
         """The layers captured."""
         return frozenset(site.layer for site in self._collection.sites) if self._collection else frozenset()
@@ -204,6 +218,7 @@ class FisherCollector:
         """Forget the factors and remove what was spilled."""
         if self._collection is not None:
             self._collection.store.close()
+        self._collection, self.steps = None, []
 
     def _nothing(self, where: str) -> QkovError:
         return QkovError(
@@ -218,12 +233,27 @@ class FisherCollector:
         if isinstance(batch, Mapping):
             vocab_size = int(text_config(model).vocab_size)
             batch = list(samples_of_batch(batch, where=where, vocab_size=vocab_size))
+        if not batch:
+            raise QkovError(
+                where,
+                expected="at least one sample",
+                got="none",
+                remedy="Leave out empty batches: each call is one step of the Fisher average.",
+            )
         same_on_all(current(), where, {"samples": task_fingerprint(Task(task, tuple(batch)))})
         return list(batch)
 
     def _start(self, model: nn.Module) -> Collection:
+        if self._model is not None and self._model() is not model:
+            raise QkovError(
+                "collect_fisher",
+                expected="the model of the first call, in every call",
+                got="another one",
+                remedy="Create a FisherCollector for each model: gradients of two models have no common Fisher.",
+            )
         if self._collection is None:
-            config = QKOVConfig.from_model(model)
+            self._model = weakref.ref(model)
+            self._config = config = QKOVConfig.from_model(model)
             plan = make_plan(config.layout, self._selection, include_bias=False, num_samples=1)
             team = make_team(current(), model, config.layout, [layer.layer for layer in plan.layers])
             self._collection = Collection(

@@ -217,7 +217,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     """The part of `to_dict` that decides what a run computes; equal identities, equal results.
 
     Left out: where and how it is computed (``parallel``, batch and memory sizes, ``compile``) and the ``output`` keys
-    that change no content, so that a run can be resumed elsewhere.
+    that change no content, so that a run can go on elsewhere (on as many ranks).
     """
     tasks = [_identity(task) for task in config.tasks]
     sections = {name: _identity(getattr(config, name)) for name in SECTIONS if "." not in name}

@@ -101,6 +101,10 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
         QkovError: for anything wrong with the configuration, the model or the tasks, and for ranks that differ.
     """
     same_on_all(world, "configuration", _flat(to_dict(config)))
+    folder = Path(config.output.dir)
+    if folder.exists() and not folder.is_dir():
+        remedy = "Name a folder; it is made where it does not exist."
+        raise QkovError("output.dir", expected="a folder", got=f"the file {folder}", remedy=remedy)
     parallelism = resolve_parallelism(config.parallel, world.size, os.environ)
     cut = f" on {world.size} ranks (tp {parallelism.tp}, {parallelism.data})" if world.size > 1 else ""
     say(f"loading {config.model.path}{cut}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
@@ -109,8 +110,8 @@ class QKOVInterferenceMetric:
         Args:
             task_a: Task of the samples i.
             task_b: Task of the samples j; not ``task_a``.
-            layers: Layer numbers; all captured ones by default.
-            heads: Query heads; all by default. Kv heads follow.
+            layers: Layer numbers, ascending; all captured ones by default.
+            heads: Query heads, ascending; all by default. Kv heads follow.
             max_samples_per_task: Score pairs of the first so many samples of each task. The Fisher takes all.
             pairs: ``cross`` (A x B), or ``all`` pooled samples in both roles, which tests need.
 
@@ -120,8 +121,8 @@ class QKOVInterferenceMetric:
         choose("pairs", pairs, ("cross", "all"))
         if task_a == task_b:
             raise wrong_argument("task_b", "another task than task_a", repr(task_b))
-        if max_samples_per_task is not None and max_samples_per_task < 1:
-            raise wrong_argument("max_samples_per_task", "at least 1", max_samples_per_task)
+        if max_samples_per_task is not None and not _is_whole(max_samples_per_task, 1):
+            raise wrong_argument("max_samples_per_task", "a whole number of at least 1", max_samples_per_task)
         of_a, of_b = (self.collector.samples_of(task)[:max_samples_per_task] for task in (task_a, task_b))
         roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
         plan = self._plan(layers, heads, len(roles.members))
@@ -169,9 +170,11 @@ class QKOVInterferenceMetric:
         return ScoreSettings(self.score, self.epsilon, self.ridge_lambda, self.ridge_relative, DTYPES[self.dtype])
 
     def _plan(self, layers: Iterable[int] | None, heads: Iterable[int] | None, num_samples: int) -> Plan:
+        if self.collector.config.layout != self.config.layout:
+            raise wrong_argument("config", "the configuration of the model that was collected", "another layout")
         captured = self.collector.layers
-        chosen = tuple(layers) if layers is not None else tuple(sorted(captured))
-        selection = Selection(chosen, None if heads is None else tuple(heads))
+        chosen = _ascending("layers", layers) or tuple(sorted(captured))
+        selection = Selection(chosen, _ascending("heads", heads))
         for layer in selection.layers_of(self.config.layout):
             if layer.index not in captured:
                 raise QkovError(
@@ -210,6 +213,20 @@ class QKOVInterferenceMetric:
         left = slice(0, len(scored) if pooled else len(of_a))
         right = slice(0 if pooled else len(of_a), len(scored))
         return Roles(members, weights[list(members)], left, right)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
+
+
+def _ascending(name: str, numbers: Iterable[int] | None) -> tuple[int, ...] | None:
+    """The numbers as they are, which is also the order of the result's axis."""
+    if numbers is None:
+        return None
+    chosen = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
+    if not chosen or not all(_is_whole(n, 0) for n in chosen) or any(a >= b for a, b in pairwise(chosen)):
+        raise wrong_argument(name, "ascending whole numbers from 0, each once", list(chosen))
+    return tuple(map(int, chosen))
 
 
 def _place(numbers: list[int], place: int, task: str, argument: str) -> int:

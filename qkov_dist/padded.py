@@ -35,7 +35,7 @@ def samples_of_batch(batch: Mapping[str, Any], *, where: str, vocab_size: int) -
             remedy="Pass tokens only; positions and padding are worked out from the attention mask.",
         )
     ids = _tensor(batch["input_ids"], where)
-    mask = _tensor(batch.get("attention_mask", torch.ones_like(ids)), where).bool()
+    mask = _tensor(batch.get("attention_mask", torch.ones_like(ids)), where)
     labels = _tensor(batch.get("labels", ids), where)
     if ids.ndim != 2 or ids.is_floating_point() or mask.shape != ids.shape or labels.shape != ids.shape:
         raise QkovError(
@@ -44,9 +44,23 @@ def samples_of_batch(batch: Mapping[str, Any], *, where: str, vocab_size: int) -
             got=f"{list(ids.shape)}, {list(mask.shape)}, {list(labels.shape)} of {ids.dtype}",
             remedy="Tokenize with padding=True and return_tensors='pt'.",
         )
+    _check_mask(mask, where)
+    mask = mask.bool()
     for n in range(len(ids)):
         kept_ids, kept_labels = (t[n][mask[n]].cpu().numpy().astype(np.int64) for t in (ids, labels))
         yield _checked(Sample(str(n), kept_ids, kept_labels, ""), f"{where}, sample {n}", vocab_size)
+
+
+def _check_mask(mask: Tensor, where: str) -> None:
+    """Raise unless every row is ones with zeros on one or both sides: padding, and nothing else."""
+    starts = (torch.nn.functional.pad(mask.to(torch.int64), (1, 0)).diff(dim=1) == 1).sum(dim=1)
+    if not bool(((mask == 0) | (mask == 1)).all()) or bool((starts > 1).any()):
+        raise QkovError(
+            f"{where}: attention_mask",
+            expected="ones on a sample's tokens and zeros on the padding at its sides",
+            got="other values, or zeros between tokens",
+            remedy="Pass each sample's tokens without gaps; mask tokens out of the loss with labels of -100.",
+        )
 
 
 def _tensor(values: Any, where: str) -> Tensor:

@@ -175,7 +175,7 @@ def test_arguments_out_of_range_are_named(llama):
         metric.compute_heatmap("math", "code", heads=[4])
     with refused("sample_j: expected a sample of task 'code', 0 to 2, got 3"):
         metric.compute_sample_pair("math", 0, "code", 3, 0, 0)
-    with refused("max_samples_per_task: expected at least 1"):
+    with refused("max_samples_per_task: expected a whole number of at least 1"):
         metric.compute_heatmap("math", "code", max_samples_per_task=0)
     with refused("pairs: expected one of cross, all"):
         metric.compute_heatmap("math", "code", pairs="some")
@@ -246,3 +246,50 @@ def test_a_failed_batch_leaves_the_collector_as_it_was(llama):
     with refused("finite loss"):
         collector.collect_fisher(model, {"input_ids": [[5, 6, 7]]}, "math")
     assert (len(collector.records), len(collector.steps), dict(collector.collection.store.spans)) == before
+
+
+def test_an_empty_batch_is_no_step(llama):
+    _, model, _, _, _ = llama
+    for batch in ([], {"input_ids": torch.zeros(0, 5, dtype=torch.int64)}):
+        with refused("expected at least one sample, got none"):
+            FisherCollector().collect_fisher(model, batch, "math")
+
+
+def test_one_collector_takes_one_model(llama):
+    _, model, _, config, _ = llama
+    collector = FisherCollector()
+    collector.collect_fisher(model, mixed_samples(2, VOCAB, seed=1), "math")
+    with refused("the model of the first call"):
+        collector.collect_fisher(TINY["llama"].build(seed=5), mixed_samples(2, VOCAB, seed=2), "code")
+    collector.collect_fisher(model, mixed_samples(2, VOCAB, seed=2), "code")
+    other = QKOVConfig.from_model(TINY["gpt2"].build())
+    with refused("config: expected the configuration of the model that was collected"):
+        QKOVInterferenceMetric(other, collector).compute_heatmap("math", "code")
+    collector.close()
+    with refused("expected captured samples"):
+        QKOVInterferenceMetric(config, collector).compute_heatmap("math", "code")
+
+
+@pytest.mark.parametrize("name", ["layers", "heads"])
+@pytest.mark.parametrize("numbers", [[1, 0], [1, 1], [], [1.0], [-1], "01"])
+def test_selections_are_ascending_so_that_an_axis_is_what_was_asked_for(llama, name, numbers):
+    _, _, _, config, collector = llama
+    with refused(f"{name}: expected ascending whole numbers from 0, each once"):
+        QKOVInterferenceMetric(config, collector).compute_heatmap("math", "code", **{name: numbers})
+
+
+@pytest.mark.parametrize("mask", [[1, 0, 1, 1], [0.5, 1, 1, 1], [1, 2, 1, 1]])
+def test_masks_with_holes_or_other_values_are_refused(llama, mask):
+    _, model, _, _, _ = llama
+    with refused("attention_mask: expected ones on a sample's tokens"):
+        FisherCollector().collect_fisher(model, {"input_ids": [[3, 4, 5, 6]], "attention_mask": [mask]}, "math")
+
+
+def test_no_grad_does_no_harm_and_inference_mode_is_named(llama):
+    entry, model, job, config, collector = llama
+    with torch.no_grad():
+        again = collected(model, job)
+    one, other = (QKOVInterferenceMetric(config, c).compute_heatmap("math", "code") for c in (collector, again))
+    np.testing.assert_array_equal(one.cross["Q"], other.cross["Q"])
+    with torch.inference_mode(), refused("torch.inference_mode"):
+        FisherCollector().collect_fisher(entry.build(), mixed_samples(2, VOCAB, seed=1), "math")
