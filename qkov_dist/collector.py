@@ -31,7 +31,7 @@ from .plan import Selection, make_plan
 from .samples import Sample, Task, task_fingerprint
 from .slices import Layout
 from .stand_in import proved_layout
-from .structure import inner_model, text_config
+from .structure import inner_model, is_masked_lm, text_config
 from .team import make_team
 
 
@@ -57,8 +57,7 @@ class QKOVConfig:
             QkovError: for an architecture that is refused, or not known and not provable (see ``register_layout``).
         """
         model = inner_model(model)
-        masked = any(type(module).__name__.endswith("ForMaskedLM") for module in model.modules())
-        return cls(proved_layout(model, current()), "masked" if masked else "causal")
+        return cls(proved_layout(model, current()), "masked" if is_masked_lm(model) else "causal")
 
     @property
     def num_layers(self) -> int:

@@ -31,6 +31,7 @@ from .score import (
 )
 
 BlockTotals = dict[str, float]
+DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores may be formed
 
 
 @dataclass(frozen=True)

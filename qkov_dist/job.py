@@ -13,7 +13,7 @@ import torch
 
 from .comm import World, same_on_all
 from .config import RunConfig, canonical_json, to_dict
-from .engine import Roles, ScoreSettings
+from .engine import DTYPES, Roles, ScoreSettings
 from .errors import QkovError
 from .fingerprint import fingerprint
 from .fisher import Estimator, Scope, fisher_steps, fisher_weights
@@ -27,7 +27,6 @@ from .stand_in import proved_layout
 from .tasks import load_task
 from .team import Team, make_team
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Say = Callable[[str], object]
 
 

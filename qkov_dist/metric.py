@@ -12,11 +12,10 @@ from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from .arguments import choose, wrong_argument
 from .collector import FisherCollector, QKOVConfig
-from .engine import Roles, ScoreSettings, score_layer
+from .engine import DTYPES, Roles, ScoreSettings, score_layer
 from .errors import QkovError
 from .exchange import Exchange
 from .fisher import Estimator, Scope, fisher_weights
@@ -28,8 +27,6 @@ from .progress import progress_bar
 from .results import Heatmap
 from .score import Score
 from .slices import BLOCKS
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass

@@ -56,11 +56,6 @@ class LayerPlan:
     block_tiles: tuple[Tile, ...]
     block_sizes: dict[str, int]
 
-    @property
-    def num_elements(self) -> int:
-        """Weight elements scored by this rank."""
-        return sum(tile.rect.area for tile in self.tiles)
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -18,7 +18,7 @@ from .layout import resolve
 from .proof import prove, resolve_proved
 from .shards import is_sharded
 from .slices import Layout
-from .structure import text_config
+from .structure import is_masked_lm, text_config
 
 NARROW, VOCABULARY = 16, 128
 FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
@@ -75,6 +75,5 @@ def stand_in(model: nn.Module, num_layers: int) -> Any:
     for name in TOKEN_IDS:
         setattr(config, name, 0 if name == "pad_token_id" else None)
     config.__dict__.pop("distributed_config", None)
-    masked = any(type(module).__name__.endswith("ForMaskedLM") for module in model.modules())
-    auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    auto: Any = AutoModelForMaskedLM if is_masked_lm(model) else AutoModelForCausalLM
     return auto.from_config(config).float().eval()

@@ -77,6 +77,11 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_masked_lm(model: nn.Module) -> bool:
+    """Whether labels stand at the tokens they are predicted for, not one place later."""
+    return any(type(module).__name__.endswith("ForMaskedLM") for module in model.modules())
+
+
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
     """The descendant at a dotted path, or None where it is absent or set to None."""
     found: Any = module
