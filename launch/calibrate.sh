@@ -7,5 +7,5 @@ set -euo pipefail
 ensure_environment dev
 ensure_demo_model
 export PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
-"$PYTHON" tests/studies/calibration.py
+"$PYTHON" tests/studies/calibration_page.py
 exec "$PYTHON" tests/studies/power.py

@@ -49,6 +49,16 @@ class Batch:
         """Labelled positions of each sample, int64 [N]."""
         return (self.targets != IGNORED).sum(dim=1)
 
+    def halves(self) -> tuple[Batch, Batch]:
+        """Two batches of half the samples, each padded to its own longest; at least two samples."""
+        middle = len(self.samples) // 2
+        return self._part(slice(0, middle)), self._part(slice(middle, None))
+
+    def _part(self, part: slice) -> Batch:
+        longest = max(self.lengths[part])
+        tensors = (tensor[part, :longest] for tensor in (self.input_ids, self.attention_mask, self.targets))
+        return Batch(self.samples[part], self.names[part], *tensors)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         moved = (t.to(device) for t in (self.input_ids, self.attention_mask, self.targets))

@@ -245,7 +245,7 @@ def _doubled(subject: Subject, captured: Captured) -> Iterator[Finding]:
 def _unsliced(captured: Captured, layer: AttentionLayer) -> dict[str, Tensor]:
     """Each block scored as one set of elements: no slice is looped over, none can be counted twice."""
     roles = captured.subject.roles()
-    weights = torch.as_tensor(roles.weights)
+    weights = torch.as_tensor(roles.weights.sum(0))
     total: dict[str, Tensor] = {}
     for projection in layer.projections:
         gradients = _whole_gradients(captured, layer, projection)

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"qkov: {_this_rank()}{error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("qkov: interrupted; the same command goes on from the layers on disk", file=sys.stderr)
         return 130

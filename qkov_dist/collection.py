@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .batches import Batch, Objective, make_batches, sequence
-from .capture import Factors, Site, capture
+from .capture import Capture, Factors, Site, capture
 from .errors import QkovError
 from .factors import FactorStore
 from .samples import Sample
+from .shortage import is_shortage
 from .team import Team
 
 
@@ -48,6 +49,7 @@ class Collection:
         batch_tokens: Padded tokens in one compute batch.
         team: Who runs which samples.
         records: Every sample by its pooled number.
+        say: Takes a line where something did not go as planned.
     """
 
     store: FactorStore
@@ -58,6 +60,7 @@ class Collection:
     batch_tokens: int = 2048
     team: Team = field(default_factory=Team)
     records: list[SampleRecord] = field(default_factory=list)
+    say: Callable[[str], object] = lambda line: None
 
     def run(
         self,
@@ -129,15 +132,54 @@ class Collection:
                     if not counts:
                         session.run(batch, _Nowhere())
                         continue
-                    with self.store.batch(batch) as sink:
-                        found = session.run(batch, sink)
-                    losses += zip(batch.samples, batch.num_targets.tolist(), found.tolist(), strict=True)
-                    on_samples(len(batch.samples))
+                    for part, found in self._pass(session, batch):
+                        losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
+                        on_samples(len(part.samples))
         except QkovError as error:
             if self.team.lockstep:
                 raise  # the peers wait inside a pass: they learn it when this rank goes
             return {"error": error.parts, "losses": []}
         return {"error": None, "losses": losses}
+
+    def _pass(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
+        """Run one batch; where it does not fit into memory, its halves.
+
+        Yields:
+            The batches that were run, with their samples' losses.
+
+        Raises:
+            QkovError: where one sample alone does not fit, or where passes need all peers: a rank that stops half-way
+                through one leaves the others waiting in it.
+        """
+        try:
+            with self.store.batch(batch) as sink:
+                found = session.run(batch, sink)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            if self.team.lockstep or len(batch.samples) == 1:
+                raise self._too_large(batch) from error
+        else:
+            yield batch, found
+            return
+        self.say(f"out of memory with {len(batch.samples)} samples in a batch: going on with half of them")
+        for half in batch.halves():
+            yield from self._pass(session, half)
+
+    def _too_large(self, batch: Batch) -> QkovError:
+        longest = max(batch.lengths)
+        if len(batch.samples) == 1:
+            got, remedy = "too little", "Cut it with the task's max_tokens, spread the model over more ranks or a GPU "
+            remedy += "with more memory, or use model.dtype=bfloat16."
+            return QkovError(
+                batch.names[0], expected=f"memory for one sample of {longest} tokens", got=got, remedy=remedy
+            )
+        return QkovError(
+            f"a batch of {len(batch.samples)} samples of up to {longest} tokens",
+            expected="memory for it on every rank (sharded weights are gathered by all ranks together)",
+            got="too little",
+            remedy=f"Set compute.batch_tokens to {len(batch.samples) * longest // 2} or less.",
+        )
 
 
 class _Nowhere:

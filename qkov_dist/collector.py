@@ -26,6 +26,7 @@ from .comm import current, same_on_all
 from .errors import QkovError
 from .factors import FactorStore
 from .fisher import Estimator
+from .forms import gradients_above
 from .padded import samples_of_batch
 from .plan import Selection, make_plan
 from .samples import Sample, Task, task_fingerprint
@@ -255,8 +256,10 @@ class FisherCollector:
             self._config = config = QKOVConfig.from_model(model)
             plan = make_plan(config.layout, self._selection, include_bias=False, num_samples=1)
             team = make_team(current(), model, config.layout, [layer.layer for layer in plan.layers])
+            layers = [config.layout.layer(layer.layer) for layer in plan.layers]
+            size = next(model.parameters()).dtype.itemsize
             self._collection = Collection(
-                FactorStore(self._budget, self._folder, team.local),
+                FactorStore(self._budget, self._folder, team.local, gradients_above=gradients_above(layers, size)),
                 plan.sites,
                 config.objective,
                 self._reduction,

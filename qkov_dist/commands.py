@@ -54,8 +54,8 @@ def demo_command(options: argparse.Namespace) -> None:
 def merge_command(options: argparse.Namespace) -> None:
     """Add up partial files."""
     from .comm import SharedError, connected_by_mpi
+    from .finish import HEATMAP_FILE
     from .merge_command import merge_folder
-    from .run import HEATMAP_FILE
 
     output = Path(options.output or Path(options.folder) / HEATMAP_FILE)
     try:

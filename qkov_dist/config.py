@@ -132,6 +132,16 @@ class ComputeConfig(_Section):
     factor_memory_mb: int = _key(
         COUNT, "MiB of captured factors in memory; beyond it they go to disk", 1024, identity=False
     )
+    factor_disk_mb: int | None = _key(
+        optional(whole(0)),
+        "MiB of captured factors on disk; beyond it the samples are run once for each part of the layers; "
+        "null takes nine tenths of what is free",
+        None,
+        identity=False,
+    )
+    factor_dtype: str = _key(
+        one_of("auto", "float32", "bfloat16"), "dtype in which captured factors wait; auto keeps the model's", "auto"
+    )
     score_dtype: str = _key(one_of("float32", "float64"), "dtype in which scores are accumulated", "float32")
     compile: str | bool = _key(
         one_of("auto", True, False),

@@ -1,35 +1,35 @@
 """From captured factors to one layer's scores: the engine behind `qkov run` and the Python API.
 
-For each layer the factors are loaded once. Each tile's gradients are formed, its Fisher is taken from them, and one
-matrix product adds the tile to its head's scores for all pairs. What leaves is additive: the sum over ranks of these
-results is the result of one process.
+    site's factors -> padded groups -> per head: tiles -> gradients -> Fisher, maps, one matrix product for all pairs
+
+Heads are dealt to workers (the threads of a CPU, one for a GPU), each of which adds up whole heads, so that sums do not
+depend on who is faster. While they compute, the next projection's factors are read. What leaves is additive: the sum
+over ranks of these results is the result of one process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .capture import Site
-from .factors import Window
+from .errors import QkovError
+from .factors import Table, Whole, Window
+from .groups import Ordering, order_samples
+from .kernel import Buffers, Padded, Rule, add_tile, tile_flops, tile_gradients
 from .plan import LayerPlan, Tile
-from .score import (
-    NO_ELEMENTS,
-    FisherSums,
-    Score,
-    compiled_maps,
-    diagonal_fisher,
-    fisher_sums,
-    maps,
-    pair_scores,
-    sample_gradients,
-)
+from .score import NO_ELEMENTS, FisherSums, Score, compiled_maps, fisher_sums
+from .scratch import scratch_array
+from .shortage import is_shortage
+from .workers import workers
 
+T = TypeVar("T")
 BlockTotals = dict[str, float]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores may be formed
 
@@ -45,6 +45,8 @@ class ScoreSettings:
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     compile: bool = False
+    scratch: Path | None = None  # where scores are that are too large for memory
+    warn: Callable[[str], object] = lambda line: None  # takes a line where memory ran out
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Roles:
 
     Attributes:
         members: Pooled sample numbers whose gradients are formed, [N].
-        weights: Each member's weight in the Fisher, float64 [N].
+        weights: Each member's weight in the Fisher, float64 [2, N]: in row 0 if it is of task A, else in row 1.
         left: Members in the role of i, a range of positions in ``members``.
         right: Members in the role of j.
     """
@@ -75,30 +77,60 @@ class BlockScores:
 
     Attributes:
         heads: Native heads, [h].
-        scores: Partial scores [h, samples left, samples right] in the score dtype.
+        scores: Partial scores [h, samples left, samples right] in the score dtype, on the CPU.
         fisher: Summary of I over each head's elements, [h].
+        flops: Floating-point operations of its matrix products.
     """
 
     heads: tuple[int, ...]
     scores: Tensor
     fisher: list[FisherSums] = field(default_factory=list)
+    flops: int = 0
 
 
 class FactorSource(Protocol):
     """Where a layer's factors come from: this process's own store, or the ranks that ran the samples."""
 
-    @property
-    def spans(self) -> Mapping[int, tuple[int, int]]:
-        """Rows (start, stop) of each sample, by its pooled number."""
+    def table(self, site: Site) -> Table:
+        """Where each sample is at a site."""
 
     def x_site(self, site: Site) -> Site:
         """The site whose X this site shares."""
 
     def x(self, site: Site) -> Window:
-        """Inputs of all samples' tokens."""
+        """Inputs of all factored samples' tokens."""
 
     def d(self, site: Site) -> Window:
-        """Output gradients of all samples' tokens."""
+        """Output gradients of all factored samples' tokens."""
+
+    def g(self, site: Site) -> Whole | None:
+        """Gradients of the samples that are kept as such."""
+
+
+@dataclass(frozen=True)
+class _HeadPart:
+    """What the tiles of one head in one projection contribute; scores in the order of the roles."""
+
+    scores: Tensor
+    fisher: FisherSums
+    flops: int
+
+
+@dataclass(frozen=True)
+class _SiteFactors:
+    """One projection's factors of all members, in an order of its own."""
+
+    ordering: Ordering
+    padded: Sequence[Padded]
+
+    def weights(self, roles: Roles) -> Tensor:
+        """Each member's weight in the Fisher, by task, in this order: float64 [2, N]."""
+        return torch.from_numpy(roles.weights[:, list(self.ordering.order)])
+
+    def in_order_of_roles(self, scores: Tensor, roles: Roles) -> Tensor:
+        """Scores of pairs of members in this order, as pairs in the order of the roles."""
+        left, right = (torch.tensor(self.ordering.place[part]) - part.start for part in (roles.left, roles.right))
+        return scores[left.unsqueeze(1), right]
 
 
 def score_layer(
@@ -106,7 +138,7 @@ def score_layer(
     source: FactorSource,
     roles: Roles,
     settings: ScoreSettings,
-    total_over_ranks: Callable[[BlockTotals], BlockTotals] = dict,
+    totals: Mapping[str, float] | None = None,
 ) -> dict[str, BlockScores]:
     """Score every selected head of one layer for all pairs.
 
@@ -115,62 +147,153 @@ def score_layer(
         source: Captured factors.
         roles: The samples.
         settings: The metric.
-        total_over_ranks: Sums each block's total of I over all ranks, where a relative ridge needs it.
+        totals: Each whole block's sum of I over all ranks, which a relative ridge needs (:func:`block_totals`); this
+            process's own by default.
 
     Returns:
         Partial scores by block (Q, K, V, O, and O_bias where biases are included); additive over ranks.
     """
-    ridge = dict.fromkeys(plan.block_sizes, settings.ridge_absolute)
-    if settings.ridge_relative:
-        totals = total_over_ranks(_block_totals(plan, source, roles, settings))
-        for block, size in plan.block_sizes.items():
-            ridge[block] += settings.ridge_relative * totals[block] / size
+    ridges = _ridges(plan, source, roles, settings, totals)
+    elementwise = compiled_maps() if settings.compile else None
+    rules = {
+        block: Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, elementwise)
+        for block, ridge in ridges.items()
+    }
+
+    def score_head(tiles: Sequence[Tile], site: _SiteFactors, buffers: Buffers) -> _HeadPart:
+        rule, sums = rules[tiles[0].block], NO_ELEMENTS
+        weights = site.weights(roles).to(settings.device, settings.dtype)
+        scores = torch.zeros(roles.shape, dtype=settings.dtype, device=settings.device)
+        for tile in tiles:
+            gradients = _gradients(tile, site, buffers)
+            by_task = add_tile(scores, gradients, weights, rule, buffers)
+            sums += fisher_sums(by_task.sum(0), by_task, rule.ridge)
+        flops = sum(tile_flops(site.padded, tile.rect.area, roles.shape, bias=tile.bias) for tile in tiles)
+        return _HeadPart(site.in_order_of_roles(scores.cpu(), roles), sums, flops)
+
     blocks = {block: _no_scores(heads, roles, settings) for block, heads in plan.heads.items()}
-    weights = torch.as_tensor(roles.weights).to(settings.device, settings.dtype)
-    elementwise = compiled_maps() if settings.compile else maps
-    for tile, gradients in _tile_gradients(plan.tiles, source, roles, settings):
-        fisher = diagonal_fisher(gradients, weights)
-        scored, at = blocks[tile.block], blocks[tile.block].heads.index(tile.head)
-        scored.fisher[at] += fisher_sums(fisher, ridge[tile.block])
-        scored.scores[at] += pair_scores(
-            gradients,
-            fisher,
-            left=roles.left,
-            right=roles.right,
-            score=settings.score,
-            epsilon=settings.epsilon,
-            ridge=ridge[tile.block],
-            maps=elementwise,
-        )
+    for tile, part in _by_head(plan.tiles, source, roles, settings, score_head):
+        block = blocks[tile.block]
+        at = block.heads.index(tile.head)
+        block.scores[at] += part.scores
+        block.fisher[at] += part.fisher
+        block.flops += part.flops
     return blocks
 
 
-def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) -> BlockScores:
-    zeros = torch.zeros((len(heads), *roles.shape), dtype=settings.dtype, device=settings.device)
-    return BlockScores(heads, zeros, [NO_ELEMENTS] * len(heads))
+def block_totals(plan: LayerPlan, source: FactorSource, roles: Roles, settings: ScoreSettings) -> BlockTotals:
+    """The sum of I over each whole block, as far as this rank owns it; additive over ranks."""
 
+    def total(tiles: Sequence[Tile], site: _SiteFactors, buffers: Buffers) -> float:
+        found, weights = 0.0, site.weights(roles).sum(0)
+        for tile in tiles:
+            norms = torch.linalg.vector_norm(_gradients(tile, site, buffers), dim=1, dtype=torch.float64)
+            found += float(weights @ norms.cpu().square())
+        return found
 
-def _block_totals(plan: LayerPlan, source: FactorSource, roles: Roles, settings: ScoreSettings) -> BlockTotals:
-    """This rank's share of the sum of I over each whole block."""
     totals = dict.fromkeys(plan.block_sizes, 0.0)
-    weights = torch.as_tensor(roles.weights, dtype=torch.float64)
-    for tile, gradients in _tile_gradients(plan.block_tiles, source, roles, settings):
-        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64).square()
-        totals[tile.block] += float(weights @ norms.cpu())
+    for tile, found in _by_head(plan.block_tiles, source, roles, settings, total):
+        totals[tile.block] += found
     return totals
 
 
-def _tile_gradients(
+def _gradients(tile: Tile, site: _SiteFactors, buffers: Buffers) -> Tensor:
+    return tile_gradients(site.padded, tile.rect.rows, tile.rect.cols, bias=tile.bias, buffers=buffers)
+
+
+def _ridges(
+    plan: LayerPlan,
+    source: FactorSource,
+    roles: Roles,
+    settings: ScoreSettings,
+    totals: Mapping[str, float] | None,
+) -> dict[str, float]:
+    """Lambda of each block."""
+    if not settings.ridge_relative:
+        return dict.fromkeys(plan.block_sizes, settings.ridge_absolute)
+    totals = block_totals(plan, source, roles, settings) if totals is None else totals
+    return {
+        block: settings.ridge_absolute + settings.ridge_relative * totals[block] / size
+        for block, size in plan.block_sizes.items()
+    }
+
+
+def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) -> BlockScores:
+    dtype = np.float64 if settings.dtype == torch.float64 else np.float32
+    zeros = scratch_array((len(heads), *roles.shape), dtype, settings.scratch)
+    return BlockScores(heads, torch.from_numpy(zeros), [NO_ELEMENTS] * len(heads))
+
+
+def _by_head(
+    tiles: Sequence[Tile],
+    source: FactorSource,
+    roles: Roles,
+    settings: ScoreSettings,
+    work: Callable[[Sequence[Tile], _SiteFactors, Buffers], T],
+) -> Iterator[tuple[Tile, T]]:
+    """Have ``work`` done for the tiles of each head in each projection; yields a tile of the head, and the result.
+
+    Results come in the order of the tiles, whoever is faster. The factors of two projections are held at a time.
+    """
+    with workers(torch.device(settings.device)) as submit:
+        warn = settings.warn
+        waiting: list[tuple[Tile, Callable[[], T]]] = []
+        for site, factors in _sites(tiles, source, roles, settings):
+            heads: dict[tuple[str, int], list[Tile]] = {}
+            for tile in tiles:
+                if tile.site == site:
+                    heads.setdefault((tile.block, tile.head), []).append(tile)
+            started = [(of_head[0], submit(_in_memory, warn, work, of_head, factors)) for of_head in heads.values()]
+            yield from ((tile, result()) for tile, result in waiting)
+            waiting = started
+        yield from ((tile, result()) for tile, result in waiting)
+
+
+def _in_memory(
+    warn: Callable[[str], object],
+    work: Callable[[Sequence[Tile], _SiteFactors, Buffers], T],
+    tiles: Sequence[Tile],
+    factors: _SiteFactors,
+    buffers: Buffers,
+) -> T:
+    """Do the work; where its tiles do not fit into memory, with tiles of half the height.
+
+    Raises:
+        QkovError: where a tile of one row does not fit.
+    """
+    try:
+        return work(tiles, factors, buffers)
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        buffers.held.clear()
+        tallest = max(tile.rect.shape[0] for tile in tiles)
+        if tallest == 1:
+            raise QkovError(
+                f"layer {tiles[0].site.layer}, block {tiles[0].block}, head {tiles[0].head}",
+                expected="memory for one row of a weight's gradients of all samples",
+                got="too little",
+                remedy="Use fewer samples, more ranks, or a machine with more memory.",
+            ) from error
+    halves = [replace(tile, rect=rect) for tile in tiles for rect in tile.rect.split_rows(tallest // 2)]
+    warn(f"out of memory in layer {tiles[0].site.layer}: going on with tiles of half the size")
+    return _in_memory(warn, work, halves, factors, buffers)
+
+
+def _sites(
     tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
-) -> Iterator[tuple[Tile, Tensor]]:
-    """Each tile with its per-sample gradients [N, P]; a layer's factors are read once per projection."""
-    spans = [source.spans[member] for member in roles.members]
-    x_site, x = None, Window(torch.empty(0))
-    sites = sorted({tile.site for tile in tiles}, key=lambda site: (source.x_site(site), site))
-    for site in sites:
+) -> Iterator[tuple[Site, _SiteFactors]]:
+    """Each projection with its factors, group by group; X is read once for those that share it."""
+    cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop)
+    x_site, inputs = None, []
+    for site in sorted({tile.site for tile in tiles}, key=lambda site: (source.x_site(site), site)):
+        ordering = order_samples(roles.members, source.table(site), cuts)
         if x_site != source.x_site(site):
             x_site, x = source.x_site(site), source.x(site).to(settings.device, settings.dtype)
-        d = source.d(site).to(settings.device, settings.dtype)
-        for tile in (tile for tile in tiles if tile.site == site):
-            inputs = None if tile.bias else x.features(tile.rect.cols)
-            yield tile, sample_gradients(inputs, d.features(tile.rect.rows), spans)
+            inputs = [Window(group.inputs(x.values), x.start) for group in ordering.groups]
+        d, whole = source.d(site).to(settings.device, settings.dtype), source.g(site)
+        whole = whole and whole.to(settings.device, settings.dtype)
+        outputs = [Window(group.outputs(d.values), d.start) for group in ordering.groups]
+        kept = [whole and group.wholes(whole) for group in ordering.groups]
+        groups = zip(ordering.groups, inputs, outputs, kept, strict=True)
+        yield site, _SiteFactors(ordering, [Padded(*group) for group in groups])

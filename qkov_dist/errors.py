@@ -10,12 +10,17 @@ from __future__ import annotations
 class QkovError(ValueError):
     """A problem with the user's input, model, files or settings.
 
+    Attributes:
+        exit_code: Of the command line.
+
     Args:
         where: The file, setting, parameter, sample or layer at fault.
         expected: What would have been right.
         got: What was found instead.
         remedy: What the user can do about it.
     """
+
+    exit_code = 2
 
     def __init__(self, where: str, *, expected: str, got: str, remedy: str) -> None:
         self.where, self.expected, self.got, self.remedy = where, expected, got, remedy

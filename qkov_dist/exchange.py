@@ -1,25 +1,28 @@
-"""Factors on their way from the ranks that ran the samples to those that own the weights, one layer at a time.
+"""Factors on their way from the ranks that ran the samples to those that own the weights, a layer for each at a time.
 
 Every peer holds all features of its own samples. An owner of some rows and columns of a weight needs those features of
-D and X for all samples: it is sent each of them at most once, and one layer is in flight at a time. Samples keep the
+D and X for all samples: it is sent each of them at most once, and a rank is sent one layer at a time. Samples keep the
 order of the peers, so that every rank sees one and the same table of spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .capture import Site
 from .engine import FactorSource
-from .factors import FactorStore, Window
+from .factors import FactorStore, Table, Whole, Window
 from .geometry import Rect
 from .plan import Owned
-from .slices import AttentionLayer, Projection
+from .rounds import Round
+from .slices import AttentionLayer, Layout, Projection
 from .team import Team
 
 Features = tuple[int, int]
@@ -27,126 +30,171 @@ Features = tuple[int, int]
 
 @dataclass(frozen=True)
 class Need:
-    """One series of a layer and the features of it that a rank needs: X at ``site``, or D."""
+    """What a rank needs of one series: X at some input features, D at some output features, or gradients at both.
+
+    Attributes:
+        kind: ``x``, ``d`` or ``g``.
+        site: Whose series it is.
+        rows: Output features.
+        cols: Input features.
+    """
 
     kind: str
     site: Site
-    features: Features
+    rows: Features = (0, 0)
+    cols: Features = (0, 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what one row of the series comes to."""
+        height, width = self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
+        return {"x": (width,), "d": (height,), "g": (height, width + 1)}[self.kind]
 
 
 @dataclass
 class _Received:
     """One layer's factors of all samples, at the features that this rank owns."""
 
-    spans: Mapping[int, tuple[int, int]]
+    tables: Mapping[int | None, Table]
+    threshold: Callable[[Site], int | None]
     sharing: Mapping[Site, Site]
-    windows: dict[tuple[str, Site], Window] = field(default_factory=dict)
+    series: dict[tuple[str, Site], tuple[Need, Tensor]] = field(default_factory=dict)
+
+    def table(self, site: Site) -> Table:
+        return self.tables[self.threshold(site)]
 
     def x_site(self, site: Site) -> Site:
         return self.sharing[site]
 
     def x(self, site: Site) -> Window:
-        return self.windows["x", self.sharing[site]]
+        need, values = self.series["x", self.sharing[site]]
+        return Window(values, need.cols[0])
 
     def d(self, site: Site) -> Window:
-        return self.windows["d", site]
+        need, values = self.series["d", site]
+        return Window(values, need.rows[0])
+
+    def g(self, site: Site) -> Whole | None:
+        if ("g", site) not in self.series:
+            return None
+        need, values = self.series["g", site]
+        return Whole(values, need.rows[0], need.cols[0])
 
 
 class Exchange:
-    """Brings every layer's factors to its owners; all peers make the same calls in the same order.
+    """Brings factors to the owners of their layers; all ranks make the same calls in the same order.
 
     Args:
         team: The ranks.
         store: The factors of the samples that this rank ran.
+        layout: The layers.
+        sites: The projections that are scored.
     """
 
-    def __init__(self, team: Team, store: FactorStore) -> None:
-        self._team, self._store = team, store
+    def __init__(self, team: Team, store: FactorStore, layout: Layout, sites: Sequence[Site]) -> None:
+        self._team, self._store, self._layout, self._sites = team, store, layout, frozenset(sites)
         self.bytes_sent = 0
         if team.peers.size == 1:
             return
         described = team.peers.gather(store.describe())
-        known = next((d for d in described if d["series"]), described[0])
-        self._sharing = {_site(a): _site(b) for a, b in known["sharing"]}
-        self._dtypes = {(kind, _site(s)): getattr(torch, name) for kind, s, name in known["series"]}
-        self._rows = [d["rows"] for d in described]
-        self._spans = _joined([d["spans"] for d in described], self._rows)
+        self._sharing = {_site(site): _site(shared) for d in described for site, shared in d["sharing"]}
+        self._dtypes = {
+            (kind, _site(site)): getattr(torch, name) for d in described for kind, site, name in d["series"]
+        }
+        self._by_peer = [_tables(d["tables"]) for d in described]
+        self._tables = {above: _joined([tables[above] for tables in self._by_peer]) for above in self._by_peer[0]}
 
     @contextmanager
-    def layer(self, layer: AttentionLayer, sites: Sequence[Site]) -> Iterator[FactorSource]:
-        """One layer's factors, for as long as the block lasts.
+    def round(self, turn: Round) -> Iterator[FactorSource | None]:
+        """The factors of this rank's layer, for as long as the block lasts; None where it has none.
 
         Args:
-            layer: The layer.
-            sites: Its projections that are scored.
+            turn: The layer that each rank scores now.
         """
+        has_layer = turn[self._team.world.rank] is not None
         if self._team.peers.size == 1:
-            yield self._store
+            yield self._store if has_layer else None
             return
-        received = self._collect(layer, sites)
-        yield received
-        received.windows.clear()
+        received = self._collect(turn)
+        yield received if has_layer else None
+        received.series.clear()
 
-    def _collect(self, layer: AttentionLayer, sites: Sequence[Site]) -> _Received:
+    def _collect(self, turn: Round) -> _Received:
         team = self._team
-        by_peer = [needs_of(layer, sites, team.owned_by(rank), self._sharing) for rank in team.peer_ranks]
-        held = {key: self._window(*key) for key in {(n.kind, n.site) for needs in by_peer for n in needs}}
-        parts = [_packed(needs, held) for needs in by_peer]
+        by_peer = [self._needs(turn[rank], rank) for rank in team.peer_ranks]
+        parts = [self._packed(needs) for needs in by_peer]
         mine = by_peer[team.peers.rank]
         self.bytes_sent += sum(part.numel() for r, part in enumerate(parts) if r != team.peers.rank)
         incoming = team.peers.exchange(parts)
-        blocks = [self._unpacked(part, mine, rows) for part, rows in zip(incoming, self._rows, strict=True)]
-        windows = {
-            (need.kind, need.site): Window(torch.cat([block[n] for block in blocks]), need.features[0])
-            for n, need in enumerate(mine)
-        }
-        return _Received(self._spans, self._sharing, windows)
+        blocks = [self._unpacked(part, mine, tables) for part, tables in zip(incoming, self._by_peer, strict=True)]
+        series = {(need.kind, need.site): (need, torch.cat([b[n] for b in blocks])) for n, need in enumerate(mine)}
+        return _Received(self._tables, self._store.threshold, self._sharing, series)
 
-    def _window(self, kind: str, site: Site) -> Window | None:
-        """This rank's samples of one series; None where it ran no sample."""
-        if not self._store.num_rows:
-            return None
-        return self._store.x(site) if kind == "x" else self._store.d(site)
+    def _needs(self, layer: int | None, rank: int) -> list[Need]:
+        """What a rank needs; series that no sample is in are left out."""
+        if layer is None:
+            return []
+        sites = [site for site in self._sites if site.layer == layer]
+        needs = needs_of(self._layout.layer(layer), sites, self._team.owned_by(rank), self._sharing)
+        return [need for need in needs if need.kind != "g" or self._tables[self._store.threshold(need.site)].whole]
 
-    def _unpacked(self, data: Tensor, needs: Sequence[Need], num_rows: int) -> list[Tensor]:
+    def _packed(self, needs: Sequence[Need]) -> Tensor:
+        """This rank's samples at the features that another needs, series after series, as bytes."""
+        pieces = [torch.empty(0, dtype=torch.uint8)]
+        for need in needs:
+            if self._num_rows(need, self._by_peer[self._team.peers.rank]):
+                pieces.append(self._held(need).contiguous().view(torch.uint8).reshape(-1))
+        return torch.cat(pieces)
+
+    def _held(self, need: Need) -> Tensor:
+        """What a rank needs, of this rank's samples."""
+        rows, cols = slice(*need.rows), slice(*need.cols)
+        if need.kind == "x":
+            return self._store.x(need.site).features(cols)
+        if need.kind == "d":
+            return self._store.d(need.site).features(rows)
+        whole = self._store.g(need.site)
+        assert whole is not None  # there are rows of it
+        return torch.cat([whole.rect(rows, cols), whole.bias(rows)], dim=-1)
+
+    def _num_rows(self, need: Need, tables: Mapping[int | None, Table]) -> int:
+        table = tables[self._store.threshold(need.site)]
+        return len(table.whole) if need.kind == "g" else table.num_rows
+
+    def _unpacked(self, data: Tensor, needs: Sequence[Need], tables: Mapping[int | None, Table]) -> list[Tensor]:
         tensors, start = [], 0
         for need in needs:
-            dtype, width = self._dtypes[need.kind, need.site], need.features[1] - need.features[0]
-            size = num_rows * width * dtype.itemsize
+            dtype = self._dtypes.get((need.kind, need.site), torch.float32)  # of no rows at all, none is known
+            shape = (self._num_rows(need, tables), *need.shape)
+            size = math.prod(shape) * dtype.itemsize
             # a copy: bytes received one after another need not be aligned for a wider type
-            tensors.append(data[start : start + size].clone().view(dtype).view(num_rows, width))
+            tensors.append(data[start : start + size].clone().view(dtype).view(shape))
             start += size
         return tensors
-
-
-def _packed(needs: Sequence[Need], held: Mapping[tuple[str, Site], Window | None]) -> Tensor:
-    """One rank's samples at the features that another needs, series after series, as bytes."""
-    pieces = [torch.empty(0, dtype=torch.uint8)]
-    for need in needs:
-        window = held[need.kind, need.site]
-        if window is not None:
-            pieces.append(window.features(slice(*need.features)).contiguous().view(torch.uint8).reshape(-1))
-    return torch.cat(pieces)
 
 
 def needs_of(layer: AttentionLayer, sites: Sequence[Site], owned: Owned, sharing: Mapping[Site, Site]) -> list[Need]:
     """What a rank needs of a layer: for each series, the features between the first and the last that it owns."""
     outputs: dict[Site, Features] = {}
     inputs: dict[Site, Features] = {}
+    wholes: list[Need] = []
     for projection in layer.projections:
         site = Site(layer.index, projection.module)
         if site not in sites:
             continue
         weight, bias = owned(projection, False), _bias(projection, owned)
-        if rows := [(rect.row, rect.row_end) for rect in (*weight, *bias)]:
-            outputs[site] = _hull(rows)
-        if cols := [(rect.col, rect.col_end) for rect in weight]:
-            shared = sharing[site]
-            inputs[shared] = _hull([*cols, *([inputs[shared]] if shared in inputs else [])])
-        elif bias:
-            inputs.setdefault(sharing[site], (0, 0))
-    return [Need("x", site, part) for site, part in sorted(inputs.items())] + [
-        Need("d", site, part) for site, part in sorted(outputs.items())
+        rows = [(rect.row, rect.row_end) for rect in (*weight, *bias)]
+        cols = [(rect.col, rect.col_end) for rect in weight]
+        if not rows:
+            continue
+        shared, wide = sharing[site], _hull(cols) if cols else (0, 0)
+        outputs[site] = _hull(rows)
+        inputs[shared] = _hull([*([wide] if cols else []), *([inputs[shared]] if shared in inputs else [])] or [wide])
+        wholes.append(Need("g", site, _hull(rows), wide))
+    return [
+        *(Need("x", site, cols=part) for site, part in sorted(inputs.items())),
+        *(Need("d", site, rows=part) for site, part in sorted(outputs.items())),
+        *sorted(wholes, key=lambda need: need.site),
     ]
 
 
@@ -158,13 +206,24 @@ def _hull(intervals: Sequence[Features]) -> Features:
     return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
-def _joined(spans_by_peer: Sequence[Sequence[Sequence[int]]], rows: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Spans in the rows of all peers, one peer after another."""
-    joined, first = {}, 0
-    for spans, num_rows in zip(spans_by_peer, rows, strict=True):
-        for number, start, stop in spans:
-            joined[number] = (first + start, first + stop)
-        first += num_rows
+def _tables(described: Sequence[Sequence[Any]]) -> dict[int | None, Table]:
+    """A peer's tables, by threshold."""
+    tables = {}
+    for above, spans, whole, num_rows in described:
+        places = {number: place for place, number in enumerate(whole)}
+        tables[above] = Table({number: (start, stop) for number, start, stop in spans}, places, num_rows)
+    return tables
+
+
+def _joined(by_peer: Sequence[Table]) -> Table:
+    """One table over the rows of all peers, one peer after another."""
+    joined = Table()
+    for table in by_peer:
+        for number, (start, stop) in table.spans.items():
+            joined.spans[number] = (joined.num_rows + start, joined.num_rows + stop)
+        first = len(joined.whole)
+        joined.whole.update({number: first + place for number, place in table.whole.items()})
+        joined.num_rows += table.num_rows
     return joined
 
 

@@ -1,9 +1,9 @@
 """Where captured factors wait until their layer is scored: in memory up to a budget, on disk beyond it.
 
 Each site has one series of rows for X (kept once for the projections that share it) and one for D: the real tokens of
-every batch, one after another. All series have the same rows, so one table of spans says where a sample lies in each.
-Blocks past the budget are appended, as raw bytes, to one file per series in a private temporary folder. What comes
-back is identical, bit for bit.
+every batch, one after another. A sample so long that its gradient is smaller than its factors is kept as the gradient
+itself, D^T X in float32 with the sum of D over tokens (a bias's gradient) as one more column. Which form a sample takes
+at a site depends on its length alone, so that all ranks agree on it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from .batches import Batch
 from .capture import Factors, Site
 from .errors import QkovError
 from .geometry import Rect
+from .series import Series, Spilled
 
 SPILLED = "qkov-factors-"  # how temporary folders of spilled factors begin
 Span = tuple[int, int]
@@ -32,26 +32,18 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """Rows of a factor at the features [start, start + width) of its projection."""
+    """Factors at the features [start, start + width) of their projection; they run along the last axis."""
 
     values: Tensor
     start: int = 0
 
     def features(self, part: slice) -> Tensor:
-        """The columns of some features, by their number in the whole projection.
+        """Some features, by their number in the whole projection.
 
         Raises:
             QkovError: for features outside the window.
         """
-        low, high = part.start - self.start, part.stop - self.start
-        if low < 0 or high > self.values.shape[1]:
-            raise QkovError(
-                "captured factors",
-                expected=f"features {part.start} to {part.stop}",
-                got=f"{self.start} to {self.start + self.values.shape[1]}",
-                remedy="Report this: the plan asks a rank for what its hooks do not see.",
-            )
-        return self.values[:, low:high]
+        return self.values[..., _within(part, self.start, self.values.shape[-1])]
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Window:
         """The same window elsewhere, in another type."""
@@ -59,55 +51,60 @@ class Window:
 
 
 @dataclass(frozen=True)
-class _Spilled:
-    """A block of rows in a series' file."""
+class Whole:
+    """Gradients [n, out, in + 1] of samples kept as such, at some features; the last column is the bias's."""
 
-    offset: int
-    num_rows: int
+    values: Tensor
+    row: int = 0
+    col: int = 0
+
+    def rect(self, rows: slice, cols: slice) -> Tensor:
+        """A rectangle of every gradient, [n, rows, cols]."""
+        down = _within(rows, self.row, self.values.shape[1])
+        return self.values[:, down, _within(cols, self.col, self.values.shape[2] - 1)]
+
+    def bias(self, rows: slice) -> Tensor:
+        """The bias's gradient at some output features, [n, rows, 1]."""
+        return self.values[:, _within(rows, self.row, self.values.shape[1]), -1:]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Whole:
+        """The same elsewhere, in another type."""
+        return Whole(self.values.to(device, dtype), self.row, self.col)
+
+
+def _within(part: slice, start: int, width: int) -> slice:
+    low, high = part.start - start, part.stop - start
+    if low < 0 or high > width:
+        raise QkovError(
+            "captured factors",
+            expected=f"features {part.start} to {part.stop}",
+            got=f"{start} to {start + width}",
+            remedy="Report this: the plan asks a rank for what its hooks do not see.",
+        )
+    return slice(low, high)
 
 
 @dataclass
-class _Series:
-    """The rows of one factor, batch after batch."""
+class Table:
+    """Where samples are at the sites of one threshold.
 
-    path: Path
-    width: int
-    dtype: torch.dtype
-    blocks: list[Tensor | _Spilled] = field(default_factory=list)
+    Attributes:
+        spans: Rows (start, stop) of each sample kept as factors, by its pooled number.
+        whole: The place of each sample kept as a gradient.
+        num_rows: Rows of all factors.
+    """
 
-    @property
-    def row_bytes(self) -> int:
-        return self.width * self.dtype.itemsize
+    spans: dict[int, Span] = field(default_factory=dict)
+    whole: dict[int, int] = field(default_factory=dict)
+    num_rows: int = 0
 
-    def spill(self, rows: Tensor) -> None:
-        with self.path.open("ab") as file:
-            offset = file.tell()
-            rows.contiguous().view(torch.uint8).numpy().tofile(file)
-        self.blocks.append(_Spilled(offset, rows.shape[0]))
-
-    def read(self) -> Tensor:
-        parts = [self._read(b) if isinstance(b, _Spilled) else b for b in self.blocks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def drop_last(self) -> Tensor | _Spilled:
-        """Forget the last block, and return what it was."""
-        last = self.blocks.pop()
-        if isinstance(last, _Spilled):
-            with self.path.open("r+b") as file:
-                file.truncate(last.offset)
-        return last
-
-    def _read(self, block: _Spilled) -> Tensor:
-        num_bytes = block.num_rows * self.row_bytes
-        raw = np.fromfile(self.path, dtype=np.uint8, count=num_bytes, offset=block.offset)
-        if raw.size != num_bytes:
-            raise QkovError(
-                str(self.path),
-                expected=f"{num_bytes} bytes of spilled factors",
-                got=f"{raw.size}",
-                remedy="The temporary folder was changed during the run; start again.",
-            )
-        return torch.from_numpy(raw).view(self.dtype).view(block.num_rows, self.width)
+    def add(self, number: int, length: int, *, as_gradient: bool) -> None:
+        """Take in one more sample."""
+        if as_gradient:
+            self.whole[number] = len(self.whole)
+        else:
+            self.spans[number] = (self.num_rows, self.num_rows + length)
+            self.num_rows += length
 
 
 class FactorStore:
@@ -118,23 +115,38 @@ class FactorStore:
         folder: Where the temporary folder for spilled factors is made; the system's own by default.
         local: The tensor-parallel shard of each projection, [out, in]. Hooks hand out either all features of a
             projection or exactly those of its shard.
+        lengths: Tokens of the samples that will come, where they are known: every series then has its place in memory
+            from the first on.
+        dtype: In which factors are kept; as they come by default. Gradients are kept in float32 or better.
+        gradients_above: By site, the number of tokens above which a sample is kept as its gradient; all samples are
+            kept as factors by default. Sites that share an input share the number.
 
     Attributes:
-        spans: Rows (start, stop) of each sample, by its pooled number; the same in every series.
         bytes_in_memory: Size of what is held now.
         bytes_on_disk: Size of what was spilled.
+        flops: Floating-point operations of the gradients formed here.
     """
 
-    def __init__(self, budget_bytes: int, folder: Path | None = None, local: Mapping[Site, Rect] | None = None) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        folder: Path | None = None,
+        local: Mapping[Site, Rect] | None = None,
+        *,
+        lengths: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        gradients_above: Mapping[Site, int] | None = None,
+    ) -> None:
         self.budget_bytes = budget_bytes
-        self.bytes_in_memory = 0
-        self.bytes_on_disk = 0
-        self.spans: dict[int, Span] = {}
-        self._local = dict(local or {})
-        self._num_rows = 0
-        self._series: dict[tuple[str, Site], _Series] = {}
+        self.bytes_in_memory = self.bytes_on_disk = self.flops = 0
+        self._local, self._above = dict(local or {}), dict(gradients_above or {})
+        self._lengths, self._dtype = tuple(lengths), dtype
+        self._tables: dict[int | None, Table] = {above: Table() for above in (None, *self._above.values())}
+        self._series: dict[tuple[str, Site], Series] = {}
         self._x_site: dict[Site, Site] = {}
-        self._added: list[_Series] = []
+        self._added: list[Series] = []
+        self._shape: dict[Site, tuple[int, int]] = {}  # features that hooks see, [out, in]
+        self._batch_lengths: tuple[int, ...] = ()
         self._folder = Path(tempfile.mkdtemp(prefix=SPILLED, dir=folder))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -144,21 +156,36 @@ class FactorStore:
         return frozenset(self._x_site)
 
     @property
+    def spans(self) -> dict[int, Span]:
+        """Rows of each sample at sites that keep all samples as factors."""
+        return self._tables[None].spans
+
+    @property
     def num_rows(self) -> int:
-        """Rows of every series: the tokens of all samples."""
-        return self._num_rows
+        """Tokens of all samples."""
+        return self._tables[None].num_rows
+
+    def table(self, site: Site) -> Table:
+        """Where each sample is at a site."""
+        return self._tables[self._above.get(site)]
 
     def describe(self) -> dict[str, Any]:
-        """What the store holds, as JSON: rows, spans of the samples, shared inputs, and each series with its dtype."""
+        """What the store holds, as JSON: where samples are, shared inputs, and each series with its dtype."""
         return {
-            "rows": self._num_rows,
-            "spans": [[number, *span] for number, span in self.spans.items()],
-            "sharing": [[[s.layer, s.module], [x.layer, x.module]] for s, x in self._x_site.items()],
+            "tables": [
+                [above, [[number, *span] for number, span in table.spans.items()], list(table.whole), table.num_rows]
+                for above, table in self._tables.items()
+            ],
+            "sharing": [[_named(site), _named(shared)] for site, shared in self._x_site.items()],
             "series": [
-                [kind, [site.layer, site.module], str(series.dtype).removeprefix("torch.")]
+                [kind, _named(site), str(series.dtype).removeprefix("torch.")]
                 for (kind, site), series in self._series.items()
             ],
         }
+
+    def threshold(self, site: Site) -> int | None:
+        """Tokens above which samples are kept as gradients at a site; None where none are."""
+        return self._above.get(site)
 
     def close(self) -> None:
         """Forget everything and remove the temporary folder."""
@@ -168,15 +195,15 @@ class FactorStore:
     @contextmanager
     def batch(self, batch: Batch) -> Iterator[FactorStore]:
         """Take one batch's factors; if the batch fails, the store is as if it had not begun."""
-        self._added = []
+        self._added, self._batch_lengths = [], batch.lengths
         try:
             yield self
         except BaseException:
             self._drop_added()
             raise
-        for number, length in zip(batch.samples, batch.lengths, strict=True):
-            self.spans[number] = (self._num_rows, self._num_rows + length)
-            self._num_rows += length
+        for above, table in self._tables.items():
+            for number, length in zip(batch.samples, batch.lengths, strict=True):
+                table.add(number, length, as_gradient=above is not None and length > above)
 
     def add(self, factors: Factors) -> None:
         """Take one site's factors (a :class:`~qkov_dist.capture.FactorSink`)."""
@@ -188,10 +215,34 @@ class FactorStore:
                 got=f"that of {factors.x_site.module}",
                 remedy="The model routes the inputs of its projections differently from batch to batch.",
             )
-        self._append("d", factors.site, factors.d)
+        x, d = factors.x, factors.d
+        self._shape[factors.site] = (d.shape[1], x.shape[1])
+        above = self._above.get(factors.site)
+        if above is not None and max(self._batch_lengths) > above:
+            x, d = self._without_long(factors, above)
+        if not d.shape[0]:
+            return
+        self._append("d", factors.site, d)
         x_key = ("x", factors.x_site)
         if not any(series is self._series.get(x_key) for series in self._added):
-            self._append("x", factors.x_site, factors.x)
+            self._append("x", factors.x_site, x)
+
+    def _without_long(self, factors: Factors, above: int) -> tuple[Tensor, Tensor]:
+        """Keep long samples as gradients; returns X and D of the others."""
+        kept, start = [], 0
+        for length in self._batch_lengths:
+            part = slice(start, start + length)
+            start += length
+            if length <= above:
+                kept.append(part)
+                continue
+            x, d = (_at_least_float32(values[part]) for values in (factors.x, factors.d))
+            gradient = torch.cat([d.t() @ x, d.sum(0).unsqueeze(1)], dim=1)
+            self.flops += 2 * length * x.shape[1] * d.shape[1]
+            self._append("g", factors.site, gradient.reshape(1, -1))
+        if not kept:
+            return factors.x[:0], factors.d[:0]
+        return torch.cat([factors.x[part] for part in kept]), torch.cat([factors.d[part] for part in kept])
 
     def x_site(self, site: Site) -> Site:
         """The site whose X this site shares (itself where it shares none).
@@ -209,40 +260,72 @@ class FactorStore:
         return self._x_site[site]
 
     def x(self, site: Site) -> Window:
-        """The inputs of all samples' tokens at one site, [tokens, in]; :attr:`spans` says whose each row is."""
-        values = self._series["x", self.x_site(site)].read()
-        local = self._local.get(site)
+        """The inputs of all factored samples' tokens at one site, [tokens, in]."""
+        values, local = self._read("x", self.x_site(site), self._shape[site][1]), self._local.get(site)
         return Window(values, local.col if local and values.shape[1] == local.shape[1] else 0)
 
     def d(self, site: Site) -> Window:
-        """The output gradients of all samples' tokens at one site, [tokens, out]."""
+        """The output gradients of all factored samples' tokens at one site, [tokens, out]."""
         self.x_site(site)
-        values = self._series["d", site].read()
-        local = self._local.get(site)
+        values, local = self._read("d", site, self._shape[site][0]), self._local.get(site)
         return Window(values, local.row if local and values.shape[1] == local.shape[0] else 0)
 
+    def g(self, site: Site) -> Whole | None:
+        """The gradients of all other samples at one site, [n, out, in + 1]; None where there are none."""
+        self.x_site(site)
+        if ("g", site) not in self._series:
+            return None
+        (num_out, num_in), local = self._shape[site], self._local.get(site)
+        values = self._read("g", site, num_out * (num_in + 1)).view(-1, num_out, num_in + 1)
+        row = local.row if local and num_out == local.shape[0] else 0
+        return Whole(values, row, local.col if local and num_in == local.shape[1] else 0)
+
+    def _read(self, kind: str, site: Site, width: int) -> Tensor:
+        """All rows of a series; none where every sample is kept in the other form."""
+        series = self._series.get((kind, site))
+        return torch.empty(0, width) if series is None else series.read()
+
     def _append(self, kind: str, site: Site, rows: Tensor) -> None:
-        rows = rows.detach().cpu()
+        rows = rows.detach().to("cpu", rows.dtype if kind == "g" else self._dtype or rows.dtype)
         series = self._series.get((kind, site))
         if series is None:
             path = self._folder / f"{kind}_{len(self._series):05d}.bin"
-            series = self._series[kind, site] = _Series(path, rows.shape[1], rows.dtype)
-        if self.bytes_in_memory + rows.nbytes <= self.budget_bytes:
-            series.blocks.append(rows)
+            series = self._series[kind, site] = Series(path, rows.shape[1], rows.dtype)
+            series.buffer = self._place_for(series, self._rows_expected(kind, site))
+        if series.buffer is not None:
+            series.keep(rows)
+        elif self.bytes_in_memory + rows.nbytes <= self.budget_bytes:
+            series.keep(rows)
             self.bytes_in_memory += rows.nbytes
         else:
             self._spill(series, rows)
         self._added.append(series)
 
+    def _rows_expected(self, kind: str, site: Site) -> int:
+        """Rows that a series will have, from the lengths that were told; 0 where none were."""
+        above = self._above.get(site)
+        if kind == "g":
+            return sum(1 for length in self._lengths if above is not None and length > above)
+        return sum(length for length in self._lengths if above is None or length <= above)
+
+    def _place_for(self, series: Series, num_rows: int) -> Tensor | None:
+        """Memory for all rows of a series, where their number is known and it is within the budget."""
+        size = num_rows * series.row_bytes
+        if not size or self.bytes_in_memory + size > self.budget_bytes:
+            return None
+        self.bytes_in_memory += size
+        pinned = torch.cuda.is_available()
+        return torch.empty(num_rows, series.width, dtype=series.dtype, pin_memory=pinned)
+
     def _drop_added(self) -> None:
         for series in reversed(self._added):
             last = series.drop_last()
-            if isinstance(last, _Spilled):
+            if isinstance(last, Spilled):
                 self.bytes_on_disk -= last.num_rows * series.row_bytes
-            else:
+            elif series.buffer is None:
                 self.bytes_in_memory -= last.nbytes
 
-    def _spill(self, series: _Series, rows: Tensor) -> None:
+    def _spill(self, series: Series, rows: Tensor) -> None:
         try:
             series.spill(rows)
         except OSError as error:
@@ -253,3 +336,11 @@ class FactorStore:
                 remedy="Free disk space, set TMPDIR to a larger disk, or raise compute.factor_memory_mb.",
             ) from error
         self.bytes_on_disk += rows.nbytes
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _named(site: Site) -> list[Any]:
+    return [site.layer, site.module]

@@ -1,7 +1,8 @@
 """Figures for papers: heatmaps, blocks with intervals, and the layer profile, as PDF and PNG. Needs matplotlib.
 
 Colours are safe for colour-blind readers and in grey print: cividis for one-sided values, blue to orange about 0, and
-the Okabe-Ito palette for the blocks. A dot marks a head with q at most alpha. Text in PDFs stays text.
+the Okabe-Ito palette for the blocks. Marks of significant heads are those of ``findings``: their shape alone tells the
+side of the null; coloured ones also hold over all heads of all blocks. Text in PDFs stays text.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from .report_tables import alpha, test_arrays
+from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness
+from .report_tables import test_arrays
 from .results import Heatmap
-from .views import HEAD_DIM, Floats
+from .views import HEAD_DIM, Floats, Ints
 
 BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
 BLUE_ORANGE = ("#0b3c74", "#2f6fb1", "#86b6de", "#f3f3f1", "#f2b877", "#cc7318", "#743a02")
+MARKERS = {"up": "^", "down": "v", "square": "s", "diamond": "D", "dot": "o"}
+MARK_FILLS = {"above": "#ff8f52", "below": "#7cc6ff", None: "#c9ced6"}
+MARK_EDGES = {"above": "#c2370a", "below": "#0b5fae", None: "#1c1f24"}
 _PNG_DPI = 200
 
 
@@ -30,7 +35,7 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
     import matplotlib
 
     with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
-        for name, make in (("heatmaps", _heatmaps), ("blocks", _blocks), ("layers", _layers)):
+        for name, make in (("heatmaps", draw_heatmaps), ("blocks", draw_blocks), ("layers", draw_layers)):
             figure = make(heatmap)
             for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
                 content = io.BytesIO()
@@ -41,7 +46,7 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(max(width, 5.0), height), layout="constrained")  # room for the legend
 
 
 def _quantities(heatmap: Heatmap) -> list[tuple[str, str]]:
@@ -54,7 +59,8 @@ def _values(heatmap: Heatmap, block: str, key: str) -> Floats:
     return heatmap.mean[block] if key == "score" else test_arrays(heatmap, key, block)["statistic"]
 
 
-def _heatmaps(heatmap: Heatmap) -> Any:
+def draw_heatmaps(heatmap: Heatmap) -> Any:
+    """Layer x native head by block, with marks: the mean score, and overlap where it was tested."""
     rows, blocks = _quantities(heatmap), heatmap.blocks
     figure = _figure(1.9 * len(blocks), (0.8 + 0.055 * max(len(heatmap.layers), 24)) * len(rows))
     for axes, (title, key) in zip(figure.subplots(len(rows), len(blocks), squeeze=False), rows, strict=True):
@@ -67,12 +73,40 @@ def _heatmaps(heatmap: Heatmap) -> Any:
             axis.set(title=f"{block}: {title}", xlabel=HEAD_DIM[block].replace("_", " "))
             _ticks(axis.xaxis, heatmap.natives(block))
             _ticks(axis.yaxis, heatmap.layers)
-            q_values = test_arrays(heatmap, heatmap.deciding, block).get("q_value", np.ones_like(values))
-            layers, heads = np.nonzero(q_values <= alpha(heatmap))
-            axis.scatter(heads, layers, s=4, c="white", edgecolors="black", linewidths=0.4)
+            _mark(axis, heatmap, block)
             axis.figure.colorbar(image, ax=axis)
         axes[0].set_ylabel("layer")
+    _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {alpha(heatmap):g}")
     return figure
+
+
+def _mark(axis: Any, heatmap: Heatmap, block: str) -> None:
+    """The marks of one block's heads in its heatmap."""
+    if not heatmap.tests:
+        return
+    codes, family = found(heatmap, block), is_family_wise(heatmap, block)
+    for code, finding in enumerate(findings(heatmap), 1):
+        for is_family in (False, True):
+            layers, heads = np.nonzero((codes == code) & (family == is_family))
+            axis.scatter(heads, layers, **_marker(finding, is_family))
+
+
+def _marker(finding: Finding, is_family: bool) -> dict[str, Any]:
+    face, edge = MARK_FILLS[finding.side] if is_family else "white", MARK_EDGES[finding.side]
+    return {"s": 6, "marker": MARKERS[finding.mark], "facecolors": face, "edgecolors": edge, "linewidths": 0.4}
+
+
+def _legend(figure: Any, heatmap: Heatmap, more: str = "") -> None:
+    """What the marks say, below the drawings."""
+    if not heatmap.tests:
+        return
+    handles = [
+        figure.axes[0].scatter([], [], **_marker(finding, is_family=True), label=f"{finding.name}: {finding.meaning}")
+        for finding in counts(heatmap)
+    ]
+    test = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap))))
+    title = f"q $\\leq$ {alpha(heatmap):g} ({test}){more}"
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, title=title, alignment="left")
 
 
 def _colors(values: Floats, is_signed: bool) -> dict[str, Any]:
@@ -86,7 +120,7 @@ def _colors(values: Floats, is_signed: bool) -> dict[str, Any]:
     return options
 
 
-def _blocks(heatmap: Heatmap) -> Any:
+def draw_blocks(heatmap: Heatmap) -> Any:
     """Every head with its bootstrap interval, sorted within its block."""
     rows, blocks = _quantities(heatmap), heatmap.blocks
     figure = _figure(1.9 * len(blocks), 2.2 * len(rows))
@@ -100,12 +134,24 @@ def _blocks(heatmap: Heatmap) -> Any:
                 low, high = tests["ci_low"].flat[order], tests["ci_high"].flat[order]
                 axis.vlines(np.arange(len(order)), low, high, color=BLOCK_COLORS[block], alpha=0.35, linewidth=0.6)
                 axis.set_ylim(*_frame(values.flat[order], low, high))
-            axis.plot(np.arange(len(order)), values.flat[order], ".", color=BLOCK_COLORS[block], markersize=2)
+            _draw_heads(axis, heatmap, block, values, order)
             if key != "score":
                 axis.axhline(0, color="0.4", linewidth=0.6)
             axis.set(title=block, xlabel="heads, sorted")
         axes[0].set_ylabel(title)
+    _legend(figure, heatmap)
     return figure
+
+
+def _draw_heads(axis: Any, heatmap: Heatmap, block: str, values: Floats, order: Ints) -> None:
+    """Heads in order: significant ones by their marks, the others as dots."""
+    codes = found(heatmap, block).flat[order] if heatmap.tests else np.zeros(len(order), np.int64)
+    known = dict(enumerate((None, *findings(heatmap))))
+    for code in (0, *reversed(range(1, len(known)))):  # the first on top: what lies above the null stays in sight
+        finding, places = known[code], np.flatnonzero(codes == code)
+        marker = "." if finding is None else MARKERS[finding.mark]
+        color = BLOCK_COLORS[block] if finding is None else MARK_EDGES[finding.side]
+        axis.plot(places, values.flat[order][places], marker, color=color, markersize=2)
 
 
 def _frame(values: Floats, low: Floats, high: Floats) -> tuple[float, float]:
@@ -115,7 +161,7 @@ def _frame(values: Floats, low: Floats, high: Floats) -> tuple[float, float]:
     return float(np.nanmin(ends)) - margin, float(np.nanmax(ends)) + margin
 
 
-def _layers(heatmap: Heatmap) -> Any:
+def draw_layers(heatmap: Heatmap) -> Any:
     """Mean over the heads of a layer, and their range."""
     rows, blocks = _quantities(heatmap), heatmap.blocks
     figure = _figure(1.9 * len(blocks), 1.9 * len(rows))

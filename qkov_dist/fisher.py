@@ -46,5 +46,12 @@ def fisher_weights(
     return weights
 
 
+def by_task(weights: np.ndarray, in_a: Sequence[bool] | np.ndarray) -> np.ndarray:
+    """The weights of A's samples and those of all others, [2, num_samples]; the rows add up to ``weights``."""
+    of_a = np.asarray(in_a, np.float64)
+    split: np.ndarray = np.stack([weights * of_a, weights * (1.0 - of_a)])
+    return split
+
+
 def _chunks(start: int, stop: int, size: int) -> list[list[int]]:
     return [list(range(s, min(s + size, stop))) for s in range(start, stop, size)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .errors import QkovError
 
@@ -69,9 +70,11 @@ class Rect:
         return both if both.area else None
 
     def split_rows(self, max_rows: int) -> tuple[Rect, ...]:
-        """Cut into bands of at most ``max_rows`` rows, in order."""
-        starts = range(self.row, self.row_end, max(max_rows, 1))
-        return tuple(Rect(s, min(s + max(max_rows, 1), self.row_end), self.col, self.col_end) for s in starts)
+        """Cut into bands of at most ``max_rows`` rows, all of about one height, in order."""
+        height = self.row_end - self.row
+        num_bands = -(-height // max(max_rows, 1))
+        cuts = [self.row + height * n // max(num_bands, 1) for n in range(num_bands + 1)]
+        return tuple(Rect(low, high, self.col, self.col_end) for low, high in pairwise(cuts))
 
 
 def rects_of_flat_interval(start: int, stop: int, num_cols: int) -> tuple[Rect, ...]:

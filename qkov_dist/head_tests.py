@@ -1,15 +1,15 @@
 """The permutation test of single heads, in chunks of bounded memory, and its correction over many.
 
 A head's test needs no other head; only the correction does. Several ranks may therefore each call ``head_tests`` on the
-heads they hold with the same ``Design``; ``max_z`` is reduced by max, the rest is gathered by ``join``, and ``correct``
-runs anywhere.
+heads they hold with the same ``Design`` (``layer_tests`` does it for whole layers). ``correct`` then needs all heads of
+a block (``join``), and of all heads of all blocks the largest z under each labelling (``MaxZ``, ``largest``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from . import permutation
-from .permutation import Alternative
+from .permutation import Alternative, Standardised
 
 Floats = NDArray[np.float64]
 Statistic = Literal["cross_mean", "overlap"]
-_CHUNK_BYTES = 64 << 20
+MaxZ = Mapping[Statistic, Floats]  # statistic -> [P], the largest directed z of any head under each labelling
+_CHUNK_BYTES = 1 << 20  # of each of a few dozen arrays [heads, P]
 
 
 @dataclass(frozen=True)
@@ -40,80 +41,91 @@ class Design:
 
 @dataclass(frozen=True)
 class HeadTests:
-    """One statistic of some heads.
+    """One statistic of some heads: one float64 number a head in each array, NaN for absent heads.
 
-    ``arrays`` hold one float64 number a head, NaN for absent heads; ``z`` and ``tolerance`` likewise, and are what a
-    head's family-wise p-value needs beside ``max_z`` [P], the largest z of these heads under each labelling.
+    ``threshold`` is the least z that is as extreme as the head's own: with ``MaxZ`` it gives the family-wise p-value.
     """
 
     arrays: dict[str, Floats]
-    z: Floats
-    tolerance: Floats
-    max_z: Floats
+    threshold: Floats
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers as JSON values; Python's json keeps every bit, NaN and infinity included."""
+        return {"arrays": {key: array.tolist() for key, array in self.arrays.items()}, "z": self.threshold.tolist()}
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> HeadTests:
+        """What ``to_json`` made them of."""
+        arrays = {key: np.array(values, np.float64) for key, values in raw["arrays"].items()}
+        return HeadTests(arrays, np.array(raw["z"], np.float64))
 
 
-def head_tests(scores: Tensor, design: Design) -> dict[Statistic, HeadTests]:
+def head_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
     """Test at least one head, each by itself, in chunks of bounded memory; scores [heads, N, N], NaN where absent."""
-    num_samples, num_columns = design.labels.a.shape
-    num_columns = max(num_columns, design.resamples.shape[1])
-    chunk = max(_CHUNK_BYTES // (8 * num_samples * num_columns), 1)
+    num_columns = max(design.labels.a.shape[1], design.resamples.shape[1])
+    chunk = max(_CHUNK_BYTES // (8 * num_columns), 1)
     parts = [_chunk_tests(part, design) for part in torch.split(scores, chunk)]
-    return {name: join([part[name] for part in parts]) for name in design.names}
+    joined = {name: join([tests[name] for tests, _ in parts]) for name in design.names}
+    return joined, largest(max_z for _, max_z in parts)
 
 
-def _chunk_tests(scores: Tensor, design: Design) -> dict[Statistic, HeadTests]:
+def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
     with_overlap = "overlap" in design.names
     nulls = permutation.head_nulls(scores, design.labels, with_overlap=with_overlap)
     resampled = permutation.resampled_statistics(scores, design.resamples, design.labels.n_a, with_overlap=with_overlap)
-    return {name: _statistic_tests(nulls[name], resampled[name], design) for name in design.names}
+    standardised = {name: permutation.standardise(nulls[name]) for name in design.names}
+    tests = {name: _statistic_tests(nulls[name], standardised[name], resampled[name], design) for name in design.names}
+    max_z = {
+        name: permutation.max_over_heads(z, design.alternative).numpy(force=True) for name, z in standardised.items()
+    }
+    return tests, max_z
 
 
-def _statistic_tests(null: permutation.Null, resampled: Tensor, design: Design) -> HeadTests:
+def _statistic_tests(
+    null: permutation.Null, standardised: Standardised, resampled: Tensor, design: Design
+) -> HeadTests:
     labels, alternative = design.labels, design.alternative
-    z, tolerance = permutation.standardise(null, alternative)
     effect, sd = permutation.effect_size(null, labels.exhaustive)
     shift = permutation.detectable_shift(null, labels, alternative, design.alpha, design.power)
     ci_low, ci_high = permutation.percentile_interval(resampled, labels, design.confidence)
     arrays = {
         "statistic": null.values[..., 0],
-        "p_value": permutation.count_p(z[..., 0], tolerance, z),
+        "p_value": permutation.p_value(standardised, alternative),
+        "p_greater": permutation.p_value(standardised, "greater"),
+        "p_less": permutation.p_value(standardised, "less"),
         "effect_size": effect,
         "ci_low": ci_low,
         "ci_high": ci_high,
         "detectable": shift,
         "detectable_sd": shift / sd,
     }
-    return HeadTests(
-        {key: value.numpy(force=True) for key, value in arrays.items()},
-        z[..., 0].numpy(force=True),
-        tolerance.numpy(force=True),
-        permutation.max_over_heads(z).numpy(force=True),
-    )
+    threshold = permutation.threshold(standardised, alternative)
+    return HeadTests({key: value.numpy(force=True) for key, value in arrays.items()}, threshold.numpy(force=True))
 
 
 def join(parts: Sequence[HeadTests]) -> HeadTests:
     """The tests of all parts' heads, in order."""
     return HeadTests(
         {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays},
-        np.concatenate([part.z for part in parts]),
-        np.concatenate([part.tolerance for part in parts]),
-        family_max(parts),
+        np.concatenate([part.threshold for part in parts]),
     )
 
 
-def family_max(parts: Iterable[HeadTests]) -> Floats:
-    """The largest z [P] of any head of any part under each labelling."""
-    largest: Floats = np.maximum.reduce([part.max_z for part in parts])
-    return largest
+def largest(parts: Iterable[MaxZ]) -> MaxZ:
+    """The largest z [P] of any head of any part under each labelling, for every statistic that a part has."""
+    joined: dict[Statistic, Floats] = {}
+    for part in parts:
+        for name, max_z in part.items():
+            joined[name] = np.maximum(joined[name], max_z) if name in joined else max_z
+    return joined
 
 
 def correct(tests: HeadTests, max_z: Floats) -> dict[str, Floats]:
     """Add q-values over one block's heads, and the family-wise p-value over all heads that ``max_z`` [P] covers."""
-    z, tolerance, family = (torch.from_numpy(array) for array in (tests.z, tests.tolerance, max_z))
     return tests.arrays | {
         "q_value": _q_values(tests.arrays["p_value"], "bh"),
         "q_value_by": _q_values(tests.arrays["p_value"], "by"),
-        "p_max": permutation.count_p(z, tolerance, family).numpy(),
+        "p_max": permutation.count_p(torch.from_numpy(tests.threshold), torch.from_numpy(max_z)).numpy(),
     }
 
 

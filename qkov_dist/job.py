@@ -6,20 +6,25 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 
+from .batches import Objective, sequence
+from .capture import Site
 from .comm import World, same_on_all
 from .config import RunConfig, canonical_json, to_dict
 from .engine import DTYPES, Roles, ScoreSettings
 from .errors import QkovError
 from .fingerprint import fingerprint
-from .fisher import Estimator, Scope, fisher_steps, fisher_weights
+from .fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
+from .forms import factor_bytes, gradients_above
 from .models import LoadedModel
 from .parallel import load_parallel, resolve_parallelism
-from .plan import Plan, Selection, make_plan
+from .plan import LayerPlan, Plan, Selection, make_plan
 from .samples import Task, task_fingerprint
 from .score import Score
 from .slices import Layout
@@ -72,14 +77,58 @@ class Job:
         """Where the model is, and where scores are formed."""
         return torch.device(next(self.loaded.model.parameters()).device)
 
-    def settings(self) -> ScoreSettings:
-        """The metric's numbers."""
+    @property
+    def objective(self) -> Objective:
+        """How labels align with outputs."""
+        return cast(Objective, self.loaded.objective)
+
+    @cached_property
+    def lengths_here(self) -> tuple[int, ...]:
+        """Tokens of each sample that this rank runs."""
+        found: list[int] = []
+        for task in self.tasks:
+            lengths = [len(sequence(sample, self.objective).input_ids) for sample in task.samples]
+            found += [lengths[n] for n in self.team.shares(lengths)[self.team.peers.rank]]
+        return tuple(found)
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """In which captured factors wait."""
+        name = self.config.compute.factor_dtype
+        found: torch.dtype = next(self.loaded.model.parameters()).dtype if name == "auto" else getattr(torch, name)
+        return found
+
+    def gradients_above(self) -> dict[Site, int]:
+        """By site, the tokens above which a sample's gradient is smaller than its factors."""
+        layers = (self.layout.layer(layer.layer) for layer in self.plan.layers)
+        return gradients_above(layers, self.factor_dtype.itemsize)
+
+    def factor_bytes(self, layer: LayerPlan) -> int:
+        """Bytes of a layer's factors that this rank keeps."""
+        size = self.factor_dtype.itemsize
+        return factor_bytes(self.layout.layer(layer.layer), layer.sites, self.lengths_here, size, self.team.local)
+
+    def settings(self, scratch: Path | None = None, warn: Say = lambda line: None) -> ScoreSettings:
+        """The metric's numbers.
+
+        Args:
+            scratch: The folder for scores too large for memory.
+            warn: Takes a line where memory ran out.
+        """
         metric, ridge = self.config.metric, self.config.ridge
         dtype, compiled = DTYPES[self.config.compute.score_dtype], self.config.compute.compile
         if compiled == "auto":
             compiled = self.device.type == "cuda"  # on a CPU it takes longer to compile than it saves
         return ScoreSettings(
-            cast(Score, metric.score), ridge.epsilon, ridge.absolute, ridge.relative, dtype, self.device, bool(compiled)
+            cast(Score, metric.score),
+            ridge.epsilon,
+            ridge.absolute,
+            ridge.relative,
+            dtype,
+            self.device,
+            bool(compiled),
+            scratch,
+            warn,
         )
 
     def roles(self) -> Roles:
@@ -88,6 +137,7 @@ class Job:
         scope, estimator = cast(Scope, fisher.scope), cast(Estimator, fisher.estimator)
         steps = fisher_steps(num_a, num - num_a, batch_size=fisher.batch_size, scope=scope)
         weights = fisher_weights(steps, num, estimator=estimator, decay=fisher.decay)
+        weights = by_task(weights, np.arange(num) < num_a)
         if self.pooled:
             return Roles(tuple(range(num)), weights, slice(0, num), slice(0, num))
         return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class Memory:
     fisher: int = 0
     scores: int = 0
     sent: int = 0
+
+    def larger(self, other: Memory) -> Memory:
+        """The larger of both, number by number."""
+        return Memory(**{name: max(size, getattr(other, name)) for name, size in asdict(self).items()})
 
 
 def memory_of(

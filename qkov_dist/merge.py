@@ -1,23 +1,27 @@
-"""Adding partial scores, and turning sums into a heatmap.
+"""Adding partial scores: in one process, on every rank, or each head on the rank that it is dealt to.
 
 Scores and Fisher sums of disjoint rectangles add up, so the partials of all ranks, in any order, give the result of one
-process. Normalisation (a mean over pairs, a mean of I, a share of elements) happens here, after the sum.
+process. Dealt heads are added in the order of ranks, so that the sum does not depend on which rank it is formed on.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from .comm import World
 from .engine import BlockScores
-from .errors import QkovError
-from .frame import Frame, FrameLayer
-from .partial_schema import BlockPartial, Floats, LayerPartial
-from .plan import SHARED_O_BIAS
-from .results import FISHER_KEYS, Heatmap, cross_of_pooled, mean_over_pairs
+from .frame import FrameLayer
+from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
 from .slices import BLOCKS
+
+_MINIMUM = FISHER_COLUMNS.index("min")
 
 
 def layer_partial(blocks: Mapping[str, BlockScores]) -> LayerPartial:
@@ -37,7 +41,7 @@ def _block_partial(scored: BlockScores, touched: list[int]) -> BlockPartial:
     return BlockPartial(
         np.array([scored.heads[place] for place in touched], np.int64),
         scored.scores[touched].cpu().numpy(),
-        np.array([[f.total, f.count, f.minimum, f.below_ridge] for f in sums], np.float64),
+        np.array([[f.total, f.count, f.minimum, f.below_ridge, f.from_a] for f in sums], np.float64),
     )
 
 
@@ -80,15 +84,14 @@ def _block_over_ranks(
 ) -> BlockPartial:
     wide = any(world.gather(part is not None and part.scores.dtype == np.float64))
     scores = np.zeros((len(heads), *shape), np.float64 if wide else np.float32)
-    sums = np.zeros((len(heads), 4))
-    sums[:, 2] = np.inf
+    sums = _no_sums(len(heads))
     if part is not None:
         at = np.searchsorted(heads, part.heads)
         scores[at], sums[at] = part.scores, part.fisher_sums
-    minimum = np.min(world.gather(sums[:, 2].tolist()), axis=0)
-    sums[:, 2] = 0.0
+    minimum = np.min(world.gather(sums[:, _MINIMUM].tolist()), axis=0)
+    sums[:, _MINIMUM] = 0.0
     total = world.sum(sums)
-    total[:, 2] = minimum
+    total[:, _MINIMUM] = minimum
     return BlockPartial(np.array(heads, np.int64), world.sum(scores), total)
 
 
@@ -101,119 +104,84 @@ def _add_blocks(parts: Sequence[BlockPartial]) -> BlockPartial:
         return parts[0]
     heads = np.unique(np.concatenate([part.heads for part in parts]))
     scores = np.zeros((len(heads), *parts[0].scores.shape[1:]), parts[0].scores.dtype)
-    sums = np.zeros((len(heads), 4))
-    sums[:, 2] = np.inf
+    sums = _no_sums(len(heads))
     for part in parts:
         at = np.searchsorted(heads, part.heads)
         scores[at] += part.scores
-        minimum = np.minimum(sums[at, 2], part.fisher_sums[:, 2])
+        minimum = np.minimum(sums[at, _MINIMUM], part.fisher_sums[:, _MINIMUM])
         sums[at] += part.fisher_sums
-        sums[at, 2] = minimum
+        sums[at, _MINIMUM] = minimum
     return BlockPartial(heads, scores, sums)
 
 
-def assemble(frame: Frame, layers: Mapping[int, LayerPartial]) -> Heatmap:
-    """Put whole layers (summed over ranks) together as a heatmap.
+def _no_sums(num_heads: int) -> npt.NDArray[np.float64]:
+    sums = np.zeros((num_heads, len(FISHER_COLUMNS)))
+    sums[:, _MINIMUM] = np.inf
+    return sums
 
-    Args:
-        frame: Axes, samples and provenance.
-        layers: Summed partials by layer number; every layer of the frame.
 
-    Raises:
-        QkovError: for a layer, or a head of it, that is missing.
+def deal_heads(layer: FrameLayer, num_ranks: int) -> list[dict[str, tuple[int, ...]]]:
+    """A layer's heads for each rank: about as many each, in the order of blocks."""
+    every = [(block, head) for block, heads in _native(layer) for head in heads]
+    cuts = [len(every) * rank // num_ranks for rank in range(num_ranks + 1)]
+    return [
+        {block: tuple(head for b, head in every[low:high] if b == block) for block in BLOCKS}
+        for low, high in pairwise(cuts)
+    ]
+
+
+def add_dealt(part: LayerPartial, layer: FrameLayer, world: World) -> LayerPartial:
+    """The sum over all ranks of the heads dealt to this one; what no head owns is summed on rank 0.
+
+    Every rank calls this alike. Sent are each head's partial scores, once, to the one rank that adds them.
     """
-    if missing := [layer.layer for layer in frame.layers if layer.layer not in layers]:
-        raise QkovError(
-            "merge",
-            expected=f"{len(frame.layers)} scored layers",
-            got=f"no scores of layers {missing}",
-            remedy="Run again with output.resume: true to score what is missing.",
-        )
-    filled = {block: _fill(frame, layers, block) for block in frame.blocks}
-    scores = {block: part[0] for block, part in filled.items()}
-    num_a = len(frame.samples[0])
-    cross = cross_of_pooled(scores, num_a) if frame.pooled else scores
-    fisher = {block: _fisher(part[1]) for block, part in filled.items()}
-    return Heatmap(
-        *frame.tasks,
-        layers=tuple(layer.layer for layer in frame.layers),
-        heads=frame.query_heads,
-        kv_heads=frame.kv_heads,
-        groups=np.array([layer.group for layer in frame.layers], np.int64),
-        samples_a=frame.samples[0],
-        samples_b=frame.samples[1],
-        mean=mean_over_pairs(cross),
-        present={block: ~np.isnan(part[1][..., 1]) for block, part in filled.items()},
-        fisher=fisher,
-        cross=cross,
-        pooled=scores if frame.pooled else None,
-        shared=_shared(frame, layers),
-        attributes={**frame.attributes, "warnings": warnings_of(frame, fisher)},
+    if world.size == 1:
+        return part
+    dealt = deal_heads(layer, world.size)
+    return _exchanged([_heads_of(part, heads, rank == 0) for rank, heads in enumerate(dealt)], world)
+
+
+def bring_to_first(part: LayerPartial, world: World) -> LayerPartial:
+    """All ranks' (different) heads on rank 0; nothing elsewhere."""
+    if world.size == 1:
+        return part
+    nothing = LayerPartial({}, {})
+    return _exchanged([part if rank == 0 else nothing for rank in range(world.size)], world)
+
+
+def _exchanged(parts: Sequence[LayerPartial], world: World) -> LayerPartial:
+    """Send ``parts[r]`` to rank r, and add what comes here."""
+    return add_layers([_unpacked(data) for data in world.exchange([_packed(part) for part in parts])])
+
+
+def _heads_of(part: LayerPartial, heads: Mapping[str, tuple[int, ...]], with_shared: bool) -> LayerPartial:
+    blocks = {}
+    for block, whole in part.blocks.items():
+        at = np.flatnonzero(np.isin(whole.heads, heads[block]))
+        if len(at):
+            blocks[block] = BlockPartial(whole.heads[at], whole.scores[at], whole.fisher_sums[at])
+    return LayerPartial(blocks, part.shared if with_shared else {})
+
+
+def _packed(part: LayerPartial) -> Tensor:
+    """One layer's partial as bytes: its shapes as JSON, then its arrays."""
+    arrays = [array for block in part.blocks.values() for array in block] + list(part.shared.values())
+    described = [[array.dtype.str, list(array.shape)] for array in arrays]
+    header = json.dumps([list(part.blocks), list(part.shared), described]).encode()
+    pieces = [len(header).to_bytes(8, "little"), header, *(np.ascontiguousarray(array).tobytes() for array in arrays)]
+    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor) -> LayerPartial:
+    raw = data.numpy().tobytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    blocks, shared, described = json.loads(raw[8:start])
+    arrays = []
+    for dtype, shape in described:
+        size = int(np.prod(shape, dtype=np.int64))
+        arrays.append(np.frombuffer(raw, dtype, size, start).reshape(shape))
+        start += arrays[-1].nbytes
+    of_blocks = [BlockPartial(*arrays[3 * n : 3 * n + 3]) for n in range(len(blocks))]
+    return LayerPartial(
+        dict(zip(blocks, of_blocks, strict=True)), dict(zip(shared, arrays[3 * len(blocks) :], strict=True))
     )
-
-
-def warnings_of(frame: Frame, fisher: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """What a reader of the scores must know: heads whose ridge dominates the Fisher, heads without any gradient."""
-    found = []
-    for block, parts in fisher.items():
-        ridged = np.argwhere(parts["ridge_share"] > 0.5)
-        if len(ridged):
-            worst = tuple(ridged[np.argmax(parts["ridge_share"][tuple(ridged.T)])])
-            found.append(
-                f"{block}: lambda exceeds I on more than half of the elements of {len(ridged)} heads (most in layer "
-                f"{frame.layers[worst[0]].layer}, head {frame.axis(block)[worst[1]]}: "
-                f"{parts['ridge_share'][worst]:.0%}); scores there are those of an unweighted product. "
-                "Try ridge.absolute=0 with a ridge.relative of 0.001 or less."
-            )
-        still = np.argwhere(parts["mean"] == 0)
-        if len(still):
-            names = ", ".join(f"{frame.layers[i].layer}.{frame.axis(block)[h]}" for i, h in still[:5])
-            found.append(f"{block}: every gradient of {len(still)} heads is zero (layer.head {names}).")
-    return found
-
-
-def _fill(frame: Frame, layers: Mapping[int, LayerPartial], block: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [layer, head, left, right] and Fisher sums [layer, head, 4] of a block; NaN where there is no head."""
-    axis = frame.axis(block)
-    parts = {
-        place: _block_of(layers[layer.layer], layer, block)
-        for place, layer in enumerate(frame.layers)
-        if block in layer.heads
-    }
-    some = next(iter(parts.values())).scores
-    scores = np.full((len(frame.layers), len(axis), *some.shape[1:]), np.nan, some.dtype)
-    sums = np.full((len(frame.layers), len(axis), 4), np.nan)
-    for place, part in parts.items():
-        at = np.searchsorted(axis, part.heads)
-        scores[place, at], sums[place, at] = part.scores, part.fisher_sums
-    return scores, sums
-
-
-def _block_of(part: LayerPartial, layer: FrameLayer, block: str) -> BlockPartial:
-    found = part.blocks[block].heads.tolist() if block in part.blocks else []
-    if tuple(found) != tuple(layer.heads[block]):
-        raise QkovError(
-            f"merge: layer {layer.layer}, block {block}",
-            expected=f"scores of heads {list(layer.heads[block])}",
-            got=f"{found}",
-            remedy="A rank's partial scores are missing; run again with output.resume: true.",
-        )
-    return part.blocks[block]
-
-
-def _fisher(sums: np.ndarray) -> dict[str, np.ndarray]:
-    total, count, minimum, below = np.moveaxis(sums, -1, 0)
-    return dict(zip(FISHER_KEYS, (total / count, minimum, below / count), strict=True))
-
-
-def _shared(frame: Frame, layers: Mapping[int, LayerPartial]) -> dict[str, dict[str, np.ndarray]]:
-    """O's bias of each layer (NaN where a layer has none), which belongs to no head."""
-    found = {layer: part.shared[SHARED_O_BIAS] for layer, part in layers.items() if SHARED_O_BIAS in part.shared}
-    if not found:
-        return {}
-    missing = np.full_like(next(iter(found.values())), np.nan)
-    cross = np.stack([found.get(layer.layer, missing) for layer in frame.layers])
-    if frame.pooled:
-        num_a = len(frame.samples[0])
-        cross = cross[:, :num_a, num_a:]
-    return {SHARED_O_BIAS: {"cross": cross, "mean": cross.mean(axis=(1, 2), dtype=np.float64)}}

@@ -12,18 +12,19 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from .combine import Read
 from .config import RunConfig
 from .config_file import from_dict
 from .errors import QkovError
+from .finish import HEATMAP_FILE, finish
 from .frame import Frame, FrameLayer, from_json
 from .hdf5_write import refuse_other_run
 from .job import Say
-from .merge import add_layers, add_over_ranks, assemble
+from .merge import add_layers
 from .partial_schema import LayerPartial, PartialHeader
 from .partials import Partial, list_partials, read_partial
-from .progress import progress_bar
+from .progress import Voice
 from .results import Heatmap
-from .run import HEATMAP_FILE, finish
 from .world import Alone, World, same_on_all, together
 
 NUM_LISTED = 8
@@ -63,6 +64,15 @@ class Gathered:
         """The run that wrote them."""
         return self.sources[0].header.run_id
 
+    def reader(self, world: World) -> Read:
+        """Reads one layer's sum over this process's files, one file in memory at a time; an error reaches all."""
+
+        def read(layer: FrameLayer) -> LayerPartial:
+            parts = (partial.read_layer(layer.layer) for partial in self.mine)
+            return reduce(lambda total, part: add_layers([total, part]), parts, LayerPartial({}, {}))
+
+        return lambda layer: together(world, lambda: read(layer))
+
 
 def merge_folder(
     folder: str | Path,
@@ -92,10 +102,10 @@ def merge_folder(
     gathered = gather_partials(folder, world)
     together(world, lambda: _check_output(output, gathered.run_id))
     num_files, num_layers = len(gathered.sources), len(gathered.frame.layers)
-    if world.rank == 0:
-        say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
-    heatmap = add_partials(gathered, world, show_progress=show_progress)
-    return None if heatmap is None else finish(heatmap, _config_of(heatmap), output, say)
+    voice = Voice.of_rank(world.rank, world.size, say, show_progress=show_progress)
+    voice.say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
+    config = together(world, lambda: _config_of(gathered.frame))
+    return finish(gathered.frame, gathered.reader(world), config, output, world, voice)
 
 
 def gather_partials(folder: Path, world: World) -> Gathered:
@@ -111,24 +121,6 @@ def gather_partials(folder: Path, world: World) -> Gathered:
     together(world, lambda: check_sources(folder, sources))
     frame = world.gather(mine[0].header.extra if world.rank == 0 else None)[0]
     return Gathered(sources, mine, together(world, lambda: from_json(frame, sources[0].path)))
-
-
-def add_partials(gathered: Gathered, world: World, *, show_progress: bool = False) -> Heatmap | None:
-    """Add up all partial scores, one layer at a time; the heatmap, not tested yet, on rank 0.
-
-    Raises:
-        QkovError: on every rank, for a layer whose data do not match their checksums.
-    """
-    header, layers, is_first = gathered.sources[0].header, {}, world.rank == 0
-    num_layers = len(gathered.frame.layers)
-    with progress_bar("adding", num_layers, "layer", show=show_progress and is_first) as advance:
-        for layer in gathered.frame.layers:
-            part = _sum_of(world, gathered.mine, layer)
-            total = add_over_ranks(part, layer, (header.n_left, header.n_right), world)
-            if is_first:
-                layers[layer.layer] = total
-            advance(1)
-    return assemble(gathered.frame, layers) if is_first else None
 
 
 def check_sources(folder: Path, sources: Sequence[Source]) -> None:
@@ -201,19 +193,9 @@ def _check_output(output: Path, run_id: str) -> None:
         raise QkovError(str(output), expected="a file in an existing folder", got="none", remedy=remedy)
 
 
-def _sum_of(world: World, mine: Sequence[Partial], layer: FrameLayer) -> LayerPartial:
-    """One layer's sum over this process's files, one file in memory at a time."""
-
-    def read() -> LayerPartial:
-        parts = (partial.read_layer(layer.layer) for partial in mine)
-        return reduce(lambda total, part: add_layers([total, part]), parts, LayerPartial({}, {}))
-
-    return together(world, read)
-
-
-def _config_of(heatmap: Heatmap) -> RunConfig:
+def _config_of(frame: Frame) -> RunConfig:
     try:
-        return from_dict(heatmap.attributes["config"])
+        return from_dict(frame.attributes["config"])
     except KeyError:
         remedy = "Use partial files that `qkov run` wrote."
         raise QkovError("partial files", expected="the run's configuration", got="none", remedy=remedy) from None

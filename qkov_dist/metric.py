@@ -14,18 +14,20 @@ from typing import Any, get_args
 import numpy as np
 
 from .arguments import choose, wrong_argument
+from .assembly import assemble
 from .collector import FisherCollector, QKOVConfig
-from .engine import DTYPES, Roles, ScoreSettings, score_layer
+from .engine import DTYPES, Roles, ScoreSettings
 from .errors import QkovError
 from .exchange import Exchange
-from .fisher import Estimator, Scope, fisher_weights
+from .fisher import Estimator, Scope, by_task, fisher_weights
 from .frame import frame_layer, make_frame
-from .merge import add_over_ranks, assemble, layer_partial
+from .merge import add_over_ranks, layer_partial
 from .partial_schema import LayerPartial
 from .plan import Plan, Selection, make_plan
 from .progress import progress_bar
 from .results import Heatmap
 from .score import Score
+from .scoring import rounds_of, score_rounds
 from .slices import BLOCKS
 
 
@@ -133,21 +135,24 @@ class QKOVInterferenceMetric:
             pooled=pairs == "all",
             attributes=self._attributes(task_a, task_b),
         )
-        return assemble(frame, parts)
+        return assemble(frame, parts.items())
 
     def _scored(self, plan: Plan, roles: Roles) -> dict[int, LayerPartial]:
         """Every layer's scores, added up over the ranks."""
         collection, layout = self.collector.collection, self.config.layout
-        team, parts = collection.team, {}
-        exchange = Exchange(team, collection.store)
-        with progress_bar("scoring", len(plan.layers), "layer", show=self.show_progress) as advance:
-            for layer in plan.layers:
-                with exchange.layer(layout.layer(layer.layer), layer.sites) as source:
-                    blocks = score_layer(layer, source, roles, self._settings(), team.totals)
-                part = layer_partial(blocks)
-                parts[layer.layer] = add_over_ranks(part, frame_layer(layer, layout), roles.shape, team.world)
+        team, mine = collection.team, {}
+        exchange = Exchange(team, collection.store, layout, plan.sites)
+        rounds = rounds_of(plan, team)
+        with progress_bar("scoring", len(rounds), "layer", show=self.show_progress) as advance:
+            for layer, blocks in score_rounds(plan, rounds, exchange, roles, self._settings(), team):
+                mine[layer.layer] = layer_partial(blocks)
                 advance(1)
-        return parts
+        return {
+            layer.layer: add_over_ranks(
+                mine.pop(layer.layer, LayerPartial({}, {})), frame_layer(layer, layout), roles.shape, team.world
+            )
+            for layer in plan.layers
+        }
 
     def _attributes(self, task_a: str, task_b: str) -> dict[str, Any]:
         return {
@@ -209,7 +214,8 @@ class QKOVInterferenceMetric:
         members = (*scored, *(n for n in np.flatnonzero(weights).tolist() if n not in set(scored)))
         left = slice(0, len(scored) if pooled else len(of_a))
         right = slice(0 if pooled else len(of_a), len(scored))
-        return Roles(members, weights[list(members)], left, right)
+        in_a = [self.collector.records[n].task == task_a for n in members]
+        return Roles(members, by_task(weights[list(members)], in_a), left, right)
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -1,7 +1,7 @@
 """What a partial file holds: whose scores it has, and its layers. Where the files are is ``partials``.
 
     /partial/{Q,K,V,O}/layer_0003   [heads touched, left, right]   attribute ``heads``; float32 (or float64 on request)
-    /fisher/{Q,K,V,O}/layer_0003    [heads touched, 4] float64     columns ``FISHER_COLUMNS``
+    /fisher/{Q,K,V,O}/layer_0003    [heads touched, 5] float64     columns ``FISHER_COLUMNS``
     /shared/O_bias/layer_0003       [left, right]                  what no head owns
     /layer, /complete               [layer]                        which layers are in this file
 
@@ -25,7 +25,7 @@ from .hdf5_read import Reader
 from .hdf5_write import Writer
 from .slices import BLOCKS
 
-FISHER_COLUMNS = ("sum", "count", "min", "num_ridge_above")
+FISHER_COLUMNS = ("sum", "count", "min", "num_ridge_above", "sum_of_a")
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
@@ -57,7 +57,7 @@ class PartialHeader:
 
 
 class BlockPartial(NamedTuple):
-    """One block of one layer: heads [h], scores [h, left, right], Fisher sums float64 [h, 4]."""
+    """One block of one layer: heads [h], scores [h, left, right], Fisher sums float64 [h, 5]."""
 
     heads: Ints
     scores: Floats
@@ -143,7 +143,8 @@ def read_layer(reader: Reader, layer: int, header: PartialHeader) -> LayerPartia
         if reader.has(path):
             heads = np.asarray(reader.attribute(path, "heads"), np.int64)
             scores = reader.array(path, (*heads.shape, *pairs))
-            blocks[block] = BlockPartial(heads, scores, reader.array(f"fisher/{block}/{name}", (len(heads), 4)))
+            sums = reader.array(f"fisher/{block}/{name}", (len(heads), len(FISHER_COLUMNS)))
+            blocks[block] = BlockPartial(heads, scores, sums)
     paths = {parameter: f"shared/{parameter}/{name}" for parameter in reader.names("shared")}
     return LayerPartial(blocks, {key: reader.array(path, pairs) for key, path in paths.items() if reader.has(path)})
 

@@ -14,7 +14,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +47,9 @@ __all__ = [
     "Partial",
     "PartialHeader",
     "PartialWriter",
+    "layer_folder",
     "list_partials",
+    "locked",
     "partial_path",
     "read_partial",
 ]
@@ -138,7 +140,7 @@ class PartialWriter:
 
     def __init__(self, path: str | Path, header: PartialHeader, *, resume: bool = True) -> None:
         self.path, self.header, self._resume = Path(path), header, resume
-        self._folder = _layer_folder(self.path)
+        self._folder = layer_folder(self.path)
         self._completed: set[int] = set()
         self._lock = -1
 
@@ -243,15 +245,32 @@ class PartialWriter:
         self._lock = -1
 
 
-def _layer_folder(path: Path) -> Path:
+def layer_folder(path: Path) -> Path:
+    """Where a rank's finished layers are while its run goes on."""
     return path.with_suffix(".layers")
 
 
 def _layer_files(path: Path) -> list[Path]:
     """Finished layers beside a partial file; unfinished ones have other names."""
-    folder = _layer_folder(path)
+    folder = layer_folder(path)
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(file for file in found if re.fullmatch(r"layer_\d{4,}\.h5", file.name))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a folder for this process alone, for as long as the block lasts; it is made where there is none.
+
+    Raises:
+        QkovError: where another process has it, or it cannot be made.
+    """
+    with file_errors(folder, OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lock(folder: Path) -> int:

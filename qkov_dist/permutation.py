@@ -7,18 +7,11 @@ excluded throughout):
 
     cross_mean = m_ab                    overlap = 1/2 log(m_ab m_ba / (m_aa m_bb))
 
-With the diagonal of M set to zero, r = M 1 and c = M' 1:
-
-    a'Mb = a'r - a'Ma      b'Ma = a'c - a'Ma      b'Mb = 1'r - a'r - a'c + a'Ma
-
-so that P labellings cost one product M @ L, L [N, P]. Column 0 of L is always the observed labelling. Hence a p-value
-is a plain count over the columns divided by P: (1 + #{as extreme}) / (1 + K) with K drawn labellings, and
-#{as extreme} / C(N, n_a) when all labellings are enumerated.
-
-Sums are float64 because b'Mb is a difference: where task A's gradients are r times larger, it is about r^-3 of the
-total, which leaves no digit in float32 at r = 200 and eight in float64. A sum is off by at most about N eps sum|M| for
-each of its terms (``_rounding``). Differences below that are ties and count as extreme: equal labellings, or the
-swapped one (which has the same overlap when n_a = n_b), give different last bits in different columns of one product.
+The sums under these means are products with the labels (``pair_sums``), so that all labellings of a head cost one
+matrix product. Column 0 of the labels is always the observed one. Hence a p-value is a plain count over the columns
+divided by P: (1 + #{as extreme}) / (1 + K) with K drawn labellings, and #{as extreme} / C(N, n_a) when all labellings
+are enumerated. Differences that rounding explains are ties and count as extreme: equal labellings, or the swapped one
+(which has the same overlap when n_a = n_b), give different last bits in different columns of one product.
 
 Labellings depend on the seed and the two sample counts alone, never on heads, blocks or ranks, so that processes
 holding different heads relabel them together, and the family-wise p-value needs one all-reduce (max) of P numbers.
@@ -36,6 +29,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import pair_sums
+from .pair_sums import PairSums
+
 Alternative = Literal["greater", "less", "two-sided"]
 _SIGNS: dict[Alternative, tuple[int, ...]] = {"greater": (1,), "less": (-1,), "two-sided": (1, -1)}
 
@@ -48,15 +44,6 @@ class Labels:
     n_a: int
     n_b: int
     exhaustive: bool
-
-
-class PairSums(NamedTuple):
-    """Sums of M over the pairs (left role, right role) of two groups without self-pairs, each [..., P]."""
-
-    aa: Tensor
-    ab: Tensor
-    ba: Tensor
-    bb: Tensor
 
 
 class PairCounts(NamedTuple):
@@ -86,6 +73,17 @@ class Null:
     def reference(self, exhaustive: bool) -> Tensor:
         """The null distribution: all labellings where they are enumerated, else those drawn (column 0 was not)."""
         return self.values if exhaustive else self.values[..., 1:]
+
+
+class Standardised(NamedTuple):
+    """One statistic of some heads in units of its own spread: ``z`` [..., P], NaN for an absent head.
+
+    Two z that differ by less than ``tolerance`` [...] are a tie. A head that no relabelling changes has z = 0 and an
+    infinite tolerance: all its labellings are ties, hence p = 1.
+    """
+
+    z: Tensor
+    tolerance: Tensor
 
 
 def draw_labels(seed: int, n_a: int, n_b: int, num_permutations: int) -> Labels:
@@ -131,16 +129,14 @@ def head_nulls(scores: Tensor, labels: Labels, *, with_overlap: bool = True) -> 
         labels: The labellings, the same for all heads of all blocks and on all ranks.
         with_overlap: False for signed scores, whose means may be negative.
     """
-    off_diagonal = _without_self_pairs(scores)
-    sums = _relabelled_sums(off_diagonal, labels.a.to(scores.device))
+    sums = pair_sums.relabelled_sums(scores, labels.a.to(scores.device))
     counts = PairCounts.of_groups(labels.n_a, labels.n_b)
-    rounding = _rounding(off_diagonal)
-    nulls = {"cross_mean": Null(_cross_mean(sums, counts), rounding / float(counts.ab))}
+    nulls = {"cross_mean": Null(_cross_mean(sums, counts), sums.rounding / float(counts.ab))}
     if with_overlap:
-        values = _overlap(sums, counts, rounding)
+        values = _overlap(sums, counts)
         values = torch.where(values.isfinite().all(-1, keepdim=True), values, torch.nan)
-        slope = sum((1 / part[..., 0] for part in sums), start=torch.zeros_like(rounding))  # of log(sum), per sum
-        nulls["overlap"] = Null(values, 0.5 * rounding * slope)
+        slope = sum((1 / part[..., 0] for part in sums[:4]), start=torch.zeros_like(sums.rounding))  # of log(sum)
+        nulls["overlap"] = Null(values, 0.5 * sums.rounding * slope)
     return nulls
 
 
@@ -150,99 +146,81 @@ def resampled_statistics(scores: Tensor, weights: Tensor, n_a: int, *, with_over
     Two copies of one sample are still a self-pair and are excluded: means run over the weight of different samples.
     """
     weights = weights.to(scores.device)
-    off_diagonal = _without_self_pairs(scores)
-    sums = _resampled_sums(off_diagonal, weights, n_a)
     in_a, in_b = weights[:n_a], weights[n_a:]
     sum_a, sum_b = in_a.sum(0), in_b.sum(0)
+    if not with_overlap:
+        return {"cross_mean": pair_sums.resampled_ab(scores, weights, n_a) / (sum_a * sum_b)}
+    sums = pair_sums.resampled_sums(scores, weights, n_a)
     counts = PairCounts(sum_a**2 - (in_a**2).sum(0), sum_a * sum_b, sum_b**2 - (in_b**2).sum(0))
-    resampled = {"cross_mean": _cross_mean(sums, counts)}
-    if with_overlap:
-        resampled["overlap"] = _overlap(sums, counts, _rounding(off_diagonal))
-    return resampled
-
-
-def _without_self_pairs(scores: Tensor) -> Tensor:
-    off_diagonal = scores.to(torch.float64, copy=True)
-    off_diagonal.diagonal(dim1=-2, dim2=-1).zero_()
-    return off_diagonal
-
-
-def _rounding(off_diagonal: Tensor) -> Tensor:
-    """Bound on the error of a sum over M's elements: 2 N eps for each of the at most four terms that make it up."""
-    num_samples = off_diagonal.shape[-1]
-    return 8 * num_samples * torch.finfo(torch.float64).eps * off_diagonal.abs().sum((-2, -1))
-
-
-def _relabelled_sums(off_diagonal: Tensor, a: Tensor) -> PairSums:
-    aa = (off_diagonal @ a).mul_(a).sum(-2)
-    left, right = off_diagonal.sum(-1) @ a, off_diagonal.sum(-2) @ a  # a'r, a'c
-    total = off_diagonal.sum((-2, -1)).unsqueeze(-1)
-    return PairSums(aa, left - aa, right - aa, total - left - right + aa)
-
-
-def _resampled_sums(off_diagonal: Tensor, weights: Tensor, n_a: int) -> PairSums:
-    in_a, in_b = weights[:n_a], weights[n_a:]
-    to_a, to_b = off_diagonal[..., :n_a] @ in_a, off_diagonal[..., n_a:] @ in_b
-    return PairSums(
-        aa=(to_a[..., :n_a, :] * in_a).sum(-2),
-        ab=(to_b[..., :n_a, :] * in_a).sum(-2),
-        ba=(to_a[..., n_a:, :] * in_b).sum(-2),
-        bb=(to_b[..., n_a:, :] * in_b).sum(-2),
-    )
+    return {"cross_mean": _cross_mean(sums, counts), "overlap": _overlap(sums, counts)}
 
 
 def _cross_mean(sums: PairSums, counts: PairCounts) -> Tensor:
     return sums.ab / counts.ab.to(sums.ab)
 
 
-def _overlap(sums: PairSums, counts: PairCounts, rounding: Tensor) -> Tensor:
+def _overlap(sums: PairSums, counts: PairCounts) -> Tensor:
     """NaN where a sum is not above its rounding: its logarithm would be noise."""
     log_counts = 0.5 * (counts.aa.log() + counts.bb.log()) - counts.ab.log()
     log_sums = 0.5 * (sums.ab.log() + sums.ba.log() - sums.aa.log() - sums.bb.log())
-    smallest = torch.stack(sums).amin(0)
-    return torch.where(smallest > rounding.unsqueeze(-1), log_sums + log_counts.to(log_sums), torch.nan)
+    smallest = torch.stack(sums[:4]).amin(0)
+    return torch.where(smallest > sums.rounding.unsqueeze(-1), log_sums + log_counts.to(log_sums), torch.nan)
 
 
-def standardise(null: Null, alternative: Alternative) -> tuple[Tensor, Tensor]:
-    """How extreme each labelling is, z [..., P], and the difference [...] below which two z are a tie.
+def standardise(null: Null) -> Standardised:
+    """How far from its mean over the labellings each head is under every labelling, in sd.
 
     Each head is centred and scaled by its own mean and sd over the labellings. Without that, the maximum over heads
     would be that of the few heads with the largest scores (they differ by orders of magnitude between layers), and
     all others would be tested against it in vain. The observed labelling is one of the P, so that all are treated
-    alike and p-values from z are exact. A head that no relabelling changes has z = -inf, hence p = 1.
+    alike and p-values from z are exact.
     """
     deviation = null.values - null.values.mean(-1, keepdim=True)
     sd = deviation.square().mean(-1).sqrt()
     moves = ~(sd <= null.rounding)
-    z = torch.where(moves.unsqueeze(-1), _directed(deviation / sd.unsqueeze(-1), alternative), -torch.inf)
-    tolerance = torch.where(moves, 4 * null.rounding / sd, 0.0)  # two values and, if two-sided, the mean twice
-    return z, tolerance
+    z = torch.where(moves.unsqueeze(-1), deviation / sd.unsqueeze(-1), 0.0)
+    return Standardised(z, torch.where(moves, 4 * null.rounding / sd, torch.inf))
 
 
-def _directed(deviation: Tensor, alternative: Alternative) -> Tensor:
-    return {"greater": deviation, "less": -deviation, "two-sided": deviation.abs()}[alternative]
+def directed(values: Tensor, alternative: Alternative) -> Tensor:
+    """Deviations from a mean, turned so that larger is more extreme."""
+    return {"greater": values, "less": -values, "two-sided": values.abs()}[alternative]
 
 
-def max_over_heads(z: Tensor) -> Tensor:
-    """The largest z [P] of any head per labelling, from z [..., P]. Ranks' results combine by max in turn."""
-    return torch.where(z.isnan(), -torch.inf, z).reshape(-1, z.shape[-1]).amax(0)
+def threshold(standardised: Standardised, alternative: Alternative) -> Tensor:
+    """The least directed z [...] that is as extreme as the observed one, ties included; NaN for an absent head."""
+    z, tolerance = standardised
+    return directed(z[..., 0], alternative) - tolerance
 
 
-def count_p(observed: Tensor, tolerance: Tensor, null_z: Tensor) -> Tensor:
-    """Share of labellings at least as extreme as observed [...]; NaN stays NaN.
+def p_value(standardised: Standardised, alternative: Alternative) -> Tensor:
+    """The p-value [...] of each head by itself."""
+    return count_p(threshold(standardised, alternative), directed(standardised.z, alternative))
 
-    With a head's own z [..., P] this is its p-value, with ``max_over_heads`` [P] the Westfall-Young single-step
-    family-wise one. The latter is never smaller, as the head itself is among those the maximum runs over.
+
+def count_p(least: Tensor, extremes: Tensor) -> Tensor:
+    """Share of labellings whose directed z [..., P] is at least the threshold ``least`` [...]; NaN stays NaN.
+
+    With a head's own z this is its p-value, with ``max_over_heads`` [P] the Westfall-Young single-step family-wise one.
+    The latter is never smaller, as the head itself is among those the maximum runs over.
     """
-    extreme = null_z >= (observed - tolerance).unsqueeze(-1)
-    return torch.where(observed.isnan(), torch.nan, extreme.to(torch.float64).mean(-1))
+    extreme = extremes >= least.unsqueeze(-1)
+    return torch.where(least.isnan(), torch.nan, extreme.sum(-1).to(torch.float64) / extremes.shape[-1])
+
+
+def max_over_heads(standardised: Standardised, alternative: Alternative) -> Tensor:
+    """The largest directed z [P] of any head under each labelling; -inf where no head takes part."""
+    z, tolerance = standardised
+    takes_part = tolerance.isfinite()  # not an absent head, nor one that no relabelling changes
+    return torch.where(takes_part.unsqueeze(-1), directed(z, alternative), -torch.inf).reshape(-1, z.shape[-1]).amax(0)
 
 
 def effect_size(null: Null, exhaustive: bool) -> tuple[Tensor, Tensor]:
     """Cohen's d of the observed value against the null distribution, and the null sd in it, both [...]."""
     reference = null.reference(exhaustive)
-    sd = reference.std(-1, correction=0)
-    d = (null.values[..., 0] - reference.mean(-1)) / sd
+    mean = reference.mean(-1)
+    sd = (reference - mean.unsqueeze(-1)).square().mean(-1).sqrt()
+    d = (null.values[..., 0] - mean) / sd
     return torch.where(sd <= null.rounding, 0.0, d), sd
 
 
@@ -255,8 +233,8 @@ def detectable_shift(null: Null, labels: Labels, alternative: Alternative, alpha
     """
     reference = null.reference(labels.exhaustive)
     deviation = reference - reference.mean(-1, keepdim=True)
-    critical = torch.quantile(_directed(deviation, alternative), 1 - alpha, dim=-1)
-    starts = [torch.quantile(sign * deviation, 1 - power, dim=-1) for sign in _SIGNS[alternative]]
+    critical = _quantile(directed(deviation, alternative), 1 - alpha)
+    starts = [_quantile(sign * deviation, 1 - power) for sign in _SIGNS[alternative]]
     shift = critical - torch.stack(starts).amin(0)
     if alpha * labels.a.shape[1] < 1:
         shift = torch.where(shift.isnan(), shift, torch.inf)
@@ -272,5 +250,16 @@ def percentile_interval(resampled: Tensor, labels: Labels, confidence: float) ->
         nothing = resampled.new_full(resampled.shape[:-1], torch.nan)
         return nothing, nothing
     tail = (1 - confidence) / 2
-    low, high = torch.nanquantile(resampled, resampled.new_tensor([tail, 1 - tail]), dim=-1)
-    return low, high
+    ends = torch.stack([_quantile(resampled, tail), _quantile(resampled, 1 - tail)])
+    partly = resampled.isnan().any(-1)
+    if partly.any():
+        ends[:, partly] = torch.nanquantile(resampled[partly], resampled.new_tensor([tail, 1 - tail]), dim=-1)
+    return ends[0], ends[1]
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """``torch.quantile`` of the last dimension, by selection: a tenth of the time that its sort takes."""
+    last = values.shape[-1] - 1
+    place = int(share * last)
+    low, high = (values.kthvalue(min(at, last) + 1, dim=-1).values for at in (place, place + 1))
+    return low.lerp(high, share * last - place)

@@ -17,7 +17,7 @@ from .slices import BLOCKS, AttentionLayer, Layout, Projection
 
 SHARED_O_BIAS = "O_bias"
 Owned = Callable[[Projection, bool], tuple[Rect, ...]]
-TILE_BYTES = 64 * 2**20
+TILE_BYTES = 12 * 2**20  # of gradients; every worker of a CPU has a tile, which the shared cache should hold
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Plan:
     """All layers of a run."""
 
     layers: tuple[LayerPlan, ...]
+
+    def only(self, layers: Sequence[int]) -> Plan:
+        """The plan of some of the layers."""
+        return Plan(tuple(layer for layer in self.layers if layer.layer in layers))
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -1,7 +1,7 @@
 """The report of a finished run: ``report.html``, and with ``qkov report`` figures and tables for papers.
 
     DIR/report.html                             the page: self-contained, offline
-    DIR/report/{heads,blocks,layers,conflicts}.{csv,md}
+    DIR/report/{heads,blocks,layers,conflicts}.{csv,md}, and shared.{csv,md} where O's bias was scored
     DIR/report/{heatmaps,blocks,layers}.{pdf,png}   with matplotlib
 
 It shows what ``heatmap.h5`` holds and computes nothing else. A page of another run is refused, never overwritten.

@@ -12,18 +12,20 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
-from .report_tables import Cell, alpha, blocks_table, test_arrays, top_conflicts
+from . import report_parts as parts
+from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness, sides
+from .report_tables import test_arrays, top_conflicts
 from .results import Heatmap
 from .views import HEAD_DIM
 
 STYLE = ("page.css",)
-SCRIPT = ("core.js", "heatmaps.js", "charts.js", "conflicts.js", "page.js")
+SCRIPT = ("core.js", "marks.js", "heatmaps.js", "charts.js", "conflicts.js", "page.js")
 
 TEXT_BYTES = 1_500_000  # of all samples together, so that a page stays small
 LONGEST_TEXT, SHORTEST_TEXT = 4000, 60
@@ -50,39 +52,33 @@ def make_page(heatmap: Heatmap) -> str:
             "form-action 'none'",
         )
     )
-    parts = {
+    shown = {
         "policy": policy,
         "marker": run_marker(heatmap.run_id),
         "title": html.escape(f"{heatmap.task_a} × {heatmap.task_b}"),
         "style": style,
-        "facts": "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in _facts(heatmap)),
-        "count": _warning_count(heatmap),
-        "warnings": _warnings(heatmap),
-        "blocks": _block_table(heatmap),
-        "provenance": _provenance(heatmap),
+        "facts": parts.facts(heatmap),
+        "legend": parts.legend(heatmap),
+        "tested": parts.tested(heatmap),
+        "count": parts.warning_count(heatmap),
+        "warnings": parts.warnings(heatmap),
+        "blocks": parts.block_table(heatmap),
+        "shared": parts.shared(heatmap),
+        "provenance": parts.provenance(heatmap),
         "data": _data_block(page_data(heatmap)),
         "script": script,
     }
-    return _PLACE.sub(lambda place: parts[place[1]], _assets(("page.html",)))
+    return _PLACE.sub(lambda place: shown[place[1]], _assets(("page.html",)))
 
 
 def page_data(heatmap: Heatmap) -> dict[str, Any]:
     """What the page's script draws."""
-    conflicts = [
-        [
-            heatmap.blocks.index(block),
-            heatmap.layers.index(found["layer"]),
-            heatmap.natives(block).index(found["head"]),
-            found["sample_i"],
-            found["sample_j"],
-            round_to_float32(found["score"]),
-        ]
-        for block, found in top_conflicts(heatmap)
-    ]
     settings = (heatmap.statistics or {}).get("settings", {})
     return {
         "score": str(heatmap.attributes.get("score", "score")),
         "statistic": heatmap.deciding if heatmap.tests else None,
+        "sided": sidedness(heatmap) if heatmap.tests else None,
+        "findings": [_finding(heatmap, finding) for finding in findings(heatmap)],
         "alpha": alpha(heatmap),
         "confidence": settings.get("confidence", 0.95),
         "layers": heatmap.layers,
@@ -90,8 +86,16 @@ def page_data(heatmap: Heatmap) -> dict[str, Any]:
         "blocks": [_block(heatmap, block) for block in heatmap.blocks],
         "tasks": [heatmap.task_a, heatmap.task_b],
         "samples": _samples(heatmap),
-        "conflicts": conflicts,
+        "conflicts": [_conflict(heatmap, block, record) for block, record in top_conflicts(heatmap)],
+        "shared": {name: _base64(arrays["mean"], "<f4") for name, arrays in heatmap.shared.items()},
     }
+
+
+def _conflict(heatmap: Heatmap, block: str, record: Mapping[str, Any]) -> list[int | float]:
+    """A sample pair as places: block, layer, head, sample of A, sample of B; and its score."""
+    layer, head = heatmap.layers.index(record["layer"]), heatmap.natives(block).index(record["head"])
+    score = round_to_float32(record["score"])
+    return [heatmap.blocks.index(block), layer, head, record["sample_i"], record["sample_j"], score]
 
 
 def round_to_float32(number: float) -> float:
@@ -110,17 +114,38 @@ def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
         "stat_low": overlap.get("ci_low"),
         "stat_high": overlap.get("ci_high"),
         "ridge": heatmap.fisher[block].get("ridge_share"),
+        "share": heatmap.fisher[block].get("share_a"),
         **{name: tests.get(key) for name, key in TESTS.items()},
     }
-    packed = {name: _base64(values, "<f4") for name, values in arrays.items() if values is not None}
+    packed = {name: _base64(values, "<f4") for name, values in arrays.items() if name == "score" or _is_there(values)}
     scores = None if heatmap.cross is None else heatmap.cross[block]
     return {
         "name": block,
         "axis": HEAD_DIM[block].replace("_", " "),
         "heads": heatmap.natives(block),
         "values": packed,
+        "marks": _marks(heatmap, block) if heatmap.tests else None,
         "pairs": None if scores is None else _base64(_strongest_pairs(heatmap, scores), "<i4"),
     }
+
+
+def _is_there(values: Any) -> bool:
+    return values is not None and not np.isnan(values).all()
+
+
+def _marks(heatmap: Heatmap, block: str) -> dict[str, str]:
+    """What each head shows, as numbers of ``found``; whether that holds over all heads; on which side it lies."""
+    return {
+        "found": _base64(found(heatmap, block), "i1"),
+        "family": _base64(is_family_wise(heatmap, block), "i1"),
+        "side": _base64(sides(heatmap.tests[block]), "i1"),
+    }
+
+
+def _finding(heatmap: Heatmap, finding: Finding) -> dict[str, Any]:
+    """A finding for the script; ``number`` is how many heads show it, null where that is not worth a line."""
+    number = counts(heatmap).get(finding)
+    return {"name": finding.name, "side": finding.side, "mark": finding.mark, "glyph": finding.glyph, "number": number}
 
 
 def _strongest_pairs(heatmap: Heatmap, scores: Any) -> Any:
@@ -152,91 +177,6 @@ def _cut(text: str, most: int) -> str:
         return encoded.decode()
     kept = encoded[:most].decode("utf-8", "ignore")
     return f"{kept}… [{len(text):,} characters in all]"
-
-
-def _facts(heatmap: Heatmap) -> Iterator[tuple[str, str]]:
-    attributes = heatmap.attributes
-    present = sum(int(mask.sum()) for mask in heatmap.present.values())
-    config = attributes.get("config", {})
-    model = config.get("model", {}).get("path", "") if isinstance(config, Mapping) else ""
-    yield "Model", str(model).rstrip("/").rpartition("/")[2] or str(attributes.get("model_type", "not said"))
-    yield "Samples", f"{len(heatmap.samples_a)} {heatmap.task_a}, {len(heatmap.samples_b)} {heatmap.task_b}"
-    layers, heads, kv_heads = len(heatmap.layers), len(heatmap.heads), len(heatmap.kv_heads)
-    yield "Scored", f"{layers} layers × {heads} heads ({kv_heads} kv); {present:,} heads in {len(heatmap)} blocks"
-    yield "Score", str(attributes.get("score", "not said"))
-    if heatmap.tests:
-        found = sum(int((tests["q_value"] <= alpha(heatmap)).sum()) for tests in heatmap.tests.values())
-        yield "Significant", f"{found:,} of {present:,} heads ({heatmap.deciding}, q ≤ {alpha(heatmap):g})"
-    else:
-        yield "Significant", "not tested"
-
-
-def _warning_count(heatmap: Heatmap) -> str:
-    count = len(heatmap.attributes.get("warnings", ()))
-    return f" <span class='count'>{count}</span>" if count else ""
-
-
-def _warnings(heatmap: Heatmap) -> str:
-    statistics = heatmap.statistics or {}
-    kinds = (
-        ("warning", heatmap.attributes.get("warnings", ())),
-        ("note", heatmap.attributes.get("notes", ())),
-        ("statistics", statistics.get("notes", ())),
-    )
-    items = [(kind, str(text)) for kind, texts in kinds for text in texts]
-    if not items:
-        return "<p>None.</p>"
-    rows = (f'<li class="{kind}"><b>{kind}</b> {html.escape(text)}</li>' for kind, text in items)
-    return f'<ul id="warnings">{"".join(rows)}</ul>'
-
-
-def _provenance(heatmap: Heatmap) -> str:
-    attributes = {k: v for k, v in heatmap.attributes.items() if k not in ("warnings", "notes")}
-    settings = (heatmap.statistics or {}).get("settings", {})
-    shown = {"run_id": heatmap.run_id, **attributes, **({"statistics": settings} if settings else {})}
-    rows = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in _flat(shown))
-    return f"<dl class='pairs'>{''.join(rows)}</dl>"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values as text."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list | tuple) and value and all(isinstance(x, Mapping) for x in value):
-            for place, x in enumerate(value):
-                yield from _flat(x, f"{prefix}{name}.{place}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _block_table(heatmap: Heatmap) -> str:
-    """The table of blocks for reading: a number and where it lies in one cell."""
-    table, name = blocks_table(heatmap), heatmap.deciding
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    titles = ["Block", "Heads", "Layers", f"Mean {heatmap.attributes.get('score', 'score')}", "Highest mean, its head"]
-    if heatmap.tests:
-        titles += [f"Median {name}", f"Highest {name} [interval], its head", "Smallest q", f"q ≤ {alpha(heatmap):g}"]
-    head = "".join(f"<th scope='col'>{html.escape(title)}</th>" for title in titles)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in _block_cells(row, name))}</tr>" for row in rows
-    )
-    return f"<table id='blocks'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _block_cells(row: Mapping[str, Cell], name: str) -> Iterator[str]:
-    yield from (_text(row[key]) for key in ("block", "heads", "layers", "score_mean"))
-    yield f"{_text(row['score_largest'])} (layer {_text(row['score_layer'])}, head {_text(row['score_head'])})"
-    if "q_smallest" in row:
-        low, high = _text(row[f"{name}_ci_low"]), _text(row[f"{name}_ci_high"])
-        place = f"(layer {_text(row[f'{name}_layer'])}, head {_text(row[f'{name}_head'])})"
-        yield _text(row[f"{name}_median"])
-        yield f"{_text(row[f'{name}_largest'])} [{low}, {high}] {place}"
-        yield from (_text(row[key]) for key in ("q_smallest", "significant"))
-
-
-def _text(cell: Cell) -> str:
-    return f"{cell:.4g}".replace("-", "−") if isinstance(cell, float) else "–" if cell is None else str(cell)
 
 
 def _data_block(data: Any) -> str:

@@ -23,7 +23,7 @@ from .slices import BLOCKS
 from .views import HEAD_DIM, BlockView, Floats, Ints, UnknownEntryError, plot_blocks
 
 Pairs = Literal["none", "cross", "all"]
-FISHER_KEYS = ("mean", "min", "ridge_share")
+FISHER_KEYS = ("mean", "min", "ridge_share", "share_a")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Heatmap(Mapping[str, BlockView]):
         samples_b: B's samples.
         mean: Block -> mean score over the cross pairs, float64 [layer, native head].
         present: Block -> whether the layer has this head, bool [layer, native head].
-        fisher: Block -> ``mean``, ``min`` and ``ridge_share`` of the Fisher, float64 [layer, native head].
+        fisher: Block -> ``mean``, ``min``, ``ridge_share`` and ``share_a`` (the part of its sum that A's samples
+            contribute) of the Fisher, float64 [layer, native head].
         cross: Block -> scores [layer, native head, n_a, n_b] (perhaps a view of ``pooled``), or None.
         pooled: Block -> scores [layer, native head, N, N] among all samples, A's first, or None.
         shared: Parameters that no head owns: ``O_bias`` -> ``mean`` [layer] and perhaps ``cross`` [layer, n_a, n_b].

@@ -7,32 +7,35 @@ are on disk; the same command goes on from there. Every rank takes the same step
 from __future__ import annotations
 
 import dataclasses
-from contextlib import closing
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import cast
 
-from .batches import Objective
+import torch
+
+from .carry import carry_over, forget, take_over
 from .collection import Collection
-from .comm import current
+from .comm import current, together
 from .config import RunConfig
-from .engine import score_layer
 from .exchange import Exchange
 from .factors import SPILLED, FactorStore
+from .finish import HEATMAP_FILE, finish
 from .frame import Frame, from_json, make_frame, to_json
 from .hdf5_write import refuse_other_run
 from .job import Job, Say, prepare
 from .memory import Memory, memory_of, memory_table
-from .merge import add_over_ranks, assemble, layer_partial
-from .partial_schema import LayerPartial, PartialHeader
-from .partials import PartialWriter, partial_path, read_partial
+from .merge import layer_partial
+from .partial_schema import PartialHeader
+from .partials import PartialWriter, locked, partial_path, read_partial
 from .plan import Plan
-from .progress import progress_bar
+from .progress import Voice, progress_bar
 from .provenance import run_attributes
-from .results import Heatmap, Pairs
-from .statistics import QKOVStatistics
+from .results import Heatmap
+from .rounds import Round, layers_of, make_windows
+from .scoring import rounds_of, score_rounds
+from .stopping import stoppable
 from .store import load_heatmap
-
-HEATMAP_FILE = "heatmap.h5"
 
 
 def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> Heatmap | None:
@@ -52,106 +55,147 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
         QkovError: for anything wrong with the input, the model, or the output folder.
     """
     world = current()
+    voice = Voice.of_rank(world.rank, world.size, say, show_progress=show_progress)
     is_first = world.rank == 0
-    say, show_progress = (say, show_progress) if is_first else (lambda line: None, False)
-    job = prepare(config, world, say)
+    job = prepare(config, world, voice.say)
     path = job.folder / HEATMAP_FILE
     refuse_other_run(path, job.run_id)
     if world.gather(path.exists() and config.output.resume)[0]:
-        say(f"{path} is finished already (run {job.run_id}); set output.resume=false to compute it again")
+        voice.say(f"{path} is finished already (run {job.run_id}); set output.resume=false to compute it again")
         return load_heatmap(path) if is_first else None
-    with PartialWriter(partial_path(job.folder, world.rank), _header(job), resume=config.output.resume) as writer:
-        memory = _score_missing_layers(job, writer, say, show_progress)
+    with ExitStack() as folder:
+        together(world, lambda: folder.enter_context(locked(job.folder)) if is_first else None)
+        return _run(job, path, voice)
+
+
+def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
+    """Score what is missing, then add up, test and write."""
+    config, world = job.config, job.team.world
+    header = _header(job)
+    carried = _carried(job, header, voice.say) if config.output.resume else []
+    with PartialWriter(partial_path(job.folder, world.rank), header, resume=config.output.resume) as writer:
+        _take_over(job, carried, writer)
+        memory = _score_missing_layers(job, writer, voice)
+        _record_what_others_score(job, writer)
     partial = read_partial(writer.path)
-    frame = from_json(partial.header.extra, str(writer.path))
-    layers = _over_ranks(job, frame, {layer.layer: partial.read_layer(layer.layer) for layer in frame.layers})
+    frame = from_json(world.gather(partial.header.extra if world.rank == 0 else None)[0], str(writer.path))
     if world.size > 1:
-        say(memory_table(world.gather(dataclasses.asdict(memory))))
-    heatmap = finish(assemble(frame, layers), config, path, say) if is_first else None
+        voice.say(memory_table(world.gather(dataclasses.asdict(memory))))
+    heatmap = finish(frame, lambda layer: partial.read_layer(layer.layer), config, path, world, voice)
     if not config.output.partials:
         world.gather(None)  # not before rank 0 has written the heatmap
         partial.path.unlink()
     return heatmap
 
 
-def tested(heatmap: Heatmap, config: RunConfig) -> Heatmap:
-    """The heatmap with the tests that the configuration asks for."""
-    settings = config.statistics
-    tests = QKOVStatistics(
-        fdr_alpha=settings.fdr_alpha,
-        n_permutations=settings.permutations,
-        n_bootstrap=settings.bootstrap,
-        seed=settings.seed,
-        alternative="less" if config.metric.score == "signed" else "greater",  # conflict is negative where it is signed
-    )
-    return heatmap.with_statistics(tests.test_heatmap(heatmap))
-
-
-def finish(heatmap: Heatmap, config: RunConfig, path: Path, say: Say) -> Heatmap:
-    """Test and write a heatmap as its configuration says, and pass on its warnings and notes."""
-    if config.statistics.enabled:
-        say("testing heads")
-        heatmap = tested(heatmap, config)
-    heatmap.save(path, cast(Pairs, config.output.pairs))
-    for warning in heatmap.attributes["warnings"]:
-        say(f"warning: {warning}")
-    for note in (heatmap.statistics or {}).get("notes", ()):
-        say(f"note: {note}")
-    return heatmap
-
-
-def _score_missing_layers(job: Job, writer: PartialWriter, say: Say, show_progress: bool) -> Memory:
-    """Capture once, then score and record each layer that is not on every rank's disk yet."""
+def _carried(job: Job, header: PartialHeader, say: Say) -> list[int]:
+    """Layers that this run finished on another number of ranks, known to every rank."""
     world = job.team.world
-    done = set.intersection(*map(set, world.gather(sorted(writer.completed))))
-    todo = Plan(tuple(layer for layer in job.plan.layers if layer.layer not in done))
-    if not todo.layers:
-        return memory_of(job.loaded.model)
-    if done:
-        say(f"resuming: {len(done)} of {len(job.plan.layers)} layers are on disk")
-    budget = job.config.compute.factor_memory_mb * 2**20
+    found = together(world, lambda: carry_over(job.folder, header, say) if world.rank == 0 else [])
+    layers: list[int] = world.gather(found)[0]
+    return layers
+
+
+def _take_over(job: Job, carried: list[int], writer: PartialWriter) -> None:
+    """Record carried layers: first as nobody's on all other ranks, then whole on rank 0."""
+    world = job.team.world
+    if not carried:
+        return
+    together(world, lambda: take_over(job.folder, carried, writer, whole=False) if world.rank else None)
+    together(world, lambda: take_over(job.folder, carried, writer, whole=True) if not world.rank else None)
+    together(world, lambda: forget(job.folder) if not world.rank else None)
+
+
+def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice) -> Memory:
+    """Capture and score what is not on disk yet, window by window, and record each layer as it is done."""
+    team = job.team
+    rounds = rounds_of(job.plan, team, done=writer.completed.__contains__)
+    memory = memory_of(job.loaded.model)
+    if not rounds:
+        return memory
+    if done := len(job.plan.layers) - len(layers_of(rounds)):
+        voice.say(f"resuming: {done} of {len(job.plan.layers)} layers are on disk")
     writer.remove_leftovers(SPILLED)
-    with closing(FactorStore(budget, writer.folder, job.team.local)) as store:
-        writer.header = dataclasses.replace(writer.header, extra=to_json(_capture(job, todo, store, show_progress)))
-        exchange = Exchange(job.team, store)
-        roles, settings = job.roles(), job.settings()
-        memory = memory_of(job.loaded.model, store, todo, roles, settings.dtype)
-        with progress_bar("scoring", len(todo.layers), "layer", show=show_progress) as advance:
-            for layer in todo.layers:
-                with exchange.layer(job.layout.layer(layer.layer), layer.sites) as source:
-                    blocks = score_layer(layer, source, roles, settings, job.team.totals)
-                if layer.layer not in writer.completed:
-                    part = layer_partial(blocks)
-                    writer.write_layer(layer.layer, part.blocks, part.shared)
+    windows = _windows(job, rounds, writer.folder)
+    with stoppable(team.world) as may_stop:
+        for number, window in enumerate(windows, start=1):
+            if len(windows) > 1:
+                voice.say(f"window {number} of {len(windows)}: layers {', '.join(map(str, layers_of(window)))}")
+            memory = memory.larger(_score_window(job, window, writer, voice, may_stop))
+    return memory
+
+
+def _score_window(
+    job: Job, window: Sequence[Round], writer: PartialWriter, voice: Voice, may_stop: Callable[[], None]
+) -> Memory:
+    """Run all samples for the layers of one window, then score and record these."""
+    team, roles, settings = job.team, job.roles(), job.settings(writer.folder, voice.warn)
+    plan = job.plan.only(layers_of(window))
+    with closing(_store(job, writer.folder)) as store:
+        frame = _capture(job, plan, store, voice, may_stop)
+        writer.header = dataclasses.replace(writer.header, extra=to_json(frame))
+        exchange = Exchange(team, store, job.layout, plan.sites)
+        memory = memory_of(job.loaded.model, store, plan, roles, settings.dtype)
+        with progress_bar("scoring", len(window), "layer", show=voice.show_progress) as advance:
+            for layer, blocks in score_rounds(plan, window, exchange, roles, settings, team, may_stop):
+                part = layer_partial(blocks)
+                writer.write_layer(layer.layer, part.blocks, part.shared)
                 advance(1)
         return dataclasses.replace(memory, sent=exchange.bytes_sent)
 
 
-def _over_ranks(job: Job, frame: Frame, mine: dict[int, LayerPartial]) -> dict[int, LayerPartial]:
-    """Every layer's sum over all ranks; kept on rank 0."""
-    world, shape = job.team.world, job.roles().shape
-    summed = {}
-    for layer in frame.layers:
-        part = add_over_ranks(mine.pop(layer.layer), layer, shape, world)
-        if world.rank == 0:
-            summed[layer.layer] = part
-    return summed
+def _windows(job: Job, rounds: list[Round], folder: Path) -> list[list[Round]]:
+    """Rounds whose factors fit into memory and disk together, on every rank."""
+    compute, world = job.config.compute, job.team.world
+    disk = shutil.disk_usage(folder).free * 9 // 10
+    disk = disk if compute.factor_disk_mb is None else compute.factor_disk_mb * 2**20
+    budgets = world.gather(compute.factor_memory_mb * 2**20 + disk)
+    sizes = world.gather({str(layer.layer): job.factor_bytes(layer) for layer in job.plan.layers})
+    largest = {int(layer): max(size[layer] for size in sizes) for layer in sizes[0]}
+    return make_windows(rounds, largest, min(budgets))
 
 
-def _capture(job: Job, plan: Plan, store: FactorStore, show_progress: bool) -> Frame:
+def _store(job: Job, folder: Path) -> FactorStore:
+    compute = job.config.compute
+    dtype = None if compute.factor_dtype == "auto" else getattr(torch, compute.factor_dtype)
+    return FactorStore(
+        compute.factor_memory_mb * 2**20,
+        folder,
+        job.team.local,
+        lengths=job.lengths_here,
+        dtype=dtype,
+        gradients_above=job.gradients_above(),
+    )
+
+
+def _record_what_others_score(job: Job, writer: PartialWriter) -> None:
+    """A layer of which this rank owns nothing is complete without scores."""
+    for layer in job.plan.layers:
+        if layer.layer not in writer.completed:
+            writer.write_layer(layer.layer, {})
+
+
+def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: Callable[[], None]) -> Frame:
     """Run every sample once; returns the frame of the whole job."""
     collection = Collection(
         store,
         plan.sites,
-        cast(Objective, job.loaded.objective),
+        job.objective,
         job.config.metric.loss_reduction,
         batch_tokens=job.config.compute.batch_tokens,
         team=job.team,
+        say=voice.warn,
     )
     share = -(-job.num_samples // job.team.peers.size)
-    with progress_bar("capturing", share, "sample", show=show_progress) as advance:
+    with progress_bar("capturing", share, "sample", show=voice.show_progress) as advance:
+
+        def after_batch(count: int) -> None:
+            advance(count)
+            if job.team.world.size == 1:  # a process may stop at any batch; ranks ask each other before each round
+                may_stop()
+
         for task in job.tasks:
-            collection.run(job.loaded.model, task.name, task.samples, advance)
+            collection.run(job.loaded.model, task.name, task.samples, after_batch)
     num_a = len(job.tasks[0].samples)
     return make_frame(
         job.plan,

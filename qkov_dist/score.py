@@ -33,12 +33,14 @@ class FisherSums:
 
     Attributes:
         total: Sum of I.
+        from_a: The part of it that task A's samples contribute.
         count: Number of elements.
         minimum: Smallest I.
         below_ridge: Number of elements whose I is smaller than lambda.
     """
 
     total: float
+    from_a: float
     count: int
     minimum: float
     below_ridge: int
@@ -46,13 +48,14 @@ class FisherSums:
     def __add__(self, other: FisherSums) -> FisherSums:
         return FisherSums(
             self.total + other.total,
+            self.from_a + other.from_a,
             self.count + other.count,
             min(self.minimum, other.minimum),
             self.below_ridge + other.below_ridge,
         )
 
 
-NO_ELEMENTS = FisherSums(0.0, 0, float("inf"), 0)
+NO_ELEMENTS = FisherSums(0.0, 0.0, 0, float("inf"), 0)
 
 
 def sample_gradients(x: Tensor | None, d: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -75,14 +78,15 @@ def sample_gradients(x: Tensor | None, d: Tensor, spans: Sequence[tuple[int, int
 
 
 def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
-    """I = sum_n w_n g_n^2 over a tile: [N, P], [N] -> [P]."""
+    """What each task adds to I = sum_n w_n g_n^2 over a tile: [N, P], [2, N] -> [2, P]; I is the sum of both rows."""
     return weights @ gradients.square()
 
 
-def fisher_sums(fisher: Tensor, ridge: float) -> FisherSums:
-    """Summarise I over a tile, in float64."""
+def fisher_sums(fisher: Tensor, by_task: Tensor, ridge: float) -> FisherSums:
+    """Summarise I [P] and what each task adds to it [2, P] over a tile, in float64."""
     return FisherSums(
         total=float(fisher.sum(dtype=torch.float64)),
+        from_a=float(by_task[0].sum(dtype=torch.float64)),
         count=fisher.numel(),
         minimum=float(fisher.min()),
         below_ridge=int((fisher < ridge).sum()),

@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .combine import combine
 from .errors import QkovError
-from .frame import from_json
-from .merge import add_layers, assemble
-from .partials import Partial, list_partials, read_partial
+from .finish import HEATMAP_FILE
+from .merge_command import gather_partials
+from .partials import list_partials
 from .results import Heatmap
-from .run import HEATMAP_FILE
 from .statistics import QKOVStatistics
 from .store import load_heatmap
+from .world import Alone
 
 Say = Callable[[str], object]
 
@@ -43,9 +44,11 @@ def retest(folder: Path, changes: Mapping[str, Any], say: Say) -> Heatmap:
         raise QkovError(str(path), expected="the heatmap of a finished run", got="no such file", remedy=remedy)
     stored = load_heatmap(path)
     tests = QKOVStatistics(**{**_last_settings(stored), **changes})
-    pooled = stored if stored.pooled is not None else _from_partials(folder, stored.run_id, say)
-    say("testing heads")
-    results = tests.test_heatmap(pooled)
+    if stored.pooled is not None:
+        say("testing heads")
+        results: Mapping[str, Any] = tests.test_heatmap(stored)
+    else:
+        results = _tested_partials(folder, stored.run_id, tests, say)
     seeds = {**stored.attributes.get("seeds", {}), "statistics": tests.seed}
     tested = dataclasses.replace(stored, attributes={**stored.attributes, "seeds": seeds}).with_statistics(results)
     tested.save(path)  # with the scores that it had: those that are not in the file are not in ``stored``
@@ -59,47 +62,28 @@ def _last_settings(heatmap: Heatmap) -> dict[str, Any]:
     known = {entry.name for entry in dataclasses.fields(QKOVStatistics)}
     if heatmap.statistics is not None:
         return {name: value for name, value in heatmap.statistics.get("settings", {}).items() if name in known}
-    alternative = "less" if heatmap.attributes.get("score") == "signed" else "greater"
     config = heatmap.attributes.get("config")
     section = config.get("statistics", {}) if isinstance(config, Mapping) else {}
     names = {"permutations": "n_permutations", "bootstrap": "n_bootstrap", "fdr_alpha": "fdr_alpha", "seed": "seed"}
-    return {"alternative": alternative} | {name: section[key] for key, name in names.items() if key in section}
+    return {name: section[key] for key, name in names.items() if key in section}
 
 
-def _from_partials(folder: Path, run_id: str, say: Say) -> Heatmap:
-    """The heatmap with pooled scores, summed from the partial files of all ranks."""
-    partials = [read_partial(path) for path in list_partials(folder)]
-    if not partials:
+def _tested_partials(folder: Path, run_id: str, tests: QKOVStatistics, say: Say) -> Mapping[str, Any]:
+    """The tests of the sums of all ranks' partial files."""
+    if not list_partials(folder):
         raise _no_pooled_scores(folder, "no partial files, and scores between the two tasks at most")
-    _check_complete(folder, run_id, partials)
-    say(f"adding up {len(partials)} partial file{'s' if len(partials) > 1 else ''}")
-    source = next((partial for partial in partials if partial.header.extra), partials[0])
-    frame = from_json(source.header.extra, str(source.path))
-    layers = {x.layer: add_layers([partial.read_layer(x.layer) for partial in partials]) for x in frame.layers}
-    return assemble(frame, layers)
-
-
-def _check_complete(folder: Path, run_id: str, partials: list[Partial]) -> None:
-    """Raise unless these are all ranks of this very run, each with all layers and pooled scores."""
-    world_size = partials[0].header.world_size
-    for partial in partials:
-        header = partial.header
-        if header.run_id != run_id:
-            remedy = "Move the files of one of the two runs away."
-            raise QkovError(str(partial.path), expected=f"run {run_id}", got=f"run {header.run_id}", remedy=remedy)
-        if not header.pooled:
-            raise _no_pooled_scores(folder, "partial files with scores between the two tasks only")
-        if header.world_size != world_size or partial.missing:
-            got = f"{header.world_size} ranks, missing layers {list(partial.missing)}"
-            remedy = "Finish the run again with output.resume=true."
-            raise QkovError(
-                str(partial.path), expected=f"all layers of one of {world_size} ranks", got=got, remedy=remedy
-            )
-    if (ranks := sorted(partial.header.rank for partial in partials)) != list(range(world_size)):
-        remedy = "Bring the partial files of all ranks into this folder."
-        raise QkovError(
-            str(folder), expected=f"partial files of ranks 0 to {world_size - 1}", got=f"ranks {ranks}", remedy=remedy
-        )
+    gathered = gather_partials(folder, Alone())
+    if gathered.run_id != run_id:
+        remedy = "Move the files of one of the two runs away."
+        where = gathered.sources[0].path
+        raise QkovError(where, expected=f"run {run_id}", got=f"run {gathered.run_id}", remedy=remedy)
+    if not gathered.frame.pooled:
+        raise _no_pooled_scores(folder, "partial files with scores between the two tasks only")
+    count = len(gathered.sources)
+    say(f"adding up {count} partial file{'s' if count > 1 else ''}, testing heads")
+    heatmap = combine(gathered.frame, gathered.reader(Alone()), Alone(), statistics=tests, pairs="none", folder=folder)
+    assert heatmap is not None  # one process is the first
+    return heatmap.statistics or {}
 
 
 def _no_pooled_scores(folder: Path, got: str) -> QkovError:

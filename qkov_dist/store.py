@@ -5,7 +5,7 @@
     /scores_all/{B}        [layer, head, N, N]          among all samples, A's first, with ``pairs: all``
     /heatmap/{B}           [layer, head] float64        mean over the pairs
     /present/{B}           [layer, head] bool           whether the layer has this head; NaN elsewhere where not
-    /fisher/{B}/{mean,min,ridge_share}                  [layer, head] float64
+    /fisher/{B}/{mean,min,ridge_share,share_a}          [layer, head] float64
     /shared/O_bias/{scores,heatmap}                     [layer, a, b], [layer]: O's bias belongs to no head
     /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
     /samples/{a,b}/{id,num_tokens,loss,text}            [a] or [b]

@@ -14,7 +14,7 @@ from .batches import Objective
 from .collection import Collection
 from .engine import Roles, ScoreSettings, score_layer
 from .factors import FactorStore
-from .fisher import fisher_steps, fisher_weights
+from .fisher import by_task, fisher_steps, fisher_weights
 from .geometry import Rect
 from .plan import Owned, Plan, Selection, make_plan
 from .probe import is_plain
@@ -83,7 +83,7 @@ class Subject:
         """All samples, under one and the same Fisher whichever way the pairs go."""
         num_a, num = len(self.a), self.num_samples
         steps = fisher_steps(num_a, num - num_a, batch_size=FISHER_BATCH, scope="pooled")
-        weights = fisher_weights(steps, num, estimator="ema", decay=DECAY)
+        weights = by_task(fisher_weights(steps, num, estimator="ema", decay=DECAY), np.arange(num) < num_a)
         of_a, of_b = slice(0, num_a), slice(num_a, num)
         return Roles(tuple(range(num)), weights, *((of_b, of_a) if swapped else (of_a, of_b)))
 

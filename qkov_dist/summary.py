@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
+from .findings import found, name_of, significance
 from .results import Heatmap
 
 NUM_SHOWN = 5
@@ -16,9 +17,12 @@ def print_summary(heatmap: Heatmap, folder: str | Path, file: str = "heatmap.h5"
     """Print each block's strongest heads and the path of the file, to stdout."""
     score = heatmap.attributes["score"]
     rows = [row for block in heatmap.blocks for row in _strongest(heatmap, block)]
-    headers = ["block", "layer", "head", f"mean {score}"] + ([heatmap.deciding, "q"] if heatmap.tests else [])
+    headers = ["block", "layer", "head", f"mean {score}"] + (
+        [heatmap.deciding, "q", "finding"] if heatmap.tests else []
+    )
     print(f"\n{heatmap.task_a} x {heatmap.task_b}: strongest heads of each block (K, V: kv heads)\n")
     print(tabulate(rows, headers=headers, floatfmt=".4g"))
+    print(f"\nsignificant: {significance(heatmap)}")
     for note in heatmap.attributes.get("notes", []):
         print(f"note: {note}")
     print(f"\nscores, samples and settings: {Path(folder) / file}")
@@ -33,12 +37,13 @@ def print_page(path: Path) -> None:
 def _strongest(heatmap: Heatmap, block: str) -> list[list[object]]:
     mean = heatmap.mean[block]
     order = np.argsort(np.where(np.isnan(mean), -np.inf, np.abs(mean)), axis=None, kind="stable")[::-1]
+    codes = found(heatmap, block) if heatmap.tests else None
     rows: list[list[object]] = []
     for flat in order[: min(NUM_SHOWN, int(heatmap.present[block].sum()))]:
         at = np.unravel_index(flat, mean.shape)
         row: list[object] = [block, heatmap.layers[at[0]], heatmap.natives(block)[at[1]], float(mean[at])]
-        if heatmap.tests:
+        if codes is not None:
             tests = heatmap.tests[block]
-            row += [float(tests["statistic"][at]), float(tests["q_value"][at])]
+            row += [float(tests["statistic"][at]), float(tests["q_value"][at]), name_of(heatmap, int(codes[at])) or "-"]
         rows.append(row)
     return rows

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from .capture import Site
@@ -62,12 +61,6 @@ class Team:
             return ownership.of_rank(projection, bias, rank)
 
         return owned
-
-    def totals(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Each number summed over all ranks."""
-        names = sorted(totals)
-        sums = self.world.sum(np.array([totals[name] for name in names]))
-        return dict(zip(names, sums.tolist(), strict=True))
 
     def shares(self, lengths: Sequence[int]) -> list[list[int]]:
         """Sample numbers for each peer, in file order: about as many tokens each, dealt longest first."""

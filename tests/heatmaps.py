@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qkov_dist.results import Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
+from qkov_dist.results import FISHER_KEYS, Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
 
 LAYERS = (2, 5, 7)
 HEADS = (0, 1, 2, 3, 4, 5)
@@ -66,7 +66,7 @@ def make_heatmap(**changes: Any) -> Heatmap:
         "mean": mean_over_pairs(cross),
         "present": masks,
         "fisher": {
-            block: {key: np.where(mask, rng.random(mask.shape), np.nan) for key in ("mean", "min", "ridge_share")}
+            block: {key: np.where(mask, rng.random(mask.shape), np.nan) for key in FISHER_KEYS}
             for block, mask in masks.items()
         },
         "cross": cross,

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from qkov_dist.batches import sequence
 from qkov_dist.collection import Collection
 from qkov_dist.engine import BlockScores, Roles, ScoreSettings, score_layer
 from qkov_dist.factors import FactorStore
-from qkov_dist.fisher import fisher_steps, fisher_weights
+from qkov_dist.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.layout import Layout, resolve
 from qkov_dist.plan import Selection, make_plan
 from qkov_dist.samples import Sample
@@ -53,14 +54,21 @@ class Job:
     objective: str = "causal"
     reduction: str = "mean"
     loss_factor: float = 1.0
+    gradients_above: int | None = None
+    known_lengths: bool = False
 
     @property
     def steps(self) -> list[list[int]]:
         return fisher_steps(len(self.a), len(self.b), batch_size=self.fisher_batch, scope=self.scope)
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sequence(sample, self.objective).input_ids) for sample in (*self.a, *self.b)]
+
     def roles(self) -> Roles:
         num_a, num = len(self.a), len(self.a) + len(self.b)
         weights = fisher_weights(self.steps, num, estimator=self.estimator, decay=self.decay)
+        weights = by_task(weights, np.arange(num) < num_a)
         return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num))
 
     def run(
@@ -72,7 +80,12 @@ class Job:
         plan = make_plan(
             layout, self.selection, include_bias=self.include_bias, num_samples=num, tile_bytes=self.tile_bytes
         )
-        store = FactorStore(self.budget, folder)
+        store = FactorStore(
+            self.budget,
+            folder,
+            lengths=self.lengths if self.known_lengths else (),
+            gradients_above={} if self.gradients_above is None else dict.fromkeys(plan.sites, self.gradients_above),
+        )
         collection = Collection(
             store, plan.sites, self.objective, self.reduction, self.loss_factor, batch_tokens=self.batch_tokens
         )

@@ -144,7 +144,7 @@ def test_another_fisher_for_each_direction_breaks_symmetry(monkeypatch):
 
     def one_sided(self, *, swapped=False):
         usual = roles(self, swapped=swapped)
-        return replace(usual, weights=usual.weights[::-1].copy()) if swapped else usual
+        return replace(usual, weights=usual.weights[:, ::-1].copy()) if swapped else usual
 
     monkeypatch.setattr(Subject, "roles", one_sided)
     assert "symmetry" in broken(list(run_checks(subject_of("llama"))))

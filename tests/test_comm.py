@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from ranks import _free_port as free_port
-from ranks import pools
 
 from qkov_dist import comm
 from qkov_dist.comm import Alone, SharedError, World, connected, connected_by_mpi, current, same_on_all, together
@@ -137,12 +136,6 @@ def _refuse(where: str):
 
 
 # torch.distributed
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with pools() as pool_of:
-        yield pool_of
 
 
 def over_torch(name: str):

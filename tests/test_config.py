@@ -84,7 +84,14 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
         "fisher": {"estimator": "ema", "decay": 0.99, "scope": "pooled", "batch_size": 8},
         "ridge": {"epsilon": 1e-10, "absolute": 1e-8, "relative": 0.0},
         "statistics": {"enabled": True, "permutations": 1000, "bootstrap": 1000, "fdr_alpha": 0.05, "seed": 0},
-        "compute": {"batch_tokens": 2048, "factor_memory_mb": 1024, "score_dtype": "float32", "compile": "auto"},
+        "compute": {
+            "batch_tokens": 2048,
+            "factor_memory_mb": 1024,
+            "factor_disk_mb": None,
+            "factor_dtype": "auto",
+            "score_dtype": "float32",
+            "compile": "auto",
+        },
         "output": {"dir": "runs/qkov", "pairs": "cross", "partials": True, "resume": True},
     }
 
@@ -352,6 +359,7 @@ def test_identity_leaves_out_where_and_how(minimal: Path) -> None:
         "output.partials=false",
         "compute.batch_tokens=7",
         "compute.factor_memory_mb=7",
+        "compute.factor_disk_mb=7",
         "compute.compile=false",
         "parallel.tp=4",
         "parallel.shard=fsdp",

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jobs import mixed_samples
-from ranks import pools
 from zoo import TINY, VOCAB
 
+from qkov_dist.assembly import assemble
 from qkov_dist.config_file import from_dict
 from qkov_dist.errors import QkovError
 from qkov_dist.frame import from_json
-from qkov_dist.merge import add_layers, assemble
+from qkov_dist.merge import add_layers
 from qkov_dist.partials import list_partials, read_partial
 from qkov_dist.run import run
 from qkov_dist.store import load_heatmap
@@ -44,12 +44,6 @@ CASES = (
 def name_of(case) -> str:
     model, world_size, cut = case
     return f"{model}-{world_size}-" + "-".join(f"{key}{value}" for key, value in cut.items())
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with pools() as pool_of:
-        yield pool_of
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +97,7 @@ def from_files(folder: Path, *, twice: int | None = None):
     partials = [read_partial(path) for path in list_partials(folder)]
     counted = [*partials, *([partials[twice]] if twice is not None else [])]
     frame = from_json(partials[0].header.extra, "test")
-    layers = {x.layer: add_layers([partial.read_layer(x.layer) for partial in counted]) for x in frame.layers}
+    layers = ((x.layer, add_layers([partial.read_layer(x.layer) for partial in counted])) for x in frame.layers)
     return assemble(frame, layers)
 
 
@@ -145,7 +139,7 @@ def test_every_cut_equals_one_process(case, ranks, folder, one_process):
         np.testing.assert_allclose(merged.samples_b.losses, expected.samples_b.losses, rtol=1e-5)
         assert len(list_partials(place)) == world_size
         assert deviation(from_files(place), merged) < 1e-6
-        for key in ("mean", "ridge_share"):  # the minimum is one element: rounding, where a gradient cancels
+        for key in ("mean", "ridge_share", "share_a"):  # the minimum is one element: rounding, where a gradient cancels
             np.testing.assert_allclose(merged.fisher["K"][key], expected.fisher["K"][key], rtol=1e-3)
         if "O_bias" in expected.shared:
             bias = expected.shared["O_bias"]["cross"]

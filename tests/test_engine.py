@@ -10,9 +10,11 @@ import torch
 from jobs import Job, closeness, mixed_samples
 from zoo import TINY, VOCAB, Tiny
 
-from qkov_dist.engine import ScoreSettings
+from qkov_dist.collection import Collection
+from qkov_dist.engine import ScoreSettings, score_layer
+from qkov_dist.factors import FactorStore
 from qkov_dist.layout import resolve
-from qkov_dist.plan import Selection
+from qkov_dist.plan import Selection, make_plan
 
 TOLERANCE = 1e-3  # the bar for float32: a share of the block's largest score
 
@@ -138,6 +140,11 @@ COMPUTE = {
     "all factors on disk": {"budget": 0},
     "some factors on disk": {"budget": 20_000},
     "tiles of one row": {"tile_bytes": 1},
+    "every sample kept as its gradient": {"gradients_above": 0},
+    "long samples kept as gradients": {"gradients_above": 6},
+    "gradients on disk": {"gradients_above": 6, "budget": 0},
+    "a place for every row": {"known_lengths": True},
+    "a place for some series, gradients among them": {"known_lengths": True, "budget": 20_000, "gradients_above": 6},
 }
 
 
@@ -149,8 +156,42 @@ def test_how_it_is_computed_changes_nothing(name, how, tmp_path):
     base, changed = job_for(entry), job_for(entry, **COMPUTE[how])
     expected = {n: {b: part.scores.double() for b, part in blocks.items()} for n, blocks in base.run(model).items()}
     # float32: sums in another order; a spilled factor comes back bit for bit
-    assert_close(changed.run(model, tmp_path), expected, 1e-7 if "disk" in how else 1e-4)
+    assert_close(changed.run(model, tmp_path), expected, 1e-7 if "factors on disk" in how else 1e-4)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "falcon_new"])
+@pytest.mark.parametrize("above", [0, 5])
+def test_gradients_of_long_samples_equal_the_oracle(name, above):
+    entry = TINY[name]
+    model = entry.build()
+    job = job_for(entry, gradients_above=above, include_bias=True, settings=ScoreSettings(ridge_relative=0.1))
+    got = job.run(model)
+    for blocks in got.values():
+        blocks.pop("O_bias", None)
+    assert_close(got, expected_scores(entry, model, job))
+
+
+def test_any_number_of_workers_gives_the_same_bits():
+    entry = TINY["llama"]
+    model, job, before = entry.build(), job_for(entry), torch.get_num_threads()
+    plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=8, tile_bytes=1000)
+    store = FactorStore(2**30)
+    collection = Collection(store, plan.sites)
+    for task, samples in (("a", job.a), ("b", job.b)):
+        collection.run(model, task, samples)
+    found = []
+    try:
+        for num_threads in (1, 2, 5, 2):
+            torch.set_num_threads(num_threads)
+            found.append(score_layer(plan.layers[1], store, job.roles(), job.settings))
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for block, part in found[0].items():
+            assert torch.equal(other[block].scores, part.scores)
+            assert other[block].fisher == part.fisher
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "bert_masked"])

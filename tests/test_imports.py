@@ -23,7 +23,7 @@ ONLY = {"errors": set(), "geometry": {"errors"}, "score": {"errors"}}
 # Modules that a module must not know, be it through others.
 PLACEMENT = {"shards", "plan", "capture"}
 RUNNING = {"capture", "engine", "run"}
-COMPUTING = {"capture", "engine", "run", "score", "fisher", "permutation", "head_tests", "statistics"}
+COMPUTING = {"capture", "engine", "run", "score", "fisher", "permutation", "head_tests", "layer_tests", "statistics"}
 STRANGERS = {
     "layout": PLACEMENT,
     "slices": PLACEMENT,
@@ -32,6 +32,7 @@ STRANGERS = {
     "shards": {"layout", "plan"},
     "statistics": RUNNING,
     "head_tests": RUNNING,
+    "layer_tests": RUNNING,
     "permutation": RUNNING,
     "summary": COMPUTING,
     "report": COMPUTING,

@@ -8,13 +8,14 @@ from jobs import Job, mixed_samples
 from test_plan import flat_owner
 from zoo import TINY, VOCAB
 
+from qkov_dist.assembly import assemble
 from qkov_dist.collection import Collection
 from qkov_dist.engine import score_layer
 from qkov_dist.errors import QkovError
 from qkov_dist.factors import FactorStore
 from qkov_dist.frame import from_json, make_frame, to_json
 from qkov_dist.layout import resolve
-from qkov_dist.merge import add_layers, assemble, layer_partial
+from qkov_dist.merge import add_layers, layer_partial
 from qkov_dist.plan import Selection, make_plan
 
 
@@ -46,7 +47,7 @@ def scored(name: str, world_sizes=(1,), *, include_bias=False, heads=None):
 
 
 def summed(ranks):
-    return {layer: add_layers([rank[layer] for rank in ranks]) for layer in ranks[0]}
+    return [(layer, add_layers([rank[layer] for rank in ranks])) for layer in ranks[0]]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma4_kv_shared"])
@@ -58,7 +59,7 @@ def test_partials_of_any_number_of_ranks_add_up_to_one_process(name):
         for block in one.blocks:
             largest = np.nanmax(np.abs(one.cross[block]))
             np.testing.assert_allclose(many.cross[block], one.cross[block], atol=1e-5 * largest, rtol=0)
-            for key in ("mean", "min", "ridge_share"):
+            for key in ("mean", "min", "ridge_share", "share_a"):
                 np.testing.assert_allclose(many.fisher[block][key], one.fisher[block][key], rtol=1e-4)
         doubled = assemble(frame, summed([*parts[world_size], parts[world_size][0]]))
         assert np.nanmax(np.abs(doubled.cross["Q"] - one.cross["Q"])) > 1e-2 * np.nanmax(one.cross["Q"])
@@ -85,9 +86,9 @@ def test_head_counts_that_differ_by_layer_share_one_axis():
 def test_a_missing_layer_or_head_is_an_error():
     frame, parts = scored("llama", (1, 4))
     with pytest.raises(QkovError, match=r"no scores of layers \[1\]"):
-        assemble(frame, {0: parts[1][0][0]})
+        assemble(frame, [(0, parts[1][0][0])])
     with pytest.raises(QkovError, match=r"layer 0, block Q: expected scores of heads \[0, 1, 2, 3\], got"):
-        assemble(frame, parts[4][0])
+        assemble(frame, parts[4][0].items())
 
 
 def test_a_frame_survives_json():
@@ -105,7 +106,7 @@ def test_a_dominant_ridge_is_a_warning():
     frame, parts = scored("llama")
     layer = parts[1][0][0]
     layer.blocks["K"].fisher_sums[1, 3] = layer.blocks["K"].fisher_sums[1, 1]
-    (warning,) = assemble(frame, parts[1][0]).attributes["warnings"]
+    (warning,) = assemble(frame, parts[1][0].items()).attributes["warnings"]
     assert warning.startswith(
         "K: lambda exceeds I on more than half of the elements of 1 heads (most in layer 0, head 1"
     )

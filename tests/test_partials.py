@@ -20,6 +20,7 @@ import pytest
 
 from qkov_dist import hdf5_write
 from qkov_dist.errors import QkovError
+from qkov_dist.partial_schema import FISHER_COLUMNS
 from qkov_dist.partials import PartialHeader, PartialWriter, list_partials, partial_path, read_partial
 
 HEADER = PartialHeader("run-1", 0, 2, 3, 4, (1, 4, 12), extra={"ids": ["é", "b"], "losses": [0.5, float("inf")]})
@@ -33,7 +34,7 @@ def make_layer(layer: int, header: PartialHeader = HEADER, heads: int = 3) -> tu
         block: (
             np.arange(count) * 2 + layer % 2,
             rng.random((count, *pairs)).astype(np.float32),
-            rng.random((count, 4)),
+            rng.random((count, len(FISHER_COLUMNS))),
         )
         for block, count in {"Q": heads, "K": 1, "O": 2}.items()
     }
@@ -93,7 +94,7 @@ def test_file_has_the_names_types_and_checksums_of_the_specification(path: Path)
         assert (scores.dtype, scores.shape, scores.chunks) == (np.float32, (3, 3, 4), (1, 3, 4))
         assert scores.attrs["heads"].tolist() == [0, 2, 4]
         assert file["fisher/Q/layer_0004"].dtype == np.float64
-        assert file["fisher/Q/layer_0004"].shape == (3, 4)
+        assert file["fisher/Q/layer_0004"].shape == (3, len(FISHER_COLUMNS))
         assert file["complete"][...].tolist() == [0, 1, 0]
         assert list(file["partial/Q"]) == ["layer_0004"]
         names: list[str] = []
@@ -102,7 +103,7 @@ def test_file_has_the_names_types_and_checksums_of_the_specification(path: Path)
 
 
 def test_float64_on_request_and_float32_otherwise(path: Path) -> None:
-    heads, fisher = np.array([0]), np.zeros((1, 4))
+    heads, fisher = np.array([0]), np.zeros((1, len(FISHER_COLUMNS)))
     with PartialWriter(path, HEADER) as writer:
         writer.write_layer(1, {"Q": (heads, np.full((1, 3, 4), 1 / 3), fisher)})
         writer.write_layer(4, {"Q": (heads, np.full((1, 3, 4), 0.5, np.float16), fisher)})
@@ -231,9 +232,9 @@ def test_reading_what_is_not_there_says_so(path: Path) -> None:
     ("layer", "blocks", "shared", "message"),
     [
         (3, {}, {}, "layer 3"),
-        (1, {"X": (np.array([0]), np.zeros((1, 3, 4)), np.zeros((1, 4)))}, {}, "block X"),
-        (1, {"Q": (np.array([0, 0]), np.zeros((2, 3, 4)), np.zeros((2, 4)))}, {}, "different heads"),
-        (1, {"Q": (np.array([0]), np.zeros((1, 4, 3)), np.zeros((1, 4)))}, {}, r"scores \[1, 3, 4\]"),
+        (1, {"X": (np.array([0]), np.zeros((1, 3, 4)), np.zeros((1, 5)))}, {}, "block X"),
+        (1, {"Q": (np.array([0, 0]), np.zeros((2, 3, 4)), np.zeros((2, 5)))}, {}, "different heads"),
+        (1, {"Q": (np.array([0]), np.zeros((1, 4, 3)), np.zeros((1, 5)))}, {}, r"scores \[1, 3, 4\]"),
         (1, {"Q": (np.array([0]), np.zeros((1, 3, 4)), np.zeros((1, 3)))}, {}, "Fisher sums"),
         (1, {}, {"O_bias": np.zeros((4, 3))}, "O_bias"),
         (1, {}, {"../x": np.zeros((3, 4))}, "letters"),

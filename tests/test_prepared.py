@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from ranks import pools
 from test_api import collected
 from test_engine import job_for
 from zoo import TINY
@@ -95,12 +94,6 @@ def heatmap_of(prepare: str, folder: str = "") -> dict[str, dict[str, np.ndarray
         "pair": {block: np.array(score) for block, score in pair.items()},
         "p": {block: results["cross_mean"][block]["p_value"] for block in heatmap.blocks},
     }
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with pools() as pool_of:
-        yield pool_of
 
 
 @pytest.fixture(scope="module")

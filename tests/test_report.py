@@ -6,6 +6,7 @@ import base64
 import csv
 import dataclasses
 import hashlib
+import html
 import io
 import json
 import re
@@ -19,6 +20,7 @@ from heatmaps import HEADS, KV_HEADS, LAYERS, NUM_A, NUM_B, make_heatmap, make_s
 
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
+from qkov_dist.figures import draw_heatmaps
 from qkov_dist.report import write_page, write_report
 from qkov_dist.report_page import make_page, page_data
 from qkov_dist.report_tables import Table, all_tables, blocks_table, conflicts_table, heads_table, layers_table
@@ -34,9 +36,13 @@ def heatmap_with_tests(**changes) -> Heatmap:
         for block in "QKVO":
             arrays = statistics[name][block]
             arrays |= {"ci_low": arrays["statistic"] - 0.1, "ci_high": arrays["statistic"] + 0.1}
-            for key in ("effect_size", "p_max"):
-                arrays[key] = np.where(present(block), rng.random(present(block).shape), np.nan)
-    statistics["settings"] = {"statistic": "overlap", "fdr_alpha": 0.3, "confidence": 0.95}
+            shape = present(block).shape
+            drawn = {
+                "effect_size": rng.normal(size=shape),
+                **{key: rng.random(shape) for key in ("p_greater", "p_less", "p_max", "q_value_by")},
+            }
+            arrays |= {key: np.where(present(block), values, np.nan) for key, values in drawn.items()}
+    statistics["settings"] = {"statistic": "overlap", "alternative": "two-sided", "fdr_alpha": 0.3, "confidence": 0.95}
     statistics["notes"] = ["few <labellings>"]
     return make_heatmap(**changes).with_statistics(statistics)
 
@@ -46,8 +52,11 @@ def large_heatmap(num_layers: int = 80, num_heads: int = 64) -> Heatmap:
     rng = np.random.default_rng(0)
     shape, num_samples = (num_layers, num_heads), 4
     cross = {b: rng.gamma(1.0, size=(*shape, num_samples, num_samples)).astype(np.float32) for b in "QKVO"}
-    keys = ("statistic", "p_value", "q_value", "q_value_by", "p_max", "effect_size", "ci_low", "ci_high")
-    tests = {name: {b: {key: rng.random(shape) for key in keys} for b in "QKVO"} for name in ("cross_mean", "overlap")}
+    keys = ("statistic", "p_value", "p_greater", "p_less", "q_value", "q_value_by", "p_max", "ci_low", "ci_high")
+    tests = {
+        name: {b: {key: rng.random(shape) for key in keys} | {"effect_size": rng.normal(size=shape)} for b in "QKVO"}
+        for name in ("cross_mean", "overlap")
+    }
     table = SampleTable(
         tuple(f"sample-{i}" for i in range(num_samples)),
         np.full(num_samples, 9000),
@@ -67,9 +76,19 @@ def large_heatmap(num_layers: int = 80, num_heads: int = 64) -> Heatmap:
         {b: np.ones(shape, bool) for b in "QKVO"},
         {b: {key: rng.random(shape) for key in FISHER_KEYS} for b in "QKVO"},
         cross,
-        statistics={**tests, "settings": {"statistic": "overlap", "fdr_alpha": 0.05}},
+        shared={"O_bias": {"mean": rng.random(num_layers)}},
+        statistics={**tests, "settings": {"statistic": "overlap", "alternative": "two-sided", "fdr_alpha": 0.3}},
         attributes={"run_id": "large", "score": "interference"},
     )
+
+
+def signed_heatmap() -> Heatmap:
+    """Heads of every finding of signed scores: means of both signs, on both sides of their null."""
+    heatmap = heatmap_with_tests(attributes={"run_id": "signed", "score": "signed"})
+    mean = {block: values - np.nanmedian(values) for block, values in heatmap.mean.items()}
+    statistics = {**heatmap.statistics, "settings": {**heatmap.statistics["settings"], "statistic": "cross_mean"}}
+    del statistics["overlap"]
+    return dataclasses.replace(heatmap, mean=mean, statistics=statistics)
 
 
 def data_of(page: str) -> dict:
@@ -77,8 +96,18 @@ def data_of(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
-def numbers(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f4")
+def numbers(text: str, dtype: str = "<f4") -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def records(table: Table) -> list[dict[str, object]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def text_of(page: str, name: str) -> str:
+    """The text of the element with an id, up to the end of its list, paragraph or table."""
+    found = re.search(rf"<(\w+)[^>]*\bid=['\"]{name}['\"].*?</\1>", page, re.S)[0]
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", found)))
 
 
 class Tags(HTMLParser):
@@ -184,6 +213,120 @@ def test_warnings_notes_and_provenance_are_on_the_page():
         assert text in page
 
 
+def test_every_significant_head_travels_with_what_it_shows():
+    heatmap = heatmap_with_tests()
+    data = data_of(make_page(heatmap))
+    names = [None, *(finding["name"] for finding in data["findings"])]
+    seen = set()
+    for block in data["blocks"]:
+        tests = heatmap.tests[block["name"]]
+        marks = {key: numbers(text, "i1") for key, text in block["marks"].items()}
+        for at, (q, effect, p_max) in enumerate(
+            zip(tests["q_value"].ravel(), tests["effect_size"].ravel(), tests["p_max"].ravel(), strict=True)
+        ):
+            expected = None if not q <= 0.3 else "contested" if effect > 0 else "apart"
+            assert names[marks["found"][at]] == expected
+            assert marks["family"][at] == (expected is not None and p_max <= 0.3)
+            assert marks["side"][at] == (0 if np.isnan(effect) else np.sign(effect))
+            seen.add(expected)
+    assert seen == {None, "contested", "apart"}
+
+
+def test_facts_legend_and_block_table_count_contested_and_apart_heads_alike():
+    heatmap = heatmap_with_tests()
+    page = make_page(heatmap)
+    numbers_of = {
+        name: sum(
+            int(((tests["q_value"] <= 0.3) & (sign * tests["effect_size"] > 0)).sum())
+            for tests in (heatmap.tests[block] for block in "QKVO")
+        )
+        for name, sign in {"contested": 1, "apart": -1}.items()
+    }
+    assert all(numbers_of.values())
+    for name, number in numbers_of.items():
+        assert f"{number} {name}" in re.search(r"<dt>Significant</dt><dd>(.*?)</dd>", page)[1]
+        assert f"{name} {number} head" in text_of(page, "marks")
+        assert sum(row[name] for row in records(blocks_table(heatmap))) == number
+        assert sum(row[name] for row in records(layers_table(heatmap))) == number
+        assert sum(row["finding"] == name for row in records(heads_table(heatmap))) == number
+    assert "(overlap, two-sided, q ≤ 0.3)" in page
+
+
+def test_signed_scores_have_words_of_their_own():
+    heatmap = signed_heatmap()
+    table = records(heads_table(heatmap))
+    assert {row["finding"] for row in table} == {None, "synergy", "conflict", "weaker", "milder"}
+    for row in table:
+        if row["finding"] is not None:
+            assert (row["finding"] in ("synergy", "milder")) == (row["cross_mean_direction"] == "above")
+            assert (row["finding"] in ("conflict", "milder")) == (row["score_mean"] < 0)
+    shown = text_of(make_page(heatmap), "blocks")
+    assert all(word in shown for word in ("▲ synergy", "▼ conflict", "■ weaker", "◆ milder"))
+
+
+def test_the_page_says_how_heads_were_tested():
+    settings = {
+        "statistic": "overlap",
+        "alternative": "two-sided",
+        "method": "monte-carlo",
+        "n_labellings": 5401,
+        "seed": 17,
+        "n_a": NUM_A,
+        "n_b": NUM_B,
+        "exactly_exchangeable": False,
+    }
+    heatmap = heatmap_with_tests()
+    said = text_of(make_page(heatmap.with_statistics({**heatmap.statistics, "settings": settings})), "tested")
+    for part in (
+        "two-sided",
+        "5,400 random labellings",
+        "(seed 17)",
+        "4 + 3 samples",
+        "0.00019",
+        "nearly, not exactly",
+    ):
+        assert part in said
+    assert 'id="tested"' not in make_page(make_heatmap())
+
+
+def test_whose_fisher_it_is_stands_in_the_table_of_blocks():
+    heatmap = heatmap_with_tests()
+    shown = text_of(make_page(heatmap), "blocks")
+    assert "Median Fisher share of math" in shown
+    for row in records(blocks_table(heatmap)):
+        share = heatmap.fisher[row["block"]]["share_a"]
+        assert row["share_a_median"] == np.nanmedian(share)
+        assert f"{np.nanmedian(share):.4g} {np.nanmin(share):.4g} to {np.nanmax(share):.4g}" in shown
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_file_that_does_not_know_whose_fisher_it_is_has_no_such_column_and_no_such_view(is_named):
+    heatmap = make_heatmap()
+    for parts in heatmap.fisher.values():
+        parts["share_a"] = np.full_like(parts["mean"], np.nan)
+        if not is_named:
+            del parts["share_a"]
+    page = make_page(heatmap)
+    assert "Fisher share" not in text_of(page, "blocks")
+    assert all("share" not in block["values"] for block in data_of(page)["blocks"])
+    assert {row["share_a"] for row in records(heads_table(heatmap))} == {None}
+
+
+def test_a_bias_of_o_is_shown_by_layer_where_there_is_one():
+    heatmap = make_heatmap()
+    page = make_page(heatmap)
+    shown = text_of(page, "shared-table")
+    for layer, mean in zip(LAYERS, heatmap.shared["O_bias"]["mean"], strict=True):
+        assert f"O_bias {layer} {mean:.4g}" in shown
+    np.testing.assert_array_equal(
+        numbers(data_of(page)["shared"]["O_bias"]), heatmap.shared["O_bias"]["mean"].astype("f4")
+    )
+    assert "belongs to no head" in text_of(page, "shared")
+    without = dataclasses.replace(heatmap, shared={})
+    assert 'id="shared"' not in make_page(without)
+    assert "shared" not in {table.name for table in all_tables(without)}
+
+
 def test_eighty_layers_of_64_heads_stay_below_5_mb():
     page = make_page(large_heatmap())
     assert len(page.encode()) < 5_000_000
@@ -212,7 +355,30 @@ def test_heads_are_listed_strongest_first_with_their_tests():
     assert scores == sorted(scores, reverse=True)
     row = next(row for row in rows if (row["block"], row["layer"], row["head"]) == ("Q", 5, 3))
     assert row["kv_head"] == 1  # two query heads of one kv head in layer 5
-    assert row["overlap_q_value"] == heatmap.statistics["overlap"]["Q"]["q_value"][1, 3]
+    assert row["share_a"] == heatmap.fisher["Q"]["share_a"][1, 3]
+    for name in ("overlap", "cross_mean"):
+        tests = heatmap.statistics[name]["Q"]
+        for key in ("q_value", "p_greater", "p_less"):
+            assert row[f"{name}_{key}"] == tests[key][1, 3]
+        assert row[f"{name}_direction"] == ("above" if tests["effect_size"][1, 3] > 0 else "below")
+
+
+def test_a_finding_is_named_in_csv_and_markdown():
+    table = heads_table(heatmap_with_tests())
+    lines = list(csv.DictReader(io.StringIO(table.to_csv())))
+    assert {line["finding"] for line in lines} == {"contested", "apart", ""}
+    assert {line["overlap_direction"] for line in lines} == {"above", "below"}
+    assert "| contested |" in table.to_markdown()
+
+
+def test_older_tests_without_one_sided_p_values_leave_these_cells_empty():
+    heatmap = heatmap_with_tests()
+    for block in "QKVO":
+        for key in ("p_greater", "p_less"):
+            del heatmap.statistics["overlap"][block][key]
+    rows = records(heads_table(heatmap))
+    assert {row["overlap_p_less"] for row in rows} == {None}
+    assert {row["overlap_direction"] for row in rows} == {"above", "below"}
 
 
 def test_blocks_and_layers_sum_up_what_is_stored():
@@ -222,7 +388,10 @@ def test_blocks_and_layers_sum_up_what_is_stored():
     assert rows["V"]["layers"] == 2
     assert rows["V"]["score_mean"] == np.nanmean(heatmap.mean["V"])
     assert rows["V"]["overlap_largest"] == np.nanmax(overlap["statistic"])
-    assert rows["V"]["overlap_ci_high"] == pytest.approx(np.nanmax(overlap["statistic"]) + 0.1)
+    assert rows["V"]["overlap_largest_ci_high"] == pytest.approx(np.nanmax(overlap["statistic"]) + 0.1)
+    assert rows["V"]["overlap_lowest"] == np.nanmin(overlap["statistic"])
+    layer, head = np.unravel_index(np.nanargmin(overlap["statistic"]), overlap["statistic"].shape)
+    assert (rows["V"]["overlap_lowest_layer"], rows["V"]["overlap_lowest_head"]) == (LAYERS[layer], KV_HEADS[head])
     assert rows["V"]["significant"] == int((overlap["q_value"] <= 0.3).sum())
     layers = layers_table(heatmap)
     assert ("V", 7) not in {row[:2] for row in layers.rows}  # no V heads there
@@ -237,6 +406,9 @@ def test_conflicts_come_with_texts_and_token_counts():
     assert (first["score"], first["id_a"], first["id_b"]) == (top["score"], top["id_a"], top["id_b"])
     assert first["text_b"] == heatmap.samples_b.texts[top["sample_j"]]
     assert first["tokens_a"] == heatmap.samples_a.num_tokens[top["sample_i"]]
+    heads = {(row["block"], row["layer"], row["head"]): row["finding"] for row in records(heads_table(heatmap))}
+    for row in records(table):
+        assert row["finding"] == heads[row["block"], row["layer"], row["head"]]
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", '=HYPERLINK("x","y")'])
@@ -255,6 +427,28 @@ def test_markdown_cells_hold_no_markup():
     assert lines[4] == "| 0.1235 |"
 
 
+# Figures
+
+
+def test_marks_of_a_figure_point_up_for_contested_heads_and_down_for_heads_apart():
+    pytest.importorskip("matplotlib")
+    heatmap = heatmap_with_tests()
+    figure = draw_heatmaps(heatmap)
+    for axis, block in zip(figure.axes, "QKVO", strict=False):
+        marked = {"contested": set(), "apart": set()}
+        for marks in axis.collections:
+            corners = marks.get_paths()[0].vertices[:3].round(6)
+            is_up = (corners[:, 1] == corners[:, 1].max()).sum() == 1
+            marked["contested" if is_up else "apart"] |= {tuple(place) for place in marks.get_offsets().tolist()}
+        tests = heatmap.tests[block]
+        for name, sign in {"contested": 1, "apart": -1}.items():
+            layers, heads = np.nonzero((tests["q_value"] <= 0.3) & (sign * tests["effect_size"] > 0))
+            assert marked[name] == set(zip(heads, layers, strict=True))
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text.partition(":")[0] for text in legend] == ["contested", "apart"]
+    assert "two-sided" in figure.legends[0].get_title().get_text()
+
+
 # Files
 
 
@@ -270,7 +464,9 @@ def test_the_command_writes_page_tables_and_figures(tmp_path, capsys):
     printed = capsys.readouterr()
     assert str(tmp_path / "report.html") in printed.out
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    tables = {f"{name}.{kind}" for name in ("heads", "blocks", "layers", "conflicts") for kind in ("csv", "md")}
+    tables = {
+        f"{name}.{kind}" for name in ("heads", "blocks", "layers", "conflicts", "shared") for kind in ("csv", "md")
+    }
     assert names == tables | {f"{name}.{kind}" for name in ("heatmaps", "blocks", "layers") for kind in ("pdf", "png")}
     assert (tmp_path / "report" / "heatmaps.pdf").read_bytes().startswith(b"%PDF")
     assert (tmp_path / "report" / "layers.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from heatmaps import HEADS, KV_HEADS, LAYERS, NUM_A, make_table, present
-from test_report import heatmap_with_tests, large_heatmap
+from test_report import heatmap_with_tests, large_heatmap, signed_heatmap
 
 from qkov_dist.report import write_page
 from qkov_dist.report_tables import conflicts_table
@@ -38,6 +38,8 @@ FLAGS = (
 )
 HOSTILE = "<b id=evil>bold</b><script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
 CIVIDIS_LOW, CIVIDIS_HIGH = [0, 0x22, 0x4E], [0xFE, 0xE8, 0x38]
+
+GLYPHS = {None: "none", "contested": "▲ contested", "apart": "▼ apart"}
 
 pytestmark = [
     pytest.mark.long,
@@ -127,7 +129,7 @@ def hover(page, block: int, layer: int, head: int) -> None:
 
 
 def test_no_request_leaves_the_page_and_nothing_goes_wrong(page) -> None:
-    for value in ("overlap", "effect", "q", "score"):
+    for value in ("overlap", "effect", "q", "share", "score"):
         page.find_element("css selector", f"input[value={value}]").click()
     entries = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = [e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"]
@@ -158,22 +160,97 @@ def test_the_heatmaps_are_drawn(page, heatmap) -> None:
             assert pixel(page, block, int(layer), int(head)) == absent
 
 
-def test_significant_heads_are_marked(page, heatmap) -> None:
+def expected_finding(heatmap, name: str, layer: int, head: int) -> str | None:
+    tests = heatmap.tests[name]
+    if not tests["q_value"][layer, head] <= 0.3:
+        return None
+    return "contested" if tests["effect_size"][layer, head] > 0 else "apart"
+
+
+def mark_colors(page, block: int, layer: int, head: int) -> list[list[int]]:
+    """A cell's colour in its middle, where the upper left of a mark would be, and where its lower left."""
+    script = """
+      const [x, y, radius] = markPlace(MAPS[arguments[0]], arguments[1], arguments[2]);
+      const context = MAPS[arguments[0]].canvas.getContext("2d");
+      return [[0, 0], [-0.66, -0.8], [-0.66, 0.8]].map(([right, down]) =>
+        [...context.getImageData(x + right * radius, y + down * radius, 1, 1).data].slice(0, 3))"""
+    return page.execute_script(script, block, layer, head)
+
+
+def test_shape_and_colour_of_a_mark_tell_the_side_and_the_family_wise_heads(page, heatmap) -> None:
+    seen = set()
     for block, name in enumerate("QKVO"):
-        for layer, head in np.argwhere(present(name)):
-            color = pixel(page, block, int(layer), int(head), at=0.5)
-            is_marked = heatmap.tests[name]["q_value"][layer, head] <= 0.3
-            assert (color == [255, 255, 255]) == is_marked
+        for layer, head in np.argwhere(present(name)).tolist():
+            ground = pixel(page, block, layer, head)
+            inside, upper_left, lower_left = mark_colors(page, block, layer, head)
+            finding = expected_finding(heatmap, name, layer, head)
+            is_family = heatmap.tests[name]["p_max"][layer, head] <= 0.3
+            seen.add((finding, bool(is_family)))
+            if finding is None:
+                assert inside == upper_left == lower_left == ground
+                continue
+            flat, pointed = (lower_left, upper_left) if finding == "contested" else (upper_left, lower_left)
+            assert pointed == ground != flat
+            fill = {"contested": [255, 143, 82], "apart": [124, 198, 255]}[finding]
+            assert inside == (fill if is_family else [255, 255, 255])
+    assert len(seen) == 6
+
+
+def test_the_switch_of_marks_leaves_one_kind_or_none(page, heatmap) -> None:
+    for shown in ("contested", "apart", "none", "all"):
+        page.find_element("css selector", f"input[name=marks][value={shown}]").click()
+        for block, name in enumerate("QKVO"):
+            for layer, head in np.argwhere(present(name)).tolist():
+                finding = expected_finding(heatmap, name, layer, head)
+                is_marked = mark_colors(page, block, layer, head)[0] != pixel(page, block, layer, head)
+                assert is_marked == (finding is not None and shown in (finding, "all"))
+        in_charts = page.execute_script("return document.querySelectorAll('#block-charts path[class^=mark-]').length")
+        assert (in_charts == 0) == (shown == "none")
+
+
+def test_small_q_is_orange_above_the_null_and_blue_below(page, heatmap) -> None:
+    page.find_element("css selector", "input[value=q]").click()
+    seen = set()
+    for block, name in enumerate("QKVO"):
+        for layer, head in np.argwhere(present(name)).tolist():
+            if finding := expected_finding(heatmap, name, layer, head):
+                red, _, blue = pixel(page, block, layer, head)
+                assert (red > blue) == (finding == "contested")
+                seen.add(finding)
+    assert seen == {"contested", "apart"}
+
+
+def test_the_share_of_task_a_has_a_heatmap_from_0_to_1(page, heatmap) -> None:
+    page.find_element("css selector", "input[value=share]").click()
+    assert "math" in text_of(page, "#value-hint")
+    for block, name in enumerate("QKVO"):
+        share = heatmap.fisher[name]["share_a"]
+        assert page.execute_script("return MAPS[arguments[0]].ends.map((e) => e.textContent)", block) == [
+            "0",
+            "0.5",
+            "1",
+        ]
+        for layer, head in np.argwhere(present(name)).tolist():
+            red, _, blue = pixel(page, block, layer, head)
+            if abs(share[layer, head] - 0.5) > 0.05:
+                assert (red > blue) == (share[layer, head] > 0.5)
+
+
+def test_the_bias_of_o_has_a_chart_of_its_own(page, heatmap) -> None:
+    line = page.find_element("css selector", "#shared-charts .mark.line").get_attribute("d")
+    heights = [float(point.split()[1].removesuffix("h.01")) for point in line.removeprefix("M").split("L")]
+    means = heatmap.shared["O_bias"]["mean"]
+    assert np.argsort(heights).tolist() == np.argsort(-means).tolist()  # down is larger in SVG
 
 
 def test_switching_the_value_draws_other_colours(page) -> None:
     script = "return MAPS.map((map) => map.canvas.toDataURL())"
     seen = []
-    for value in ("score", "overlap", "effect", "q"):
+    for value in ("score", "overlap", "effect", "q", "share"):
         page.find_element("css selector", f"input[value={value}]").click()
         seen.append(tuple(page.execute_script(script)))
         assert text_of(page, "#value-hint")
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 5
 
 
 @pytest.mark.parametrize(("block", "layer", "head"), [(0, 1, 3), (2, 1, 2)])
@@ -185,6 +262,9 @@ def test_hover_shows_the_numbers_of_a_head(page, heatmap, block, layer, head) ->
     assert f"{name}, layer {LAYERS[layer]}, {axis} {natives[head]}" in shown
     for value in (heatmap.mean[name], heatmap.tests[name]["statistic"], heatmap.tests[name]["q_value"]):
         assert f" {float(f'{value[layer, head]:.4g}'):g}" in shown
+    share = heatmap.fisher[name]["share_a"][layer, head]
+    assert f"Fisher share of math {float(f'{share:.4g}'):g}" in shown
+    assert f"finding {GLYPHS[expected_finding(heatmap, name, layer, head)]}" in shown
     assert page.execute_script("return !document.getElementById('tip').hidden")
 
 
@@ -209,7 +289,19 @@ def test_every_control_is_reached_by_tab(page) -> None:
         ActionChains(page).send_keys(Keys.TAB).perform()
         script = "const e = document.activeElement; return e.id || e.name || e.closest('th')?.dataset.key || e.tagName"
         seen.add(page.execute_script(script))
-    assert {"value", "scale", "range", "map-Q", "map-K", "map-V", "map-O", "filter-block", "score", "tokens_a"} <= seen
+    assert {
+        "value",
+        "marks",
+        "scale",
+        "range",
+        "map-Q",
+        "map-K",
+        "map-V",
+        "map-O",
+        "filter-block",
+        "score",
+        "tokens_a",
+    } <= seen
 
 
 def test_the_table_sorts_by_any_column(page, heatmap) -> None:
@@ -224,6 +316,16 @@ def test_the_table_sorts_by_any_column(page, heatmap) -> None:
         shown = [number(text) for text in column(page, key) if text != "–"]
         assert shown == sorted(shown, reverse=order == "descending")
         assert page.execute_script("return document.querySelectorAll('th[aria-sort]').length") == 1
+
+
+def test_the_table_names_the_finding_of_each_head(page, heatmap) -> None:
+    page.execute_script("FILTER.most = 1000; drawConflicts()")
+    rows = list(zip(*(column(page, key) for key in ("block", "layer", "head", "finding")), strict=True))
+    for block, layer, head, shown in rows:
+        axis = HEADS if block in "QO" else KV_HEADS
+        place = LAYERS.index(int(layer)), axis.index(int(head))
+        assert shown == GLYPHS[expected_finding(heatmap, block, *place)]
+    assert {shown for *_, shown in rows} == set(GLYPHS.values())
 
 
 def test_the_table_is_filtered(page) -> None:
@@ -252,6 +354,18 @@ def test_a_phone_scrolls_in_one_direction(page, scheme) -> None:
     assert (sum(map(int, background[4:-1].split(","))) < 200) == (scheme == "dark")
 
 
+def test_every_switch_of_signed_scores_is_in_sight_on_a_phone(browser, tmp_path) -> None:
+    set_screen(browser, 360, 740, is_phone=True)
+    browser.get(write_page(signed_heatmap(), tmp_path).as_uri())
+    assert browser.execute_script("return [...document.querySelectorAll('input[name=marks]')].map((i) => i.value)") == [
+        *("all", "synergy", "conflict", "weaker", "milder", "none")
+    ]
+    edges = "return [...document.querySelectorAll('.segments label')].map((l) => l.getBoundingClientRect().right)"
+    switches = "return [...document.querySelectorAll('.segments')].map((s) => s.getBoundingClientRect().right)"
+    assert max(browser.execute_script(edges)) <= max(browser.execute_script(switches)) <= 360
+    assert errors(browser) == []
+
+
 def test_a_large_model_stays_readable(browser, tmp_path) -> None:
     set_screen(browser, 1360, 1000)
     errors(browser)  # those of the page before
@@ -261,4 +375,15 @@ def test_a_large_model_stays_readable(browser, tmp_path) -> None:
     assert height >= 7
     tops = browser.execute_script("return MAPS.map((map) => map.canvas.getBoundingClientRect().top)")
     assert len(set(tops)) == 1  # side by side
+    colors = {"contested": [], "apart": []}
+    for at, name in enumerate(
+        browser.execute_script(
+            "return [...MAPS[0].block.marks.found.keys()].map((at) => MAPS[0].block.finding(at)?.name)"
+        )[:640]
+    ):
+        if name and browser.execute_script("return MAPS[0].block.marks.family[arguments[0]]", at):
+            colors[name].append(mark_colors(browser, 0, *divmod(at, 64))[0])
+    assert all(red > blue for red, _, blue in colors["contested"])
+    assert all(blue > red for red, _, blue in colors["apart"])
+    assert min(map(len, colors.values())) > 10
     assert errors(browser) == []

@@ -22,6 +22,7 @@ from test_engine import assert_close, expected_scores, job_for
 from zoo import TINY, VOCAB
 
 import qkov_dist.run
+import qkov_dist.scoring
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.samples import Sample
@@ -135,7 +136,7 @@ def test_without_statistics_only_cross_pairs_are_scored(config, tmp_path):
 def test_a_finished_run_is_not_computed_again_unless_asked(config, tmp_path, capsys, monkeypatch):
     assert qkov("run", config, "--quiet") == 0
     before = load_heatmap(tmp_path / "out" / "heatmap.h5")
-    monkeypatch.setattr(qkov_dist.run, "score_layer", None)
+    monkeypatch.setattr(qkov_dist.run, "score_rounds", None)
     assert qkov("run", config, "--quiet") == 0
     assert "finished already" in capsys.readouterr().err
     monkeypatch.undo()
@@ -158,14 +159,14 @@ def assert_identical(one, other) -> None:
 
 def test_a_run_goes_on_from_the_layers_on_disk_bit_for_bit(config, tmp_path, capsys, monkeypatch):
     assert qkov("run", config, "--quiet") == 0
-    score_layer = qkov_dist.run.score_layer
+    score_layer = qkov_dist.scoring.score_layer
 
     def interrupted(plan, *args):
         if plan.layer == 1:
             raise KeyboardInterrupt
         return score_layer(plan, *args)
 
-    monkeypatch.setattr(qkov_dist.run, "score_layer", interrupted)
+    monkeypatch.setattr(qkov_dist.scoring, "score_layer", interrupted)
     again = f"output.dir={tmp_path}/again"
     assert qkov("run", config, "--quiet", again) == 130
     assert not (tmp_path / "again" / "heatmap.h5").exists()

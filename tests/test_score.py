@@ -68,8 +68,10 @@ def test_symmetric_scores_are_transposes_of_each_other(factors, score):
 
 def test_sums_of_fisher_are_additive():
     fisher = torch.tensor([1e-12, 3.0, 0.5, 2.0])
-    parts = fisher_sums(fisher[:1], 0.6) + fisher_sums(fisher[1:], 0.6) + NO_ELEMENTS
-    assert parts == fisher_sums(fisher, 0.6)
+    tasks = torch.stack([fisher / 4, fisher * 3 / 4])
+    parts = fisher_sums(fisher[:1], tasks[:, :1], 0.6) + fisher_sums(fisher[1:], tasks[:, 1:], 0.6) + NO_ELEMENTS
+    assert parts == fisher_sums(fisher, tasks, 0.6)
+    assert parts.from_a == pytest.approx(parts.total / 4)
     assert (parts.count, parts.below_ridge) == (4, 2)
     assert parts.minimum == pytest.approx(1e-12)
 

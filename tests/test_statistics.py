@@ -5,21 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from qkov_dist import head_tests, permutation
+from qkov_dist import head_tests, layer_tests, pair_sums, permutation
 from qkov_dist.errors import QkovError
+from qkov_dist.layer_tests import LayerTests
 from qkov_dist.statistics import QKOVStatistics
 
 BLOCKS = ("Q", "K", "V", "O")
 STATISTICS = ("cross_mean", "overlap")
+ALTERNATIVES = ("greater", "less", "two-sided")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +48,10 @@ class FakeHeatmap:
     samples_a: Samples = field(default_factory=lambda: Samples(tuple(f"a{i}" for i in range(5))))
     samples_b: Samples = field(default_factory=lambda: Samples(tuple(f"b{i}" for i in range(6))))
     attributes: dict = field(default_factory=lambda: {"score": "interference", "estimator": "mean", "scope": "pooled"})
+
+    @property
+    def present(self):
+        return {block: ~np.isnan(np.asarray(scores)).all((-2, -1)) for block, scores in self.pooled.items()}
 
     def natives(self, block):
         return self.kv_heads if block in "KV" else self.heads
@@ -94,8 +102,8 @@ def slow_z(values, alternative):
 
 
 def p_values(scores, labels, alternative="greater", name="overlap"):
-    z, tolerance = permutation.standardise(permutation.head_nulls(torch.as_tensor(scores), labels)[name], alternative)
-    return permutation.count_p(z[..., 0], tolerance, z).numpy()
+    null = permutation.head_nulls(torch.as_tensor(scores), labels)[name]
+    return permutation.p_value(permutation.standardise(null), alternative).numpy()
 
 
 # ---- labellings
@@ -224,9 +232,10 @@ def test_ties_are_counted_as_in_exact_arithmetic(n_a, n_b, factor):
         nulls = permutation.head_nulls(torch.tensor(whole, dtype=torch.float64) * factor, labels)
         for name, values in exact.items():
             expected = sum(value >= values[0] for value in values) / len(values)
-            z, tolerance = permutation.standardise(nulls[name], "greater")
-            assert permutation.count_p(z[0], tolerance, z).item() == expected
-            missed += permutation.count_p(z[0], tolerance * 0, z).item() != expected
+            found = permutation.standardise(nulls[name])
+            assert permutation.p_value(found, "greater").item() == expected
+            exact_ties = found._replace(tolerance=0 * found.tolerance)
+            missed += permutation.p_value(exact_ties, "greater").item() != expected
     assert missed  # without the tolerance
 
 
@@ -240,7 +249,7 @@ def test_swapped_tasks_have_the_same_overlap_so_that_no_p_is_below_two_labelling
 # ---- the whole result
 
 
-@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+@pytest.mark.parametrize("alternative", ALTERNATIVES)
 @pytest.mark.parametrize("num_permutations", [60, 1000])  # drawn; all 462
 def test_all_numbers_equal_a_slow_implementation(alternative, num_permutations):
     heatmap = heatmap_of(np.random.default_rng(11))
@@ -263,6 +272,8 @@ def test_all_numbers_equal_a_slow_implementation(alternative, num_permutations):
             reference = values if labels.exhaustive else values[1:]
             assert got["statistic"] == pytest.approx(values[0], rel=1e-10)
             assert got["p_value"] == pytest.approx(np.mean(z >= z[0] - 1e-9))
+            for key, up in (("p_greater", slow_z(values, "greater")), ("p_less", slow_z(values, "less"))):
+                assert got[key] == pytest.approx(np.mean(up >= up[0] - 1e-9)), key
             assert got["p_max"] == pytest.approx(np.mean(largest >= z[0] - 1e-9))
             assert got["p_max"] >= got["p_value"]
             assert got["effect_size"] == pytest.approx((values[0] - reference.mean()) / reference.std(), rel=1e-9)
@@ -328,24 +339,125 @@ def test_absent_heads_stay_nan_and_change_nothing_else():
 def test_ranks_that_hold_different_heads_agree_with_one_process():
     scores = torch.from_numpy(interference(np.random.default_rng(4), (7,), 10))
     design = QKOVStatistics(n_permutations=80, n_bootstrap=20).design(4, 6)
-    whole = head_tests.head_tests(scores, design)["overlap"]
-    parts = [head_tests.head_tests(part, design)["overlap"] for part in (scores[:1], scores[1:5], scores[5:])]
-    max_z = np.maximum.reduce([part.max_z for part in parts])  # the all-reduce
-    together = head_tests.correct(head_tests.join(parts), max_z)
-    expected = head_tests.correct(whole, whole.max_z)
+    expected = corrected(scores, design)
+    parts = [head_tests.head_tests(part, design) for part in (scores[:1], scores[1:5], scores[5:])]
+    max_z = head_tests.largest(max_z for _, max_z in parts)
+    together = head_tests.correct(head_tests.join([tests["overlap"] for tests, _ in parts]), max_z["overlap"])
     for key, array in expected.items():
         np.testing.assert_allclose(together[key], array, rtol=1e-10)
-    own_only = np.concatenate([head_tests.correct(part, part.max_z)["p_max"] for part in parts])
+    own_only = np.concatenate([head_tests.correct(x["overlap"], own["overlap"])["p_max"] for x, own in parts])
     assert (own_only < expected["p_max"]).any()  # a rank's own maximum would not do
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("score", ["interference", "signed"])
+def test_layers_tested_by_several_ranks_and_joined_are_bit_for_bit_those_of_one_process(score, num_ranks):
+    """Layers are dealt out, sent as JSON text and joined; the third rank has none."""
+    heatmap = heatmap_of(np.random.default_rng(8))
+    heatmap.attributes["score"] = score
+    heatmap.pooled["O"][0, 2] = 0.0  # no overlap
+    tests = QKOVStatistics(n_permutations=90, n_bootstrap=30)
+    expected = tests.test_heatmap(heatmap)
+    sent = []
+    for rank in range(num_ranks):
+        places = range(rank, len(heatmap.layers), 2 if num_ranks > 1 else 1) if rank < 2 else ()
+        sent.append(json.dumps(layers_tested(heatmap, tests, places).to_json()))
+        assert json.loads(sent[-1])["max_z"].keys() == (set(expected.arrays()) if places else set())
+    joined = LayerTests.joined(LayerTests.from_json(json.loads(text)) for text in sent)
+    frame = SimpleNamespace(
+        layers=heatmap.layers, natives=heatmap.natives, present=heatmap.present, attributes=heatmap.attributes
+    )
+    result = tests.results(frame, tests.design(5, 6, tests.names(score)), joined)
+    assert {k: v for k, v in result.items() if k not in STATISTICS} == {
+        k: v for k, v in expected.items() if k not in STATISTICS
+    }
+    for name, blocks in expected.arrays().items():
+        assert list(result[name]) == list(blocks)
+        for block, arrays in blocks.items():
+            for key, array in arrays.items():
+                np.testing.assert_array_equal(result[name][block][key], array, err_msg=f"{name} {block} {key}")
+
+
+def layers_tested(heatmap, tests, places):
+    """What a rank that holds these layers has of them."""
+    names = tests.names(heatmap.attributes["score"])
+    design = tests.design(len(heatmap.samples_a.ids), len(heatmap.samples_b.ids), names)
+    ids = (*heatmap.samples_a.ids, *heatmap.samples_b.ids)
+    parts = []
+    for place in places:
+        scores = {block: torch.from_numpy(pooled[place]) for block, pooled in heatmap.pooled.items()}
+        heads = {block: heatmap.natives(block) for block in scores}
+        parts.append(layer_tests.layer_tests(design, heatmap.layers[place], scores, heads, ids))
+    return LayerTests.joined(parts)
+
+
+def test_every_present_head_is_tested_once():
+    heatmap = heatmap_of(np.random.default_rng(8))
+    tests = QKOVStatistics(n_permutations=20, n_bootstrap=0)
+    first, both = layers_tested(heatmap, tests, [0]), layers_tested(heatmap, tests, [0, 1])
+    with pytest.raises(QkovError, match="layer 3, block Q, head 0: expected one test, got two"):
+        LayerTests.joined([first, both])
+    with pytest.raises(QkovError, match="layer 7, block Q, head 0: expected a test of every present head, got none"):
+        tests.results(heatmap, tests.design(5, 6), first)
+    heads, statistics = both.layers[7]["K"]
+    beheaded = {**both.layers, 7: {**both.layers[7], "K": layer_tests.BlockTests(heads[:1], first_head(statistics))}}
+    with pytest.raises(QkovError, match="layer 7, block K, head 2"):
+        tests.results(heatmap, tests.design(5, 6), replace(both, layers=beheaded))
+
+
+def first_head(statistics):
+    return {
+        name: head_tests.HeadTests({k: array[:1] for k, array in made.arrays.items()}, made.threshold[:1])
+        for name, made in statistics.items()
+    }
+
+
+def test_heads_of_one_layer_may_be_tested_by_different_ranks():
+    """In any order, one rank without any head of K and V, none with the absent head."""
+    heatmap = heatmap_of(np.random.default_rng(8))
+    tests = QKOVStatistics(n_permutations=90, n_bootstrap=30)
+    expected = tests.test_heatmap(heatmap)
+    design, ids = tests.design(5, 6), (*heatmap.samples_a.ids, *heatmap.samples_b.ids)
+    parts = []
+    for place, layer in enumerate(heatmap.layers):
+        for at in ([3, 2], [1, 0]):
+            scores, heads = {}, {}
+            for block, pooled in heatmap.pooled.items():
+                mine = [x for x in at if x < len(pooled[place]) and not np.isnan(pooled[place][x]).any()]
+                scores[block] = torch.from_numpy(pooled[place][mine])
+                heads[block] = [heatmap.natives(block)[x] for x in mine]
+            parts.append(layer_tests.layer_tests(design, layer, scores, heads, ids))
+    result = tests.results(heatmap, design, LayerTests.joined(parts))
+    for name, blocks in expected.arrays().items():
+        for block, arrays in blocks.items():
+            for key, array in arrays.items():
+                np.testing.assert_allclose(result[name][block][key], array, rtol=1e-9, err_msg=f"{name} {block} {key}")
+
+
+def test_numbers_that_are_not_finite_survive_json():
+    arrays = {"ci_low": np.array([np.nan, 0.1]), "detectable": np.array([np.inf, 1e-310])}
+    made = head_tests.HeadTests(arrays, np.array([-np.inf, np.nextafter(1, 2)]))
+    back = head_tests.HeadTests.from_json(json.loads(json.dumps(made.to_json())))
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(back.arrays[key], array)
+    np.testing.assert_array_equal(back.threshold, made.threshold)
+
+
+def corrected(scores, design, name="overlap"):
+    """The corrected tests of these heads alone."""
+    tests, max_z = head_tests.head_tests(torch.as_tensor(scores), design)
+    return head_tests.correct(tests[name], max_z[name])
 
 
 def test_chunks_change_nothing(monkeypatch):
     scores = torch.from_numpy(interference(np.random.default_rng(4), (5,), 9))
     design = QKOVStatistics(n_permutations=30, n_bootstrap=10).design(4, 5)
-    whole = head_tests.head_tests(scores, design)["overlap"]
-    monkeypatch.setattr(head_tests, "_CHUNK_BYTES", 2 * 8 * 9 * 31)
-    for key, array in head_tests.head_tests(scores, design)["overlap"].arrays.items():
-        np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-10)
+    whole = corrected(scores, design)
+    monkeypatch.setattr(head_tests, "_CHUNK_BYTES", 3 * 8 * 31)
+    monkeypatch.setattr(pair_sums, "_CACHED_BYTES", 2 * 8 * 9 * 31)
+    monkeypatch.setattr(pair_sums, "_ROWS", 2)
+    for key, array in corrected(scores, design).items():
+        np.testing.assert_allclose(array, whole[key], rtol=1e-10)
 
 
 def conflict_heatmap(rng, n=12, **changes):
@@ -372,10 +484,59 @@ def test_records_name_the_heads_in_conflict_by_the_models_numbers():
         for key in ("p_value", "q_value", "q_value_by", "p_max", "effect_size"):
             assert record[key] == arrays[key][1, head]
         assert record["q_value"] <= 0.05
+        assert record["direction"] == "above"
     assert found["Q"][0]["effect_size"] > found["Q"][1]["effect_size"]  # equal q and p: the clearer one first
     assert found["K"] == found["V"] == found["O"] == []
     by_mean = QKOVStatistics(n_permutations=300, n_bootstrap=0, statistic="cross_mean").test_heatmap(heatmap)
     assert by_mean["fdr_corrected"]["Q"][0]["statistic"] == "cross_mean"
+
+
+def test_heads_are_found_on_both_sides_of_their_null_and_the_direction_says_on_which():
+    """Q of layer 7, head 5 is made to lie below: there the tasks press on each other half as much as on themselves."""
+    heatmap = conflict_heatmap(np.random.default_rng(0))
+    side = np.arange(24) < 12
+    heatmap.pooled["Q"][1, 2] *= np.where(side[:, None] != side, 0.25, 1.0)  # was doubled
+    found = QKOVStatistics(n_permutations=300, n_bootstrap=0).test_heatmap(heatmap)
+    assert {r["head"]: r["direction"] for r in found["fdr_corrected"]["Q"]} == {1: "above", 5: "below"}
+    for record in found["fdr_corrected"]["Q"]:
+        place = (1, heatmap.heads.index(record["head"]))
+        scores, labels = heatmap.pooled["Q"][place], permutation.draw_labels(0, 12, 12, 300)
+        null = slow_null("overlap", scores, labels)
+        assert record["direction"] == ("above" if null[0] > null[1:].mean() else "below")
+        assert np.sign(record["effect_size"]) == (1 if record["direction"] == "above" else -1)
+        small, large = ("p_greater", "p_less") if record["direction"] == "above" else ("p_less", "p_greater")
+        arrays = found["overlap"]["Q"]
+        assert arrays[small][place] == 1 / 301
+        assert arrays[large][place] == 1.0
+    for alternative, heads in (("greater", [1]), ("less", [5])):
+        one_sided = QKOVStatistics(n_permutations=300, n_bootstrap=0, alternative=alternative).test_heatmap(heatmap)
+        assert [r["head"] for r in one_sided["fdr_corrected"]["Q"]] == heads
+        key = f"p_{alternative}"
+        np.testing.assert_array_equal(one_sided["overlap"]["Q"]["p_value"], one_sided["overlap"]["Q"][key])
+        np.testing.assert_array_equal(found["overlap"]["Q"][key], one_sided["overlap"]["Q"][key])
+
+
+def signed_heatmap(rng, cosine):
+    """Two tasks whose mean gradients in Q of layer 3, head 0 have this cosine; all other heads' are of pure noise."""
+    heatmap = conflict_heatmap(rng)
+    task_a, ortho = np.linalg.qr(rng.normal(size=(30, 2)))[0].T
+    means = np.stack([task_a, cosine * task_a + math.sqrt(1 - cosine**2) * ortho]).repeat(12, axis=0)
+    pooled = {}
+    for block in BLOCKS:
+        grad = rng.normal(size=(2, 2 if block in "KV" else 4, 24, 30))
+        if block == "Q":
+            grad[0, 0] += 4 * means
+        pooled[block] = grad @ grad.swapaxes(-1, -2)
+    return replace(heatmap, pooled=pooled, attributes=heatmap.attributes | {"score": "signed"})
+
+
+@pytest.mark.parametrize("cosine", [-0.9, 0.5, 1.0])
+def test_signed_scores_below_their_null_are_in_conflict_only_where_they_are_negative(cosine):
+    result = QKOVStatistics(n_permutations=400, n_bootstrap=0).test_heatmap(
+        signed_heatmap(np.random.default_rng(0), cosine)
+    )
+    found = [(r["layer"], r["head"], r["direction"], np.sign(r["value"])) for r in result["fdr_corrected"]["Q"]]
+    assert found == ([] if cosine == 1.0 else [(3, 0, "below", np.sign(cosine))])
 
 
 def test_arrays_are_ready_to_be_stored():
@@ -385,8 +546,8 @@ def test_arrays_are_ready_to_be_stored():
     assert set(tree) == set(STATISTICS)
     for name, block in itertools.product(STATISTICS, BLOCKS):
         assert set(tree[name][block]) == {
-            *("statistic", "p_value", "q_value", "q_value_by", "p_max", "effect_size", "ci_low", "ci_high"),
-            *("detectable", "detectable_sd"),
+            *("statistic", "p_value", "p_greater", "p_less", "q_value", "q_value_by", "p_max", "effect_size"),
+            *("ci_low", "ci_high", "detectable", "detectable_sd"),
         }
         for array in tree[name][block].values():
             assert array.shape == (2, 2 if block in "KV" else 4)
@@ -420,13 +581,21 @@ def test_settings_say_how_the_labels_were_tested():
     assert every["exactly_exchangeable"] is True
 
 
-@pytest.mark.parametrize(("estimator", "scope"), [("ema", "pooled"), ("mean", "a")])
-def test_nearly_exchangeable_labels_are_said_to_be_so(estimator, scope):
+@pytest.mark.parametrize(
+    ("estimator", "scope", "told"),
+    [
+        ("ema", "pooled", "nearly, not exactly"),
+        ("mean", "a", "With fisher.scope: a .* cross_mean are not valid"),
+        ("ema", "b", "With fisher.scope: b .* cross_mean are not valid"),
+    ],
+)
+def test_labels_that_are_not_exactly_exchangeable_are_said_to_be_so(estimator, scope, told):
     heatmap = heatmap_of(np.random.default_rng(0))
     heatmap.attributes |= {"estimator": estimator, "scope": scope}
     result = QKOVStatistics(n_permutations=200, n_bootstrap=0).test_heatmap(heatmap)
     assert result["settings"]["exactly_exchangeable"] is False
-    assert "nearly, not exactly" in result["notes"][0]
+    assert re.search(told, result["notes"][0])
+    assert len(result["notes"]) == 1
 
 
 def test_too_few_labellings_for_one_head_are_noted():
@@ -474,7 +643,7 @@ def test_the_remainder_of_a_difference_is_not_taken_for_a_score():
 def test_a_head_that_no_relabelling_changes_has_p_one():
     flat = np.full((1, 9, 9), 0.1)
     labels = permutation.draw_labels(0, 4, 5, 50)
-    for name, alternative in itertools.product(STATISTICS, ("greater", "less", "two-sided")):
+    for name, alternative in itertools.product(STATISTICS, ALTERNATIVES):
         assert p_values(flat, labels, alternative, name).tolist() == [1.0]
 
 
@@ -487,6 +656,18 @@ def test_two_samples_a_task_allow_a_test_but_no_interval():
     assert np.isnan(arrays["ci_low"]).all()
     assert np.isinf(arrays["detectable"]).all()  # the smallest p, 1/6, is above 0.05
     assert result["fdr_corrected"]["Q"] == []
+
+
+def test_intervals_leave_out_resamples_without_an_overlap_and_heads_without_any():
+    values = np.random.default_rng(0).normal(size=(2, 2, 40))
+    values[0, 1, :7] = np.nan
+    values[1, 0] = np.nan
+    low, high = permutation.percentile_interval(torch.from_numpy(values), permutation.draw_labels(0, 3, 3, 20), 0.9)
+    for row in ((0, 0), (0, 1), (1, 1)):
+        defined = values[row][np.isfinite(values[row])]
+        assert (low[row].item(), high[row].item()) == pytest.approx(tuple(np.quantile(defined, [0.05, 0.95])))
+    assert low[1, 0].isnan()
+    assert high[1, 0].isnan()
 
 
 # ---- errors
@@ -544,7 +725,7 @@ def test_stored_and_read_only_scores_are_taken_as_they_are():
 # ---- calibration: "heads" below are independent repetitions of an experiment
 
 
-@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+@pytest.mark.parametrize("alternative", ALTERNATIVES)
 @pytest.mark.parametrize("name", STATISTICS)
 def test_p_is_uniform_when_labels_are_exchangeable(name, alternative):
     rng = np.random.default_rng(12)
@@ -560,8 +741,7 @@ def test_family_wise_error_is_at_its_level_with_correlated_heads():
     wrong, uncorrected = 0, 0
     for _ in range(250):
         scores = torch.from_numpy(interference(rng, (12,), 16, scale=np.exp(0.5 * rng.normal(size=16))))
-        tests = head_tests.head_tests(scores, design)["overlap"]
-        arrays = head_tests.correct(tests, tests.max_z)
+        arrays = corrected(scores, design)
         wrong += (arrays["p_max"] <= 0.05).any()
         uncorrected += (arrays["p_value"] <= 0.05).any()
     assert wrong / 250 < 0.05 + 3 * 0.0138
@@ -577,8 +757,7 @@ def test_false_discoveries_are_at_their_level_and_true_ones_are_found():
     for _ in range(40):
         scores = interference(rng, (30,), 24)
         scores[:10] *= np.where(side[:, None] != side, 1.3, 1.0)
-        tests = head_tests.head_tests(torch.from_numpy(scores), design)["overlap"]
-        found = head_tests.correct(tests, tests.max_z)["q_value"] <= 0.1
+        found = corrected(scores, design)["q_value"] <= 0.1
         false_share.append(found[10:].sum() / max(found.sum(), 1))
         power.append(found[:10].mean())
     assert np.mean(false_share) < 0.1
@@ -655,9 +834,8 @@ def test_heads_of_large_scores_would_own_an_unstandardised_maximum():
     scores = interference(rng, (10,), 24)
     scores[0] *= 1e6
     scores[1] *= np.where(side[:, None] != side, 2.0, 1.0)
-    design = QKOVStatistics(n_permutations=199, n_bootstrap=0).design(12, 12)
-    tests = head_tests.head_tests(torch.from_numpy(scores), design)["cross_mean"]
-    assert head_tests.correct(tests, tests.max_z)["p_max"][1] == 1 / 200
+    design = QKOVStatistics(n_permutations=199, n_bootstrap=0, alternative="greater").design(12, 12)
+    assert corrected(scores, design, "cross_mean")["p_max"][1] == 1 / 200
     values = permutation.head_nulls(torch.from_numpy(scores), design.labels)["cross_mean"].values
     raw = (values - values.mean(-1, keepdim=True)).amax(0)
     assert (raw >= (values - values.mean(-1, keepdim=True))[1, 0]).double().mean() > 0.3

@@ -61,7 +61,7 @@ def write_partials(folder: Path, made: Heatmap, *, world_size: int = 2, run_id: 
                 blocks = {}
                 for block, owned in layer.heads.items():
                     at = [made.natives(block).index(head) for head in owned]
-                    sums = np.tile([1.0, 2.0, 0.1, 0.0], (len(at), 1))
+                    sums = np.tile([1.0, 2.0, 0.1, 0.0, 0.5], (len(at), 1))
                     blocks[block] = (np.array(owned), stored[block][place, at] * np.float32(share), sums)
                 writer.write_layer(layer.layer, blocks)
 
@@ -143,10 +143,11 @@ def test_settings_that_are_not_given_are_those_of_the_last_test(tmp_path):
     assert load_heatmap(tmp_path / "heatmap.h5").deciding == "overlap"
 
 
-def test_signed_scores_are_tested_for_conflict(tmp_path, capsys):
+def test_signed_scores_are_tested_by_their_mean(tmp_path, capsys):
     write_heatmap(tmp_path / "heatmap.h5", heatmap("signed"))
     assert qkov(tmp_path) == 0
-    assert load_heatmap(tmp_path / "heatmap.h5").statistics["settings"]["alternative"] == "less"
+    settings = load_heatmap(tmp_path / "heatmap.h5").statistics["settings"]
+    assert (settings["statistic"], settings["alternative"]) == ("cross_mean", "two-sided")
     assert qkov(tmp_path, "--statistic", "overlap") == 2
     assert "cross_mean for signed" in capsys.readouterr().err
 
@@ -179,7 +180,7 @@ def _other_run(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda folder: partial_path(folder, 1).unlink(), "ranks [0]"),
+        (lambda folder: partial_path(folder, 1).unlink(), "none of ranks [1]"),
         (lambda folder: [path.unlink() for path in folder.glob("partial*")], "no partial files"),
         (_other_run, "run run-2"),
     ],

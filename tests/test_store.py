@@ -133,7 +133,7 @@ def test_file_has_the_names_types_and_checksums_of_the_specification(saved: Path
         assert file.attrs["config"].decode() == ATTRIBUTES["config"]
         assert {"versions", "seeds", "warnings"} <= set(file.attrs)
         assert {f"samples/{t}/{n}" for t in "ab" for n in ("id", "num_tokens", "loss", "text")} <= found.keys()
-        assert {f"fisher/K/{n}" for n in ("mean", "min", "ridge_share")} <= found.keys()
+        assert {f"fisher/K/{n}" for n in ("mean", "min", "ridge_share", "share_a")} <= found.keys()
 
 
 @pytest.mark.parametrize(

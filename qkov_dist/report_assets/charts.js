@@ -22,11 +22,11 @@ function range(block, value) {
   return [...(block.values[value.key] || []), ...ends];
 }
 
-/** A vertical axis over arrays of numbers: linear, or logarithmic for q and where the switch says so. */
-function axisOver(arrays) {
+/** A vertical axis over arrays of numbers: linear, or logarithmic for q and, where the switch says so, for scores. */
+function axisOver(arrays, kind = STATE.value) {
   const [low, high] = extent(arrays);
   const { height, top, bottom } = CHART;
-  const isLog = high > 0 && (STATE.value === "q" || (STATE.scale === "log" && STATE.value === "score" && !isSigned));
+  const isLog = high > 0 && (kind === "q" || (STATE.scale === "log" && kind === "score" && !isSigned));
   const least = isLog ? Math.max(low, high * 1e-6) : Math.min(low, 0);
   const most = isLog ? high : Math.max(high, 0);
   const move = isLog ? Math.log10 : (x) => x;
@@ -69,18 +69,36 @@ function drawBlocks() {
       .filter(([, low]) => !Number.isNaN(low))
       .map(([at, low, high]) => `M${fixed(at)} ${fixed(axis.y(low))}V${fixed(axis.y(high))}`);
     svg.append(makeSvg("path", { class: "mark interval", d: bars.join(""), "stroke-width": Math.min(4, Math.max(0.6, 150 / order.length)) }));
-    const dots = order.map((at, rank) => `M${fixed(x(rank))} ${fixed(axis.y(numbers[at]))}h.01`);
-    svg.append(makeSvg("path", { class: "mark dots", d: dots.join("") }));
+    drawHeads(svg, block, new Map(order.map((at, rank) => [at, [x(rank), axis.y(numbers[at])]])));
     return element;
   }));
+}
+
+/** Marked heads by their marks, the others as dots; places: where each head lies. */
+function drawHeads(svg, block, places) {
+  const shapes = new Map();
+  for (const { at, finding } of marksOf(block)) {
+    if (!places.has(at)) continue;
+    const corners = cornersOf(finding.mark, ...places.get(at), 3).map((corner) => corner.map(fixed).join(" "));
+    shapes.set(finding, `${shapes.get(finding) || ""}M${corners.join("L")}Z`);
+    places.delete(at);
+  }
+  const dots = [...places.values()].map((place) => `M${place.map(fixed).join(" ")}h.01`);
+  svg.append(makeSvg("path", { class: "mark dots", d: dots.join("") }));
+  for (const finding of DATA.findings.toReversed()) // the first last: what lies above the null stays in sight
+    if (shapes.has(finding)) svg.append(makeSvg("path", { class: `mark-${finding.side}`, d: shapes.get(finding) }));
+}
+
+/** Where a layer lies on the horizontal axis of a chart. */
+function layerX(place) {
+  const { width, left, right } = CHART;
+  return left + 4 + (place / Math.max(DATA.layers.length - 1, 1)) * (width - left - right - 8);
 }
 
 function drawLayers() {
   const value = VALUES[STATE.value];
   const box = measure("layer-charts");
   const common = STATE.value !== "score" || STATE.range === "shared" ? axisOver(DATA.blocks.map((block) => block.values[value.key] || [])) : null;
-  const { width, height, left, right, bottom } = CHART;
-  const x = (place) => left + 4 + (place / Math.max(DATA.layers.length - 1, 1)) * (width - left - right - 8);
   box.replaceChildren(...DATA.blocks.map((block) => {
     const numbers = block.values[value.key] || new Float32Array();
     const axis = common || axisOver([numbers]);
@@ -90,13 +108,35 @@ function drawLayers() {
       return row.length && { place, low: Math.min(...row), high: Math.max(...row), mean: row.reduce((sum, n) => sum + n) / row.length };
     });
     for (const run of runs(layers)) {
-      const at = (layer, key) => `${fixed(x(layer.place))} ${fixed(axis.y(layer[key]))}`;
+      const at = (layer, key) => `${fixed(layerX(layer.place))} ${fixed(axis.y(layer[key]))}`;
       const band = [...run.map((layer) => at(layer, "high")), ...run.toReversed().map((layer) => at(layer, "low"))];
       svg.append(makeSvg("path", { class: "mark band", d: `M${band.join("L")}Z` }));
       svg.append(makeSvg("path", { class: "mark line", d: `M${run.map((layer) => at(layer, "mean")).join("L")}h.01` }));
     }
-    for (let place = 0; place < DATA.layers.length; place += Math.ceil((DATA.layers.length * 30) / (width - left)))
-      svg.append(makeSvg("text", { x: x(place), y: height - bottom + 13, "text-anchor": "middle" }, String(DATA.layers[place])));
+    numberLayers(svg);
+    return element;
+  }));
+}
+
+function numberLayers(svg) {
+  const { width, height, left, bottom } = CHART;
+  for (let place = 0; place < DATA.layers.length; place += Math.ceil((DATA.layers.length * 30) / (width - left)))
+    svg.append(makeSvg("text", { x: layerX(place), y: height - bottom + 13, "text-anchor": "middle" }, String(DATA.layers[place])));
+}
+
+/** What belongs to no head, one chart for each parameter. */
+function drawShared() {
+  const box = document.getElementById("shared-charts");
+  if (!box) return;
+  box.replaceChildren(...Object.entries(DATA.shared).map(([name, means]) => {
+    const axis = axisOver([means], "score");
+    const title = name.replace("_", " ");
+    const { svg, element } = chart({ name: title }, axis, "layer", `${title}: mean ${DATA.score} by layer`);
+    element.classList.add("O");
+    const layers = [...means].map((mean, place) => !Number.isNaN(mean) && { place, mean });
+    for (const run of runs(layers))
+      svg.append(makeSvg("path", { class: "mark line", d: `M${run.map(({ place, mean }) => `${fixed(layerX(place))} ${fixed(axis.y(mean))}`).join("L")}h.01` }));
+    numberLayers(svg);
     return element;
   }));
 }
@@ -108,4 +148,4 @@ function runs(layers) {
   return found.filter((run) => run.length);
 }
 
-DRAW.push(drawBlocks, drawLayers);
+DRAW.push(drawBlocks, drawLayers, drawShared);

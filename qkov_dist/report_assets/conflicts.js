@@ -8,7 +8,8 @@ const CONFLICTS = DATA.conflicts.map(([index, layer, head, i, j, score]) => {
   const block = DATA.blocks[index];
   return {
     block: block.name, layer: DATA.layers[layer], head: block.heads[head], axis: block.axis, score,
-    q: block.value("q", block.at(layer, head)), a: SAMPLES_A.ids[i], b: SAMPLES_B.ids[j],
+    q: block.value("q", block.at(layer, head)),
+    finding: findingText(block.finding(block.at(layer, head))), a: SAMPLES_A.ids[i], b: SAMPLES_B.ids[j],
     tokens_a: SAMPLES_A.tokens[i], tokens_b: SAMPLES_B.tokens[j], i, j,
     words: [SAMPLES_A.ids[i], SAMPLES_B.ids[j], SAMPLES_A.texts[i], SAMPLES_B.texts[j]].join("\n").toLowerCase(),
   };
@@ -16,7 +17,7 @@ const CONFLICTS = DATA.conflicts.map(([index, layer, head, i, j, score]) => {
 
 const COLUMNS = [
   ["block", "block"], ["layer", "layer", "number"], ["head", "head", "number"], ["score", DATA.score, "number"],
-  ...(isTested ? [["q", "q of head", "number"]] : []),
+  ...(isTested ? [["q", "q of head", "number"], ["finding", "finding"]] : []),
   ["tokens_a", `tokens ${DATA.tasks[0]}`, "number"], ["tokens_b", `tokens ${DATA.tasks[1]}`, "number"],
   ["a", DATA.tasks[0]], ["b", DATA.tasks[1]],
 ];

@@ -3,18 +3,31 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 
+const READ = {
+  Float32Array: (view, at) => view.getFloat32(at, true),
+  Int32Array: (view, at) => view.getInt32(at, true),
+  Int8Array: (view, at) => view.getInt8(at),
+};
+
 function unpack(text, Type) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const view = new DataView(bytes.buffer);
-  const read = Type === Int32Array ? (at) => view.getInt32(at, true) : (at) => view.getFloat32(at, true);
-  return Type.from({ length: bytes.length / 4 }, (_, place) => read(4 * place));
+  const size = Type.BYTES_PER_ELEMENT;
+  return Type.from({ length: bytes.length / size }, (_, place) => READ[Type.name](view, size * place));
 }
 
+function unpackAll(texts, Type) {
+  for (const name of Object.keys(texts)) texts[name] = unpack(texts[name], Type);
+}
+
+unpackAll(DATA.shared, Float32Array);
 for (const block of DATA.blocks) {
-  for (const name of Object.keys(block.values)) block.values[name] = unpack(block.values[name], Float32Array);
+  unpackAll(block.values, Float32Array);
+  unpackAll(block.marks || {}, Int8Array);
   block.pairs = block.pairs && unpack(block.pairs, Int32Array);
   block.at = (layer, head) => layer * block.heads.length + head;
   block.value = (name, place) => (block.values[name] ? block.values[name][place] : NaN);
+  block.finding = (place) => (block.marks && DATA.findings[block.marks.found[place] - 1]) || null;
 }
 
 /** An element with attributes, and children that are elements or plain text, never markup. */
@@ -45,16 +58,11 @@ function show(number) {
 
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 
-// Cividis; blue to orange about a neutral middle; one hue that leaves the page's own colour as it grows. All are safe
-// for colour-blind readers, and their lightness alone tells the order.
+// Cividis, and blue to orange about a neutral middle. Both are safe for colour-blind readers.
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
 const DIVERGING = {
   light: ["#0b3c74", "#2f6fb1", "#86b6de", "#f3f3f1", "#f2b877", "#cc7318", "#743a02"],
   dark: ["#a9d3fb", "#4f92d3", "#24507f", "#2a2d33", "#7d4d16", "#dd8a2c", "#ffd39a"],
-};
-const SMALL_Q = {
-  light: ["#e9edf3", "#b7cbe2", "#6f9dcb", "#2c69a6", "#0b3566"],
-  dark: ["#262b33", "#38587f", "#5b90cb", "#a5cdf6", "#f2f8ff"],
 };
 
 function parse(color) {
@@ -110,16 +118,22 @@ const VALUES = {
   },
   effect: {
     label: "effect", title: "effect size", key: "effect", centred: true, there: isTested,
-    hint: `Distance of ${DATA.statistic} from its mean under exchanged task labels, in standard deviations (Cohen's d).`,
+    hint: `Distance of ${DATA.statistic} from its mean under exchanged task labels, in standard deviations (Cohen's d). Its sign is the side of the null.`,
   },
   q: {
     label: "q", title: "q", key: "q", there: isTested,
-    hint: `Benjamini-Hochberg q-value of ${DATA.statistic} within a block. A q near 1 is no proof that nothing interferes: ` +
-      "heads that both tasks use with different weights lie below the null.",
+    hint: `Benjamini-Hochberg q-value of ${DATA.statistic} within a block${DATA.sided ? `, ${DATA.sided}` : ""}: the smaller, the stronger the colour. ` +
+      "Orange lies above the null, blue below it." +
+      (DATA.sided?.startsWith("one-sided") ? " Heads on the other side were not looked for: there q is near 1 whatever they do." : ""),
+  },
+  share: {
+    label: "share", title: `Fisher share of ${DATA.tasks[0]}`, key: "share", there: DATA.blocks.some((block) => block.values.share), ends: [0, 1],
+    hint: `Share of the Fisher I that comes from samples of ${DATA.tasks[0]}; the rest is ${DATA.tasks[1]}'s. Near 0 or 1 one task is loud: ` +
+      "mean scores depend on that, overlap does not depend on the scale of the tasks' gradients, given the Fisher.",
   },
 };
 
-const STATE = { value: "score", scale: "linear", range: "block", selected: null };
+const STATE = { value: "score", scale: "linear", range: "block", marks: "all", selected: null };
 const DRAW = [];
 const redraw = () => DRAW.forEach((draw) => draw());
 

@@ -70,7 +70,12 @@ function scaleOf(map) {
   const theme = isDark() ? "dark" : "light";
   if (STATE.value === "q") {
     const least = Math.min(extent(arrays)[0], DATA.alpha) || 1e-6;
-    return { colors: SMALL_Q[theme], share: (q) => Math.log(Math.max(q, least)) / Math.log(least), ends: ["1", "", show(least)] };
+    const share = (q, at) => (1 + (map.block.marks.side[at] * Math.log(Math.max(q, least))) / Math.log(least)) / 2;
+    return { colors: DIVERGING[theme], share, ends: [`${show(least)} below`, "1", `above ${show(least)}`] };
+  }
+  if (value.ends) {
+    const [low, high] = value.ends;
+    return { colors: DIVERGING[theme], share: (x) => (x - low) / (high - low), ends: [show(low), show((low + high) / 2), show(high)] };
   }
   const [low, high] = extent(arrays);
   if (value.centred) {
@@ -128,7 +133,7 @@ function drawMap(map) {
     for (let head = 0; head < block.heads.length; head++) {
       const [x, y, width, height] = boxOf(map, layer, head);
       const number = numbers ? numbers[block.at(layer, head)] : NaN;
-      const color = Number.isNaN(number) ? null : mix(scale.colors, scale.share(number));
+      const color = Number.isNaN(number) ? null : mix(scale.colors, scale.share(number, block.at(layer, head)));
       context.fillStyle = color ? rgb(color) : style.getPropertyValue("--absent");
       // Whole pixels, so that no seam shows between cells.
       const [left, top] = [Math.round(x), Math.round(y)];
@@ -137,28 +142,6 @@ function drawMap(map) {
   drawMarks(context, map);
   drawAxes(context, map, style.getPropertyValue("--soft"));
   drawBar(map, scale);
-}
-
-/** A dot for each significant head; a diamond where it also holds over all heads of all blocks. */
-function drawMarks(context, map) {
-  const radius = Math.min(Math.max(Math.min(map.size.cellWidth, map.size.cellHeight) * 0.22, 1.7), 3.4);
-  context.fillStyle = "#ffffff";
-  context.strokeStyle = "#000000";
-  context.lineWidth = 1;
-  for (const [at, q] of (map.block.values.q || []).entries()) {
-    if (!(q <= DATA.alpha)) continue;
-    const heads = map.block.heads.length;
-    const [left, top, width, height] = boxOf(map, Math.floor(at / heads), at % heads);
-    const [x, y] = [left + width / 2, top + height / 2];
-    const far = radius * 1.7;
-    context.beginPath();
-    if (map.block.value("p_max", at) <= DATA.alpha)
-      [[x, y - far], [x + far, y], [x, y + far], [x - far, y]].forEach((corner) => context.lineTo(...corner));
-    else context.arc(x, y, radius, 0, 2 * Math.PI);
-    context.closePath();
-    context.fill();
-    context.stroke();
-  }
 }
 
 function drawAxes(context, map, color) {
@@ -235,7 +218,9 @@ function numbersOf(block, at) {
   if (isTested) {
     rows.push(["effect size", show(block.value("effect", at))], ["p", show(block.value("p", at))]);
     rows.push(["q", show(block.value("q", at))], ["family-wise p", show(block.value("p_max", at))]);
+    rows.push(["finding", findingText(block.finding(at))]);
   }
+  if (block.values.share) rows.push([VALUES.share.title, show(block.value("share", at))]);
   rows.push(["ridge share", show(block.value("ridge", at))]);
   return rows;
 }

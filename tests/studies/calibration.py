@@ -11,32 +11,27 @@ scored anew, as a run with these two halves would be; what such a Fisher costs i
 
 Drawn p-values lie on a grid of 1 / (1 + K); a uniform share of one step, taken off, makes them exactly uniform under
 the null. Heads of one split are correlated, splits are not: the Kolmogorov-Smirnov test takes one head drawn anew from
-each split, and standard errors are over splits.
-
-    bash launch/calibrate.sh            # writes tests/studies/results/calibration.{json,md} and the figure
+each split, and standard errors are over splits. The default test, two-sided, comes first; the one-sided ones show which
+of its sides errs where it does.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jobs import mixed_samples
 from pool import FisherRule, Pool, Scores, pooled, reordered, small_real_model, task_samples, tested
 from scipy.stats import binomtest, kstest
-from tabulate import tabulate
 from zoo import TINY, VOCAB
 
+from qkov_dist.permutation import Alternative
 from qkov_dist.statistics import QKOVStatistics
 
-ROOT = Path(__file__).parents[2]
-RESULTS, IMAGES = Path(__file__).parent / "results", ROOT / ".github" / "images"
 ALPHA, BINS = 0.05, 20
+ALTERNATIVES: tuple[Alternative, ...] = ("two-sided", "greater", "less")  # the default first
 MEAN, EMA = FisherRule(), FisherRule("ema")
 
 
@@ -67,7 +62,7 @@ class Condition:
 
 @dataclass
 class Outcome:
-    """What the splits of one condition gave, for one statistic."""
+    """What the splits of one condition gave, for one statistic and alternative."""
 
     p: list[np.ndarray] = field(default_factory=list)  # [split][head], randomised within one step of the grid
     discovered: dict[str, list[bool]] = field(default_factory=dict)  # block -> [split]: any q <= alpha
@@ -104,20 +99,27 @@ class Outcome:
 
 def run_condition(
     condition: Condition, pool: Pool, seed: int = 0, split: Callable[[Scores, Sequence[int]], Scores] = reordered
-) -> dict[str, dict[str, Any]]:
-    """Statistic -> summary over the splits of one condition."""
-    rng = np.random.default_rng((seed, condition.num_a, condition.num_b, condition.splits))
-    outcomes: dict[str, Outcome] = {}
-    num_a, everyone = condition.num_a, range(pool.num_samples)
-    once = None if condition.rescored else pool.scores(condition.rule, everyone, num_a)
+) -> dict[str, dict[Alternative, dict[str, Any]]]:
+    """Statistic -> alternative -> summary over the splits of one condition."""
+    counts = (condition.num_a, condition.num_b)
+    rng, ties = (np.random.default_rng((seed, *counts, condition.splits, use)) for use in range(2))
+    outcomes: dict[str, dict[Alternative, Outcome]] = {}
+    once = None if condition.rescored else pool.scores(condition.rule, range(pool.num_samples), condition.num_a)
     for number in range(condition.splits):
         order = rng.permutation(pool.num_samples).tolist()
-        scores = split(once, order) if once else pool.scores(condition.rule, order, num_a)
-        tests = QKOVStatistics(n_permutations=condition.permutations, n_bootstrap=0, seed=number)
-        design = tests.design(num_a, condition.num_b)
-        for name, blocks in tested(scores, design).items():
-            outcomes.setdefault(name, Outcome()).add(blocks, design.labels.a.shape[1], rng)
-    return {name: outcome.summary(rng) for name, outcome in outcomes.items()}
+        scores = split(once, order) if once else pool.scores(condition.rule, order, condition.num_a)
+        for alternative in ALTERNATIVES:
+            tests = QKOVStatistics(
+                n_permutations=condition.permutations, n_bootstrap=0, seed=number, alternative=alternative
+            )
+            design = tests.design(*counts)
+            for name, blocks in tested(scores, design).items():
+                outcome = outcomes.setdefault(name, {}).setdefault(alternative, Outcome())
+                outcome.add(blocks, design.labels.a.shape[1], ties)
+    return {
+        name: {alternative: outcome.summary(ties) for alternative, outcome in found.items()}
+        for name, found in outcomes.items()
+    }
 
 
 def conditions() -> Iterator[tuple[list[Condition], Callable[[], Any]]]:
@@ -163,80 +165,10 @@ def study() -> list[dict[str, Any]]:
         with make() as pool:
             for condition in group:
                 results = run_condition(condition, pool)
-                low = results["overlap"]["rejected_low"]["mean"]
-                print(f"{condition.title}: p <= {ALPHA} in {low:.1%} of tests", flush=True)
+                low = results["overlap"]["two-sided"]["rejected_low"]["mean"]
+                print(f"{condition.title}: two-sided p <= {ALPHA} in {low:.1%} of tests", flush=True)
                 rows.append({**asdict(condition), "title": condition.title, "exact": condition.exact, **results})
     return rows
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The results as a page."""
-    parts = [
-        "# Calibration on halves of one task",
-        "",
-        (__doc__ or "").split("\n\n", 1)[1].split("\n\n    bash")[0],
-        "",
-    ]
-    for name in ("overlap", "cross_mean"):
-        for exact, title in ((True, "exactly exchangeable"), (False, "not exactly exchangeable")):
-            table = [_row(row, name) for row in rows if row["exact"] == exact]
-            parts += [f"## `{name}`, labels {title}", "", tabulate(table, headers="keys", tablefmt="github"), ""]
-    parts += [
-        f"Level {ALPHA:g}. Shares: ± standard error over splits, or [95% Clopper-Pearson interval]. FDR is the share "
-        "of splits with a significant head in a block, averaged over blocks (in brackets: most of any block). KS p: "
-        "one head drawn from each split; worst head: smallest of all heads' KS p, times their number.",
-        "",
-    ]
-    return "\n".join(parts)
-
-
-def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Histograms of the p-values of ``overlap``."""
-    import matplotlib.pyplot as plt
-
-    ordered = [row for row in rows if row["exact"]] + [row for row in rows if not row["exact"]]
-    columns = 5
-    num_rows = -(-len(ordered) // columns)
-    shown, axes = plt.subplots(num_rows, columns, figsize=(15, 2.6 * num_rows), sharex=True, sharey=True)
-    for axis in axes.flat[len(ordered) :]:
-        axis.set_axis_off()
-    for axis, row in zip(axes.flat, ordered, strict=False):
-        found = row["overlap"]
-        density, error = (np.array(found["histogram"][key]) for key in ("density", "error"))
-        edges = np.linspace(0, 1, BINS + 1)
-        axis.stairs(density, edges, fill=True, color="#4c78a8" if row["exact"] else "#e45756", alpha=0.75)
-        axis.errorbar(edges[:-1] + 0.5 / BINS, density, 2 * error, fmt="none", ecolor="black", elinewidth=0.7)
-        axis.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        axis.set_title(row["title"].replace(": ", "\n"), fontsize=8)
-        low, family = found["rejected_low"]["mean"], found["family_wise"]["share"]
-        axis.text(0.5, 0.93, f"p ≤ .05: {low:.1%}   FWER {family:.1%}", fontsize=7, ha="center", va="top",
-                  transform=axis.transAxes)  # fmt: skip
-    axes.flat[0].set_ylim(0, 2.5)
-    shown.supxlabel("p-value of overlap over random splits of one task (blue: labels exactly exchangeable)", fontsize=9)
-    shown.supylabel("density (bars: 2 standard errors)", fontsize=9)
-    shown.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shown.savefig(path, dpi=130)
-
-
-def _row(row: Mapping[str, Any], name: str) -> dict[str, str]:
-    found = row[name]
-    shares = found["false_discovery"].values()
-    family = found["family_wise"]
-    return {
-        "model, samples: Fisher": row["title"],
-        "splits": str(row["splits"]),
-        "p <= .05": _percent(found["rejected_low"]),
-        "p > .95": _percent(found["rejected_high"]),
-        "KS p": f"{found['ks_p']:.2g}",
-        "worst head": f"{found['ks_worst_head_bonferroni_p']:.2g}",
-        "FDR (most)": f"{np.mean([s['share'] for s in shares]):.1%} ({max(s['share'] for s in shares):.1%})",
-        "FWER": f"{family['share']:.1%} [{family['low']:.1%}, {family['high']:.1%}]",
-    }
-
-
-def _percent(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:.1%} ± {value['error']:.1%}"
 
 
 def _mean_and_error(hits: np.ndarray) -> dict[str, float]:
@@ -258,17 +190,3 @@ def _histogram(p: np.ndarray) -> dict[str, list[float]]:
         "density": shares.mean(axis=0).tolist(),
         "error": (shares.std(axis=0, ddof=1) / len(shares) ** 0.5).tolist(),
     }
-
-
-def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
-    rows = study()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "calibration.json").write_text(json.dumps({"alpha": ALPHA, "conditions": rows}, indent=1) + "\n")
-    (RESULTS / "calibration.md").write_text(markdown(rows))
-    figure(rows, IMAGES / "calibration.png")
-    print(markdown(rows))
-
-
-if __name__ == "__main__":
-    main()

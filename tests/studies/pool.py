@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from qkov_dist.collection import Collection
 from qkov_dist.config import TaskConfig
 from qkov_dist.engine import Roles, ScoreSettings, score_layer
 from qkov_dist.factors import FactorStore
-from qkov_dist.fisher import fisher_steps, fisher_weights
-from qkov_dist.head_tests import Design, correct, family_max, head_tests
+from qkov_dist.fisher import by_task, fisher_steps, fisher_weights
+from qkov_dist.head_tests import Design, correct, head_tests, largest
 from qkov_dist.layout import resolve
 from qkov_dist.models import LoadedModel
 from qkov_dist.plan import Plan, Selection, make_plan
@@ -27,6 +28,7 @@ from qkov_dist.tasks import load_task
 
 Scores = Mapping[str, Tensor]  # block -> [heads of all layers, N, N]
 BUDGET = 2**31
+RESULTS, IMAGES = Path(__file__).parent / "results", Path(__file__).parents[2] / ".github" / "images"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class FisherRule:
 
     def weights(self, num_a: int, num_b: int) -> np.ndarray:
         steps = fisher_steps(num_a, num_b, batch_size=self.batch_size, scope=self.scope)
-        return fisher_weights(steps, num_a + num_b, estimator=self.estimator, decay=self.decay)
+        weights = fisher_weights(steps, num_a + num_b, estimator=self.estimator, decay=self.decay)
+        return by_task(weights, np.arange(num_a + num_b) < num_a)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,7 @@ def reordered(scores: Scores, order: Sequence[int]) -> Scores:
 def tested(scores: Scores, design: Design) -> dict[str, dict[str, Mapping[str, np.ndarray]]]:
     """Statistic -> block -> name -> [heads], corrected as the product does."""
     tests = {block: head_tests(part, design) for block, part in scores.items()}
-    results = {}
-    for name in design.names:
-        max_z = family_max(found[name] for found in tests.values())
-        results[name] = {block: correct(found[name], max_z) for block, found in tests.items()}
-    return results
+    max_z = largest(own for _, own in tests.values())
+    return {
+        name: {block: correct(found[name], max_z[name]) for block, (found, _) in tests.items()} for name in design.names
+    }

@@ -10,7 +10,7 @@ import torch
 from calibration import ALPHA, MEAN, Condition, Outcome, run_condition
 from jobs import mixed_samples
 from pool import FisherRule, pooled, reordered
-from power import Question, count_found
+from power import DEFAULT, count_found
 from zoo import TINY, VOCAB
 
 EXACT = Condition("tiny llama", MEAN, 8, 8, 200, 199, rescored=False)
@@ -24,17 +24,20 @@ def pool():
 
 def assert_calibrated(results) -> None:
     for name in ("cross_mean", "overlap"):
-        found = results[name]
-        assert found["ks_p"] > 1e-3, name
-        assert found["ks_worst_head_bonferroni_p"] > 1e-3, name
-        low = found["rejected_low"]
-        assert abs(low["mean"] - ALPHA) < 4 * low["error"], name
-        assert found["family_wise"]["low"] <= ALPHA, name
-        assert all(share["low"] <= ALPHA for share in found["false_discovery"].values()), name
+        for alternative, found in results[name].items():
+            where = f"{name}, {alternative}"
+            assert found["ks_p"] > 1e-3, where
+            assert found["ks_worst_head_bonferroni_p"] > 1e-3, where
+            low = found["rejected_low"]
+            assert abs(low["mean"] - ALPHA) < 4 * low["error"], where
+            assert found["family_wise"]["low"] <= ALPHA, where
+            assert all(share["low"] <= ALPHA for share in found["false_discovery"].values()), where
 
 
 def test_p_values_are_uniform_on_halves_of_one_task(pool):
-    assert_calibrated(run_condition(EXACT, pool))
+    results = run_condition(EXACT, pool)
+    assert list(results["overlap"]) == ["two-sided", "greater", "less"]
+    assert_calibrated(results)
 
 
 def test_under_a_mean_fisher_scoring_a_split_anew_only_reorders_the_scores(pool):
@@ -47,8 +50,9 @@ def test_under_a_mean_fisher_scoring_a_split_anew_only_reorders_the_scores(pool)
 def test_a_fisher_of_one_task_is_seen_to_break_it(pool):
     broken = dataclasses.replace(EXACT, rule=FisherRule("mean", "a"), splits=60, rescored=True)
     results = run_condition(broken, pool)
-    assert results["cross_mean"]["ks_p"] < 1e-3
-    assert results["cross_mean"]["ks_pooled_distance"] > 0.3
+    assert results["cross_mean"]["less"]["ks_p"] < 1e-3
+    assert results["cross_mean"]["less"]["ks_pooled_distance"] > 0.3
+    assert results["cross_mean"]["two-sided"]["rejected_low"]["mean"] > 2 * ALPHA
 
 
 def test_too_small_p_values_are_seen():
@@ -59,7 +63,7 @@ def test_too_small_p_values_are_seen():
         p = (1 + rng.integers(200, size=8)) / 200 / 2
         outcome.add({"Q": {"p_value": p, "q_value": p, "p_max": p}}, 400, rng)
     with pytest.raises(AssertionError):
-        assert_calibrated({name: outcome.summary(rng) for name in ("cross_mean", "overlap")})
+        assert_calibrated({name: {"two-sided": outcome.summary(rng)} for name in ("cross_mean", "overlap")})
 
 
 def test_heads_with_weights_of_their_own_are_found_and_more_samples_find_more():
@@ -67,8 +71,10 @@ def test_heads_with_weights_of_their_own_are_found_and_more_samples_find_more():
     rng = np.random.default_rng(1)
     near = 1 + np.arange(6)[:, None, None] / 8 * np.kron(np.eye(2), np.ones((12, 12)))
     scores = {"Q": torch.from_numpy(rng.gamma(4.0, size=(6, 24, 24)) * near)}
-    question = Question("interference", "overlap", "less")
-    many = count_found(scores, 12, question, 400)["found"]
-    few = count_found(reordered(scores, [0, 1, 2, 12, 13, 14]), 3, question, 400)["found"]
-    assert few < many
-    assert 4 <= many <= 5
+    many = count_found(scores, 12, DEFAULT, 400)
+    few = count_found(reordered(scores, [0, 1, 2, 12, 13, 14]), 3, DEFAULT, 400)
+    assert few["found"] < many["found"] == many["below"]
+    assert 4 <= many["below"] <= 5
+    assert many["above"] == 0
+    swapped = count_found({"Q": 1 / scores["Q"]}, 12, DEFAULT, 400)
+    assert 4 <= swapped["above"] == swapped["found"] <= 5

@@ -1,0 +1,177 @@
+"""Summed layers become a heatmap: axes, means, what was learnt of the Fisher, and what a reader has to be warned of.
+
+Normalisation (a mean over pairs, a mean of I, a share of elements) happens here, after all sums. Layers come one at a
+time; scores too large for memory wait in a scratch file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .errors import QkovError
+from .frame import Frame, FrameLayer
+from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
+from .plan import SHARED_O_BIAS
+from .results import FISHER_KEYS, Heatmap, cross_of_pooled, mean_over_pairs
+from .scratch import scratch_array
+
+LOUD = 0.9  # from this share of I on, one task decides what the other is measured against
+
+
+class _Block:
+    """Scores [layer, head, left, right] and Fisher sums [layer, head, 5] of one block; NaN where there is no head."""
+
+    def __init__(self, shape: tuple[int, int], some: BlockPartial, folder: Path | None) -> None:
+        self.scores = scratch_array((*shape, *some.scores.shape[1:]), some.scores.dtype, folder)
+        self.sums = np.full((*shape, len(FISHER_COLUMNS)), np.nan)
+
+    def filled(self) -> Floats:
+        """The scores, when all layers are there."""
+        self.scores[np.isnan(self.sums[..., 0])] = np.nan
+        return self.scores
+
+
+def assemble(
+    frame: Frame,
+    layers: Iterable[tuple[int, LayerPartial]],
+    *,
+    pooled: bool | None = None,
+    folder: Path | None = None,
+) -> Heatmap:
+    """Put whole layers (summed over ranks) together as a heatmap.
+
+    Args:
+        frame: Axes, samples and provenance.
+        layers: Layer numbers with their sums, each of the frame's once, in any order; one is held at a time.
+        pooled: Whether the sums are among all pooled samples; as the frame says by default.
+        folder: Where scores wait that are too large for memory; the system's temporary folder by default.
+
+    Raises:
+        QkovError: for a layer, or a head of it, that is missing.
+    """
+    pooled = frame.pooled if pooled is None else pooled
+    places = {layer.layer: place for place, layer in enumerate(frame.layers)}
+    blocks: dict[str, _Block] = {}
+    shared: dict[int, Floats] = {}
+    seen = set()
+    for number, part in layers:
+        place = places[number]
+        _take(blocks, frame, place, part, folder)
+        if SHARED_O_BIAS in part.shared:
+            shared[place] = part.shared[SHARED_O_BIAS]
+        seen.add(number)
+    _check_all(frame, seen)
+    scores = {block: blocks[block].filled() for block in frame.blocks}
+    sums = {block: blocks[block].sums for block in frame.blocks}
+    num_a = len(frame.samples[0])
+    cross = cross_of_pooled(scores, num_a) if pooled else scores
+    fisher = {block: _fisher(part) for block, part in sums.items()}
+    return Heatmap(
+        *frame.tasks,
+        layers=tuple(places),
+        heads=frame.query_heads,
+        kv_heads=frame.kv_heads,
+        groups=np.array([layer.group for layer in frame.layers], np.int64),
+        samples_a=frame.samples[0],
+        samples_b=frame.samples[1],
+        mean=mean_over_pairs(cross),
+        present={block: ~np.isnan(part[..., FISHER_COLUMNS.index("count")]) for block, part in sums.items()},
+        fisher=fisher,
+        cross=cross,
+        pooled=scores if pooled else None,
+        shared=_shared(shared, len(places), num_a if pooled else None),
+        attributes={**frame.attributes, "warnings": warnings_of(frame, fisher)},
+    )
+
+
+def warnings_of(frame: Frame, fisher: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """What a reader of the scores must know: heads under a dominant ridge or without gradient, and a loud task."""
+    found = []
+    for block, parts in fisher.items():
+        ridged = np.argwhere(parts["ridge_share"] > 0.5)
+        if len(ridged):
+            worst = tuple(ridged[np.argmax(parts["ridge_share"][tuple(ridged.T)])])
+            found.append(
+                f"{block}: lambda exceeds I on more than half of the elements of {len(ridged)} heads (most in layer "
+                f"{frame.layers[worst[0]].layer}, head {frame.axis(block)[worst[1]]}: "
+                f"{parts['ridge_share'][worst]:.0%}); scores there are those of an unweighted product. "
+                "Try ridge.absolute=0 with a ridge.relative of 0.001 or less."
+            )
+        still = np.argwhere(parts["mean"] == 0)
+        if len(still):
+            names = ", ".join(f"{frame.layers[i].layer}.{frame.axis(block)[h]}" for i, h in still[:5])
+            found.append(f"{block}: every gradient of {len(still)} heads is zero (layer.head {names}).")
+    return found + _loud_task(frame, fisher)
+
+
+def _loud_task(frame: Frame, fisher: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """A sentence where a pooled Fisher is nearly that of one task: said once, with each block's median."""
+    if frame.attributes.get("scope", "pooled") != "pooled":
+        return []
+    shares = {block: parts["share_a"][np.isfinite(parts["share_a"])] for block, parts in fisher.items()}
+    medians = {block: float(np.median(share)) for block, share in shares.items() if len(share)}
+    for task in (0, 1):
+        of_task = {block: median if task == 0 else 1 - median for block, median in medians.items()}
+        if loud := {block: share for block, share in of_task.items() if share > LOUD}:
+            listed = ", ".join(f"{block} {share:.0%}" for block, share in loud.items())
+            return [
+                f"task {frame.tasks[task]!r} is loud: its gradients make up most of the pooled Fisher (median over "
+                f"heads: {listed}). Scores and cross_mean depend on that; overlap compares the tasks free of it."
+            ]
+    return []
+
+
+def _take(blocks: dict[str, _Block], frame: Frame, place: int, part: LayerPartial, folder: Path | None) -> None:
+    """Put one layer's heads in their places."""
+    layer = frame.layers[place]
+    for block in frame.blocks:
+        if block not in layer.heads:
+            continue
+        found, axis = _block_of(part, layer, block), frame.axis(block)
+        if block not in blocks:
+            blocks[block] = _Block((len(frame.layers), len(axis)), found, folder)
+        at = np.searchsorted(axis, found.heads)
+        blocks[block].scores[place, at], blocks[block].sums[place, at] = found.scores, found.fisher_sums
+
+
+def _block_of(part: LayerPartial, layer: FrameLayer, block: str) -> BlockPartial:
+    found = part.blocks[block].heads.tolist() if block in part.blocks else []
+    if tuple(found) != tuple(layer.heads[block]):
+        raise QkovError(
+            f"merge: layer {layer.layer}, block {block}",
+            expected=f"scores of heads {list(layer.heads[block])}",
+            got=f"{found}",
+            remedy="A rank's partial scores are missing; run again with output.resume: true.",
+        )
+    return part.blocks[block]
+
+
+def _check_all(frame: Frame, seen: set[int]) -> None:
+    if missing := [layer.layer for layer in frame.layers if layer.layer not in seen]:
+        raise QkovError(
+            "merge",
+            expected=f"{len(frame.layers)} scored layers",
+            got=f"no scores of layers {missing}",
+            remedy="Run again with output.resume: true to score what is missing.",
+        )
+
+
+def _fisher(sums: np.ndarray) -> dict[str, np.ndarray]:
+    total, count, minimum, below, of_a = np.moveaxis(sums, -1, 0)
+    share_a = np.divide(of_a, total, out=np.full_like(total, np.nan), where=total > 0)
+    return dict(zip(FISHER_KEYS, (total / count, minimum, below / count, share_a), strict=True))
+
+
+def _shared(found: Mapping[int, Floats], num_layers: int, num_a: int | None) -> dict[str, dict[str, np.ndarray]]:
+    """O's bias of each layer (NaN where a layer has none), which belongs to no head."""
+    if not found:
+        return {}
+    missing = np.full_like(next(iter(found.values())), np.nan)
+    stacked: Sequence[Floats] = [found.get(place, missing) for place in range(num_layers)]
+    cross = np.stack(stacked)
+    if num_a is not None:
+        cross = cross[:, :num_a, num_a:]
+    return {SHARED_O_BIAS: {"cross": cross, "mean": cross.mean(axis=(1, 2), dtype=np.float64)}}

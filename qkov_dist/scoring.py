@@ -1,0 +1,89 @@
+"""Every layer that this rank has to score, round by round: factors come, scores go, nothing of a layer is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from .engine import BlockScores, BlockTotals, Roles, ScoreSettings, block_totals, score_layer
+from .exchange import Exchange
+from .plan import LayerPlan, Plan
+from .rounds import Round, layers_of, make_rounds
+from .team import Team
+
+Scored = tuple[LayerPlan, dict[str, BlockScores]]
+
+
+def rounds_of(plan: Plan, team: Team, *, done: Callable[[int], bool] = lambda layer: False) -> list[Round]:
+    """The rounds of all ranks; each brings its own plan.
+
+    Args:
+        plan: This rank's tiles.
+        team: The ranks.
+        done: Whether this rank has scored a layer before.
+    """
+    mine = [layer.layer for layer in plan.layers if layer.tiles and not done(layer.layer)]
+    return make_rounds(team.world.gather(mine))
+
+
+def score_rounds(
+    plan: Plan,
+    rounds: Sequence[Round],
+    exchange: Exchange,
+    roles: Roles,
+    settings: ScoreSettings,
+    team: Team,
+    before_round: Callable[[], object] = lambda: None,
+) -> Iterator[Scored]:
+    """Score this rank's layer of each round; all ranks go through all rounds.
+
+    Args:
+        plan: This rank's tiles.
+        rounds: Whose turn each layer is.
+        exchange: Brings factors.
+        roles: The samples.
+        settings: The metric.
+        team: The ranks.
+        before_round: Called by all ranks before each round.
+
+    Yields:
+        The layer's tiles, and its partial scores.
+    """
+    layers = {layer.layer: layer for layer in plan.layers}
+    totals: Mapping[int, BlockTotals] = {}
+    if settings.ridge_relative:
+        totals = _totals(layers, rounds, exchange, roles, settings, team)
+    for turn in rounds:
+        before_round()
+        with exchange.round(turn) as source:
+            if source is not None:
+                layer = layers[turn[team.world.rank] or 0]
+                yield layer, score_layer(layer, source, roles, settings, totals.get(layer.layer))
+
+
+def _totals(
+    layers: Mapping[int, LayerPlan],
+    rounds: Sequence[Round],
+    exchange: Exchange,
+    roles: Roles,
+    settings: ScoreSettings,
+    team: Team,
+) -> dict[int, BlockTotals]:
+    """Each layer's sum of I over its whole blocks, over all ranks; a pass of its own over the factors.
+
+    A rank takes part with what it owns of a block, also where the heads to be scored are another's.
+    """
+    mine: dict[str, BlockTotals] = {}
+    wanted = layers_of(rounds)
+    owned = [number for number in wanted if number in layers and layers[number].block_tiles]
+    for turn in make_rounds(team.world.gather(owned)):
+        with exchange.round(turn) as source:
+            if source is not None:
+                layer = layers[turn[team.world.rank] or 0]
+                mine[str(layer.layer)] = block_totals(layer, source, roles, settings)
+    summed: dict[int, BlockTotals] = {}
+    for theirs in team.world.gather(mine):
+        for number, blocks in theirs.items():
+            known = summed.setdefault(int(number), {})
+            for block, total in blocks.items():
+                known[block] = known.get(block, 0.0) + total
+    return summed

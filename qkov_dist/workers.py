@@ -1,0 +1,43 @@
+"""Who computes: one worker for each thread of a CPU, one for a GPU; each keeps its buffers.
+
+Matrix products on tiles that fit a core's cache scale better as one thread each than as one product on all threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .kernel import Buffers
+
+Submit = Callable[..., Callable[[], Any]]
+
+
+@contextmanager
+def workers(device: torch.device) -> Iterator[Submit]:
+    """Start workers for as long as the block lasts.
+
+    Yields:
+        ``submit(work, *arguments)``: has a worker call ``work(*arguments, buffers)`` with its own buffers; returns what
+        waits for the result (and raises what the work raised).
+    """
+    num_threads = torch.get_num_threads()
+    num_workers = num_threads if device.type == "cpu" else 1
+    own = threading.local()
+
+    def start() -> None:
+        if num_workers > 1:
+            torch.set_num_threads(1)
+        own.buffers = Buffers()
+
+    pool = ThreadPoolExecutor(num_workers, "qkov-worker", start)
+    try:
+        yield lambda work, *arguments: pool.submit(lambda: work(*arguments, own.buffers)).result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)  # what new threads begin with is what was set last

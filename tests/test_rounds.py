@@ -1,0 +1,45 @@
+"""Rounds and windows: every rank's layers once, in order, in as few passes as fit."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qkov_dist.errors import QkovError
+from qkov_dist.rounds import layers_of, make_rounds, make_windows
+
+LAYERS = st.lists(st.lists(st.integers(0, 20), unique=True, max_size=8).map(sorted), min_size=1, max_size=5)
+
+
+@given(LAYERS)
+def test_every_rank_goes_through_its_layers_in_order(by_rank):
+    rounds = make_rounds(by_rank)
+    for rank, layers in enumerate(by_rank):
+        assert [turn[rank] for turn in rounds if turn[rank] is not None] == layers
+    assert len(rounds) == max(map(len, by_rank))
+    assert layers_of(rounds) == tuple(sorted({layer for layers in by_rank for layer in layers}))
+
+
+def test_ranks_that_own_different_layers_work_at_the_same_time():
+    assert make_rounds([[0, 1, 2], [2, 3]]) == [(0, 2), (1, 3), (2, None)]
+
+
+@given(LAYERS, st.integers(0, 40))
+def test_windows_are_consecutive_rounds_that_fit(by_rank, budget):
+    rounds, sizes = make_rounds(by_rank), {layer: layer + 1 for layer in range(21)}
+
+    def need(window):
+        return sum(sizes[layer] for layer in layers_of(window))
+
+    if any(need([turn]) > budget for turn in rounds):
+        with pytest.raises(QkovError, match="factor_memory_mb"):
+            make_windows(rounds, sizes, budget)
+        return
+    windows = make_windows(rounds, sizes, budget)
+    assert [turn for window in windows for turn in window] == rounds
+    assert all(need(window) <= budget for window in windows)
+    for window, after in pairwise(windows):
+        assert need([*window, after[0]]) > budget
