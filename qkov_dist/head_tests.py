@@ -1,4 +1,4 @@
-"""The permutation test of single heads, in chunks of bounded memory, and its correction over many.
+"""The permutation test of single heads, a few at a time, and its correction over many.
 
 A head's test needs no other head; only the correction does. Several ranks may therefore each call ``head_tests`` on the
 heads they hold with the same ``Design`` (``layer_tests`` does it for whole layers). ``correct`` then needs all heads of
@@ -7,7 +7,9 @@ a block (``join``), and of all heads of all blocks the largest z under each labe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ from .permutation import Alternative, Standardised
 Floats = NDArray[np.float64]
 Statistic = Literal["cross_mean", "overlap"]
 MaxZ = Mapping[Statistic, Floats]  # statistic -> [P], the largest directed z of any head under each labelling
-_CHUNK_BYTES = 1 << 20  # of each of a few dozen arrays [heads, P]
+_CHUNK_BYTES = 32 << 10  # of an array [heads, P]: a few heads, so that all cores have some
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,41 @@ class HeadTests:
         return HeadTests(arrays, np.array(raw["z"], np.float64))
 
 
-def head_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
-    """Test at least one head, each by itself, in chunks of bounded memory; scores [heads, N, N], NaN where absent."""
+def head_tests(scores: Mapping[str, Tensor], design: Design) -> tuple[dict[str, dict[Statistic, HeadTests]], MaxZ]:
+    """Test heads, each by itself, on as many cores as torch has threads.
+
+    Args:
+        scores: Name of a group (a block) -> [heads, N, N], at least one head, all NaN where a head is absent.
+        design: The same for all heads.
+
+    Returns:
+        Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
+    """
     num_columns = max(design.labels.a.shape[1], design.resamples.shape[1])
     chunk = max(_CHUNK_BYTES // (8 * num_columns), 1)
-    parts = [_chunk_tests(part, design) for part in torch.split(scores, chunk)]
-    joined = {name: join([tests[name] for tests, _ in parts]) for name in design.names}
-    return joined, largest(max_z for _, max_z in parts)
+    parts = [(group, part) for group, heads in scores.items() for part in torch.split(heads, chunk)]
+    with _one_core_each(torch.get_num_threads()) as pool:
+        done = list(pool.map(lambda part: _chunk_tests(part[1], design), parts))
+    tests: dict[str, list[dict[Statistic, HeadTests]]] = {group: [] for group in scores}
+    for (group, _), (found, _) in zip(parts, done, strict=True):
+        tests[group].append(found)
+    joined = {
+        group: {name: join([found[name] for found in of_group]) for name in design.names}
+        for group, of_group in tests.items()
+    }
+    return joined, largest(max_z for _, max_z in done)
+
+
+@contextmanager
+def _one_core_each(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that take whole heads. Torch's would share single small operations and, on a busy machine, wait for each
+    other in every one of them.
+    """
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:

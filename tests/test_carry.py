@@ -126,6 +126,8 @@ def test_a_kill_at_any_step_of_carrying_loses_nothing_and_counts_nothing_twice(s
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
+    header = header_of(half, 2)
+
     with monkeypatch.context() as patch:
         if step == "writing":
             write, count = carry.PartialWriter.write_layer, []
@@ -142,9 +144,9 @@ def test_a_kill_at_any_step_of_carrying_loses_nothing_and_counts_nothing_twice(s
         else:
             patch.setattr(carry, "read_partial", killed)
         with pytest.raises(KeyboardInterrupt):
-            carry_over(half, header_of(half, 2), lambda line: None)
-    assert carry_over(half, header_of(half, 2), lambda line: None) == [0, 1, 2]
-    assert carry_over(half, header_of(half, 2), lambda line: None) == [0, 1, 2]
+            carry_over(half, header, lambda line: None)
+    assert carry_over(half, header, lambda line: None) == [0, 1, 2]
+    assert carry_over(half, header, lambda line: None) == [0, 1, 2]
     assert list_partials(half) == ()
     run_quietly(resumed(folder, half.name))
     assert_right(folder, half.name)

@@ -23,7 +23,13 @@ ONLY = {"errors": set(), "geometry": {"errors"}, "score": {"errors"}}
 # Modules that a module must not know, be it through others.
 PLACEMENT = {"shards", "plan", "capture"}
 RUNNING = {"capture", "engine", "run"}
-COMPUTING = {"capture", "engine", "run", "score", "fisher", "permutation", "head_tests", "layer_tests", "statistics"}
+COMPUTING = {"capture", "engine", "run", "score", "fisher", "permutation"} | {
+    "pair_sums",
+    "head_tests",
+    "layer_tests",
+    "significance",
+    "statistics",
+}
 STRANGERS = {
     "layout": PLACEMENT,
     "slices": PLACEMENT,
@@ -33,6 +39,8 @@ STRANGERS = {
     "statistics": RUNNING,
     "head_tests": RUNNING,
     "layer_tests": RUNNING,
+    "pair_sums": RUNNING,
+    "significance": RUNNING,
     "permutation": RUNNING,
     "summary": COMPUTING,
     "report": COMPUTING,

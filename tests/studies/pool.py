@@ -18,7 +18,7 @@ from qkov_dist.config import TaskConfig
 from qkov_dist.engine import Roles, ScoreSettings, score_layer
 from qkov_dist.factors import FactorStore
 from qkov_dist.fisher import by_task, fisher_steps, fisher_weights
-from qkov_dist.head_tests import Design, correct, head_tests, largest
+from qkov_dist.head_tests import Design, correct, head_tests
 from qkov_dist.layout import resolve
 from qkov_dist.models import LoadedModel
 from qkov_dist.plan import Plan, Selection, make_plan
@@ -94,8 +94,5 @@ def reordered(scores: Scores, order: Sequence[int]) -> Scores:
 
 def tested(scores: Scores, design: Design) -> dict[str, dict[str, Mapping[str, np.ndarray]]]:
     """Statistic -> block -> name -> [heads], corrected as the product does."""
-    tests = {block: head_tests(part, design) for block, part in scores.items()}
-    max_z = largest(own for _, own in tests.values())
-    return {
-        name: {block: correct(found[name], max_z[name]) for block, (found, _) in tests.items()} for name in design.names
-    }
+    tests, max_z = head_tests(scores, design)
+    return {name: {block: correct(found[name], max_z[name]) for block, found in tests.items()} for name in design.names}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from calibration import ALPHA, MEAN, Condition, Outcome, run_condition
 from jobs import mixed_samples
-from pool import FisherRule, pooled, reordered
+from pool import RESULTS, FisherRule, pooled, reordered
 from power import DEFAULT, count_found
 from zoo import TINY, VOCAB
+
+from qkov_dist.significance import _CROSS_MEAN_REJECTED, _NOT_EXCHANGEABLE
 
 EXACT = Condition("tiny llama", MEAN, 8, 8, 200, 199, rescored=False)
 
@@ -78,3 +82,19 @@ def test_heads_with_weights_of_their_own_are_found_and_more_samples_find_more():
     assert many["above"] == 0
     swapped = count_found({"Q": 1 / scores["Q"]}, 12, DEFAULT, 400)
     assert 4 <= swapped["above"] == swapped["found"] <= 5
+
+
+def test_the_rates_that_notes_quote_are_those_of_the_study():
+    stored = json.loads((RESULTS / "calibration.json").read_text())["conditions"]
+    for scope, quoted in _CROSS_MEAN_REJECTED.items():
+        least, most, alternative = re.fullmatch(r"(\d+) to (\d+)% \((\S+)\)", quoted).groups()
+        rates = [
+            row["cross_mean"][alternative]["rejected_low"]["mean"] for row in stored if row["rule"]["scope"] == scope
+        ]
+        assert [round(100 * min(rates)), round(100 * max(rates))] == [int(least), int(most)]
+    of_one_task = [row["overlap"] for row in stored if row["rule"]["scope"] != "pooled"]
+    two_sided, greater = (
+        [100 * found[side]["rejected_low"]["mean"] for found in of_one_task] for side in ("two-sided", "greater")
+    )
+    assert f"two-sided rejected {min(two_sided):.0f} to {max(two_sided):.0f}%" in _NOT_EXCHANGEABLE
+    assert max(greater) < 5
