@@ -12,6 +12,7 @@ lowest layer's Q, K and V. Every window of layers runs all samples once.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from functools import cached_property
 
 from .anatomy import Matrix, Weight, attention_flops
 from .parallel import SHARDED_BY_HOOKS, Parallelism
-from .pretend import local_shape
+from .pretend import SHARDED, local_shape
 from .workload import Pass, Workload
 
 LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters
@@ -35,7 +36,8 @@ class Passes:
     forward: int
     backward: int
     activations: int
-    collectives: int
+    moved_weights: int
+    moved_sums: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class CaptureCost:
         """Bytes of a rank's parameters and buffers."""
         kinds = Counter((weight.shape, weight.itemsize, weight.style) for weight in self.work.anatomy.weights)
         parameters = sum(
-            count * itemsize * _numel(local_shape(Weight("", shape, itemsize, None, style), self.parallelism, rank))
+            count * itemsize * math.prod(local_shape(Weight("", shape, itemsize, None, style), self.parallelism, rank))
             for (shape, itemsize, style), count in kinds.items()
         )
         return parameters + self.work.anatomy.buffers
@@ -57,13 +59,13 @@ class CaptureCost:
     @cached_property
     def gathered(self) -> int:
         """Bytes of weights gathered at a time, with those that the rank holds itself."""
-        if self.parallelism.replicas == 1 or self.parallelism.data not in ("fsdp", "zero3"):
+        if self.parallelism.replicas == 1 or self.parallelism.data not in SHARDED:
             return 0
         layers, outside = self._worked_with
         if self.parallelism.data == "zero3":
             weights = [weight.numel * weight.itemsize for weight in self.work.anatomy.weights]
             itemsize = self.work.anatomy.itemsize
-            return min(sum(weights), max(LIVE_ELEMENTS * itemsize, max(weights)))
+            return min(sum(weights), max(LIVE_ELEMENTS * itemsize, *weights))
         largest = max(outside, default=0)
         return max(largest, 2 * max(layers.values(), default=0)) + largest
 
@@ -72,7 +74,7 @@ class CaptureCost:
         """Bytes of what a rank works with in a pass: of each layer, and of each weight outside of them."""
         layers, outside = Counter[int](), []
         for weight in self.work.anatomy.weights:
-            size = weight.itemsize * _numel(local_shape(weight, self.parallelism, 0, gathered=True))
+            size = weight.itemsize * math.prod(local_shape(weight, self.parallelism, 0, gathered=True))
             if weight.layer is None:
                 outside.append(size)
             else:
@@ -92,7 +94,8 @@ class CaptureCost:
             forward=per_token * tokens + per_label * labelled + attention,
             backward=back_token * tokens + back_label * labelled + self._attention(lowest) * squares * again // 2,
             activations=max((self._activations(batch, lowest) for batch in batches), default=0),
-            collectives=self._collectives(tokens, labelled, len(batches), lowest),
+            moved_weights=self._moved_weights(len(batches), lowest),
+            moved_sums=self._moved_sums(tokens, labelled, lowest),
         )
 
     def _per_token(self, lowest: int | None) -> tuple[int, int]:
@@ -130,34 +133,27 @@ class CaptureCost:
 
     def _activations(self, batch: Pass, lowest: int) -> int:
         anatomy, tp = self.work.anatomy, self.parallelism.tp
-        kept = sum(
-            stream + inner // tp for layer, (stream, inner) in anatomy.kept.items() if layer >= lowest
-        )
+        kept = sum(stream + inner // tp for layer, (stream, inner) in anatomy.kept.items() if layer >= lowest)
         logits = LOGIT_COPIES * max(LOGIT_BYTES, anatomy.itemsize) * anatomy.vocabulary
         eager = 0
         if not anatomy.recomputes:
             heads = sum(layer.num_heads for layer in self.work.layout.layers if layer.index >= lowest)
-            eager = heads // (tp if self._heads_are_cut else 1) * batch.length * (SOFTMAX_BYTES + anatomy.itemsize)
+            own = heads // (tp if self._heads_are_cut else 1)
+            eager = own * batch.length * (SOFTMAX_BYTES + (anatomy.itemsize if anatomy.itemsize < SOFTMAX_BYTES else 0))
         return batch.tokens * (kept + eager) + batch.labelled * logits
 
-    def _collectives(self, tokens: int, labelled: int, num_batches: int, lowest: int) -> int:
-        """Bytes that pass a rank's link: of weights once a direction of a pass, and of sums there and back."""
-        anatomy, tp, moved = self.work.anatomy, self.parallelism.tp, 0
+    def _moved_weights(self, num_batches: int, lowest: int) -> int:
+        """Bytes of weights that come from other ranks: all of them forward, and layers once more backward."""
         layers, outside = self._worked_with
-        if self.gathered:
-            others = self.parallelism.replicas - 1
-            again = sum(size for layer, size in layers.items() if layer >= lowest)
-            moved += num_batches * (sum(layers.values()) + sum(outside) + again) * others // (others + 1)
-        if tp > 1:
-            num_layers = self.work.layout.num_layers
-            sums = SUMS_PER_LAYER * (2 * num_layers - lowest)
-            moved += 2 * (tp - 1) * sums * tokens * anatomy.hidden * anatomy.itemsize // tp
-            moved += (tp - 1) * labelled * anatomy.vocabulary * anatomy.itemsize // tp
-        return moved
+        if not self.gathered:
+            return 0
+        again = sum(size for layer, size in layers.items() if layer >= lowest)
+        others = self.parallelism.replicas - 1
+        return num_batches * (sum(layers.values()) + sum(outside) + again) * others // (others + 1)
 
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
+    def _moved_sums(self, tokens: int, labelled: int, lowest: int) -> int:
+        """Bytes of tensor-parallel sums of the residual stream, forward and backward, and of gathered logits."""
+        anatomy, tp = self.work.anatomy, self.parallelism.tp
+        sums = SUMS_PER_LAYER * (2 * self.work.layout.num_layers - lowest)
+        moved = 2 * sums * tokens * anatomy.hidden + labelled * anatomy.vocabulary
+        return (tp - 1) * moved * anatomy.itemsize // tp

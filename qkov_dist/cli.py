@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], None]
 
+CONFIGURED = ("run", "plan")  # commands that take section.key=value anywhere on the line
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``qkov`` with the given arguments (those of the process by default); returns the exit code."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
-    if unknown := [word for word in more if options.name != "run" or word.startswith("-")]:
+    if unknown := [word for word in more if options.name not in CONFIGURED or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides = [*getattr(options, "overrides", []), *more]  # argparse stops at an option between them
     if not options.debug:
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_run(group)
     _add_demo(group)
+    _add_plan(group)
     _add_merge(group)
     _add_inspect(group)
     _add_check(group)
@@ -115,6 +118,28 @@ def _add_demo(group: Commands) -> None:
     parser.add_argument("--samples", type=_positive, default=24, help="samples of each task (default: 24)")
     parser.add_argument("--max-tokens", type=_positive, default=96, help="tokens of a sample at most (default: 96)")
     parser.add_argument("--output", default="runs/demo", help="output folder (default: runs/demo)")
+
+
+def _add_plan(group: Commands) -> None:
+    parser = _add(
+        group,
+        "plan",
+        commands.plan_command,
+        "Show what a run would hold, send and compute on each rank, and how long it should take; no weights are read.",
+        "qkov plan configs/node8.yaml model.path=configs/models/llama-3-70b.json --world-size 8 --hardware H100",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="configuration; model.path may be a JSON of a few facts")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--world-size", type=_positive, metavar="N", help="ranks (default: parallel.tp)")
+    parser.add_argument(
+        "--hardware", metavar="NAME", help="A100-40, A100-80, H100, H200, MI300X, L40S or cpu (measured)"
+    )
+    parser.add_argument("--gpu-memory", type=_positive_float, metavar="GiB", help="of each GPU")
+    parser.add_argument("--host-memory", type=_positive_float, metavar="GiB", help="of a node beside its GPUs")
+    parser.add_argument("--ranks-per-node", type=_positive, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--samples", type=_positive, metavar="N", help="samples of each task, instead of reading them")
+    parser.add_argument("--tokens", type=_positive, metavar="N", help="tokens of each sample")
+    parser.add_argument("--json", action="store_true", help="print the numbers of every rank")
 
 
 def _add_merge(group: Commands) -> None:

@@ -51,6 +51,24 @@ def demo_command(options: argparse.Namespace) -> None:
     _show(heatmap, Path(config.output.dir))
 
 
+def plan_command(options: argparse.Namespace) -> None:
+    """Show what a run would cost."""
+    from .config_file import load_config
+    from .plan_command import Machines, plan_run
+
+    config = load_config(options.config, options.overrides)
+    machines = Machines(
+        world_size=options.world_size,
+        hardware=options.hardware,
+        gpu_memory=options.gpu_memory,
+        host_memory=options.host_memory,
+        ranks_per_node=options.ranks_per_node,
+        samples=options.samples,
+        tokens=options.tokens,
+    )
+    plan_run(config, machines, as_numbers=options.json)
+
+
 def merge_command(options: argparse.Namespace) -> None:
     """Add up partial files."""
     from .comm import SharedError, connected_by_mpi

@@ -8,6 +8,7 @@ the YAML file.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
@@ -18,7 +19,11 @@ import yaml
 
 from .config import KEYS, SECTIONS, RunConfig, read_value
 from .errors import QkovError
-from .kinds import shown
+from .kinds import named, shown
+
+MAX_BYTES = 256 << 10  # of YAML; as many values, once its aliases are written out
+_LONGEST_KEY = 200  # that is compared with known ones
+_ODD_TAGS = (ValueError, ArithmeticError, LookupError, AttributeError, TypeError)  # such as !!bool with no bool behind
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -61,13 +66,17 @@ def _flatten(raw: object) -> dict[str, object]:
                 remedy = "Give task A first, then B, each with a name and a path."
                 raise QkovError("tasks", expected="a list of exactly two tasks", got=got, remedy=remedy)
             parts = [("tasks.0", body[0]), ("tasks.1", body[1])]
-        elif name not in SECTIONS:
-            raise _unknown(str(name))
+        elif name not in SECTIONS or "." in name:
+            raise _unknown(_key(name))
         else:
             parts = [(name, body)]
         for place, part in parts:
-            values |= {f"{place}.{key}": value for key, value in _mapping(part, place).items()}
+            values |= {f"{place}.{_key(key)}": value for key, value in _mapping(part, place).items()}
     return values
+
+
+def _key(key: object) -> str:
+    return key if isinstance(key, str) else shown(key)
 
 
 def _mapping(raw: object, place: str) -> Mapping[Any, Any]:
@@ -98,7 +107,7 @@ def _build(values: Mapping[str, object]) -> RunConfig:
 
 def _unknown(key: str) -> QkovError:
     """The error for an unknown key, naming the nearest: of a misspelt section, the same key elsewhere, or a typo."""
-    section, _, last = key.rpartition(".")
+    section, _, last = key[-_LONGEST_KEY:].rpartition(".")
     elsewhere = {known.rpartition(".")[2]: known for known in reversed(KEYS)}.get(last)
     sections = [*dict.fromkeys(name.partition(".")[0] for name in SECTIONS)]
     if section and section not in SECTIONS:
@@ -106,7 +115,9 @@ def _unknown(key: str) -> QkovError:
         nearest = f"{near}.{last}" if f"{near}.{last}" in KEYS else near
     else:
         nearest = elsewhere or difflib.get_close_matches(key, KEYS if section else sections, n=1, cutoff=0)[0]
-    return QkovError(key, expected="a known key", got=repr(last), remedy=f"The nearest valid key is {nearest!r}.")
+    return QkovError(
+        named(key), expected="a known key", got=shown(last), remedy=f"The nearest valid key is {nearest!r}."
+    )
 
 
 def _parse_override(override: str) -> tuple[str, object]:
@@ -114,19 +125,23 @@ def _parse_override(override: str) -> tuple[str, object]:
     key, equals, text = override.partition("=")
     if not equals or key.strip() in ("", "tasks", *SECTIONS):
         remedy = "Write for example fisher.decay=0.9 or tasks.0.path=math.jsonl, without spaces around '='."
-        raise QkovError("command line", expected="section.key=value", got=repr(override), remedy=remedy)
+        raise QkovError("command line", expected="section.key=value", got=shown(override), remedy=remedy)
     key = re.sub(r"^tasks\.([ab])\.", lambda match: f"tasks.{'ab'.index(match[1])}.", key.strip())
-    return key, _parse(text, lambda _: f"{key} (command line)")
+    return key, _parse(text, lambda _: f"{named(key)} (command line)")
 
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
         remedy = "Give the path of a YAML configuration; configs/ holds examples."
         raise QkovError(
-            str(path), expected="a readable file", got=error.strerror or str(error), remedy=remedy
+            str(path), expected="a readable file", got=getattr(error, "strerror", "") or str(error), remedy=remedy
         ) from None
+    if len(data) > MAX_BYTES:
+        remedy = "Give the path of a YAML configuration; configs/ holds examples."
+        raise QkovError(str(path), expected=f"at most {MAX_BYTES} bytes of YAML", got="more", remedy=remedy)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -147,9 +162,26 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(problem=f"the key {shown(key.value)} twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document as written, refused where its aliases stand for more than any text that is read."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _num_values(node, {}) > MAX_BYTES:
+            raise yaml.MarkedYAMLError(problem="aliases of aliases without end", problem_mark=node.start_mark)
+        return node
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for when its aliases are written out; infinite where one contains itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inner = (part for item in parts for part in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in inner)
+    return known[id(node)]
 
 
 _Loader.add_implicit_resolver(
@@ -164,6 +196,7 @@ def _parse(text: str, place: Callable[[int], str]) -> object:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         got = " ".join(part for part in (error.context, error.problem) if part)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        line, got = 1, str(error).splitlines()[0]
-    raise QkovError(place(line), expected="valid YAML", got=got, remedy="Correct this line; keys are 'key: value'.")
+    except (yaml.YAMLError, RecursionError, *_ODD_TAGS) as error:
+        line, got = 1, next(iter(str(error).splitlines()), type(error).__name__)
+    remedy = "Correct this line; keys are 'key: value'."
+    raise QkovError(place(line), expected="valid YAML", got=got[:_LONGEST_KEY], remedy=remedy)

@@ -139,6 +139,8 @@ class Reader:
         needed = max(dataset.size * dataset.dtype.itemsize, chunk_bytes if dataset.size else 0)
         if stored > self._num_bytes or needed > stored * ratio:
             raise _refusal(path, f"at most {stored} stored bytes", f"{needed} declared, {self._num_bytes} in the file")
+        if any(size != limit for size, limit in zip(dataset.shape, dataset.maxshape, strict=True) if size):
+            raise _refusal(path, "a shape that cannot grow", f"{dataset.shape} up to {dataset.maxshape}")
         return dataset
 
     def _existing(self, path: str) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+_HIGHEST = 100_000  # above every number of a layer or head
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -81,9 +83,10 @@ def _selection(value: object) -> tuple[int, ...]:
         parts = [re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part) for part in value.split(",")]
         spans = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
         _require(len(spans) == len(parts) and all(low <= high for low, high in spans))
+        _require(sum(high - low for low, high in spans) < _HIGHEST)
         return tuple(sorted({number for low, high in spans for number in range(low, high + 1)}))
     items = value if isinstance(value, list | tuple) else [value]
-    numbers = {item for item in items if type(item) is int and 0 <= item < 100_000}
+    numbers = {item for item in items if type(item) is int and 0 <= item < _HIGHEST}
     _require(bool(numbers) and all(type(item) is int and item in numbers for item in items))
     return tuple(sorted(numbers))
 
@@ -98,5 +101,18 @@ SELECTION = optional(Kind("a list of numbers from 0, or text such as '0-3,7'", _
 
 def shown(value: object) -> str:
     """A value as the YAML would show it, cut to one short piece."""
-    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else written(value)
+
+
+def written(value: object) -> str:
+    """A value as Python writes it, cut to one short piece."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or a nest as deep as the stack
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def named(key: str) -> str:
+    """A key as it stands where it can be read on one line, and quoted, escaped and cut otherwise."""
+    return key if key.isprintable() and len(key) <= 80 else written(key)

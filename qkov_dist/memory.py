@@ -48,7 +48,7 @@ def memory_of(
     dtype: torch.dtype = torch.float32,
 ) -> Memory:
     """Count what this rank holds after capture."""
-    weights = sum(_local_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    weights = sum(local_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
     if store is None or plan is None or roles is None:
         return Memory(weights)
     largest = max((tile.rect.area for layer in plan.layers for tile in layer.tiles), default=0)
@@ -72,7 +72,8 @@ def memory_table(ranks: Sequence[Mapping[str, int]]) -> str:
     return "MiB of each rank\n" + tabulate(rows, headers="keys", disable_numparse=True)
 
 
-def _local_bytes(tensor: Any) -> int:
+def local_bytes(tensor: Any) -> int:
+    """Bytes that this rank holds of a parameter or buffer."""
     if hasattr(tensor, "ds_id"):
         return int(tensor.ds_tensor.nbytes) if tensor.ds_tensor is not None else int(tensor.nbytes)
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -7,6 +7,7 @@ are on disk; the same command goes on from there. Every rank takes the same step
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -19,16 +20,20 @@ from .collection import Collection
 from .comm import current, together
 from .config import RunConfig
 from .exchange import Exchange
+from .expected_time import Phase, assumptions, expected
 from .factors import SPILLED, FactorStore
 from .finish import HEATMAP_FILE, finish
 from .frame import Frame, from_json, make_frame, to_json
+from .hardware import this_hardware
 from .hdf5_write import refuse_other_run
 from .job import Job, Say, prepare
-from .memory import Memory, memory_of, memory_table
+from .measured import Measured, comparison_lines
 from .merge import layer_partial
 from .partial_schema import PartialHeader
 from .partials import PartialWriter, locked, partial_path, read_partial
 from .plan import Plan
+from .plan_table import plan_lines
+from .planning import RunPlan, plan_of_job
 from .progress import Voice, progress_bar
 from .provenance import run_attributes
 from .results import Heatmap
@@ -36,6 +41,8 @@ from .rounds import Round, layers_of, make_windows
 from .scoring import rounds_of, score_rounds
 from .stopping import stoppable
 from .store import load_heatmap
+
+Planned = tuple[RunPlan, list[Phase]]
 
 
 def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> Heatmap | None:
@@ -71,17 +78,23 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
 def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
     """Score what is missing, then add up, test and write."""
     config, world = job.config, job.team.world
-    header = _header(job)
+    header, measured = _header(job), Measured()
+    measured.see_model(job.loaded.model)
     carried = _carried(job, header, voice.say) if config.output.resume else []
     with PartialWriter(partial_path(job.folder, world.rank), header, resume=config.output.resume) as writer:
         _take_over(job, carried, writer)
-        memory = _score_missing_layers(job, writer, voice)
+        planned = _score_missing_layers(job, writer, voice, measured)
         _record_what_others_score(job, writer)
     partial = read_partial(writer.path)
     frame = from_json(world.gather(partial.header.extra if world.rank == 0 else None)[0], str(writer.path))
-    if world.size > 1:
-        voice.say(memory_table(world.gather(dataclasses.asdict(memory))))
-    heatmap = finish(frame, lambda layer: partial.read_layer(layer.layer), config, path, world, voice)
+    with measured.phase("combining"):
+        heatmap = finish(frame, lambda layer: partial.read_layer(layer.layer), config, path, world, voice)
+    measured.see_files([writer.path, *([path] if heatmap is not None else [])])
+    measured.see_peaks()
+    everyone = [Measured(**found) for found in world.gather(dataclasses.asdict(measured))]
+    if planned is not None:
+        for line in comparison_lines(*planned, everyone):
+            voice.say(line)
     if not config.output.partials:
         world.gather(None)  # not before rank 0 has written the heatmap
         partial.path.unlink()
@@ -106,42 +119,65 @@ def _take_over(job: Job, carried: list[int], writer: PartialWriter) -> None:
     together(world, lambda: forget(job.folder) if not world.rank else None)
 
 
-def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice) -> Memory:
-    """Capture and score what is not on disk yet, window by window, and record each layer as it is done."""
+def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice, measured: Measured) -> Planned | None:
+    """Capture and score what is not on disk yet, window by window, and record each layer as it is done.
+
+    Returns:
+        The plan of what was missing and the time expected; None where nothing was.
+    """
     team = job.team
     rounds = rounds_of(job.plan, team, done=writer.completed.__contains__)
-    memory = memory_of(job.loaded.model)
     if not rounds:
-        return memory
+        return None
     if done := len(job.plan.layers) - len(layers_of(rounds)):
         voice.say(f"resuming: {done} of {len(job.plan.layers)} layers are on disk")
     writer.remove_leftovers(SPILLED)
+    planned = _planned(job, rounds, voice)
     windows = _windows(job, rounds, writer.folder)
     with stoppable(team.world) as may_stop:
         for number, window in enumerate(windows, start=1):
             if len(windows) > 1:
                 voice.say(f"window {number} of {len(windows)}: layers {', '.join(map(str, layers_of(window)))}")
-            memory = memory.larger(_score_window(job, window, writer, voice, may_stop))
-    return memory
+            _score_window(job, window, writer, voice, may_stop, measured)
+    return planned
+
+
+def _planned(job: Job, rounds: Sequence[Round], voice: Voice) -> Planned:
+    """The plan of some rounds and the time expected of it on this hardware, and both said."""
+    plan = plan_of_job(job, rounds)
+    here = this_hardware() if job.team.world.rank == 0 else None  # it is rank 0 that says so
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", job.team.world.size))
+    phases = expected(plan, here, ranks_per_node) if here else []
+    for line in plan_lines(plan, phases, here.name if here else "", assumptions(here) if here else []):
+        voice.say(line)
+    return plan, phases
 
 
 def _score_window(
-    job: Job, window: Sequence[Round], writer: PartialWriter, voice: Voice, may_stop: Callable[[], None]
-) -> Memory:
+    job: Job,
+    window: Sequence[Round],
+    writer: PartialWriter,
+    voice: Voice,
+    may_stop: Callable[[], None],
+    measured: Measured,
+) -> None:
     """Run all samples for the layers of one window, then score and record these."""
     team, roles, settings = job.team, job.roles(), job.settings(writer.folder, voice.warn)
     plan = job.plan.only(layers_of(window))
     with closing(_store(job, writer.folder)) as store:
-        frame = _capture(job, plan, store, voice, may_stop)
+        with measured.phase("capture"):
+            frame = _capture(job, plan, store, voice, may_stop)
+        measured.see_factors(store)
         writer.header = dataclasses.replace(writer.header, extra=to_json(frame))
         exchange = Exchange(team, store, job.layout, plan.sites)
-        memory = memory_of(job.loaded.model, store, plan, roles, settings.dtype)
-        with progress_bar("scoring", len(window), "layer", show=voice.show_progress) as advance:
+        bar = progress_bar("scoring", len(window), "layer", show=voice.show_progress)
+        with measured.phase("scoring"), bar as advance:
             for layer, blocks in score_rounds(plan, window, exchange, roles, settings, team, may_stop):
+                measured.see_scores(blocks)
                 part = layer_partial(blocks)
                 writer.write_layer(layer.layer, part.blocks, part.shared)
                 advance(1)
-        return dataclasses.replace(memory, sent=exchange.bytes_sent)
+        measured.see_sent(factors=exchange.bytes_sent)
 
 
 def _windows(job: Job, rounds: list[Round], folder: Path) -> list[list[Round]]:

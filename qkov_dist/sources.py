@@ -17,8 +17,10 @@ from typing import Any
 from .builtin_tasks import builtin_samples
 from .config import TaskConfig
 from .errors import QkovError
+from .kinds import named, written
 
-MAX_LINE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = 4 << 20
+MAX_LINES, MAX_FILE_BYTES = 100_000, 64 << 20  # read of a file before ``max_samples`` stops it; unpacked, where packed
 
 Row = tuple[str, int, dict[str, Any]]  # place, number from 1, content
 
@@ -40,11 +42,13 @@ def rows(config: TaskConfig) -> Iterator[Row]:
 
 def _file_rows(path: Path) -> Iterator[Row]:
     """The objects of a JSONL file; blank lines count as lines and are skipped."""
-    number = 0
+    number = num_bytes = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
+                number, num_bytes = number + 1, num_bytes + len(line)
+                if number > MAX_LINES or num_bytes > MAX_FILE_BYTES:
+                    raise _too_long(f"{path}:{number}")
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
@@ -55,6 +59,12 @@ def _file_rows(path: Path) -> Iterator[Row]:
         got = getattr(error, "strerror", None) or str(error)
         remedy = f"Check the path and the file's contents; it is taken from {Path.cwd()}."
         raise QkovError(place, expected=kind, got=got, remedy=remedy) from error
+
+
+def _too_long(place: str) -> QkovError:
+    expected = f"at most {MAX_LINES} lines and {MAX_FILE_BYTES >> 20} MiB"
+    remedy = "Set max_samples of this task to read the first samples alone, or shorten the file."
+    return QkovError(place, expected=expected, got="more", remedy=remedy)
 
 
 def _object(line: bytes, place: str) -> dict[str, Any]:
@@ -79,7 +89,7 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError(f"a key twice among {[key for key, _ in pairs]}")
+        raise ValueError(f"a key twice among {written([key for key, _ in pairs])}")
     return content
 
 
@@ -111,7 +121,7 @@ def _dataset_rows(path: str) -> Iterator[Row]:
 
 def _dataset_row(row: dict[str, Any], column: str, place: str) -> dict[str, Any]:
     if column not in row:
-        remedy = f"The columns are {', '.join(row)}."
+        remedy = f"The columns are {', '.join(map(named, row))}."
         raise QkovError(place, expected=f"a column {column!r}", got="no such column", remedy=remedy)
     value = row[column]
     if not isinstance(value, list):

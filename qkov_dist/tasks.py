@@ -16,10 +16,12 @@ import numpy as np
 
 from .config import TaskConfig
 from .errors import QkovError
+from .kinds import named, written
 from .samples import IGNORED, Sample, Task
 from .sources import Row, rows
 from .tokenization import render_chat, tokenize
 
+MAX_ID, MAX_MESSAGES = 200, 1000
 FORMS = (("text",), ("prompt", "completion"), ("messages",), ("input_ids", "labels"))
 
 
@@ -80,13 +82,16 @@ class _Reader:
 
     def _id(self, content: dict[str, Any], place: str, number: int) -> str:
         value = content.get("id", f"{self.config.name}-{number}")
-        if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).isprintable() or value == "":
+        is_text = isinstance(value, str | int) and not isinstance(value, bool)
+        if not is_text or not str(value).isprintable() or not 0 < len(str(value)) <= MAX_ID:
             remedy = "Give each sample a short id of its own, or none at all."
-            raise QkovError(f"{place}: id", expected="printable text or a whole number", got=repr(value), remedy=remedy)
+            expected = f"at most {MAX_ID} printable characters or a whole number"
+            raise QkovError(f"{place}: id", expected=expected, got=written(value), remedy=remedy)
         first = self.places.setdefault(str(value), place)
         if first != place:
             remedy = "Rename one of the samples, or leave the ids out."
-            raise QkovError(f"{place}: id", expected="an id of its own", got=f"{value!r} as at {first}", remedy=remedy)
+            got = f"{written(value)} as at {first}"
+            raise QkovError(f"{place}: id", expected="an id of its own", got=got, remedy=remedy)
         return str(value)
 
     def _from_ids(self, content: dict[str, Any], place: str) -> tuple[list[int], list[int], str]:
@@ -138,9 +143,9 @@ def _form(content: dict[str, Any], place: str) -> str:
     known = [key for form in FORMS for key in form]
     for key in content:
         if key not in (*known, "id"):
-            near = difflib.get_close_matches(key, [*known, "id"], n=1, cutoff=0)[0]
+            near = difflib.get_close_matches(key[:MAX_ID], [*known, "id"], n=1, cutoff=0)[0]
             remedy = f"The nearest valid key is {near!r}."
-            raise QkovError(f"{place}: {key}", expected="a known key", got=repr(key), remedy=remedy)
+            raise QkovError(f"{place}: {named(key)}", expected="a known key", got=written(key), remedy=remedy)
     given = tuple(key for key in known if key in content)
     if given in FORMS or given == ("input_ids",):
         return given[0]
@@ -170,7 +175,7 @@ def _integers(value: object, place: str) -> list[int]:
         raise QkovError(place, expected="a list of whole numbers", got=got, remedy=remedy)
     for position, item in enumerate(value):
         if type(item) is not int:
-            got = f"{item!r} at position {position}"
+            got = f"{written(item)} at position {position}"
             raise QkovError(place, expected="a list of whole numbers", got=got, remedy=remedy)
     return value
 
@@ -180,13 +185,17 @@ def _check_ids(ids: Sequence[int], vocab_size: int, place: str, *, ignored: bool
         if not (0 <= token < vocab_size or (ignored and token == IGNORED)):
             expected = f"token ids in [0, {vocab_size})" + (f" or {IGNORED}" if ignored else "")
             remedy = "Tokenize with the tokenizer of this very model."
-            raise QkovError(place, expected=expected, got=f"{token} at position {position}", remedy=remedy)
+            raise QkovError(place, expected=expected, got=f"{written(token)} at position {position}", remedy=remedy)
 
 
 def _messages(value: object, place: str) -> list[dict[str, Any]]:
     remedy = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
     if not isinstance(value, list):
         raise QkovError(f"{place}: messages", expected="a list of messages", got=type(value).__name__, remedy=remedy)
+    if len(value) > MAX_MESSAGES:
+        remedy = "Cut the conversation into several samples."
+        expected = f"at most {MAX_MESSAGES} messages"
+        raise QkovError(f"{place}: messages", expected=expected, got=str(len(value)), remedy=remedy)
     for index, message in enumerate(value):
         inner = f"{place}: messages.{index}"
         if not isinstance(message, dict):

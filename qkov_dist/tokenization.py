@@ -6,6 +6,7 @@ A span is what a task asks the model to predict: a completion, or the assistant'
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from typing import Any
@@ -27,7 +28,9 @@ def tokenize(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool)
         return _tokenize_pieces(tokenizer, text, spans, special=special)
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
-    labelled = [any(start < stop and begin < end for begin, stop in spans) for start, end in offsets]
+    begins = [begin for begin, _ in spans]  # in order, and no span overlaps the next
+    last_begun = (bisect_left(begins, end) - 1 for _, end in offsets)
+    labelled = [at >= 0 and start < spans[at][1] for at, (start, _) in zip(last_begun, offsets, strict=True)]
     num_appended = sum(1 for _ in takewhile(lambda offset: tuple(offset) == (0, 0), reversed(offsets)))
     last = len(offsets) - num_appended
     if 0 < last < len(offsets):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from qkov_dist.assembly import assemble
 from qkov_dist.config_file import from_dict
 from qkov_dist.errors import QkovError
 from qkov_dist.frame import from_json
+from qkov_dist.measured import Measured
 from qkov_dist.merge import add_layers
 from qkov_dist.partials import list_partials, read_partial
 from qkov_dist.run import run
@@ -221,11 +221,16 @@ def memory_after(raw: dict) -> dict[str, int]:
     """What this rank held after capture."""
     import qkov_dist.run
 
-    kept = []
-    measure = qkov_dist.run.memory_of
-    qkov_dist.run.memory_of = lambda *arguments: kept.append(measure(*arguments)) or kept[-1]
+    kept: list[Measured] = []
+
+    class Kept(Measured):
+        def __post_init__(self) -> None:
+            kept.append(self)
+
+    qkov_dist.run.Measured = Kept
     try:
         run_quietly(raw)
     finally:
-        qkov_dist.run.memory_of = measure
-    return dataclasses.asdict(kept[-1])
+        qkov_dist.run.Measured = Measured
+    mine = kept[0]
+    return {"weights": mine.weights, "factors": mine.factors_memory, "scores": mine.scores, "sent": mine.sent_factors}

@@ -1,0 +1,162 @@
+"""What one rank has of one layer to score, in integers: elements, heads, features that have to come, the largest tile.
+
+It is read off the rank's own :class:`~qkov_dist.plan.LayerPlan` and :func:`~qkov_dist.exchange.needs_of`, which a run
+goes by. Layers of one kind of which a rank owns the same rectangles are looked at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .capture import Site
+from .exchange import needs_of
+from .forms import gradients_above, shared_inputs
+from .geometry import Rect
+from .plan import TILE_BYTES, LayerPlan, Owned, Selection, Tile, make_plan
+from .slices import AttentionLayer, Layout
+
+UNCUT = 2**62  # bytes of a tile that nothing exceeds
+
+
+@dataclass(frozen=True)
+class SiteShare:
+    """One projection.
+
+    Attributes:
+        place: Its place among the layer's projections.
+        above: Tokens above which a sample is kept as its gradient.
+        input: Place of the projection whose X it reads.
+        area: Elements of selected heads of its weight.
+        bias_area: Elements of selected heads of its bias, and those that no head owns.
+        block_area: Elements of its weight in whole blocks, selected heads or not.
+        cols: Features of X that have to come with this site; 0 where another site's X is read.
+        rows: Features of D.
+        whole: Elements of a gradient that is kept as such.
+    """
+
+    place: int
+    above: int
+    input: int
+    area: int = 0
+    bias_area: int = 0
+    block_area: int = 0
+    cols: int = 0
+    rows: int = 0
+    whole: int = 0
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """One layer.
+
+    Attributes:
+        sites: Its projections that are captured.
+        heads: By block, the heads of which the rank owns an element.
+        every_head: By block, the heads that are scored by any rank.
+        tile: Elements of the rank's largest tile.
+        block_area: Elements that it owns of whole blocks, selected heads or not.
+    """
+
+    sites: tuple[SiteShare, ...]
+    heads: Mapping[str, tuple[int, ...]]
+    every_head: Mapping[str, tuple[int, ...]]
+    tile: int
+    block_area: int
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored, and in which numbers.
+
+    Attributes:
+        selection: Layers and heads.
+        include_bias: Whether biases count.
+        num_samples: Samples whose gradients a tile holds.
+        itemsize: Bytes of a score.
+        factor_itemsize: Bytes of a number of a captured factor.
+    """
+
+    selection: Selection
+    include_bias: bool
+    num_samples: int
+    itemsize: int
+    factor_itemsize: int
+
+
+def layer_shares(
+    layout: Layout, layers: Sequence[int], owned_by_rank: Sequence[Owned], scoring: Scoring
+) -> list[dict[int, LayerShare]]:
+    """Every rank's share of every layer, by rank and layer number."""
+    known: dict[tuple[object, ...], LayerShare] = {}
+    kinds: dict[tuple[object, ...], int] = {}
+    found: list[dict[int, LayerShare]] = [{} for _ in owned_by_rank]
+    for index in layers:
+        layer = layout.layer(index)
+        kind = kinds.setdefault(tuple((p.shape, p.has_bias, p.slices) for p in layer.projections), len(kinds))
+        for rank, owned in enumerate(owned_by_rank):
+            rects = tuple((owned(p, False), owned(p, True) if p.has_bias else ()) for p in layer.projections)
+            if (kind, rects) not in known:
+                known[kind, rects] = _share(layer, owned, scoring)
+            found[rank][index] = known[kind, rects]
+    return found
+
+
+def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerShare:
+    only = Layout("", "", 1, (layer,), ())
+    (plan,) = make_plan(
+        only,
+        Selection(None, scoring.selection.heads),
+        include_bias=scoring.include_bias,
+        num_samples=scoring.num_samples,
+        itemsize=scoring.itemsize,
+        owned=owned,
+        tile_bytes=UNCUT,
+    ).layers
+    heads: dict[str, set[int]] = {}
+    for tile in plan.tiles:
+        heads.setdefault(tile.block, set()).add(tile.head)
+    return LayerShare(
+        _site_shares(layer, plan, owned, scoring),
+        {block: tuple(sorted(found)) for block, found in heads.items()},
+        plan.heads,
+        max((_tile_size(tile.rect, scoring) for tile in plan.tiles), default=0),
+        sum(tile.rect.area for tile in plan.block_tiles),
+    )
+
+
+def _site_shares(layer: AttentionLayer, plan: LayerPlan, owned: Owned, scoring: Scoring) -> tuple[SiteShare, ...]:
+    sharing = {site: group[0][0] for group in shared_inputs(layer, plan.sites) for site, _ in group}
+    places = {Site(layer.index, projection.module): n for n, projection in enumerate(layer.projections)}
+    above = gradients_above([layer], scoring.factor_itemsize)
+    needs = {(need.kind, need.site): need for need in needs_of(layer, plan.sites, owned, sharing)}
+
+    def count(tiles: Sequence[Tile], site: Site, bias: bool) -> int:
+        return sum(tile.rect.area for tile in tiles if tile.site == site and tile.bias == bias)
+
+    def width(kind: str, site: Site) -> int:
+        need = needs.get((kind, site))
+        return 0 if need is None else math.prod(need.shape)
+
+    return tuple(
+        SiteShare(
+            place=place,
+            above=above[site],
+            input=places[sharing[site]],
+            area=count(plan.tiles, site, False),
+            bias_area=count(plan.tiles, site, True),
+            block_area=count(plan.block_tiles, site, False),
+            cols=width("x", site),
+            rows=width("d", site),
+            whole=width("g", site),
+        )
+        for site, place in places.items()
+        if site in sharing
+    )
+
+
+def _tile_size(rect: Rect, scoring: Scoring) -> int:
+    """Elements of the largest tile that a head's rectangle is cut into."""
+    most = max(TILE_BYTES // (scoring.num_samples * scoring.itemsize), 1)
+    return max(band.area for band in rect.split_rows(most // rect.shape[1]))

@@ -1,0 +1,360 @@
+"""Plans against what runs really hold, send and compute: tiny models, in this process and on real ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jobs import mixed_samples
+from test_distributed import settings
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import TINY, VOCAB
+
+from qkov_dist import permutation
+from qkov_dist.anatomy import anatomy_of
+from qkov_dist.batches import make_batches
+from qkov_dist.capture import Site, capture
+from qkov_dist.capture_cost import CaptureCost
+from qkov_dist.collection import Collection
+from qkov_dist.comm import current
+from qkov_dist.config_file import from_dict
+from qkov_dist.cost import Cost, total
+from qkov_dist.errors import QkovError
+from qkov_dist.exchange import Exchange
+from qkov_dist.expected_time import PHASES, Phase
+from qkov_dist.factors import FactorStore
+from qkov_dist.frame import FrameLayer
+from qkov_dist.job import Job, prepare
+from qkov_dist.layout import resolve
+from qkov_dist.measured import Measured, comparison_lines
+from qkov_dist.merge import add_dealt, deal_heads
+from qkov_dist.ownership import assign
+from qkov_dist.parallel import Parallelism
+from qkov_dist.partial_schema import BlockPartial, LayerPartial
+from qkov_dist.planning import RunPlan, plan_of_job, plan_pretended, workload_of
+from qkov_dist.pretend import local_shape, pretended_teams
+from qkov_dist.rounds import layers_of, make_windows
+from qkov_dist.scoring import rounds_of, score_rounds
+from qkov_dist.shares import layer_shares
+from qkov_dist.workload import Dealt, PretendedWorld, Workload, made_up_task
+
+MODELS = ("llama", "gpt2", "phi3", "olmo2")
+DATA = [(2, {"shard": "ddp"}), (2, {"shard": "fsdp"})]
+ZERO3 = (3, {"shard": "zero3"})
+TENSOR = [(2, {"tp": 2}), (4, {"tp": 2, "shard": "fsdp"}), (4, {"tp": 2, "shard": "ddp"})]
+CASES = [
+    *(("llama", cut) for cut in (*DATA, *TENSOR)),  # under ZeRO-3 DeepSpeed hides that q, k and v share their input
+    *(("phi3", cut) for cut in (*TENSOR, ZERO3)),  # runs attention whole on tensor-parallel ranks
+    *(("gpt2", cut) for cut in (*DATA, ZERO3)),  # weights stored [in, out]; no tensor-parallel plan
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny models and two tasks of samples short and long (most gradients of the latter are smaller than factors)."""
+    folder = tmp_path_factory.mktemp("planning")
+    for task, seed, num in (("a", 1, 5), ("b", 2, 4)):
+        samples = [*mixed_samples(num, VOCAB, seed=seed), *mixed_samples(1, VOCAB, seed=seed + 9, lengths=(40, 41))]
+        write(folder / f"{task}.jsonl", samples)
+    for name in MODELS:
+        TINY[name].build().save_pretrained(folder / name)
+    return folder
+
+
+def write(path: Path, samples) -> None:
+    rows = [{"id": s.id, "input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measure(raw: dict, folder: Path) -> tuple[list[Cost], list[list[int]], list[Measured]]:
+    """Plan a job and run it as `qkov run` does; every rank's costs, the windows, and what this rank measured."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job = prepare(from_dict(raw), current(), lambda line: None)
+        plan = plan_of_job(job)
+        measured = Measured()
+        measured.see_model(job.loaded.model)
+        for window in windows_of(job):
+            score(job, window, measured, folder)
+    gathered = [Measured(**one) for one in job.team.world.gather(asdict(measured))]
+    return list(plan.costs), [list(window) for window in plan.windows], gathered
+
+
+def windows_of(job: Job):
+    compute, world = job.config.compute, job.team.world
+    sizes = world.gather({str(layer.layer): job.factor_bytes(layer) for layer in job.plan.layers})
+    largest = {int(layer): max(size[layer] for size in sizes) for layer in sizes[0]}
+    disk = 2**40 if compute.factor_disk_mb is None else compute.factor_disk_mb * 2**20
+    return make_windows(rounds_of(job.plan, job.team), largest, compute.factor_memory_mb * 2**20 + disk)
+
+
+def score(job: Job, window, measured: Measured, folder: Path) -> None:
+    plan, compute = job.plan.only(layers_of(window)), job.config.compute
+    store = FactorStore(
+        compute.factor_memory_mb * 2**20,
+        folder,
+        job.team.local,
+        lengths=job.lengths_here,
+        gradients_above=job.gradients_above(),
+    )
+    with closing(store):
+        collection = Collection(store, plan.sites, job.objective, batch_tokens=compute.batch_tokens, team=job.team)
+        with measured.phase("capture"):
+            for task in job.tasks:
+                collection.run(job.loaded.model, task.name, task.samples)
+        measured.see_factors(store)
+        exchange = Exchange(job.team, store, job.layout, plan.sites)
+        with measured.phase("scoring"):
+            for _, blocks in score_rounds(plan, window, exchange, job.roles(), job.settings(), job.team):
+                measured.see_scores(blocks)
+        measured.see_sent(factors=exchange.bytes_sent)
+    measured.see_peaks()
+
+
+def assert_as_planned(costs: list[Cost], measured: list[Measured]) -> None:
+    for rank, (cost, found) in enumerate(zip(costs, measured, strict=True)):
+        assert cost.weights == found.weights, rank
+        assert (cost.factors_memory, cost.factors_disk) == (found.factors_memory, found.factors_disk), rank
+        assert cost.sent_factors == found.sent_factors, rank
+        assert (cost.flops_scoring, cost.flops_kept) == (found.flops_scoring or 0, found.flops_kept), rank
+        assert cost.scores == (found.scores or 0), rank
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"statistics": {"enabled": True}, "metric": {"include_bias": True}},
+        {"metric": {"heads": [1], "layers": [1]}, "ridge": {"relative": 0.1}},
+    ],
+    ids=["plain", "pooled with biases", "one head"],
+)
+def test_the_plan_of_a_process_is_what_it_holds_and_computes(model, sections, folder, tmp_path):
+    costs, _, measured = measure(settings(folder, model, "x", {}, **sections), tmp_path)
+    assert costs[0].flops_kept > 0
+    assert_as_planned(costs, measured)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("model", "cut"), CASES, ids=str)
+def test_the_plan_of_ranks_is_what_each_holds_sends_and_computes(model, cut, ranks, folder, tmp_path):
+    world_size, parallel = cut
+    raw = settings(folder, model, "x", parallel, ridge={"relative": 0.1})
+    for costs, _, measured in ranks(world_size).run(measure, raw, tmp_path):
+        assert_as_planned(costs, measured)
+    pretended = pretend(raw, world_size)
+    assert list(pretended.costs) == costs
+
+
+def pretend(raw: dict, world_size: int) -> RunPlan:
+    """The plan of the same ranks, from one process that is none of them."""
+    parallel = raw["parallel"]
+    replicas = world_size // parallel.get("tp", 1)
+    parallelism = Parallelism(parallel.get("tp", 1), parallel.get("shard", "none"), replicas)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return plan_pretended(workload_of(prepare(from_dict({**raw, "parallel": {}}), current(), silent)), parallelism)
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""
+
+
+def test_factors_beyond_memory_and_disk_are_planned_as_they_are_kept(folder, tmp_path):
+    for task, seed in (("many_a", 3), ("many_b", 4)):
+        samples = mixed_samples(80, VOCAB, seed=seed, lengths=(8, 20))
+        write(folder / f"{task}.jsonl", samples)
+    raw = settings(folder, "llama", "x", {}, compute={"batch_tokens": 200, "factor_memory_mb": 1, "factor_disk_mb": 1})
+    raw["tasks"] = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("many_a", "many_b")]
+    (cost,), windows, (found,) = measure(raw, tmp_path)
+    assert windows == [[0], [1]]
+    assert cost.factors_disk > 2**17
+    assert cost.factors_memory == pytest.approx(found.factors_memory, rel=0.1)
+    assert cost.factors_disk == pytest.approx(found.factors_disk, rel=0.1)
+    assert (cost.flops_scoring, cost.scores) == (found.flops_scoring, found.scores)
+
+
+def work_of(model, name: str, *, layers=None, num=8, tokens=13, on_gpu=False, **sections) -> Workload:
+    """The work of made-up samples, without files."""
+    layout = resolve(model)
+    raw = {
+        "model": {"path": "x"},
+        "tasks": [{"name": task, "path": task} for task in "ab"],
+        "metric": {"layers": layers},
+        "compute": {"batch_tokens": 64},
+        **sections,
+    }
+    tasks = made_up_task("a", num, tokens), made_up_task("b", num, tokens)
+    objective = "masked" if TINY[name].masked_lm else "causal"
+    return Workload(from_dict(raw), anatomy_of(model, layout), layout, tasks, objective, on_gpu)
+
+
+@pytest.mark.parametrize("lowest", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "gemma2", "deepseek_v3", "opt", "bert"])
+def test_operations_of_both_passes_are_those_that_torch_counts(name, lowest):
+    model = TINY[name].build()
+    model.set_attn_implementation("eager")  # torch counts no operations of a CPU's fused attention
+    work = work_of(model, name, layers=[lowest])
+    passes = CaptureCost(work, Parallelism(1, "none", 1)).passes(Dealt(work, 1, False).passes[0], lowest)
+    sites = [Site(lowest, projection.module) for projection in work.layout.layer(lowest).projections]
+    with FlopCounterMode(display=False) as counter, capture(model, sites) as session:
+        for task in work.tasks:
+            names = [sample.id for sample in task.samples]
+            for batch in make_batches(task.samples, names=names, batch_tokens=64, objective=work.objective):
+                session.run(batch, Kept([]))
+    assert passes.forward + passes.backward == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert passes.backward != passes.forward
+
+
+class Kept:
+    """A sink that keeps the inputs of projections."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def add(self, factors) -> None:
+        self.tensors.append(factors.x)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_activations_are_estimated_within_a_third(attention):
+    model = TINY["llama"].build(hidden_size=128, intermediate_size=320, num_hidden_layers=3)
+    model.set_attn_implementation(attention)
+    work = work_of(model, "llama", num=4, tokens=33, compute={"batch_tokens": 128})
+    planned = CaptureCost(work, Parallelism(1, "none", 1)).passes(Dealt(work, 1, False).passes[0], 0).activations
+    sites = [Site(layer.index, p.module) for layer in work.layout.layers for p in layer.projections]
+    tensors: list[torch.Tensor] = []
+    (batch,) = make_batches(work.tasks[0].samples, names=["x"] * 4, batch_tokens=128, objective="causal")
+    with (
+        capture(model, sites) as session,
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensors.append(tensor) or tensor, lambda x: x),
+    ):
+        session.run(batch, Kept(tensors))
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    kept = sum(size for place, size in storages.items() if place not in own)
+    logits = 4 * 32 * VOCAB * 4
+    assert planned == pytest.approx(kept + 2 * logits, rel=1 / 3)  # two more copies while their gradient is formed
+
+
+@pytest.mark.parametrize("score", ["interference", "signed"])
+def test_operations_of_tests_are_those_of_their_products(score, monkeypatch):
+    num_a, num_b = 70, 30
+    counted: list[int] = []
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: counted.append(2 * a.numel() * b.shape[1]) or product(a, b))
+    scores, with_overlap = torch.rand(3, num_a + num_b, num_a + num_b), score != "signed"
+    labels = permutation.draw_labels(0, num_a, num_b, 40)
+    permutation.head_nulls(scores, labels, with_overlap=with_overlap)
+    resamples = permutation.draw_resamples(0, num_a, num_b, 20)
+    permutation.resampled_statistics(scores, resamples, num_a, with_overlap=with_overlap)
+    work = replace(
+        work_of(
+            TINY["llama"].build(), "llama", statistics={"permutations": 40, "bootstrap": 20}, metric={"score": score}
+        ),
+        tasks=(made_up_task("a", num_a, 5), made_up_task("b", num_b, 5)),
+    )
+    (cost,) = plan_pretended(work, Parallelism(1, "none", 1)).costs
+    assert cost.flops_statistics * 3 == sum(counted) * 24  # 2 layers of 4 + 2 + 2 + 4 heads
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp"])
+def test_partial_scores_are_sent_as_planned(data):
+    work = work_of(TINY["llama"].build(), "llama", num=30)
+    plan = plan_pretended(work, Parallelism(1, data, 3))
+    teams = pretended_teams(work.anatomy, work.layout, work.layers, plan.parallelism)
+    shares = layer_shares(work.layout, work.layers, [teams[0].owned_by(rank) for rank in range(3)], work.scoring)
+    for rank, cost in enumerate(plan.costs):
+        sent = 0
+        for layer, share in shares[rank].items():
+            blocks = {
+                b: BlockPartial(np.array(h), np.zeros((len(h), 60, 60), "f4"), np.zeros((len(h), 5)))
+                for b, h in share.heads.items()
+            }
+            frame = FrameLayer(layer, 2, (0, 1, 2, 3), share.every_head)
+            world = Recording(rank, 3)
+            add_dealt(LayerPartial(blocks, {}), frame, world)
+            dealt = deal_heads(frame, 3)[rank]
+            sent += world.sent + (sum(map(len, dealt.values())) * 30 * 30 * 4 if rank else 0)
+        assert cost.sent_scores == pytest.approx(sent, rel=0.1)
+
+
+class Recording(PretendedWorld):
+    """Counts what would be sent."""
+
+    sent = 0
+
+    def exchange(self, parts):
+        object.__setattr__(self, "sent", sum(p.numel() for rank, p in enumerate(parts) if rank != self.rank))
+        return [parts[self.rank]]
+
+
+@pytest.mark.parametrize(
+    "parallelism", [Parallelism(1, "fsdp", 3), Parallelism(1, "zero3", 5), Parallelism(2, "fsdp", 3)]
+)
+def test_layers_of_one_kind_are_owned_as_all_layers_together_would_be(parallelism):
+    work = work_of(TINY["qwen2"].build(), "qwen2")
+    (team, *_) = pretended_teams(work.anatomy, work.layout, work.layers, parallelism)
+    held = [
+        {name: [list(rect.bounds) for rect in by_rank[rank]] for name, by_rank in team.ownership.held.items()}
+        for rank in range(team.world.size)
+    ]
+    assert team.ownership == assign(work.layout, work.layers, held)
+
+
+@pytest.mark.parametrize(
+    "parallelism", [Parallelism(1, "fsdp", 5), Parallelism(2, "fsdp", 3), Parallelism(4, "none", 1)]
+)
+def test_what_ranks_hold_of_a_cut_weight_adds_up_to_it(parallelism):
+    work = work_of(TINY["llama"].build(), "llama")
+    num_ranks = parallelism.tp * parallelism.replicas
+    for weight in work.anatomy.weights:
+        held = sum(math.prod(local_shape(weight, parallelism, rank)) for rank in range(num_ranks))
+        assert held in (weight.numel, weight.numel * parallelism.tp), weight  # norms are copied to all tp ranks
+        assert (held == weight.numel) == (parallelism.tp == 1 or weight.style is not None)
+
+
+def test_more_ranks_hold_less_each_and_compute_the_same_together():
+    work = work_of(TINY["llama"].build(), "llama", num=24)
+    plans = {n: plan_pretended(work, Parallelism(1, "fsdp" if n > 1 else "none", n)) for n in (1, 2, 4, 8)}
+    for more, fewer in ((2, 1), (4, 2), (8, 4)):
+        for name in ("weights", "factors_memory", "flops_scoring"):
+            one, other = (max(getattr(cost, name) for cost in plans[n].costs) for n in (more, fewer))
+            assert one < 0.7 * other, name
+        assert total(plans[more].costs).flops_scoring == total(plans[fewer].costs).flops_scoring
+        assert total(plans[more].costs).flops_forward == total(plans[fewer].costs).flops_forward
+
+
+def test_tensor_parallelism_that_cannot_be_is_refused():
+    llama, gpt2 = (work_of(TINY[name].build(), name) for name in ("llama", "gpt2"))
+    with pytest.raises(QkovError, match=r"parallel.tp: expected a divisor of the 4 query and 2 kv heads"):
+        plan_pretended(llama, Parallelism(4, "none", 1))
+    with pytest.raises(QkovError, match="tensor-parallel plan"):
+        plan_pretended(gpt2, Parallelism(2, "none", 1))
+
+
+def test_measured_figures_stand_beside_planned_ones(folder, tmp_path):
+    raw = settings(folder, "llama", "x", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = plan_of_job(prepare(from_dict(raw), current(), silent))
+    _, _, measured = measure(raw, tmp_path)
+    (cost,) = plan.costs
+    measured[0].weights = cost.weights // 2
+    phases = [Phase(name, {"products": 1.5}) for name in PHASES]
+    table = {line.split("  ")[0]: line for line in comparison_lines(plan, phases, measured)}
+    assert "+100.0%" in table["weights"]
+    assert table["operations: scoring"].split()[-1] == "0%"
+    assert table["time: capture"].split()[2:4] == ["1.5", "s"]
+    assert "time: combining" not in table  # nobody measured it
+    assert "network: factors" in table
+    assert "network: scores" in table
+    assert "peak in the host's memory" in table
