@@ -176,9 +176,18 @@ class Capture:
 
 
 def _input_of(site: Site, x: Tensor, known: dict[Site, _Input]) -> _Input:
-    """Find which site of the layer was handed this very tensor first."""
-    first = next((s for s, other in known.items() if s.layer == site.layer and other.x is x), site)
+    """Find which site of the layer was handed this very tensor first, or another view of it (as under ZeRO-3)."""
+    first = next((s for s, other in known.items() if s.layer == site.layer and _is_same(other.x, x)), site)
     return _Input(first, x, x._version)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers at one place; both are alive, so that a place is never reused."""
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        and one._version == other._version
+    )
 
 
 class _Held:

@@ -97,12 +97,10 @@ def remedies(setting: Setting, limits: Limits, planner: Planner) -> list[str]:
     """Changes with each of which the run fits; where no single one is enough, half the size and more ranks together."""
     search = _Search(limits, planner)
     half = _half(setting)
-    ways = [
-        search.less_factor_memory(setting),
-        half if half and search.fits(half) else None,
-        search.smaller_batches(setting),
-        search.more_ranks(setting),
-    ]
+    smaller, more = search.smaller_batches(setting), search.more_ranks(setting)
+    if smaller and more and more.config.compute.batch_tokens != setting.config.compute.batch_tokens:
+        more = None  # smaller batches are enough without more ranks
+    ways = [search.less_factor_memory(setting), half if half and search.fits(half) else None, smaller, more]
     found = [way for way in ways if way is not None]
     if not found and half and (both := search.more_ranks(half)):
         found = [both]

@@ -101,8 +101,8 @@ def comparison_lines(plan: RunPlan, phases: Sequence[Phase], measured: Sequence[
     rows = []
     for name in (entry.name for entry in fields(Measured) if entry.name in words):
         label, in_words = words[name]
-        if (found := _most(measured, name)) is not None:
-            planned = max(getattr(cost, name) for cost in plan.costs)
+        planned, found = max(getattr(cost, name) for cost in plan.costs), _most(measured, name)
+        if found is not None and (planned or found):
             rows.append([label, in_words(planned), in_words(found), _deviation(planned, found)])
     gpu, host = plan.peak()
     for label, name, planned in (

@@ -72,7 +72,7 @@ def plan_run(
     if as_numbers:
         show(json.dumps(_numbers(plan, phases, limits, planner.note), indent=1))
     else:
-        notes = [planner.note, *size_notes(plan.work.anatomy, dtype=config.model.dtype)]
+        notes = [planner.note, *size_notes(plan)]
         notes += assumptions(chosen) if chosen else ["time: name the hardware (--hardware) to have one expected"]
         for line in plan_lines(plan, phases, chosen.name if chosen else "", notes):
             show(line)

@@ -8,7 +8,6 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .anatomy import Anatomy
 from .cost import Cost, largest, total
 from .expected_time import Phase
 from .fitting import gib
@@ -88,11 +87,15 @@ def seconds_in_words(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
-def size_notes(anatomy: Anatomy, *, dtype: str) -> list[str]:
+def size_notes(plan: RunPlan) -> list[str]:
     """What the sizes rest on."""
+    anatomy = plan.work.anatomy
     notes = ["activations are an estimate, within about a third; everything else is counted as the run counts it"]
     if anatomy.quantized:
-        notes.append(f"the model is quantized ({anatomy.quantized}): its bytes are those of {dtype}, not packed")
+        dtype = plan.work.config.model.dtype
+        notes.append(f"the model is quantized ({anatomy.quantized}): its bytes are those of dtype {dtype}, not packed")
+    if plan.parallelism.data == "device_map":
+        notes.append("device_map: all layers are counted on one device; they are spread over those that there are")
     return notes
 
 

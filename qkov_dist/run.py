@@ -32,7 +32,7 @@ from .merge import layer_partial
 from .partial_schema import PartialHeader
 from .partials import PartialWriter, locked, partial_path, read_partial
 from .plan import Plan
-from .plan_table import plan_lines
+from .plan_table import plan_lines, size_notes
 from .planning import RunPlan, plan_of_job
 from .progress import Voice, progress_bar
 from .provenance import run_attributes
@@ -148,7 +148,8 @@ def _planned(job: Job, rounds: Sequence[Round], voice: Voice) -> Planned:
     here = this_hardware() if job.team.world.rank == 0 else None  # it is rank 0 that says so
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", job.team.world.size))
     phases = expected(plan, here, ranks_per_node) if here else []
-    for line in plan_lines(plan, phases, here.name if here else "", assumptions(here) if here else []):
+    notes = [*size_notes(plan), *(assumptions(here) if here else [])]
+    for line in plan_lines(plan, phases, here.name if here else "", notes):
         voice.say(line)
     return plan, phases
 

@@ -1,10 +1,12 @@
 """What it costs a rank to score its share: factors waiting and exchanged, tiles, scores, files.
 
-scoring   2 P (T + 2 N + n_i n_j) operations for P elements, T padded tokens, N samples: gradients, both tasks'
-Fisher, all pairs (as :func:`~qkov_dist.kernel.tile_flops` counts)
-factors   of one layer, what :func:`~qkov_dist.forms.factor_bytes` counts; an owner is sent X and D at its features
-buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections
-written   each head of which the rank owns an element, all pairs; on rank 0 also the heatmap
+Counted is what the run itself counts or holds, from the same integers.
+
+    scoring   2 P (T + 2 N + n_i n_j) operations for P elements, T padded tokens, N samples: gradients, both tasks'
+              Fisher, all pairs (as :func:`~qkov_dist.kernel.tile_flops` counts)
+    factors   of one layer, what :func:`~qkov_dist.forms.factor_bytes` counts; an owner is sent X and D at its features
+    buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections
+    written   each head of which the rank owns an element, all pairs; on rank 0 also the heatmap
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ from .workload import Dealt, Held, Workload
 
 FISHER_BYTES = 8 * len(FISHER_COLUMNS)
 TABLE_BYTES = 8 * (4 + 2 * 13)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests
+RECORD_BYTES = 250  # of a head's record, where it is significant
+MATRIX_BYTES = 24  # of each head's scores in heatmap.h5: checksum and index
+DATASET_BYTES, FILE_BYTES = 350, 16 * 2**10  # what HDF5 and names add in a partial file, to a dataset and in all
+TABLES_BYTES = 158 * 2**10  # the same of the 140 small datasets and the attributes of heatmap.h5
 
-
-Needs = tuple[tuple[int, int, int], ...]
+Needs = tuple[tuple[int, int, int], ...]  # by threshold, numbers for each token of a factor, and for each gradient
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class ScoringCost:
         return self._known_needs[key]
 
     def _needs(self, rank: int, layer: int | None) -> Needs:
-        """What the owner of a share needs: by threshold, numbers for each token of a factor, and for each gradient."""
+        """What the owner of a share needs."""
         if layer is None:
             return ()
         return tuple((site.above, site.cols + site.rows, site.whole) for site in self.shares[rank][layer].sites)
@@ -172,14 +177,19 @@ class ScoringCost:
 
     def partials(self, rank: int) -> int:
         """Bytes of a rank's partial file."""
-        heads = sum(_num(share.heads) for share in self.shares[rank].values())
-        return heads * (self.matrix + FISHER_BYTES)
+        shares = self.shares[rank].values()
+        datasets = 2 * sum(len(share.heads) for share in shares)
+        scores = sum(_num(share.heads) for share in shares) * (self.matrix + FISHER_BYTES)
+        return scores + datasets * DATASET_BYTES + FILE_BYTES
 
     def heatmap(self) -> int:
         """Bytes of heatmap.h5."""
-        output, (num_a, num_b) = self.work.config.output, self.work.num_samples
-        matrices = {"none": 0, "cross": num_a * num_b, "all": num_a * num_b + (num_a + num_b) ** 2}[output.pairs]
-        return sum(self.cells.values()) * (matrices * self.work.scoring.itemsize + TABLE_BYTES)
+        config, (num_a, num_b) = self.work.config, self.work.num_samples
+        matrices = {"none": (), "cross": (num_a * num_b,), "all": (num_a * num_b, (num_a + num_b) ** 2)}
+        kept = matrices[config.output.pairs]
+        a_head = TABLE_BYTES + sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in kept)
+        a_head += RECORD_BYTES if config.statistics.enabled else 0
+        return sum(self.cells.values()) * a_head + TABLES_BYTES
 
     def num_tested(self, rank: int) -> int:
         """Heads that are added up on a rank, over all layers."""

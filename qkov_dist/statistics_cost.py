@@ -1,8 +1,10 @@
 """What tests cost a rank: operations of its heads' permutations and resamples, and the bytes that adding up takes.
 
-relabelled   2 P operations for each element of a head's scores from its block of rows' diagonal to the right, for P
-labellings
-resampled    the same in a triangle of each task and in two rectangles between them; of signed scores in one
+Operations are those of the matrix products, which nearly all of the time goes to.
+
+    relabelled   2 P operations for each element of a head's scores from its block of rows' diagonal to the right, for P
+                 labellings
+    resampled    the same in a triangle of each task and in two rectangles between them; of signed scores in one
 """
 
 from __future__ import annotations

@@ -224,7 +224,8 @@ def memory_after(raw: dict) -> dict[str, int]:
     kept: list[Measured] = []
 
     class Kept(Measured):
-        def __post_init__(self) -> None:
+        def __init__(self, **found) -> None:
+            super().__init__(**found)
             kept.append(self)
 
     qkov_dist.run.Measured = Kept

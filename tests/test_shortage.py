@@ -150,12 +150,12 @@ from qkov_dist.factors import FactorStore
 from qkov_dist.layout import resolve
 from qkov_dist.plan import Selection, make_plan
 model = TINY["llama"].build(vocab_size=60000)
-samples = mixed_samples(96, 96, seed=1, lengths=(60, 64), mask=False)
-plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=96)
+samples = mixed_samples(24, 96, seed=1, lengths=(60, 64), mask=False)
+plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=24)
 said = []
 Collection(FactorStore(2**30), plan.sites).run(model, "warm", samples[:2])
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + 1500 * 2**20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, resource.RLIM_INFINITY))
 run = Collection(FactorStore(2**30), plan.sites, batch_tokens=10**6, say=said.append)
 run.run(model, "a", samples)
 print(json.dumps({"losses": [r.loss for r in run.records], "said": said}))
@@ -164,13 +164,13 @@ print(json.dumps({"losses": [r.loss for r in run.records], "said": said}))
 
 @pytest.mark.long
 def test_memory_that_really_runs_out(tmp_path):
-    """Logits of 96 x 64 tokens over 60000 words take 1.5 GB, and again for their gradient: there is room for less."""
+    """Logits of 24 x 62 tokens over 60000 words take 350 MB, and again for their gradient: there is room for less."""
     (tmp_path / "real.py").write_text(REAL)
     tests = str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "real.py"), tests], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(tmp_path / "real.py"), tests], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert any("out of memory with 96 samples" in line for line in found["said"])
-    assert len(found["losses"]) == 96
+    assert any("out of memory with 24 samples" in line for line in found["said"])
+    assert len(found["losses"]) == 24

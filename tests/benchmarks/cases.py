@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,10 @@ def samples_table(setup: Setup) -> Result:
 
 def ranks_table(setup: Setup) -> Result:
     """Two ranks of one thread against one rank of one thread."""
+    setup = replace(setup, base=order(setup.base, "", threads=1))
     facts = prepare(setup)
     entries = [
-        Entry(f"ranks{ranks}", f"{ranks} of one thread", order(setup.base, "product", ranks=ranks, threads=1))
-        for ranks in (1, 2)
+        Entry(f"ranks{ranks}", f"{ranks} of one thread", order(setup.base, "product", ranks=ranks)) for ranks in (1, 2)
     ]
     rounds = play(entries, setup.rounds, setup.perform, setup.say)
     rows = [
@@ -192,8 +192,8 @@ def result(name: str, setup: Setup, rounds: Sequence[Round], parts: Sequence[str
 def _preamble(setup: Setup, facts: Facts) -> str:
     base = setup.base
     return (
-        f"{base.model}, float32, {base.threads} threads; Q, K, V and O of {len(facts.layer_elements)} layers. Each "
-        f"contestant in a process of its own, warmed up on {FEW} + {FEW} samples; median of {setup.rounds} rounds "
+        f"{base.model}, float32, {base.threads} threads each; Q, K, V and O of {len(facts.layer_elements)} layers. "
+        f"Each contestant in a process of its own, warmed up on {FEW} + {FEW} samples; median of {setup.rounds} rounds "
         f"(least-most) of ratios within a round, each of {base.repeats} repeats."
     )
 
