@@ -28,16 +28,20 @@ GATHERED = ("phi3", "olmo2")  # attention runs whole on every tensor-parallel ra
 DATA = [
     *[(world_size, {"shard": "ddp"}) for world_size in (2, 3)],
     *[(world_size, {"shard": "fsdp"}) for world_size in (2, 3)],
-    *[(2, {"shard": "zero1"}), (2, {"shard": "zero2"}), (2, {"shard": "zero3"}), (3, {"shard": "zero3"})],
+    *[(world_size, {"shard": "zero3"}) for world_size in (2, 3)],
 ]
-TENSOR = [(2, {"tp": 2}), (4, {"tp": 2, "shard": "fsdp"}), (4, {"tp": 2, "shard": "ddp"})]
+REPLICAS = [(2, {"shard": "zero1"}), (2, {"shard": "zero2"})]  # of the whole model, like ddp: one model stands for all
+TENSOR = [(2, {"tp": 2}), (4, {"tp": 2, "shard": "fsdp"})]
 UNEVEN = [(3, {"tp": 3})]
 FOUR = [(4, {"shard": "ddp"}), (4, {"shard": "fsdp"})]  # four ranks on two cores are slow: two models stand for all
+FOUR_TENSOR = [(4, {"tp": 2, "shard": "ddp"})]
 CASES = (
     [(name, *case) for name in MODELS for case in DATA]
     + [(name, *case) for name in MODELS if name not in WITHOUT_PLAN for case in TENSOR]
     + [(name, *case) for name in GATHERED for case in UNEVEN]
     + [(name, *case) for name in ("llama", "gpt2") for case in FOUR]
+    + [(name, *case) for name in ("llama", "phi3") for case in FOUR_TENSOR]
+    + [("llama", *case) for case in REPLICAS]
 )
 
 
