@@ -122,7 +122,9 @@ def _side(one: Round, side: str) -> float:
 
 def _reports(output: str) -> Iterator[Report]:
     """The ranks' reports, by rank."""
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"rank": ')]
+    decoder, opening = json.JSONDecoder(), '{"rank": '  # ranks share one pipe: two reports may stand on one line
+    starts = [found.start() for found in re.finditer(re.escape(opening), output)]
+    lines = [decoder.raw_decode(output, start)[0] for start in starts]
     for line in sorted(lines, key=lambda line: int(line["rank"])):
         del line["rank"]
         yield Report(**line)
