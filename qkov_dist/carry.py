@@ -8,6 +8,7 @@ Whatever kills this, the same steps lead on: a layer is removed at one place onl
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -17,7 +18,15 @@ from .errors import QkovError
 from .hdf5_read import file_errors
 from .merge import add_layers
 from .partial_schema import PartialHeader
-from .partials import Partial, PartialWriter, layer_folder, list_partials, read_partial
+from .partials import (
+    Partial,
+    PartialWriter,
+    layer_folder,
+    list_partials,
+    partial_path,
+    read_partial,
+    remove_unfinished,
+)
 
 CARRIED = "carried.h5"
 
@@ -41,6 +50,7 @@ def carry_over(folder: Path, header: PartialHeader, say: Callable[[str], object]
     same = [partial for partial in found if partial.header.run_id == header.run_id]
     others = [partial for partial in same if partial.header.world_size != header.world_size]
     path = folder / CARRIED
+    _remove_empty(folder, header.world_size)
     if not others:
         return sorted(read_partial(path).complete) if _is_there(path) else []
     first = next((partial.header.extra for partial in others if partial.header.extra), {})
@@ -95,8 +105,10 @@ def _put_away(partial: Partial, carried: set[int]) -> None:
     aside = partial.path.parent / f"unfinished_of_{partial.header.world_size}_ranks"
     with file_errors(partial.path, OSError):
         for path in places:
+            if path.is_dir():
+                remove_unfinished(path)
             if set(partial.complete) <= carried:
-                _remove(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 continue
             aside.mkdir(exist_ok=True)
             if (target := aside / path.name).exists():
@@ -105,10 +117,9 @@ def _put_away(partial: Partial, carried: set[int]) -> None:
             path.rename(target)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
-    else:
-        path.unlink()
+def _remove_empty(folder: Path, world_size: int) -> None:
+    """Remove what ranks that are no more left without finishing a layer; others clear their own folders."""
+    needed = [*list_partials(folder), *(partial_path(folder, rank) for rank in range(world_size))]
+    with file_errors(folder, OSError):
+        for path in set(folder.glob("partial_rank*.layers")) - {layer_folder(path) for path in needed}:
+            shutil.rmtree(path)

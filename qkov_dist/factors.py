@@ -26,7 +26,6 @@ from .errors import QkovError
 from .geometry import Rect
 from .series import Series, Spilled
 
-SPILLED = "qkov-factors-"  # how temporary folders of spilled factors begin
 Span = tuple[int, int]
 
 
@@ -147,7 +146,7 @@ class FactorStore:
         self._added: list[Series] = []
         self._shape: dict[Site, tuple[int, int]] = {}  # features that hooks see, [out, in]
         self._batch_lengths: tuple[int, ...] = ()
-        self._folder = Path(tempfile.mkdtemp(prefix=SPILLED, dir=folder))
+        self._folder = Path(tempfile.mkdtemp(prefix="qkov-factors-", dir=folder))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     @property

@@ -52,6 +52,7 @@ __all__ = [
     "locked",
     "partial_path",
     "read_partial",
+    "remove_unfinished",
 ]
 
 
@@ -157,6 +158,7 @@ class PartialWriter:
             undo.callback(self._leave_no_empty_folder)
             undo.callback(self._unlock)
             self._take_over()
+            remove_unfinished(self._folder)
             undo.pop_all()
         return self
 
@@ -171,11 +173,6 @@ class PartialWriter:
     def folder(self) -> Path:
         """This rank's own folder while a run goes on; it is removed when the writer is closed."""
         return self._folder
-
-    def remove_leftovers(self, prefix: str) -> None:
-        """Remove what a killed run left in :attr:`folder` under names that begin so."""
-        for path in self._folder.glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
 
     def write_layer(
         self,
@@ -250,9 +247,23 @@ def layer_folder(path: Path) -> Path:
     return path.with_suffix(".layers")
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run left in a :func:`layer_folder` besides finished layers."""
+    with file_errors(folder, OSError):
+        for path in set(folder.iterdir()) - set(_finished_in(folder)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 def _layer_files(path: Path) -> list[Path]:
-    """Finished layers beside a partial file; unfinished ones have other names."""
-    folder = layer_folder(path)
+    """Finished layers beside a partial file."""
+    return _finished_in(layer_folder(path))
+
+
+def _finished_in(folder: Path) -> list[Path]:
+    """Finished layers of a layer folder; unfinished ones have other names."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(file for file in found if re.fullmatch(r"layer_\d{4,}\.h5", file.name))
 

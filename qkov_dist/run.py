@@ -21,7 +21,7 @@ from .comm import current, together
 from .config import RunConfig
 from .exchange import Exchange
 from .expected_time import Phase, assumptions, expected
-from .factors import SPILLED, FactorStore
+from .factors import FactorStore
 from .finish import HEATMAP_FILE, finish
 from .frame import Frame, from_json, make_frame, to_json
 from .hardware import this_hardware
@@ -131,7 +131,6 @@ def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice, measure
         return None
     if done := len(job.plan.layers) - len(layers_of(rounds)):
         voice.say(f"resuming: {done} of {len(job.plan.layers)} layers are on disk")
-    writer.remove_leftovers(SPILLED)
     planned = _planned(job, rounds, voice)
     windows = _windows(job, rounds, writer.folder)
     with stoppable(team.world) as may_stop:

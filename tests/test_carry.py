@@ -152,6 +152,19 @@ def test_a_kill_at_any_step_of_carrying_loses_nothing_and_counts_nothing_twice(s
     assert_right(folder, half.name)
 
 
+def test_what_a_killed_rank_left_behind_goes(half, folder):
+    for rank in range(3):  # factors on disk, and a layer that was not finished
+        left = half / f"partial_rank{rank:05d}.layers" / "qkov-factors-killed"
+        left.mkdir(parents=True)
+        (left / "x_00000.bin").write_bytes(bytes(100))
+        (left.parent / "layer_0004.h5.part").write_bytes(bytes(10))
+    assert carry_over(half, header_of(half, 2), lambda line: None) == [0, 1, 2]
+    assert not list(half.rglob("qkov-factors-*"))[1:]  # rank 1 clears its own folder
+    run_quietly(resumed(folder, half.name))
+    assert_right(folder, half.name)
+    assert not list(half.rglob("partial_rank*.layers"))
+
+
 def test_files_of_another_run_are_left_alone(half):
     header = header_of(half, 2)
     other = qkov_dist.partials.PartialHeader("another", 0, 2, header.n_left, header.n_right, header.layers)
