@@ -6,8 +6,7 @@ lowest layer's Q, K and V. Every window of layers runs all samples once.
     gathered    FSDP2: two layers (one in work, one on its way) and what is kept from the forward pass to the backward
                 one, the largest weight outside of layers; or that alone where it is larger. ZeRO-3: all weights, but no
                 more elements than DeepSpeed lets live, and the largest module.
-    logits      three numbers in float32 for each labelled token and entry of the vocabulary: the log-probabilities,
-                their gradient, and that of the logits
+    logits      two numbers for each labelled token and entry of the vocabulary: the logits and their gradient
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .pretend import SHARDED, local_shape
 from .workload import Pass, Workload
 
 LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters
-LOGIT_COPIES, LOGIT_BYTES = 3, 4
+LOGIT_COPIES = 2
 SOFTMAX_BYTES = 4  # of an attention weight that an eager kernel keeps in float32, beside one in the model's dtype
 SUMS_PER_LAYER = 2  # tensor-parallel sums of a layer in one direction: after attention, and after the feed-forward
 
@@ -134,7 +133,7 @@ class CaptureCost:
     def _activations(self, batch: Pass, lowest: int) -> int:
         anatomy, tp = self.work.anatomy, self.parallelism.tp
         kept = sum(stream + inner // tp for layer, (stream, inner) in anatomy.kept.items() if layer >= lowest)
-        logits = LOGIT_COPIES * max(LOGIT_BYTES, anatomy.itemsize) * anatomy.vocabulary
+        logits = 2 * anatomy.itemsize * anatomy.vocabulary
         eager = 0
         if not anatomy.recomputes:
             heads = sum(layer.num_heads for layer in self.work.layout.layers if layer.index >= lowest)

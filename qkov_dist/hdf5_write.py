@@ -110,8 +110,9 @@ class Writer:
         dataset = self._create(path, stored.shape, stored.dtype, _matrix_chunks(stored.shape, stored.itemsize), dims)
         if stored.dtype is not values.dtype:
             _put_string(dataset, "dtype", "bool")
-        for index, part in enumerate(stored):
-            dataset[index] = part
+        rows = max(SLAB_BYTES * len(stored) // max(stored.nbytes, 1), 1)
+        for start in range(0, len(stored), rows):
+            dataset[start : start + rows] = stored[start : start + rows]
             self._sink.check()
 
     def scale(self, name: str, values: npt.NDArray[Any]) -> None:

@@ -15,6 +15,8 @@ from .batches import Batch
 from .errors import QkovError
 from .samples import IGNORED
 
+CHUNK_BYTES = 8 << 20  # of logits that are exponentiated at a time: what caches hold
+
 
 def sample_losses(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
     """Each sample's cross-entropy over its own labelled tokens, float32 or better, [N].
@@ -26,12 +28,49 @@ def sample_losses(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
         logits = forward_logits(model, batch)
     if not selected:
         logits = logits[labelled]
-    logits = logits.reshape(-1, logits.shape[-1])
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = functional.cross_entropy(logits, batch.targets[labelled], reduction="none")
+    losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), batch.targets[labelled])
     owner = labelled.nonzero()[:, 0]
     sums = losses.new_zeros(len(batch.samples)).index_add(0, owner, losses)
     return sums / batch.num_targets if reduction == "mean" else sums
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row of logits [M, vocabulary] with its target [M]: [M], float32 or better.
+
+    A few rows at a time, so that beside the logits and their gradient nothing of their size is ever held.
+    """
+    losses: Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient of a row is softmax(row) less one at its target."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        rows = zip(_few_rows(logits), _few_rows(targets, like=logits), strict=True)
+        return torch.cat([functional.nll_loss(_log_softmax(part), of_part, reduction="none") for part, of_part in rows])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        everything = (_few_rows(t, like=logits) for t in (logits, targets.unsqueeze(1), grads[0].unsqueeze(1), found))
+        for part, of_part, grad, out in zip(*everything, strict=True):
+            shares = torch.softmax(part, -1, dtype=grad.dtype)
+            out.copy_(shares.mul_(grad).scatter_add_(1, of_part, -grad))
+        return found, None
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1, dtype=logits.dtype if logits.dtype == torch.float64 else torch.float32)
+
+
+def _few_rows(values: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Views of as many rows as ``CHUNK_BYTES`` hold of ``like`` (or of the values themselves)."""
+    like = values if like is None else like
+    return values.split(max(CHUNK_BYTES // max(like.shape[1] * like.element_size(), 1), 1))
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
