@@ -6,7 +6,7 @@ time; scores too large for memory wait in a scratch file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from .frame import Frame, FrameLayer
 from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
 from .plan import SHARED_O_BIAS
 from .results import FISHER_KEYS, Heatmap, cross_of_pooled, mean_over_pairs
+from .sample_checks import WithoutGradient
 from .scratch import scratch_array
 
 LOUD = 0.9  # from this share of I on, one task decides what the other is measured against
@@ -56,10 +57,12 @@ def assemble(
     places = {layer.layer: place for place, layer in enumerate(frame.layers)}
     blocks: dict[str, _Block] = {}
     shared: dict[int, Floats] = {}
+    without = WithoutGradient()
     seen = set()
     for number, part in layers:
         place = places[number]
-        _take(blocks, frame, place, part, folder)
+        for block, found in _take(blocks, frame, place, part, folder):
+            without.see(number, block, found, pooled=pooled)
         if SHARED_O_BIAS in part.shared:
             shared[place] = part.shared[SHARED_O_BIAS]
         seen.add(number)
@@ -83,7 +86,10 @@ def assemble(
         cross=cross,
         pooled=scores if pooled else None,
         shared=_shared(shared, len(places), num_a if pooled else None),
-        attributes={**frame.attributes, "warnings": warnings_of(frame, fisher)},
+        attributes={
+            **frame.attributes,
+            "warnings": [*warnings_of(frame, fisher), *without.warnings(frame.tasks, frame.samples)],
+        },
     )
 
 
@@ -124,8 +130,10 @@ def _loud_task(frame: Frame, fisher: Mapping[str, Mapping[str, np.ndarray]]) -> 
     return []
 
 
-def _take(blocks: dict[str, _Block], frame: Frame, place: int, part: LayerPartial, folder: Path | None) -> None:
-    """Put one layer's heads in their places."""
+def _take(
+    blocks: dict[str, _Block], frame: Frame, place: int, part: LayerPartial, folder: Path | None
+) -> Iterator[tuple[str, BlockPartial]]:
+    """Put one layer's heads in their places; yields each block's."""
     layer = frame.layers[place]
     for block in frame.blocks:
         if block not in layer.heads:
@@ -135,6 +143,7 @@ def _take(blocks: dict[str, _Block], frame: Frame, place: int, part: LayerPartia
             blocks[block] = _Block((len(frame.layers), len(axis)), found, folder)
         at = np.searchsorted(axis, found.heads)
         blocks[block].scores[place, at], blocks[block].sums[place, at] = found.scores, found.fisher_sums
+        yield block, found
 
 
 def _block_of(part: LayerPartial, layer: FrameLayer, block: str) -> BlockPartial:

@@ -143,6 +143,12 @@ class ComputeConfig(_Section):
         one_of("auto", "float32", "bfloat16"), "dtype in which captured factors wait; auto keeps the model's", "auto"
     )
     score_dtype: str = _key(one_of("float32", "float64"), "dtype in which scores are accumulated", "float32")
+    matmul_precision: str = _key(
+        one_of("highest", "high", "medium"),
+        "torch's float32 matmul precision while scoring: high allows TF32 in products, medium bfloat16, where there is "
+        "hardware for them",
+        "highest",
+    )
     compile: str | bool = _key(
         one_of("auto", True, False),
         "compile the elementwise part of scores; auto does so on GPUs",

@@ -43,6 +43,7 @@ class ScoreSettings:
     ridge_absolute: float = 1e-8
     ridge_relative: float = 0.0
     dtype: torch.dtype = torch.float32
+    matmul_precision: str = "highest"  # torch's, of float32 products
     device: torch.device | str = "cpu"
     compile: bool = False
     scratch: Path | None = None  # where scores are that are too large for memory
@@ -235,7 +236,7 @@ def _by_head(
 
     Results come in the order of the tiles, whoever is faster. The factors of two projections are held at a time.
     """
-    with workers(torch.device(settings.device)) as submit:
+    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
         warn = settings.warn
         waiting: list[tuple[Tile, Callable[[], T]]] = []
         for site, factors in _sites(tiles, source, roles, settings):

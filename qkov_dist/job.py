@@ -125,6 +125,7 @@ class Job:
             ridge.absolute,
             ridge.relative,
             dtype,
+            self.config.compute.matmul_precision,
             self.device,
             bool(compiled),
             scratch,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .errors import QkovError
 from .head_tests import Design, HeadTests, MaxZ, Statistic, head_tests, join, largest
+from .sample_checks import refuse_not_finite
 
 
 class BlockTests(NamedTuple):
@@ -112,21 +113,7 @@ def layer_tests(
     """
     there = {block: of_block for block, of_block in scores.items() if len(heads[block])}
     for block, of_block in there.items():
-        _refuse_not_finite(of_block, f"layer {layer}, block {block}", heads[block], sample_ids)
+        where = f"layer {layer}, block {block}"
+        refuse_not_finite(of_block, where, heads[block], sample_ids, sample_ids, with_absent=True)
     tests, max_z = head_tests(there, design)
     return LayerTests({layer: {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}}, max_z)
-
-
-def _refuse_not_finite(scores: Tensor, where: str, heads: Sequence[int], sample_ids: Sequence[str]) -> None:
-    if np.isfinite(scores.numpy(force=True)).all():  # the usual case
-        return
-    present = ~scores.isnan().all(-1).all(-1)
-    wrong = ~scores.isfinite() & present[:, None, None]
-    if wrong.any():
-        head, left, right = wrong.nonzero()[0].tolist()
-        raise QkovError(
-            f"{where}, head {heads[head]}, samples {sample_ids[left]!r} and {sample_ids[right]!r}",
-            expected="a finite score",
-            got=f"{scores[head, left, right].item()}",
-            remedy="These samples' gradients overflow: widen compute.score_dtype or model.dtype, or leave them out.",
-        )

@@ -70,7 +70,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 def _few_rows(values: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """Views of as many rows as ``CHUNK_BYTES`` hold of ``like`` (or of the values themselves)."""
     like = values if like is None else like
-    return values.split(max(CHUNK_BYTES // max(like.shape[1] * like.element_size(), 1), 1))
+    return torch.split(values, max(CHUNK_BYTES // max(like.shape[1] * like.element_size(), 1), 1))
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .carry import carry_over, forget, take_over
 from .collection import Collection
 from .comm import current, together
 from .config import RunConfig
+from .engine import BlockScores
 from .exchange import Exchange
 from .expected_time import Phase, assumptions, expected
 from .factors import FactorStore
@@ -38,6 +39,7 @@ from .progress import Voice, progress_bar
 from .provenance import run_attributes
 from .results import Heatmap
 from .rounds import Round, layers_of, make_windows
+from .sample_checks import refuse_not_finite
 from .scoring import rounds_of, score_rounds
 from .stopping import stoppable
 from .store import load_heatmap
@@ -173,11 +175,22 @@ def _score_window(
         bar = progress_bar("scoring", len(window), "layer", show=voice.show_progress)
         with measured.phase("scoring"), bar as advance:
             for layer, blocks in score_rounds(plan, window, exchange, roles, settings, team, may_stop):
+                _check_scores(job, layer.layer, blocks)
                 measured.see_scores(blocks)
                 part = layer_partial(blocks)
                 writer.write_layer(layer.layer, part.blocks, part.shared)
                 advance(1)
         measured.see_sent(factors=exchange.bytes_sent)
+
+
+def _check_scores(job: Job, layer: int, blocks: Mapping[str, BlockScores]) -> None:
+    """Refuse to record scores that are not finite; the message names task, sample, layer and head."""
+    roles = job.roles()
+    names = [f"{task.name}: {sample.id}" for task in job.tasks for sample in task.samples]
+    members = [names[number] for number in roles.members]
+    for block, found in blocks.items():
+        where = f"layer {layer}, block {block}"
+        refuse_not_finite(found.scores, where, found.heads, members[roles.left], members[roles.right])
 
 
 def _windows(job: Job, rounds: list[Round], folder: Path) -> list[list[Round]]:

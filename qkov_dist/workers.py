@@ -19,8 +19,12 @@ Submit = Callable[..., Callable[[], Any]]
 
 
 @contextmanager
-def workers(device: torch.device) -> Iterator[Submit]:
+def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator[Submit]:
     """Start workers for as long as the block lasts.
+
+    Args:
+        device: Where they compute.
+        matmul_precision: Torch's float32 matmul precision in the meantime; ``highest`` leaves it as it is.
 
     Yields:
         ``submit(work, *arguments)``: has a worker call ``work(*arguments, buffers)`` with its own buffers; returns what
@@ -36,8 +40,13 @@ def workers(device: torch.device) -> Iterator[Submit]:
         own.buffers = Buffers()
 
     pool = ThreadPoolExecutor(num_workers, "qkov-worker", start)
+    precision = None if matmul_precision == "highest" else torch.get_float32_matmul_precision()
     try:
+        if precision:
+            torch.set_float32_matmul_precision(matmul_precision)
         yield lambda work, *arguments: pool.submit(lambda: work(*arguments, own.buffers)).result
     finally:
+        if precision:
+            torch.set_float32_matmul_precision(precision)
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)  # what new threads begin with is what was set last

@@ -90,6 +90,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
             "factor_disk_mb": None,
             "factor_dtype": "auto",
             "score_dtype": "float32",
+            "matmul_precision": "highest",
             "compile": "auto",
         },
         "output": {"dir": "runs/qkov", "pairs": "cross", "partials": True, "resume": True},

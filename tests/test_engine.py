@@ -10,6 +10,7 @@ import torch
 from jobs import Job, closeness, mixed_samples
 from zoo import TINY, VOCAB, Tiny
 
+from qkov_dist import engine, kernel
 from qkov_dist.collection import Collection
 from qkov_dist.engine import ScoreSettings, score_layer
 from qkov_dist.factors import FactorStore
@@ -170,6 +171,21 @@ def test_gradients_of_long_samples_equal_the_oracle(name, above):
     for blocks in got.values():
         blocks.pop("O_bias", None)
     assert_close(got, expected_scores(entry, model, job))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_have_the_precision_asked_for(precision, monkeypatch):
+    entry, seen = TINY["llama"], set()
+    form = kernel.tile_gradients
+
+    def looked_at(*args, **kwargs):
+        seen.add(torch.get_float32_matmul_precision())
+        return form(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "tile_gradients", looked_at)
+    job_for(entry, settings=ScoreSettings(matmul_precision=precision)).run(entry.build())
+    assert seen == {precision}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_any_number_of_workers_gives_the_same_bits():

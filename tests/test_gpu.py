@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from jobs import Job, closeness, mixed_samples
@@ -26,6 +28,16 @@ def test_a_gpu_scores_what_the_cpu_scores(name, dtype):
             # float32: kernels sum in another order; bfloat16 keeps 8 bits
             tolerance = 1e-3 if dtype == torch.float32 else 0.15
             assert closeness(got[layer][block].scores, part.scores.double()) < tolerance
+
+
+def test_products_in_tf32_come_close():
+    model = TINY["llama"].build().cuda()
+    job = Job(mixed_samples(5, VOCAB, seed=1), mixed_samples(3, VOCAB, seed=2))
+    exact = job.run(model)
+    rounded = replace(job, settings=replace(job.settings, matmul_precision="high")).run(model)
+    for layer, blocks in exact.items():
+        for block, part in blocks.items():
+            assert closeness(rounded[layer][block].scores, part.scores.double()) < 5e-3  # TF32 keeps 11 bits
 
 
 def test_a_run_on_a_gpu_equals_itself_on_nccl_ranks(folder):  # noqa: F811
