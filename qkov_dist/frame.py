@@ -10,9 +10,13 @@ import numpy as np
 
 from .collection import SampleRecord
 from .errors import QkovError
+from .kinds import written
 from .plan import LayerPlan, Plan
 from .results import SampleTable
 from .slices import BLOCKS, Layout
+from .store_checks import ABOVE_ALL, check_attributes
+
+_LONGEST = 300  # of an error's text
 
 
 @dataclass(frozen=True)
@@ -111,35 +115,39 @@ def from_json(raw: Mapping[str, Any], where: str) -> Frame:
         QkovError: at ``where``, for anything that is not such a frame.
     """
     try:
-        layers = tuple(
-            FrameLayer(
-                int(x["layer"]),
-                int(x["group"]),
-                tuple(map(int, x["query_heads"])),
-                {str(block): tuple(map(int, heads)) for block, heads in x["heads"].items()},
-            )
-            for x in raw["layers"]
-        )
-        tables = tuple(
-            SampleTable(
-                tuple(map(str, x["ids"])),
-                np.array(x["num_tokens"], np.int64),
-                np.array(x["losses"], np.float64),
-                tuple(map(str, x["texts"])),
-            )
-            for x in raw["samples"]
-        )
-        (task_a, task_b), (table_a, table_b) = raw["tasks"], tables
-        return Frame(
-            (str(task_a), str(task_b)), layers, (table_a, table_b), bool(raw["pooled"]), dict(raw["attributes"])
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        layers = tuple(_layer_from(x) for x in raw["layers"])
+        (task_a, task_b), (table_a, table_b) = map(str, raw["tasks"]), map(_table_from, raw["samples"])
+        frame = Frame((task_a, task_b), layers, (table_a, table_b), bool(raw["pooled"]), dict(raw["attributes"]))
+        check_attributes(frame.attributes, needed=("score", "estimator", "scope"))
+    except QkovError as error:
+        raise error.within(where) from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise QkovError(
             where,
             expected="a description of layers, heads and samples",
-            got=f"{type(error).__name__}: {error}",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST]}",
             remedy="Use a partial file that `qkov run` wrote.",
         ) from error
+    return frame
+
+
+def _layer_from(raw: Mapping[str, Any]) -> FrameLayer:
+    heads = {str(block): tuple(map(_number, numbers)) for block, numbers in raw["heads"].items()}
+    layer, group = _number(raw["layer"]), _number(raw["group"])
+    if group == 0:
+        raise ValueError("no query head of a kv head")
+    return FrameLayer(layer, group, tuple(map(_number, raw["query_heads"])), heads)
+
+
+def _table_from(raw: Mapping[str, Any]) -> SampleTable:
+    counts, losses = np.array(raw["num_tokens"], np.int64), np.array(raw["losses"], np.float64)
+    return SampleTable(tuple(map(str, raw["ids"])), counts, losses, tuple(map(str, raw["texts"])))
+
+
+def _number(raw: object) -> int:
+    if type(raw) is not int or not 0 <= raw < ABOVE_ALL:
+        raise ValueError(f"{written(raw)} for a number of a layer or head")
+    return raw
 
 
 def _table(records: Sequence[SampleRecord]) -> SampleTable:

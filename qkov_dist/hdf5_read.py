@@ -2,7 +2,8 @@
 
 Only hard links are followed; only numbers and strings behind known filters are read; memory is allocated only for what
 the bytes on disk can fill. Every dataset carries a fletcher32 checksum, and the format (HDF5 1.10 and later) carries
-checksums on its own structure. Whatever goes wrong is a QkovError that names the file.
+checksums on its own structure; a file in an older format, whose damage HDF5 itself may not survive, is not opened.
+Whatever goes wrong is a QkovError that names the file.
 
 Booleans are int8 with the attribute ``dtype="bool"`` (xarray's convention). Strings have a fixed length, because HDF5
 cannot checksum any other. Attributes that are no number, array or string are JSON and named in ``json_attributes``.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import QkovError
+from .kinds import Kind, written
 
 SCHEMA = "qkov-dist/1"
 SLAB_BYTES = 4 << 20  # of a chunk, and of strings read at once
 
+_SIGNATURE, _FIRST_CHECKED = b"\x89HDF\r\n\x1a\n", b"\2"  # a file begins with it and the version of its format
 _KNOWN_FILTERS = {h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE}
 _DEFLATE_RATIO = 1100  # zlib cannot do better than 1032:1
 _DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError)
-_REMEDY = "The file is damaged or is not of qkov_dist: move it away and write it again."
+REMEDY = "The file is damaged or is not of qkov_dist: move it away and write it again."
 _REASONS = (
     ({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "room on the disk", "Free space or choose another folder."),
     ({errno.EACCES, errno.EPERM, errno.EROFS}, "permission to use this file", "Change it or choose another folder."),
@@ -52,7 +55,7 @@ def file_errors(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         text = " ".join(str(error).split())[:300] or type(error).__name__
         found = next((r for r in _REASONS if getattr(error, "errno", None) in r[0]), None)
-        expected, remedy = (found[1], found[2]) if found else ("an intact file", _REMEDY)
+        expected, remedy = (found[1], found[2]) if found else ("an intact file", REMEDY)
         if "lock file" in text or not remedy:
             expected, remedy = "a file that no other process is writing", _LOCKED
         raise QkovError(str(path), expected=expected, got=text, remedy=remedy) from error
@@ -102,6 +105,8 @@ class Reader:
         """The root's attributes, JSON decoded; other tools' own (``_NCProperties``) are left out."""
         values = {name: self.attribute("/", name) for name in self._file.attrs if not name.startswith("_")}
         as_json = json.loads(values.pop("json_attributes", "[]"))
+        if not isinstance(as_json, list):
+            raise _refusal("json_attributes", "a list of names", type(as_json).__name__)
         return {name: json.loads(value) if name in as_json else value for name, value in values.items()}
 
     def attribute(self, path: str, name: str) -> Any:
@@ -169,14 +174,40 @@ def reading(path: Path) -> Iterator[Reader]:
         QkovError: naming the file, for anything in it that is not as it should be, also inside the block.
     """
     with file_errors(path, *_DAMAGED):
+        _check_format(path)
         try:
             with h5py.File(path, "r") as file:
                 reader = Reader(file, path.stat().st_size)
                 if (schema := reader.attribute("/", "schema")) != SCHEMA:
                     raise _refusal("schema", SCHEMA, repr(schema))
+                if not isinstance(run_id := reader.attribute("/", "run_id"), str):
+                    raise _refusal("run_id", "text", written(run_id))
                 yield reader
         except QkovError as error:
             raise error.within(str(path)) from error
+
+
+def check_values(place: str, values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Prove that values from a file are of their kinds, where they are there.
+
+    Raises:
+        QkovError: at the first that is not.
+    """
+    for name, kind in ((name, kind) for name, kind in kinds.items() if name in values):
+        try:
+            kind.read(values[name])
+        except (ValueError, OverflowError):
+            raise _refusal(f"{place} {name}", kind.expected, written(values[name])) from None
+
+
+def _check_format(path: Path) -> None:
+    """Refuse what is no HDF5 from its first byte on, and formats without checksums on their structure."""
+    with path.open("rb") as file:
+        signature, version = file.read(len(_SIGNATURE)), file.read(1)
+    if signature != _SIGNATURE or version < _FIRST_CHECKED:
+        old = "an older format of HDF5, without checksums on its structure"
+        got = old if signature == _SIGNATURE else "no signature of HDF5"
+        raise QkovError(str(path), expected=f"an intact file of schema {SCHEMA}", got=got, remedy=REMEDY)
 
 
 def _data(dataset: Any, path: str, rows: slice) -> npt.NDArray[Any]:
@@ -189,4 +220,4 @@ def _data(dataset: Any, path: str, rows: slice) -> npt.NDArray[Any]:
 
 
 def _refusal(where: str, expected: str, got: str) -> QkovError:
-    return QkovError(where, expected=expected, got=got, remedy=_REMEDY)
+    return QkovError(where, expected=expected, got=got, remedy=REMEDY)

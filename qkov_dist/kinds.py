@@ -77,6 +77,16 @@ def optional(kind: Kind) -> Kind:
     return Kind(f"{kind.expected}, or null", lambda value: None if value is None else kind.read(value))
 
 
+def as_it_is(expected: str, accepts: Callable[[Any], bool]) -> Kind:
+    """Values as they are, where they are accepted."""
+
+    def read(value: object) -> Any:
+        _require(accepts(value))
+        return value
+
+    return Kind(expected, read)
+
+
 def _selection(value: object) -> tuple[int, ...]:
     """Sorted unique numbers from a list of numbers, one number, or text such as ``0-3,7``."""
     if isinstance(value, str):
@@ -107,7 +117,7 @@ def shown(value: object) -> str:
 def written(value: object) -> str:
     """A value as Python writes it, cut to one short piece."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).splitlines())  # of an array it has several
     except (ValueError, RecursionError):  # an integer of thousands of digits, or a nest as deep as the stack
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."

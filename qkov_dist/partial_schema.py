@@ -21,11 +21,21 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import QkovError
-from .hdf5_read import Reader
+from .hdf5_read import Reader, check_values
 from .hdf5_write import Writer
+from .kinds import FLAG, as_it_is, whole
 from .slices import BLOCKS
 
 FISHER_COLUMNS = ("sum", "count", "min", "num_ridge_above", "sum_of_a")
+_KINDS = {
+    "run_id": as_it_is("a short text", lambda value: isinstance(value, str) and len(value) <= 200),
+    "world_size": as_it_is("a number of ranks", lambda value: type(value) is int and 0 < value <= 1 << 16),
+    "rank": whole(0),
+    "n_left": whole(1),
+    "n_right": whole(1),
+    "pooled": FLAG,
+    "extra": as_it_is("a mapping", lambda value: isinstance(value, Mapping)),
+}
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
@@ -103,6 +113,7 @@ def read_header(reader: Reader) -> PartialHeader:
     if absent := [name for name in names if name not in attributes]:
         remedy = "This is no partial file: use one that `qkov run` wrote as partial_rankNNNNN.h5."
         raise QkovError("attributes", expected=f"{', '.join(absent)} among them", got="none", remedy=remedy)
+    check_values("attribute", attributes, _KINDS)
     layers = tuple(reader.array("layer", kinds="iu").tolist())
     return PartialHeader(layers=layers, **{name: attributes[name] for name in names})
 

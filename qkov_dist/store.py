@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from .errors import QkovError
-from .hdf5_read import Reader, reading
+from .hdf5_read import REMEDY, Reader, reading
 from .results import FISHER_KEYS, Heatmap, Pairs, SampleTable
 from .slices import BLOCKS
+from .store_checks import check_stored
 from .views import HEAD_DIM
 
 _DEEPEST = 8
@@ -44,7 +45,9 @@ def load_heatmap(path: str | Path) -> Heatmap:
         QkovError: naming the file, for anything that is missing, damaged, of another schema, or outside the file.
     """
     with reading(Path(path)) as reader:
-        return _heatmap(reader)
+        heatmap = _heatmap(reader)
+        check_stored(heatmap)
+        return heatmap
 
 
 def _heatmap(reader: Reader) -> Heatmap:
@@ -63,7 +66,8 @@ def _heatmap(reader: Reader) -> Heatmap:
 
     layers, heads, kv_heads = (tuple(axis.tolist()) for axis in axes.values())
     tested = "statistics" in attributes or reader.has("statistics")
-    statistics = _merged(_tree(reader, "statistics"), attributes.pop("statistics", {})) if tested else None
+    others = attributes.pop("statistics", {})
+    statistics = _merged("statistics", _tree(reader, "statistics"), others) if tested else None
     return Heatmap(
         reader.attribute("/", "task_a"),
         reader.attribute("/", "task_b"),
@@ -117,7 +121,9 @@ def _tree(reader: Reader, path: str, depth: int = 0) -> dict[str, Any]:
     }
 
 
-def _merged(arrays: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """Two nested dicts as one."""
+def _merged(path: str, arrays: Any, others: Any) -> dict[str, Any]:
+    """Two nested dicts as one: the arrays of the file, and what an attribute says besides."""
+    if not isinstance(arrays, dict) or not isinstance(others, dict):
+        raise QkovError(path, expected="a mapping", got="something else", remedy=REMEDY)
     both = arrays.keys() & others.keys()
-    return {**arrays, **others, **{name: _merged(arrays[name], others[name]) for name in both}}
+    return {**arrays, **others, **{name: _merged(f"{path}/{name}", arrays[name], others[name]) for name in both}}

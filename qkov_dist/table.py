@@ -1,6 +1,7 @@
 """A table as text: CSV for spreadsheets, Markdown for papers.
 
-A spreadsheet runs text that begins like a formula: such cells get an apostrophe in front.
+A spreadsheet runs text that begins like a formula, some also behind whitespace or with full-width signs: such cells get
+an apostrophe in front.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Cell = str | int | float | None
 MOST_MARKDOWN_ROWS = 400
 MOST_MARKDOWN_TEXT = 90
 
-_FORMULA = re.compile(r"^\s*[=+\-@\t\r]")
+_FORMULA = re.compile(r"^[\s\0\u200b\ufeff]*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#&~$])")
 
 

@@ -62,11 +62,11 @@ def on_a_disk(folder: Path, script: str) -> str:
     ],
 )
 def test_a_full_disk_is_named_and_the_same_command_goes_on_once_there_is_room(
-    config,
+    config,  # noqa: F811
     tmp_path,
     room,
     failed,
-    kept,  # noqa: F811
+    kept,
 ):
     """With room for nothing, for the layers, and for all but the heatmap."""
     said = on_a_disk(

@@ -32,7 +32,8 @@ def scored(name: str, world_sizes=(1,), *, include_bias=False, heads=None):
     collection.run(model, "a", job.a)
     collection.run(model, "b", job.b)
     records = (collection.records[:3], collection.records[3:])
-    frame = make_frame(plan, layout, ("a", "b"), records, pooled=False, attributes={"score": "interference"})
+    attributes = {"score": "interference", "estimator": "ema", "scope": "pooled"}
+    frame = make_frame(plan, layout, ("a", "b"), records, pooled=False, attributes=attributes)
     parts = {
         world_size: [
             {

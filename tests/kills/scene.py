@@ -1,0 +1,103 @@
+"""What all stories share: a tiny model and two tasks on disk, and what runs do that nobody disturbs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attempts import Order, Outcome, play
+from jobs import mixed_samples
+from moments import Seen
+from zoo import TINY, VOCAB
+
+from qkov_dist.finish import HEATMAP_FILE
+
+LAYERS = tuple(range(6))
+ALONE = "none"
+SLOW_S = 5.0
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nobody disturbs: how long it takes, and what each rank notes."""
+
+    seconds: float
+    seen: tuple[Seen, ...]
+
+
+@dataclass
+class Scene:
+    """A folder with everything that stories play with; undisturbed runs are made when they are asked for.
+
+    Attributes:
+        context: Forks the ranks.
+        folder: Where it all is.
+    """
+
+    context: Any
+    folder: Path
+    _known: dict[tuple[str, int], Undisturbed] = field(default_factory=dict)
+    _num_attempts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        TINY["llama"].build(num_hidden_layers=len(LAYERS)).save_pretrained(self.folder / "model")
+        tasks = []
+        for name, seed, num in (("a", 1, 9), ("b", 2, 8)):
+            samples = mixed_samples(num, VOCAB, seed=seed, lengths=(6, 40))
+            lines = [{"id": s.id, "input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples]
+            (self.folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            tasks.append({"name": name, "path": str(self.folder / f"{name}.jsonl")})
+        settings = {
+            "model": {"path": str(self.folder / "model")},
+            "tasks": tasks,
+            "fisher": {"batch_size": 2},
+            "statistics": {"permutations": 30, "bootstrap": 5},
+            "compute": {"batch_tokens": 80, "factor_memory_mb": 1},  # of which one process needs more: it spills
+        }
+        self.config.write_text(json.dumps(settings))
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "run.yaml"
+
+    @property
+    def reference(self) -> Path:
+        """The heatmap of one process."""
+        self.undisturbed(ALONE, 1)
+        return self.out(f"undisturbed-{ALONE}-1") / HEATMAP_FILE
+
+    def out(self, story: str) -> Path:
+        """A story's output folder."""
+        return self.folder / "out" / story
+
+    def order(self, story: str, shard: str, num_ranks: int, *overrides: str) -> Order:
+        """One more attempt of a story."""
+        self._num_attempts[story] += 1
+        notes = self.folder / "notes" / story / str(self._num_attempts[story])
+        shard = shard if num_ranks > 1 else ALONE
+        return Order(self.config, (f"output.dir={self.out(story)}", *overrides), shard, num_ranks, notes)
+
+    def undisturbed(self, shard: str, num_ranks: int) -> Undisturbed:
+        """What a run is like when it is left alone.
+
+        Raises:
+            RuntimeError: where it does not finish.
+        """
+        shard = shard if num_ranks > 1 else ALONE
+        if (shard, num_ranks) not in self._known:
+            outcome = self._left_alone(shard, num_ranks)
+            if outcome.seconds > SLOW_S:  # DeepSpeed builds an extension when it is first used
+                shutil.rmtree(self.out(f"undisturbed-{shard}-{num_ranks}"))
+                outcome = self._left_alone(shard, num_ranks)
+            self._known[shard, num_ranks] = Undisturbed(outcome.seconds, outcome.seen)
+        return self._known[shard, num_ranks]
+
+    def _left_alone(self, shard: str, num_ranks: int) -> Outcome:
+        outcome = play(self.context, self.order(f"undisturbed-{shard}-{num_ranks}", shard, num_ranks), None)
+        if not outcome.finished:
+            raise RuntimeError(f"an undisturbed run ended with {outcome.codes}: {' | '.join(outcome.said)[-3000:]}")
+        return outcome
