@@ -1,9 +1,11 @@
-"""Layers that the same run finished on another number of ranks, so that it can go on with this one.
+"""Layers that the same run finished on other ranks, so that it can go on with these.
 
-Partial scores of W ranks are of no use to any other number of ranks, but the sum of all W is everybody's. Rank 0 adds
-up every layer that all W ranks finished, into ``carried.h5``; then the old files go (what is not used up, into a folder
-of its own). The new ranks take the carried layers over: rank 0 whole, the others as layers of which they own nothing.
-Whatever kills this, the same steps lead on: a layer is removed at one place only after it is on disk at the next.
+Partial scores of W ranks are of no use to another number of ranks, or to W that are cut otherwise, but the sum of all
+W is everybody's. Rank 0 adds up every layer that all W ranks finished, into ``carried.h5``; then the old files go
+(what is not used up, into a folder of its own). The new ranks take the carried layers over: rank 0 whole, the others
+as layers of which they own nothing. Whatever kills this, the same steps lead on: a layer is removed at one place only
+after it is on disk at the next. While there is a ``carried.h5``, nothing has been scored since: whatever partial
+files lie beside it hold what it holds, and go, whichever ranks' they are.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import count
 from pathlib import Path
 
-from .errors import QkovError
 from .hdf5_read import file_errors
+from .hdf5_write import remove_leftovers
 from .merge import add_layers
 from .partial_schema import PartialHeader
 from .partials import (
@@ -48,16 +51,16 @@ def carry_over(folder: Path, header: PartialHeader, say: Callable[[str], object]
         return []
     found = [read_partial(path) for path in list_partials(folder)]
     same = [partial for partial in found if partial.header.run_id == header.run_id]
-    others = [partial for partial in same if partial.header.world_size != header.world_size]
     path = folder / CARRIED
+    others = [partial for partial in same if path.exists() or _ranks(partial.header) != _ranks(header)]
     _remove_empty(folder, header.world_size)
     if not others:
-        return sorted(read_partial(path).complete) if _is_there(path) else []
+        return sorted(read_partial(path).complete) if path.exists() else []
     first = next((partial.header.extra for partial in others if partial.header.extra), {})
-    with PartialWriter(path, replace(header, rank=0, world_size=1, extra=first)) as writer:
-        for world_size in sorted({partial.header.world_size for partial in others}):
-            of_world = [partial for partial in others if partial.header.world_size == world_size]
-            for layer in _finished(of_world, world_size):
+    with PartialWriter(path, replace(header, rank=0, world_size=1, cut="", extra=first)) as writer:
+        for ranks in sorted({_ranks(partial.header) for partial in others}):
+            of_world = [partial for partial in others if _ranks(partial.header) == ranks]
+            for layer in _finished(of_world, ranks[0]):
                 if layer not in writer.completed:
                     total = reduce(lambda a, b: add_layers([a, b]), (p.read_layer(layer) for p in of_world))
                     writer.write_layer(layer, total.blocks, total.shared)
@@ -83,13 +86,18 @@ def take_over(folder: Path, layers: Sequence[int], writer: PartialWriter, *, who
 
 
 def forget(folder: Path) -> None:
-    """Remove ``carried.h5``, once all ranks have taken over what it holds."""
-    with file_errors(folder / CARRIED, OSError):
-        (folder / CARRIED).unlink(missing_ok=True)
+    """Remove ``carried.h5``, once all ranks have taken over what it holds, or what was to become it."""
+    path = folder / CARRIED
+    with file_errors(path, OSError):
+        if layer_folder(path).is_dir():
+            shutil.rmtree(layer_folder(path))
+        remove_leftovers(path)
+        path.unlink(missing_ok=True)
 
 
-def _is_there(path: Path) -> bool:
-    return path.exists() or layer_folder(path).is_dir()
+def _ranks(header: PartialHeader) -> tuple[int, str]:
+    """How many ranks there were, and how they were cut: only partial scores of the same add up."""
+    return header.world_size, header.cut
 
 
 def _finished(partials: Sequence[Partial], world_size: int) -> list[int]:
@@ -102,19 +110,19 @@ def _finished(partials: Sequence[Partial], world_size: int) -> list[int]:
 def _put_away(partial: Partial, carried: set[int]) -> None:
     """Remove what is carried now; what is not goes where it is in nobody's way, and can be had back."""
     places = [path for path in (layer_folder(partial.path), partial.path) if path.exists()]
-    aside = partial.path.parent / f"unfinished_of_{partial.header.world_size}_ranks"
+    aside = f"unfinished_of_{partial.header.world_size}_ranks"
     with file_errors(partial.path, OSError):
+        remove_leftovers(partial.path)
         for path in places:
             if path.is_dir():
                 remove_unfinished(path)
             if set(partial.complete) <= carried:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 continue
-            aside.mkdir(exist_ok=True)
-            if (target := aside / path.name).exists():
-                remedy = "Move this folder away, and start again."
-                raise QkovError(str(target), expected="no file there", got="one of an earlier run", remedy=remedy)
-            path.rename(target)
+            folders = (path.with_name(f"{aside}_{n}" if n > 1 else aside) for n in count(1))
+            free = next(folder for folder in folders if not (folder / path.name).exists())
+            free.mkdir(exist_ok=True)
+            path.rename(free / path.name)
 
 
 def _remove_empty(folder: Path, world_size: int) -> None:

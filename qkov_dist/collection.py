@@ -15,6 +15,7 @@ from .factors import FactorStore
 from .samples import Sample
 from .shortage import is_shortage
 from .team import Team
+from .world import SharedError
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class Collection:
                     for part, found in self._pass(session, batch):
                         losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
                         on_samples(len(part.samples))
+        except SharedError:
+            raise  # all ranks raise it: told to stop
         except QkovError as error:
             if self.team.lockstep:
                 raise  # the peers wait inside a pass: they learn it when this rank goes

@@ -6,7 +6,7 @@ several, their sums are added layer by layer. What the result says of samples an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -20,6 +20,7 @@ from .finish import HEATMAP_FILE, finish
 from .frame import Frame, FrameLayer, from_json
 from .hdf5_write import refuse_other_run
 from .job import Say
+from .kinds import written
 from .merge import add_layers
 from .partial_schema import LayerPartial, PartialHeader
 from .partials import Partial, list_partials, read_partial
@@ -28,7 +29,7 @@ from .results import Heatmap
 from .world import Alone, World, same_on_all, together
 
 NUM_LISTED = 8
-SAME = ("run_id", "world_size", "layers", "pooled", "n_left", "n_right")
+SAME = ("run_id", "world_size", "cut", "layers", "pooled", "n_left", "n_right")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,22 @@ def gather_partials(folder: Path, world: World) -> Gathered:
     sources = _sources(world, mine)
     together(world, lambda: check_sources(folder, sources))
     frame = world.gather(mine[0].header.extra if world.rank == 0 else None)[0]
-    return Gathered(sources, mine, together(world, lambda: from_json(frame, sources[0].path)))
+    return Gathered(sources, mine, together(world, lambda: _frame(frame, sources[0])))
+
+
+def _frame(raw: Mapping[str, Any], source: Source) -> Frame:
+    """The frame in a partial file, proved to be that of its scores."""
+    frame, header = from_json(raw, source.path), source.header
+    num_a, num_b = map(len, frame.samples)
+    told = (num_a + num_b, num_a + num_b) if frame.pooled else (num_a, num_b)
+    if (*told, frame.pooled) != (header.n_left, header.n_right, header.pooled):
+        raise QkovError(
+            source.path,
+            expected=f"a description of the samples of {header.n_left} x {header.n_right} scores",
+            got=f"one of {told[0]} x {told[1]}",
+            remedy="Use a partial file that `qkov run` wrote.",
+        )
+    return frame
 
 
 def check_sources(folder: Path, sources: Sequence[Source]) -> None:
@@ -166,7 +182,7 @@ def _check_ranks(folder: Path, ranks: Sequence[int], world_size: int) -> None:
         raise QkovError(
             str(folder),
             expected=f"one partial file of each of {world_size} ranks",
-            got=f"none of ranks {missing}" if missing else f"two of ranks {twice}",
+            got=f"none of ranks {written(missing)}" if missing else f"two of ranks {twice}",
             remedy="Collect them from the nodes' own disks, or run `qkov run` with the same configuration and as many "
             "ranks: it goes on from what is there."
             if missing

@@ -35,6 +35,7 @@ from transformers.utils.hub import has_file
 
 from .config import ModelConfig
 from .errors import QkovError
+from .failures import is_broken_call
 
 AUTO_CLASSES: dict[str, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
@@ -258,6 +259,8 @@ def _explained(place: str, expected: str) -> Iterator[None]:
     except QkovError:
         raise
     except LOAD_ERRORS as error:
+        if isinstance(error, RuntimeError) and torch.distributed.is_initialized() and is_broken_call(error):
+            raise  # another rank's fault, not the files'
         got = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise QkovError(place, expected=expected, got=got, remedy=_remedy(error)) from error
 

@@ -7,6 +7,8 @@ captured factors travel to few ranks. Integers only; the exact cover is proved b
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +33,12 @@ class Ownership:
     def of_rank(self, projection: Projection, bias: bool, rank: int) -> Held:
         """What a rank owns of a projection's weight or bias."""
         return self.owned[parameter_name(projection, bias)][rank]
+
+    @property
+    def digest(self) -> str:
+        """A short hash of what every rank owns; equal for equal cuts."""
+        bounds = {name: [[r.bounds for r in rects] for rects in by_rank] for name, by_rank in self.owned.items()}
+        return hashlib.sha256(json.dumps(bounds, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def assign(layout: Layout, layers: Sequence[int], held_by_rank: Sequence[Mapping[str, list[list[int]]]]) -> Ownership:

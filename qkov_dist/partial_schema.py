@@ -54,6 +54,7 @@ class PartialHeader:
         layers: Model layer numbers that make the file complete.
         pooled: Whether both roles are all pooled samples.
         extra: What merging needs to know besides (JSON values; one rank's will do). Two headers may differ in it.
+        cut: Digest of what each rank owns; empty for one process. Partials of different cuts do not add up.
     """
 
     run_id: str
@@ -64,6 +65,7 @@ class PartialHeader:
     layers: tuple[int, ...]
     pooled: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    cut: str = ""
 
 
 class BlockPartial(NamedTuple):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .errors import QkovError
 from .figures import figures
+from .hdf5_write import remove_leftovers
 from .report_page import make_page, run_marker
 from .report_tables import all_tables
 from .results import Heatmap
@@ -75,6 +76,7 @@ def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:

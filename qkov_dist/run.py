@@ -31,7 +31,7 @@ from .job import Job, Say, prepare
 from .measured import Measured, comparison_lines
 from .merge import layer_partial
 from .partial_schema import PartialHeader
-from .partials import PartialWriter, locked, partial_path, read_partial
+from .partials import PartialWriter, list_partials, locked, partial_path, read_partial
 from .plan import Plan
 from .plan_table import plan_lines, size_notes
 from .planning import RunPlan, plan_of_job
@@ -71,6 +71,8 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
     refuse_other_run(path, job.run_id)
     if world.gather(path.exists() and config.output.resume)[0]:
         voice.say(f"{path} is finished already (run {job.run_id}); set output.resume=false to compute it again")
+        if is_first and not config.output.partials:
+            _remove_partials(job)
         return load_heatmap(path) if is_first else None
     with ExitStack() as folder:
         together(world, lambda: folder.enter_context(locked(job.folder)) if is_first else None)
@@ -103,6 +105,13 @@ def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
     return heatmap
 
 
+def _remove_partials(job: Job) -> None:
+    """Remove what a run that was killed after it had written the heatmap could not remove any more."""
+    for partial in map(read_partial, list_partials(job.folder)):
+        if partial.header.run_id == job.run_id:
+            partial.path.unlink(missing_ok=True)
+
+
 def _carried(job: Job, header: PartialHeader, say: Say) -> list[int]:
     """Layers that this run finished on another number of ranks, known to every rank."""
     world = job.team.world
@@ -114,10 +123,9 @@ def _carried(job: Job, header: PartialHeader, say: Say) -> list[int]:
 def _take_over(job: Job, carried: list[int], writer: PartialWriter) -> None:
     """Record carried layers: first as nobody's on all other ranks, then whole on rank 0."""
     world = job.team.world
-    if not carried:
-        return
-    together(world, lambda: take_over(job.folder, carried, writer, whole=False) if world.rank else None)
-    together(world, lambda: take_over(job.folder, carried, writer, whole=True) if not world.rank else None)
+    if carried:
+        together(world, lambda: take_over(job.folder, carried, writer, whole=False) if world.rank else None)
+        together(world, lambda: take_over(job.folder, carried, writer, whole=True) if not world.rank else None)
     together(world, lambda: forget(job.folder) if not world.rank else None)
 
 
@@ -257,6 +265,7 @@ def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: C
 
 
 def _header(job: Job) -> PartialHeader:
-    (num_left, num_right), world = job.roles().shape, job.team.world
+    (num_left, num_right), world, ownership = job.roles().shape, job.team.world, job.team.ownership
     layers = tuple(layer.layer for layer in job.plan.layers)
-    return PartialHeader(job.run_id, world.rank, world.size, num_left, num_right, layers, job.pooled)
+    cut = ownership.digest if ownership and world.size > 1 else ""
+    return PartialHeader(job.run_id, world.rank, world.size, num_left, num_right, layers, job.pooled, cut=cut)

@@ -54,5 +54,6 @@ def stoppable(world: World) -> Iterator[Callable[[], None]]:
     before = signal.signal(signal.SIGTERM, note)
     try:
         yield check
+        check()  # who was told during the last layer
     finally:
         signal.signal(signal.SIGTERM, before)
