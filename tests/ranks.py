@@ -111,6 +111,8 @@ class RankPool:
     def _fail(self, message: str) -> None:
         for process in self._processes:
             process.kill()
+        for process in self._processes:
+            process.join()  # until then it may hold the lock of a folder
         self._processes, self._pipes = [], []
         raise RankError(message)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import attempts
 import h5py
 import pytest
-from attempts import Clock, Kill, Outcome, forking
+import torch
+from attempts import Clock, Kill, Outcome, forking, play
 from kills import page, play_campaign
 from moments import PHASES, Aim, Seen, read_notes
 from scene import ALONE, LAYERS, Scene
@@ -90,6 +94,35 @@ def test_another_cut_of_as_many_ranks_is_another_world(scene):
     assert not story.attempt("fsdp", 2)
     story.judge_end()
     assert story.tally.faults == []
+
+
+def die_while_deepspeed_makes_groups() -> None:
+    from deepspeed.utils import groups
+
+    os.environ["QKOV_TIMEOUT_S"] = "3"
+    if os.environ["RANK"] == "1":
+        groups._clone_world_group = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_nobody_waits_longer_for_a_rank_that_died_while_a_library_made_its_groups(scene, monkeypatch):
+    monkeypatch.setattr(attempts, "DEADLINE_S", 60)
+    order = replace(scene.order("zero3-5000", "zero3", 2), broken=die_while_deepspeed_makes_groups)
+    ended = play(scene.context, order, Kill(Clock(60.0), (1,)))
+    assert (ended.codes, ended.hung) == ((2, KILLED), frozenset())
+    assert "rank 1: expected an answer" in ended.said[0]
+
+
+def die_while_weights_are_read() -> None:
+    if os.environ["RANK"] == "1":
+        torch.distributed.broadcast = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_died_while_weights_were_read_is_named(scene):
+    """Others see a broken call inside the loading of the model: the model is not at fault."""
+    order = replace(scene.order("zero3-5001", "zero3", 2), broken=die_while_weights_are_read)
+    ended = play(scene.context, order, Kill(Clock(60.0), (1,)))
+    assert ended.codes == (2, KILLED)
+    assert "rank 1: expected an answer" in ended.said[0]
 
 
 @contextmanager
