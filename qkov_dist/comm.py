@@ -154,17 +154,19 @@ def connected() -> Iterator[World]:
         yield Alone()
         return
     os.environ.update(rendezvous(os.environ))
-    _join()
-    watch = _watch(ends_process=True)
-    try:
-        with watch.failures_named():
-            yield _default_world()
-            torch.distributed.barrier()
-    finally:
+    timeout = datetime.timedelta(seconds=_timeout())
+    with _same_patience(timeout):
+        _join(timeout)
+        watch = _watch(ends_process=True)
         try:
-            torch.distributed.destroy_process_group()
+            with watch.failures_named():
+                yield _default_world()
+                torch.distributed.barrier()
         finally:
-            watch.close()
+            try:
+                torch.distributed.destroy_process_group()
+            finally:
+                watch.close()
 
 
 def current() -> World:
@@ -199,12 +201,25 @@ def connected_by_mpi() -> Iterator[World]:
         raise
 
 
-def _join() -> None:
+@contextmanager
+def _same_patience(timeout: datetime.timedelta) -> Iterator[None]:
+    """Have groups that libraries make (FSDP, DeepSpeed) wait as long as ours; by default they wait half an hour."""
+    module, names = torch.distributed.distributed_c10d, ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(module, name) for name in names}
+    try:
+        for name in names:
+            setattr(module, name, timeout)
+        yield
+    finally:
+        for name in names:
+            setattr(module, name, before[name])
+
+
+def _join(timeout: datetime.timedelta) -> None:
     """Make the process group of all ranks."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(_own_gpu())
-    timeout = datetime.timedelta(seconds=_timeout())
     try:
         torch.distributed.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
