@@ -259,7 +259,7 @@ def _explained(place: str, expected: str) -> Iterator[None]:
     except QkovError:
         raise
     except LOAD_ERRORS as error:
-        if isinstance(error, RuntimeError) and torch.distributed.is_initialized() and is_broken_call(error):
+        if isinstance(error, RuntimeError) and is_broken_call(error):
             raise  # another rank's fault, not the files'
         got = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise QkovError(place, expected=expected, got=got, remedy=_remedy(error)) from error
