@@ -37,7 +37,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-    os.environ["QKOV_TIMEOUT_S"] = "240"
+    os.environ["QKOV_TIMEOUT_S"] = "180"
     import torch
 
     from qkov_dist.comm import connected
