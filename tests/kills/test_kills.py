@@ -213,7 +213,12 @@ def outcome(codes, said=("", ""), struck=(), hung=(), scored=([], []), told=(Non
 
 ONE = Kill(Clock(0.1), (1,))
 TERM = Kill(Aim("scoring", 1, signal=signal.SIGTERM), (1,))
-NAMED = ("qkov: rank 1: expected an answer", "")
+NAMED = ("qkov: rank 0: rank 1: expected an answer", "")
+CHAIN = (
+    "qkov: rank 0: rank 1, 2: expected",
+    "",
+    "qkov: rank 2: rank 0: expected an answer, got none (seen by rank 2: ",
+)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +226,8 @@ NAMED = ("qkov: rank 1: expected an answer", "")
     [
         (None, outcome((0, 0))),
         (ONE, outcome((2, KILLED), NAMED, {1})),
-        (ONE, outcome((2, KILLED), ("qkov: rank 0, 1: expected an answer", ""), {1})),
+        (ONE, outcome((2, KILLED), ("qkov: rank 0: rank 1, 2: expected an answer", ""), {1})),
+        (ONE, outcome((2, KILLED, 2), CHAIN, {1}, scored=([],) * 3, told=(None,) * 3)),
         (ONE, outcome((2, KILLED), ("expected 2 ranks to meet", ""), {1})),
         (ONE, outcome((0, 0), struck={1})),
         (TERM, outcome((143, 143), struck={1}, told=(None, True))),
@@ -239,7 +245,12 @@ def test_good_endings_are_not_at_fault(kill, ended):
         (None, outcome((0, 1)), "rank 1 ended with 1"),
         (ONE, outcome((KILLED, KILLED), struck={1}, hung={0}), "hang of ranks"),
         (ONE, outcome((2, KILLED), ("qkov: rank 0: expected", ""), {1}), "does not name rank"),
-        (ONE, outcome((2, KILLED), ("qkov: rank 11: expected", ""), {1}), "does not name rank"),
+        (ONE, outcome((2, KILLED), ("qkov: rank 0: rank 11: expected", ""), {1}), "does not name rank"),
+        (
+            ONE,
+            outcome((2, KILLED, 2), ("", "", CHAIN[2]), {1}, scored=([],) * 3, told=(None,) * 3),
+            "does not name rank",
+        ),
         (ONE, outcome((0, KILLED), struck={1}), "does not name rank"),
         (ONE, outcome((2, 2), NAMED, {1}), "SIGKILL, but"),
         (TERM, outcome((2, 2), struck={1}, told=(None, True)), "SIGTERM while it may be answered"),

@@ -129,13 +129,21 @@ def ending_faults(outcome: Outcome, kill: Kill | None, *, has_heatmap: bool) -> 
     dead = [rank for rank in outcome.struck if outcome.codes[rank] == -kill.signal]
     if not dead:
         return
-    for rank in sorted(set(range(len(outcome.codes))) - outcome.struck):
+    # who sees only that another survivor has left may name that one, which in turn names the dead
+    survivors = sorted(set(range(len(outcome.codes))) - outcome.struck)
+    knowing = [rank for rank in survivors if _names(outcome.said[rank], dead)]
+    for rank in survivors:
         code, said = outcome.codes[rank], outcome.said[rank]
         if code == 0 and has_heatmap:
             continue
-        names_it = any(re.search(rf"\brank ([0-9, ]*\b)?{other}\b", said) for other in dead)
-        if code != USERS_ERROR or not (names_it or NEVER_MET in said):
+        if code != USERS_ERROR or not (_names(said, [*dead, *knowing]) or NEVER_MET in said):
             yield f"rank {rank} ended with {code} and does not name rank {dead}: {_last_line(said)}"
+
+
+def _names(said: str, ranks: Sequence[int]) -> bool:
+    """Whether what a rank said names one of some ranks; how it calls itself does not count."""
+    of_others = re.sub(r"^qkov: rank \d+: |seen by rank \d+", "", said, flags=re.MULTILINE)
+    return any(re.search(rf"\branks? ([0-9, ]*\b)?{rank}\b", of_others) for rank in ranks)
 
 
 def _faults_of_struck(outcome: Outcome, kill: Kill) -> Iterator[str]:
