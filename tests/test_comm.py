@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,15 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import ran, started
 from ranks import _free_port as free_port
 
 from qkov_dist import comm
 from qkov_dist.comm import Alone, SharedError, World, connected, connected_by_mpi, current, same_on_all, together
 from qkov_dist.errors import QkovError
 
-HERE = Path(__file__).parent
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
-PATIENCE_S = 120  # of a test, with importing torch on a busy machine
 
 
 # What every kind of world can do
@@ -197,31 +197,7 @@ def mpirun(size: int, code: str, **environment: str) -> subprocess.CompletedProc
     pytest.importorskip("mpi4py")
     if not MPIRUN.exists():
         pytest.skip("no mpirun beside mpi4py")
-    command = [str(MPIRUN), "-n", str(size), sys.executable, "-c", f"import test_comm; test_comm.{code}"]
-    return finished(subprocess.Popen(command, **piped(environment)))
-
-
-def piped(environment: dict[str, str]) -> dict:
-    """How a process is started: in a group of its own, with the tests importable, what it says kept."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "MPI", "OMPI", "SLURM"))}
-    path = {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    return {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "start_new_session": True,
-        "env": {**plain, **path, "OMP_NUM_THREADS": "1", **environment},
-    }
-
-
-def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """What a process said, once it ended by itself; its whole group is killed where it does not."""
-    try:
-        out, err = process.communicate(timeout=PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"no end: {process.communicate()}") from None
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return ran(MPIRUN, "-n", size, sys.executable, "-c", f"import test_comm; test_comm.{code}", **environment)
 
 
 @pytest.mark.long
@@ -292,16 +268,12 @@ def three_ranks(code: str, **environment: str) -> list[subprocess.CompletedProce
     port = free_port()
     names = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "QKOV_TIMEOUT_S": "8"}
     command = [sys.executable, "-W", "ignore", "-c", f"import test_comm; test_comm.{code}"]
-    started = [
-        subprocess.Popen(command, **piped({**names, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}))
-        for rank in range(3)
-    ]
-    try:
-        return [finished(process) for process in started]
-    finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.ExitStack() as stack:
+        running = []
+        for rank in range(3):
+            own = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
+            running.append(stack.enter_context(started(*command, **own)))
+        return [process.ended() for process in running]
 
 
 def told(process: subprocess.CompletedProcess) -> str:

@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from processes import started
 from test_run import config, entry, model_dir, qkov  # noqa: F401  (fixtures)
 
 from qkov_dist import load_heatmap
@@ -138,15 +138,11 @@ def write_large(config: Path, folder: Path) -> None:  # noqa: F811
 
 
 def test_a_second_job_on_the_same_folder_is_refused_and_the_first_finishes(config, tmp_path, capsys):  # noqa: F811
+    write_large(config, tmp_path)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "qkov_dist", "run", str(config), "--quiet"]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as first:
-        deadline = time.monotonic() + 120
-        while not out.is_dir():
-            assert first.poll() is None, first.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        first.send_signal(signal.SIGSTOP)
+    with started(sys.executable, "-m", "qkov_dist", "run", tmp_path / "large.yaml", "--quiet") as first:
+        first.wait_until((out / "partial_rank00000.layers").is_dir, pause_s=0.001)  # the folder itself is made first
+        first.send(signal.SIGSTOP)
         assert not (out / "heatmap.h5").exists()
         before = sorted(path for path in out.rglob("*"))
         assert qkov("run", config, "--quiet") == 2
@@ -154,8 +150,8 @@ def test_a_second_job_on_the_same_folder_is_refused_and_the_first_finishes(confi
         assert str(out) in said
         assert "no other process is writing" in said
         assert sorted(path for path in out.rglob("*")) == before
-        first.send_signal(signal.SIGCONT)
-        assert first.wait(120) == 0
+        first.send(signal.SIGCONT)
+        assert first.ended().returncode == 0
     assert load_heatmap(out / "heatmap.h5").blocks
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
 import pytest
 from jobs import mixed_samples
+from processes import PATIENCE_S, Started, started, torchrun
 from zoo import TINY, VOCAB
 
 pytestmark = pytest.mark.long
-TIMEOUT_S = 150
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +31,14 @@ def config(tmp_path_factory) -> Path:
     return folder / "run.yaml"
 
 
-def launched(config: Path, out: str, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qkov_dist", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QKOV_TIMEOUT_S": "60"}
-    return subprocess.Popen(
-        [*command, str(config), "--quiet", f"output.dir={config.parent / out}", *overrides],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+def launched(config: Path, out: str, *overrides: str) -> AbstractContextManager[Started]:
+    arguments = ["-m", "qkov_dist", "run", config, "--quiet", f"output.dir={config.parent / out}", *overrides]
+    return started(*torchrun(2), *arguments, QKOV_TIMEOUT_S="60")
 
 
-def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
+def rank_process(launcher: Started, rank: int) -> psutil.Process:
     """The worker of a launcher with this rank, once it is there."""
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         for child in psutil.Process(launcher.pid).children(recursive=True):
             try:
@@ -61,34 +50,21 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
     raise AssertionError("no worker")
 
 
-def ended(launcher: subprocess.Popen) -> str:
-    """What the job said, once it ended by itself."""
-    try:
-        return launcher.communicate(timeout=TIMEOUT_S)[1]
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            raise AssertionError("the job hangs")
-
-
 @pytest.mark.parametrize("cut", ["ddp", "fsdp"])
 def test_a_killed_rank_ends_the_job_and_is_named(config, cut):
     out = config.parent / f"killed-{cut}"
-    launcher = launched(config, out.name, f"parallel.shard={cut}")
-    worker = rank_process(launcher, 1)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not any(out.glob("partial_rank00001.layers/*.h5")):
-        assert launcher.poll() is None, launcher.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    worker.kill()
-    said = ended(launcher)
-    assert launcher.returncode != 0
-    assert "rank 1" in said or "rank      : 1" in said, said[-2000:]
+    with launched(config, out.name, f"parallel.shard={cut}") as launcher:
+        worker = rank_process(launcher, 1)
+        launcher.wait_until(lambda: any(out.glob("partial_rank00001.layers/*.h5")))
+        worker.kill()
+        told = launcher.ended()
+    assert told.returncode != 0
+    assert "rank 1" in told.stderr or "rank      : 1" in told.stderr, told.stderr[-2000:]
     assert not (out / "heatmap.h5").exists()
     assert any(out.glob("partial_rank0000*.layers/*.h5"))
-    again = launched(config, out.name, f"parallel.shard={cut}")
-    assert "layers are on disk" in ended(again)
+    with launched(config, out.name, f"parallel.shard={cut}") as launcher:
+        again = launcher.ended()
+    assert "layers are on disk" in again.stderr
     assert again.returncode == 0
     assert (out / "heatmap.h5").exists()
 
@@ -98,9 +74,9 @@ def test_an_error_on_one_rank_ends_the_job_and_is_named(config):
     out = config.parent / "blocked"
     (out / "partial_rank00001.layers").parent.mkdir()
     (out / "partial_rank00001.layers").write_text("in the way")
-    launcher = launched(config, out.name)
-    said = ended(launcher)
-    assert launcher.returncode != 0
-    assert "rank 1" in said, said[-2000:]
-    assert "partial_rank00001.layers" in said
+    with launched(config, out.name) as launcher:
+        told = launcher.ended()
+    assert told.returncode != 0
+    assert "rank 1" in told.stderr, told.stderr[-2000:]
+    assert "partial_rank00001.layers" in told.stderr
     assert (out / "partial_rank00001.layers").read_text() == "in the way"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
+from processes import ran
 from test_engine import job_for
 from test_plan import flat_owner
 from test_run import assert_identical, write_task
@@ -135,21 +134,7 @@ def mpirun(size: int, *arguments: object) -> subprocess.CompletedProcess:
     pytest.importorskip("mpi4py")
     if not MPIRUN.exists():
         pytest.skip("no mpirun beside mpi4py")
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "MPI", "OMPI", "SLURM"))}
-    process = subprocess.Popen(
-        [str(MPIRUN), "-n", str(size), sys.executable, "-m", "qkov_dist", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**plain, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        out, err = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"no end: {process.communicate()}") from None
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return ran(MPIRUN, "-n", size, sys.executable, "-m", "qkov_dist", *arguments)
 
 
 @pytest.mark.long

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from jobs import mixed_samples
+from processes import ran, started, torchrun
 from test_run import write_task
 from zoo import TINY, VOCAB
 
@@ -22,7 +21,6 @@ from qkov_dist.stopping import StoppedError, stoppable
 from qkov_dist.world import Alone
 
 pytestmark = pytest.mark.long
-TIMEOUT_S = 200
 
 
 @pytest.fixture(scope="module")
@@ -39,43 +37,29 @@ def config(tmp_path_factory) -> Path:
 
 
 def command(config: Path, out: str, ranks: int) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "qkov_dist", "run", str(config), "--quiet", f"output.dir={out}"]
+    launcher = torchrun(ranks) if ranks > 1 else [sys.executable]
+    return [*launcher, "-m", "qkov_dist", "run", str(config), "--quiet", f"output.dir={out}"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_told_to_stop_records_its_layer_and_goes_on_later(config, ranks):
     out = config.parent / f"out{ranks}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(config, str(out), ranks), stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    while not any(out.glob("partial_rank00000.layers/layer_*.h5")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=TIMEOUT_S)[1]
-    assert process.returncode not in (0, -signal.SIGTERM) if ranks > 1 else process.returncode == 143
-    assert "expected to finish, got SIGTERM" in said, said[-2000:]
-    assert "the same command goes on from there" in said
+    with started(*command(config, str(out), ranks)) as process:
+        process.wait_until(lambda: any(out.glob("partial_rank00000.layers/layer_*.h5")))
+        process.send(signal.SIGTERM)
+        told = process.ended()
+    assert told.returncode not in (0, -signal.SIGTERM) if ranks > 1 else told.returncode == 143
+    assert "expected to finish, got SIGTERM" in told.stderr, told.stderr[-2000:]
+    assert "the same command goes on from there" in told.stderr
     assert not (out / "heatmap.h5").exists()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("partial_rank*.layers/layer_*.h5")}
     assert 0 < len(kept) < 40 * ranks
-    again = subprocess.run(
-        command(config, str(out), ranks),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    again = ran(*command(config, str(out), ranks))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "layers are on disk" in again.stderr
     whole = config.parent / "whole"
     if not whole.exists():
-        subprocess.run(command(config, str(whole), 1), check=True, env=environment, timeout=TIMEOUT_S)
+        assert ran(*command(config, str(whole), 1)).returncode == 0
     found, expected = (load_heatmap(folder / "heatmap.h5") for folder in (out, whole))
     for block in expected.blocks:
         largest = np.abs(expected.cross[block]).max()
