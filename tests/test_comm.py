@@ -244,7 +244,7 @@ def failing(how: str, who: int) -> None:
             world.gather("hello")
             if world.rank == who:
                 _fail(how)
-            if how == "far away" and world.rank != who:
+            if how == "far away" or (how == "killed, one far away" and world.rank == 2):
                 time.sleep(1000)
             world.sum(np.ones(3))
     except BaseException as error:
@@ -257,7 +257,7 @@ def _fail(how: str) -> None:
         raise QkovError("model", expected="a", got="b", remedy="c.")
     if how == "mistake":
         raise RuntimeError("CUDA out of memory")
-    if how == "killed":
+    if how.startswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "hangs":
         time.sleep(1000)
@@ -313,7 +313,7 @@ def test_a_rank_that_hangs_is_named_and_ended():
         assert told(done[rank]).startswith(f"rank 1: expected an answer, got none (seen by rank {rank}: Timed out")
         assert "QKOV_TIMEOUT_S" in told(done[rank])
     assert done[1].returncode == 2
-    assert "qkov: rank 0: expected an answer, got none (seen by rank 1:" in done[1].stderr
+    assert "qkov: rank 1: expected to answer in time, got other ranks that gave up waiting" in done[1].stderr
 
 
 @pytest.mark.long
@@ -323,6 +323,15 @@ def test_ranks_far_from_their_next_call_are_ended_too():
     for rank in (0, 1):
         assert done[rank].returncode == 2
         assert "qkov: rank 2: expected to finish, got an error (model: expected a, got b. c.)" in done[rank].stderr
+
+
+@pytest.mark.long
+def test_a_rank_far_from_its_next_call_learns_which_one_died():
+    """Rank 0, which holds the store, finds out and leaves; that it is gone must not look as if it had died."""
+    done = three_ranks("failing('killed, one far away', 1)")
+    assert told(done[0]).startswith("rank 1: expected an answer, got none (seen by rank 0: ")
+    assert done[2].returncode == 2
+    assert "qkov: rank 1: expected an answer, got none (seen by rank 2: " in done[2].stderr
 
 
 @pytest.mark.long

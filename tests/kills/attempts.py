@@ -22,7 +22,7 @@ from unittest import mock
 from moments import Aim, Seen, read_notes, take_notes
 
 TIMEOUT_S = 20  # QKOV_TIMEOUT_S: how long ranks wait for each other
-GRACE_S, LINGER_S = 1.0, 4.0  # of qkov_dist.failures, shorter than a user's, because one machine answers at once
+GRACE_S, LINGER_S = 2.0, 4.0  # of qkov_dist.failures, shorter than a user's, because one machine answers at once
 DEADLINE_S = 150  # of a whole attempt, and again of those who survive; only a hang takes as long
 PRELOADED = ["qkov_dist.cli", "qkov_dist.run", "qkov_dist.report", "transformers.models.llama.modeling_llama"]
 DEEPSPEED = ["deepspeed", "transformers.integrations.deepspeed"]

@@ -227,7 +227,6 @@ CHAIN = (
         (None, outcome((0, 0))),
         (ONE, outcome((2, KILLED), NAMED, {1})),
         (ONE, outcome((2, KILLED), ("qkov: rank 0: rank 1, 2: expected an answer", ""), {1})),
-        (ONE, outcome((2, KILLED, 2), CHAIN, {1}, scored=([],) * 3, told=(None,) * 3)),
         (ONE, outcome((2, KILLED), ("expected 2 ranks to meet", ""), {1})),
         (ONE, outcome((0, 0), struck={1})),
         (TERM, outcome((143, 143), struck={1}, told=(None, True))),
@@ -243,6 +242,7 @@ def test_good_endings_are_not_at_fault(kill, ended):
     [
         (None, outcome((0, 2)), "nobody was killed"),
         (None, outcome((0, 1)), "rank 1 ended with 1"),
+        (ONE, outcome((2, KILLED, 2), CHAIN, {1}, scored=([],) * 3, told=(None,) * 3), "does not name rank [1]"),
         (ONE, outcome((KILLED, KILLED), struck={1}, hung={0}), "hang of ranks"),
         (ONE, outcome((2, KILLED), ("qkov: rank 0: expected", ""), {1}), "does not name rank"),
         (ONE, outcome((2, KILLED), ("qkov: rank 0: rank 11: expected", ""), {1}), "does not name rank"),

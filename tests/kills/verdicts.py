@@ -129,14 +129,11 @@ def ending_faults(outcome: Outcome, kill: Kill | None, *, has_heatmap: bool) -> 
     dead = [rank for rank in outcome.struck if outcome.codes[rank] == -kill.signal]
     if not dead:
         return
-    # who sees only that another survivor has left may name that one, which in turn names the dead
-    survivors = sorted(set(range(len(outcome.codes))) - outcome.struck)
-    knowing = [rank for rank in survivors if _names(outcome.said[rank], dead)]
-    for rank in survivors:
+    for rank in sorted(set(range(len(outcome.codes))) - outcome.struck):
         code, said = outcome.codes[rank], outcome.said[rank]
         if code == 0 and has_heatmap:
             continue
-        if code != USERS_ERROR or not (_names(said, [*dead, *knowing]) or NEVER_MET in said):
+        if code != USERS_ERROR or not (_names(said, dead) or NEVER_MET in said):
             yield f"rank {rank} ended with {code} and does not name rank {dead}: {_last_line(said)}"
 
 
