@@ -85,6 +85,25 @@ def take_over(folder: Path, layers: Sequence[int], writer: PartialWriter, *, who
         writer.write_layer(layer, part.blocks if part else {}, part.shared if part else {})
 
 
+def start_again(folder: Path, run_id: str) -> None:
+    """Remove what this very run left, on whichever ranks; files of other runs stay.
+
+    One process calls this, before any rank opens its partial file.
+
+    Raises:
+        QkovError: for damaged files, and a folder that cannot be written.
+    """
+    if not folder.is_dir():
+        return
+    for partial in map(read_partial, list_partials(folder)):
+        if partial.header.run_id == run_id:
+            with file_errors(partial.path, OSError):
+                if layer_folder(partial.path).is_dir():
+                    shutil.rmtree(layer_folder(partial.path))
+                partial.path.unlink(missing_ok=True)
+    forget(folder)
+
+
 def forget(folder: Path) -> None:
     """Remove ``carried.h5``, once all ranks have taken over what it holds, or what was to become it."""
     path = folder / CARRIED

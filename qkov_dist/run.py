@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .carry import carry_over, forget, take_over
+from .carry import carry_over, forget, start_again, take_over
 from .collection import Collection
 from .comm import current, together
 from .config import RunConfig
@@ -84,7 +84,7 @@ def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
     config, world = job.config, job.team.world
     header, measured = _header(job), Measured()
     measured.see_model(job.loaded.model)
-    carried = _carried(job, header, voice.say) if config.output.resume else []
+    carried = _carried(job, header, voice.say)
     with PartialWriter(partial_path(job.folder, world.rank), header, resume=config.output.resume) as writer:
         _take_over(job, carried, writer)
         planned = _score_missing_layers(job, writer, voice, measured)
@@ -113,8 +113,11 @@ def _remove_partials(job: Job) -> None:
 
 
 def _carried(job: Job, header: PartialHeader, say: Say) -> list[int]:
-    """Layers that this run finished on another number of ranks, known to every rank."""
+    """Layers that this run finished on another number of ranks, known to every rank; none where all starts again."""
     world = job.team.world
+    if not job.config.output.resume:
+        together(world, lambda: start_again(job.folder, job.run_id) if world.rank == 0 else None)
+        return []
     found = together(world, lambda: carry_over(job.folder, header, say) if world.rank == 0 else [])
     layers: list[int] = world.gather(found)[0]
     return layers

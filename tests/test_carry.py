@@ -98,6 +98,26 @@ def test_a_run_goes_on_with_another_number_of_ranks(before, after, ranks, folder
     assert not (folder / "out" / out / CARRIED).exists()
 
 
+@pytest.mark.long
+def test_who_starts_again_gets_all_layers_anew_whatever_ranks_were_there(ranks, folder, half):
+    """Partial files of one process, then two ranks with output.resume=false."""
+    raw = resumed(folder, half.name, "fsdp")
+    raw["output"]["resume"] = False
+    said = ranks(2).run(run_quietly, raw)[0]
+    assert "resuming" not in said
+    assert_right(folder, half.name)
+    assert {read_partial(path).header.world_size for path in list_partials(half)} == {2}
+    assert not any(path.is_dir() for path in half.iterdir())
+
+
+def test_starting_again_leaves_files_of_another_run_alone(half):
+    before = {path: path.read_bytes() for path in half.rglob("*.h5")}
+    carry.start_again(half, "another")
+    assert {path: path.read_bytes() for path in half.rglob("*.h5")} == before
+    carry.start_again(half, header_of(half, 1).run_id)
+    assert not list(half.iterdir())
+
+
 def run_until_or_raise(raw: dict, layer: int) -> None:
     if message := run_until(raw, layer):
         raise AssertionError(message)

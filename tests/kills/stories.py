@@ -92,6 +92,7 @@ class Story:
         self._begun: set[tuple[int, int, int]] = set()
         self._shards: dict[int, set[str]] = {}  # number of ranks -> how they were cut
         self._last = (cut, 0)
+        self._wrote = 0  # how many ranks there were when the heatmap was written: the partial files are theirs
         self.tally, self.told = Tally(stories=1), list[str]()
 
     def play(self) -> Tally:
@@ -135,6 +136,8 @@ class Story:
             Whether the story goes on: the run has not finished, and nothing was at fault.
         """
         before = standing(self.out)
+        path = self.out / HEATMAP_FILE
+        self._wrote = self._wrote if path.exists() else num_ranks
         overrides = f"output.partials={self.partials}".lower()
         order = replace(self._scene.order(self.name, shard, num_ranks, overrides), broken=broken)
         shards = self._shards.setdefault(num_ranks, set())
@@ -143,7 +146,6 @@ class Story:
         kill = self._kill(order, before) if with_kill else kill
         outcome = play(self._scene.context, order, kill)
         self._count(order, kill, outcome)
-        path = self.out / HEATMAP_FILE
         faults = [
             *ending_faults(outcome, kill, has_heatmap=path.exists()),
             *work_faults(outcome, before, alone),
@@ -165,7 +167,7 @@ class Story:
             return
         if not self._alone:
             tally.worst = deviation(path, self._scene.reference)
-        tally.faults += leftovers(self.out, self._last[1], partials=self.partials)
+        tally.faults += leftovers(self.out, self._wrote, partials=self.partials)
 
     @property
     def _alone(self) -> bool:

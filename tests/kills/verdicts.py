@@ -158,7 +158,7 @@ def _faults_of_struck(outcome: Outcome, kill: Kill) -> Iterator[str]:
 
 
 def leftovers(folder: Path, num_ranks: int, *, partials: bool) -> Iterator[str]:
-    """What a finished run leaves besides its results."""
+    """What a finished run leaves besides its results; ``num_ranks`` wrote them."""
     allowed = {HEATMAP_FILE, "report.html", *(f"partial_rank{rank:05d}.h5" for rank in range(num_ranks) if partials)}
     for path in sorted(folder.iterdir()):
         if path.name not in allowed and not re.fullmatch(r"unfinished_of_\d+_ranks(_\d+)?", path.name):
