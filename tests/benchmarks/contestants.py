@@ -28,7 +28,7 @@ from machine import measure_machine
 from material import Subject, read_facts, write_material
 from orders import Found, Order, Report, Work
 from pair_loop import heads_of, kept_gradients, mean_fisher, per_pair_loop
-from stopwatch import PHASES, REST, timed_phases
+from stopwatch import PHASES, REST, counted_bytes, timed_phases
 
 from qkov_dist.comm import connected
 from qkov_dist.config import ComputeConfig, OutputConfig, RunConfig, StatisticsConfig
@@ -96,11 +96,17 @@ def product(subject: Subject, order: Order) -> Work:
     configs = (_product_config(subject, order, number) for number in count())
 
     def work() -> Found:
-        with timed_phases() as watch:
+        with timed_phases() as watch, counted_bytes() as sent:
             run(next(configs), say=lambda line: None, show_progress=False)
         phases = {name: watch.wall[name] for name in (*PHASES, REST)}
         cpu = {f"{name} (cpu)": watch.cpu[name] for name in phases}
-        return {**phases, **cpu, "untimed": phases["loading"], "untimed (cpu)": cpu["loading (cpu)"]}
+        return {
+            **phases,
+            **cpu,
+            "sent": float(sent["factors"]),
+            "untimed": phases["loading"],
+            "untimed (cpu)": cpu["loading (cpu)"],
+        }
 
     return work
 

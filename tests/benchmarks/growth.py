@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from cases import Result, Setup, order, result
+from material import read_facts
 from orders import Order
 from rounds import Entry, Round, median, play
 from tabulate import tabulate
@@ -41,6 +42,8 @@ def growth_table(setup: Setup, sizes: dict[str, tuple[int, ...]] = SIZES, base: 
     rounds = play(entries, setup.rounds, setup.perform, setup.say)
     rows = [_row(rounds, axis, found) for axis, found in sizes.items()]
     points = [{"": entry.key, **_measured(rounds, entry.key)} for entry in entries]
+    several = [entry for entry in entries if entry.order.ranks > 1]
+    sent = [_communication(entry.order, median(rounds, f"{entry.key}:sent")) for entry in several]
     at = ", ".join(f"{value} {name}" for name, value in base.items())
     parts = [
         "# How time and memory grow",
@@ -50,8 +53,24 @@ def growth_table(setup: Setup, sizes: dict[str, tuple[int, ...]] = SIZES, base: 
         " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
         tabulate(points, headers="keys", tablefmt="github", floatfmt=".3g"),
     ]
+    if sent:
+        text = " ".join((_communication.__doc__ or "").split())
+        parts += [
+            "## What ranks send each other",
+            text,
+            tabulate(sent, headers="keys", tablefmt="github", floatfmt=".4g"),
+        ]
     exponents = {row["exponent in"]: {k: v for k, v in row.items() if k in MEASURED} for row in rows}
     return result("growth", setup, rounds, parts, exponents=exponents)
+
+
+def _communication(made: Order, sent: float) -> dict[str, Any]:
+    """Least is what must move if samples and layers are dealt evenly and nobody computes for two: of W ranks each owns
+    the layers of 1/W of all factors, and has captured 1/W of these itself, so that (W - 1)/W of all factors change
+    hands once. A sample whose gradient is smaller than its factors counts as the gradient.
+    """
+    least = (made.ranks - 1) / made.ranks * read_facts(Path(made.folder)).factor_bytes
+    return {"ranks": made.ranks, "sent, MB": sent / 1e6, "least, MB": least / 1e6, "sent / least": sent / least}
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -65,7 +65,10 @@ def play(
 
 
 def in_a_process(order: Order) -> Report:
-    """Do what is ordered in a process of its own, or in one for each rank; rank 0 speaks, memory is the largest."""
+    """Do what is ordered in a process of its own, or in one for each rank.
+
+    Rank 0 speaks; memory is that of the rank that takes most, what was sent is that of all ranks.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(order.ranks)]
     command = [sys.executable, *(launcher if order.ranks > 1 else []), str(HERE / "contestants.py")]
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
@@ -76,7 +79,9 @@ def in_a_process(order: Order) -> Report:
     if done.returncode:
         return Report(error=_reason(done.stderr) or f"exit code {done.returncode}")
     reports = list(_reports(done.stdout))
-    return replace(reports[0], **{name: max(getattr(r, name) for r in reports) for name in ("peak_rss", "growth")})
+    memory = {name: max(getattr(report, name) for report in reports) for name in ("peak_rss", "growth")}
+    sent = {"sent": sum(report.found["sent"] for report in reports)} if "sent" in reports[0].found else {}
+    return replace(reports[0], **memory, found={**reports[0].found, **sent})
 
 
 def in_this_process(order: Order) -> Report:

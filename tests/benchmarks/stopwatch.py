@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+from qkov_dist.measured import Measured
+
 PHASES: dict[str, tuple[str, ...]] = {
     "loading": ("qkov_dist.parallel:load_parallel",),
     "preparing": ("qkov_dist.job:prepare",),
@@ -69,6 +71,21 @@ def timed_phases() -> Iterator[Stopwatch]:
                     stack.enter_context(mock.patch.object(owner, name, _timed(function, watch, phase)))
         stack.enter_context(watch.phase(REST))
         yield watch
+
+
+@contextmanager
+def counted_bytes() -> Iterator[dict[str, int]]:
+    """Count the bytes of factors and of scores that this rank sends to others inside the block."""
+    sent = {"factors": 0, "scores": 0}
+    see = Measured.see_sent
+
+    def seen(self: Measured, *, factors: int = 0, scores: int = 0) -> None:
+        sent["factors"] += factors
+        sent["scores"] += scores
+        see(self, factors=factors, scores=scores)
+
+    with mock.patch.object(Measured, "see_sent", seen):
+        yield sent
 
 
 def _timed(function: Callable[..., Any], watch: Stopwatch, phase: str) -> Callable[..., Any]:
