@@ -25,7 +25,9 @@ from .slices import AttentionLayer, Layout
 from .structure import linear_shape, text_config
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+PARALLEL_FLAGS = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+ALWAYS_PARALLEL = ("codegen", "cohere", "cohere2", "gptj", "phi")
 NORM_BYTES = 4  # of a number that a norm keeps: it computes in float32
 
 
@@ -74,6 +76,7 @@ class Anatomy:
         hidden: Width of the residual stream.
         vocabulary: Width of the logits.
         recomputes: Whether the attention kernel forms the attention weights again in its backward pass.
+        parallel: Whether a layer's feed-forward takes the layer's input, beside attention and not behind it.
         quantized: The method, where the model's weights are packed when they are loaded.
     """
 
@@ -86,6 +89,7 @@ class Anatomy:
     hidden: int
     vocabulary: int
     recomputes: bool
+    parallel: bool = False
     quantized: str | None = None
 
     @property
@@ -127,6 +131,7 @@ def anatomy_of(model: nn.Module, layout: Layout, dtype: str = "auto") -> Anatomy
         hidden=hidden,
         vocabulary=int(config.vocab_size),
         recomputes=getattr(config, "_attn_implementation", None) != "eager",
+        parallel=config.model_type in ALWAYS_PARALLEL or any(getattr(config, flag, False) for flag in PARALLEL_FLAGS),
         quantized=_quantized(config),
     )
 
@@ -185,7 +190,11 @@ def _style_of_own(name: str, module: nn.Module, styles: Mapping[str, str]) -> st
 
 def _chosen_experts(config: Any) -> tuple[int, int]:
     """(experts that a token is sent to, experts)."""
-    chosen, every = (next((n for k in keys if (n := getattr(config, k, None))), 1) for keys in (CHOSEN, EXPERTS))
+    places = (config, getattr(config, "ffn_config", None))
+    chosen, every = (
+        next((n for key in keys for place in places if (n := getattr(place, key, None))), 1)
+        for keys in (CHOSEN, EXPERTS)
+    )
     return (chosen, every) if isinstance(chosen, int) and isinstance(every, int) and chosen <= every else (1, 1)
 
 

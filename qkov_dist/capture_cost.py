@@ -109,7 +109,12 @@ class CaptureCost:
         """Whether the gradient of a matrix's input is formed."""
         if matrix.layer is None:
             return behind_layers or matrix.labelled
-        return matrix.layer > lowest or (matrix.layer == lowest and matrix.module not in self._inputs(lowest))
+        return matrix.layer > lowest or (matrix.layer == lowest and self._is_behind_attention(matrix, lowest))
+
+    def _is_behind_attention(self, matrix: Matrix, layer: int) -> bool:
+        """Whether a matrix of a layer lies behind its Q, K and V."""
+        beside = self.work.anatomy.parallel and not matrix.module.startswith(f"{self.work.layout.layer(layer).module}.")
+        return not beside and matrix.module not in self._inputs(layer)
 
     def _inputs(self, layer: int) -> set[str]:
         """The projections of a layer that the graph of gradients begins behind: Q, K and V."""
