@@ -130,8 +130,10 @@ class Reader:
             QkovError: for data that lie elsewhere (virtual, external), unknown filters, or sizes that cannot be.
         """
         dataset = self._existing(path)
-        if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+        if not isinstance(dataset, h5py.Dataset):
             raise _refusal(path, "a dataset", type(dataset).__name__)
+        if dataset.shape is None:
+            raise _refusal(path, "a dataset with a shape", "an empty one")
         if dataset.is_virtual or dataset.external:
             raise _refusal(path, "data inside this file", "a virtual or external dataset")
         plist = dataset.id.get_create_plist()
@@ -179,7 +181,7 @@ def reading(path: Path) -> Iterator[Reader]:
             with h5py.File(path, "r") as file:
                 reader = Reader(file, path.stat().st_size)
                 if (schema := reader.attribute("/", "schema")) != SCHEMA:
-                    raise _refusal("schema", SCHEMA, repr(schema))
+                    raise _refusal("schema", SCHEMA, written(schema))
                 if not isinstance(run_id := reader.attribute("/", "run_id"), str):
                     raise _refusal("run_id", "text", written(run_id))
                 yield reader
@@ -220,4 +222,5 @@ def _data(dataset: Any, path: str, rows: slice) -> npt.NDArray[Any]:
 
 
 def _refusal(where: str, expected: str, got: str) -> QkovError:
+    where = where if where.isprintable() else written(where)  # a file may name its data as it likes
     return QkovError(where, expected=expected, got=got, remedy=REMEDY)

@@ -99,8 +99,10 @@ def _conflict(heatmap: Heatmap, block: str, record: Mapping[str, Any]) -> list[i
 
 
 def round_to_float32(number: float) -> float:
-    """The shortest decimal number that float32 tells from its neighbours."""
-    return float(str(np.float32(number)))
+    """The shortest decimal number that float32 tells from its neighbours; one beyond float32 stays as it is."""
+    with np.errstate(over="ignore"):
+        rounded = float(str(np.float32(number)))
+    return rounded if np.isfinite(rounded) else number
 
 
 def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:

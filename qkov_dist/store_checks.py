@@ -66,6 +66,10 @@ def check_stored(heatmap: Heatmap) -> None:
             raise _wrong(name, "numbers from 0", written(numbers))
     if not (heatmap.groups > 0).all():
         raise _wrong("group", "at least one query head of a kv head", written(heatmap.groups.tolist()))
+    for block in heatmap.blocks:
+        for name, scores in (("heatmap", heatmap.mean), ("scores", heatmap.cross), ("scores_all", heatmap.pooled)):
+            if scores and any(np.isinf(of_layer).any() for of_layer in scores[block]):
+                raise _wrong(f"{name}/{block}", "finite numbers, and NaN for absent heads", "infinity")
     if heatmap.statistics is not None:
         _check_statistics(heatmap, heatmap.statistics)
 
