@@ -44,7 +44,7 @@ def growth_table(setup: Setup, sizes: dict[str, tuple[int, ...]] = SIZES, base: 
     points = [{"": entry.key, **_measured(rounds, entry.key)} for entry in entries]
     several = [entry for entry in entries if entry.order.ranks > 1]
     sent = [_communication(entry.order, median(rounds, f"{entry.key}:sent")) for entry in several]
-    at = ", ".join(f"{value} {name}" for name, value in base.items())
+    at = ", ".join(f"{value} {name if value > 1 else name.removesuffix('s')}" for name, value in base.items())
     parts = [
         "# How time and memory grow",
         f"A Llama of middle size, one thread a rank, {setup.base.permutations} permutations; {at}, but for what is "

@@ -45,9 +45,9 @@ def scene(tmp_path_factory) -> Scene:
 
 
 def test_killed_runs_end_in_the_right_result(scene):
-    tallies = play_campaign(scene, 0, CUTS, 8, lambda line: None)
+    tallies = play_campaign(scene, 0, CUTS, 4, lambda line: None)
     assert [fault for tally in tallies.values() for fault in tally.faults] == []
-    assert all(tally.num_kills >= 2 for tally in tallies.values())
+    assert all(tally.num_kills >= 1 for tally in tallies.values())
     assert all(tally.resumes >= 1 for tally in tallies.values())
     printed = page(tallies)
     assert all(name in printed for name in (*CUTS, *PHASES))
