@@ -13,12 +13,13 @@ What cannot work is refused before weights are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from .anatomy import style_of
 from .comm import World
 from .config import ModelConfig, ParallelConfig
 from .errors import QkovError
@@ -87,7 +88,7 @@ def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -
         QkovError: for what cannot work (before weights are read), and as :func:`qkov_dist.models.load_model` does.
     """
     if parallelism.tp > 1:
-        _check_tensor_parallel(config, parallelism.tp)
+        _check_model(config, parallelism.tp)
     if parallelism.data == "device_map":
         return load_model(config, device_map="auto")
     if parallelism.tp > 1 or parallelism.data == "fsdp":
@@ -112,39 +113,46 @@ def _mesh_settings(parallelism: Parallelism) -> Any:
     return DistributedConfig(**sizes)
 
 
-def _check_tensor_parallel(config: ModelConfig, tp: int) -> None:
-    """Refuse models without a plan, and head counts that the ranks cannot share."""
-    model = meta_model(config)
-    layout = resolve(model)
-    styles = _attention_styles(model, layout)
-    if not styles:
+def check_tensor_parallel(styles: Collection[str | None], layout: Layout, tp: int) -> None:
+    """Refuse tensor parallelism of a model without a plan, or with heads that the ranks cannot share.
+
+    Args:
+        styles: The plan's for the attention projections; None is of a projection that has none.
+        layout: The layers.
+        tp: Into how many parts each is to be cut.
+
+    Raises:
+        QkovError: naming what would do.
+    """
+    known = set(styles) - {None}
+    if tp > 1 and not known:
         raise QkovError(
-            f"{config.path}: parallel.tp",
+            "parallel.tp",
             expected="a model whose transformers class has a tensor-parallel plan for its attention",
             got=f"model type {layout.model_type!r}, which has none",
             remedy="Use parallel.shard=fsdp or zero3, which cut any model, with parallel.tp=1.",
         )
-    if not set(styles) & set(SHARDED_BY_HOOKS):
+    if not known & set(SHARDED_BY_HOOKS):
         return  # attention runs whole on every rank: any number of heads will do
     for layer in layout.layers:
         if layer.num_kv_heads % tp or layer.num_heads % tp:
             raise QkovError(
-                f"{config.path}: parallel.tp",
+                "parallel.tp",
                 expected=f"a divisor of the {layer.num_heads} query and {layer.num_kv_heads} kv heads of each layer",
                 got=str(tp),
                 remedy="Choose such a parallel.tp, or parallel.shard=fsdp or zero3, which cut between any two rows.",
             )
 
 
-def _attention_styles(model: Any, layout: Layout) -> tuple[str, ...]:
-    """The plan's styles for the attention projections."""
-    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
-    names = {_starred(p.module) for layer in layout.layers for p in layer.projections}
-    return tuple(style for name, style in plan.items() if name in names)
-
-
-def _starred(module: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+def _check_model(config: ModelConfig, tp: int) -> None:
+    """Refuse a model that tensor parallelism cannot cut so, before its weights are read."""
+    model = meta_model(config)
+    layout, plan = resolve(model), getattr(model, "tp_plan", None) or {}
+    styles = {style_of(f"{p.module}.weight", plan) for layer in layout.layers for p in layer.projections}
+    try:
+        check_tensor_parallel(styles, layout, tp)
+    except QkovError as error:
+        raise error.within(str(config.path)) from None
 
 
 def _load_zero3(config: ModelConfig) -> LoadedModel:

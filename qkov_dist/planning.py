@@ -20,8 +20,8 @@ from .capture_cost import CaptureCost
 from .cost import Cost
 from .job import Job
 from .memory import local_bytes
-from .parallel import Parallelism
-from .pretend import check_tensor_parallel, pretended_teams
+from .parallel import Parallelism, check_tensor_parallel
+from .pretend import pretended_teams
 from .rounds import Round, layers_of, make_rounds, make_windows
 from .scoring_cost import ScoringCost
 from .shares import layer_shares
@@ -66,7 +66,8 @@ def plan_pretended(work: Workload, parallelism: Parallelism) -> RunPlan:
     Raises:
         QkovError: for a cut that the model cannot have, or factors of which no layer's fit.
     """
-    check_tensor_parallel(work.anatomy, work.layout, parallelism.tp)
+    styles = {work.anatomy.styles.get(p.module) for layer in work.layout.layers for p in layer.projections}
+    check_tensor_parallel(styles, work.layout, parallelism.tp)
     teams = pretended_teams(work.anatomy, work.layout, work.layers, parallelism)
     scene = _Scene.of(work, parallelism, teams[0])
     sizes = [scene.scoring.factors(team) for team in teams]

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 
 from .anatomy import Anatomy, Weight
 from .capture import Site
-from .errors import QkovError
 from .geometry import Rect
 from .ownership import Ownership, assign
-from .parallel import SHARDED_BY_HOOKS, Parallelism
+from .parallel import Parallelism
 from .shards import (
     Held,
     Placement,
@@ -34,30 +33,6 @@ from .team import Team
 from .workload import PretendedWorld
 
 SHARDED = ("fsdp", "zero3")  # ways to give each replica a share of every weight
-
-
-def check_tensor_parallel(anatomy: Anatomy, layout: Layout, tp: int) -> None:
-    """Refuse tensor parallelism of a model without a plan, or with heads that the ranks cannot share.
-
-    Raises:
-        QkovError: naming what would do.
-    """
-    styles = {anatomy.styles.get(p.module) for layer in layout.layers for p in layer.projections} - {None}
-    if tp > 1 and not styles:
-        raise QkovError(
-            "parallel.tp",
-            expected="a model whose transformers class has a tensor-parallel plan for its attention",
-            got=f"model type {layout.model_type!r}, which has none",
-            remedy="Use parallel.shard=fsdp or zero3, which cut any model, with parallel.tp=1.",
-        )
-    for layer in layout.layers:
-        if styles & set(SHARDED_BY_HOOKS) and (layer.num_kv_heads % tp or layer.num_heads % tp):
-            raise QkovError(
-                "parallel.tp",
-                expected=f"a divisor of the {layer.num_heads} query and {layer.num_kv_heads} kv heads of each layer",
-                got=str(tp),
-                remedy="Choose such a parallel.tp, or parallel.shard=fsdp or zero3, which cut between any two rows.",
-            )
 
 
 def pretended_teams(
