@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import QkovError
-from .kinds import Kind, written
+from .kinds import Kind, readable, written
 
 SCHEMA = "qkov-dist/1"
 SLAB_BYTES = 4 << 20  # of a chunk, and of strings read at once
@@ -53,7 +53,7 @@ def file_errors(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     except QkovError:
         raise
     except kinds as error:
-        text = " ".join(str(error).split())[:300] or type(error).__name__
+        text = readable(" ".join(str(error).split())) or type(error).__name__
         found = next((r for r in _REASONS if getattr(error, "errno", None) in r[0]), None)
         expected, remedy = (found[1], found[2]) if found else ("an intact file", REMEDY)
         if "lock file" in text or not remedy:
@@ -186,7 +186,9 @@ def reading(path: Path) -> Iterator[Reader]:
                     raise _refusal("run_id", "text", written(run_id))
                 yield reader
         except QkovError as error:
-            raise error.within(str(path)) from error
+            # a file may name its data, and make up its types, as it likes
+            parts = {name: readable(part) for name, part in error.parts.items()}
+            raise QkovError(**parts).within(str(path)) from error
 
 
 def check_values(place: str, values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
@@ -222,5 +224,4 @@ def _data(dataset: Any, path: str, rows: slice) -> npt.NDArray[Any]:
 
 
 def _refusal(where: str, expected: str, got: str) -> QkovError:
-    where = where if where.isprintable() else written(where)  # a file may name its data as it likes
     return QkovError(where, expected=expected, got=got, remedy=REMEDY)

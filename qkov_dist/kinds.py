@@ -114,6 +114,12 @@ def shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else written(value)
 
 
+def readable(text: str, most: int = 400) -> str:
+    """Text from outside as one short line: what cannot be printed is escaped, the end cut off."""
+    line = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 def written(value: object) -> str:
     """A value as Python writes it, cut to one short piece."""
     try:

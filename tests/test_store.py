@@ -309,6 +309,8 @@ def refused(path: Path, *words: str) -> None:
         load_heatmap(path)
     for word in (str(path), *words):
         assert word in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 1000
 
 
 def test_a_flipped_byte_in_any_dataset_is_a_checksum_error(saved: Path) -> None:
@@ -427,6 +429,7 @@ def unknown_filter(file: h5py.File, _: Path) -> None:
     file.create_dataset("heatmap/Q", data=np.ones((3, 6)), chunks=(3, 6), compression="lzf")
 
 
+MANY_FIELDS = [(f"field {n}", "f4") for n in range(500)]
 LIES = {
     "external link": (
         replace("heatmap/Q", lambda f, p: f.__setitem__("heatmap/Q", h5py.ExternalLink(str(p), "/fisher/Q/mean"))),
@@ -461,7 +464,15 @@ LIES = {
     "null": (replace("heatmap/Q", lambda f, _: f.create_dataset("heatmap/Q", dtype="f8")), "a dataset with a shape"),
     "name of two lines": (
         lambda f, _: f.create_dataset("statistics/overlap/Q/x\ny", dtype="f8"),
-        r"'statistics/overlap/Q/x\ny': expected a dataset with a shape",
+        r"statistics/overlap/Q/x\ny: expected a dataset with a shape",
+    ),
+    "deep names that move the cursor": (
+        lambda f, _: f.create_group("statistics/overlap/Q" + 9 * "/\x1b[2J"),
+        r"\x1b[2J: expected at most 8 nested groups",
+    ),
+    "type of many fields": (
+        replace("heatmap/Q", lambda f, _: f.create_dataset("heatmap/Q", data=np.zeros((3, 6), MANY_FIELDS))),
+        "numbers of kind f, got [('field 0'",
     ),
     "infinite score": (lambda f, _: f["scores/Q"].__setitem__((0, 0, 0, 0), np.inf), "scores/Q: expected finite"),
     "infinite mean": (lambda f, _: f["heatmap/Q"].__setitem__((0, 0), -np.inf), "heatmap/Q: expected finite"),
