@@ -85,10 +85,10 @@ def take_over(folder: Path, layers: Sequence[int], writer: PartialWriter, *, who
         writer.write_layer(layer, part.blocks if part else {}, part.shared if part else {})
 
 
-def start_again(folder: Path, run_id: str) -> None:
-    """Remove what this very run left, on whichever ranks; files of other runs stay.
+def remove_run(folder: Path, run_id: str) -> None:
+    """Remove a run's partial files, of whichever ranks; those of other runs stay.
 
-    One process calls this, before any rank opens its partial file.
+    One process calls this, while no rank has its partial file open.
 
     Raises:
         QkovError: for damaged files, and a folder that cannot be written.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .carry import carry_over, forget, start_again, take_over
+from .carry import carry_over, forget, remove_run, take_over
 from .collection import Collection
 from .comm import current, together
 from .config import RunConfig
@@ -31,7 +31,7 @@ from .job import Job, Say, prepare
 from .measured import Measured, comparison_lines
 from .merge import layer_partial
 from .partial_schema import PartialHeader
-from .partials import PartialWriter, list_partials, locked, partial_path, read_partial
+from .partials import PartialWriter, locked, partial_path, read_partial
 from .plan import Plan
 from .plan_table import plan_lines, size_notes
 from .planning import RunPlan, plan_of_job
@@ -72,7 +72,7 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
     if world.gather(path.exists() and config.output.resume)[0]:
         voice.say(f"{path} is finished already (run {job.run_id}); set output.resume=false to compute it again")
         if is_first and not config.output.partials:
-            _remove_partials(job)
+            remove_run(job.folder, job.run_id)  # a run killed after it had written the heatmap could not
         return load_heatmap(path) if is_first else None
     with ExitStack() as folder:
         together(world, lambda: folder.enter_context(locked(job.folder)) if is_first else None)
@@ -105,18 +105,11 @@ def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
     return heatmap
 
 
-def _remove_partials(job: Job) -> None:
-    """Remove what a run that was killed after it had written the heatmap could not remove any more."""
-    for partial in map(read_partial, list_partials(job.folder)):
-        if partial.header.run_id == job.run_id:
-            partial.path.unlink(missing_ok=True)
-
-
 def _carried(job: Job, header: PartialHeader, say: Say) -> list[int]:
     """Layers that this run finished on another number of ranks, known to every rank; none where all starts again."""
     world = job.team.world
     if not job.config.output.resume:
-        together(world, lambda: start_again(job.folder, job.run_id) if world.rank == 0 else None)
+        together(world, lambda: remove_run(job.folder, job.run_id) if world.rank == 0 else None)
         return []
     found = together(world, lambda: carry_over(job.folder, header, say) if world.rank == 0 else [])
     layers: list[int] = world.gather(found)[0]

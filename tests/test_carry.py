@@ -112,9 +112,9 @@ def test_who_starts_again_gets_all_layers_anew_whatever_ranks_were_there(ranks, 
 
 def test_starting_again_leaves_files_of_another_run_alone(half):
     before = {path: path.read_bytes() for path in half.rglob("*.h5")}
-    carry.start_again(half, "another")
+    carry.remove_run(half, "another")
     assert {path: path.read_bytes() for path in half.rglob("*.h5")} == before
-    carry.start_again(half, header_of(half, 1).run_id)
+    carry.remove_run(half, header_of(half, 1).run_id)
     assert not list(half.iterdir())
 
 

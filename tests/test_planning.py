@@ -215,6 +215,10 @@ def test_operations_of_both_passes_are_those_that_torch_counts(name, place):
             for batch in make_batches(task.samples, names=names, batch_tokens=64, objective=work.objective):
                 session.run(batch, Kept([]))
     assert passes.forward + passes.backward == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert passes.backward != passes.forward or (name, lowest) == (
+        "gpt_bigcode_mqa",
+        0,
+    )  # there they happen to be equal
 
 
 class Kept:

@@ -22,7 +22,7 @@ from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
 from qkov_dist.figures import draw_heatmaps
 from qkov_dist.report import write_page, write_report
-from qkov_dist.report_page import make_page, page_data
+from qkov_dist.report_page import make_page, page_data, round_to_float32
 from qkov_dist.report_tables import Table, all_tables, blocks_table, conflicts_table, heads_table, layers_table
 from qkov_dist.results import FISHER_KEYS, Heatmap, SampleTable
 
@@ -499,3 +499,8 @@ def test_a_folder_without_a_heatmap_is_refused(tmp_path, capsys):
 def test_samples_without_text_have_a_page():
     table = dataclasses.replace(make_table("a", NUM_A), texts=("",) * NUM_A, losses=np.full(NUM_A, np.nan))
     assert data_of(make_page(make_heatmap(samples_a=table)))["samples"][0]["losses"] == [None] * NUM_A
+
+
+def test_numbers_of_the_page_are_float32s_and_larger_ones_stay_finite():
+    assert round_to_float32(1 / 3) == 0.33333334
+    assert round_to_float32(-1e300) == -1e300
