@@ -6,6 +6,7 @@ about a second. Each runs ``qkov run`` as from the command line, writes what it 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -154,7 +155,8 @@ def _struck(kill: Kill | None, processes: Sequence[Any], seen: Sequence[Seen], p
 
 def _send(process: Any, number: int) -> None:
     if process.exitcode is None:
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended just now, which the server has yet to say
+            os.kill(process.pid, number)
 
 
 def _ended(processes: Sequence[Any], seconds: float) -> frozenset[int]:
