@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from .arguments import choose, wrong_argument
-from .batches import Objective
+from .batches import Objective, default_batch_tokens
 from .collection import Collection, SampleRecord
 from .comm import current, same_on_all
 from .errors import QkovError
@@ -95,7 +95,8 @@ class FisherCollector:
         loss_reduction: ``mean`` or ``sum`` over each sample's own labelled tokens.
         decay: beta of the moving average.
         layers: Layers to capture; all by default.
-        batch_tokens: Padded tokens in one compute batch. Changes no result.
+        batch_tokens: Padded tokens in one compute batch; None takes 512 for a model on the CPU, else 2048. Changes no
+            result.
         spill_dir: Folder for factors beyond the memory; the system's temporary folder by default.
     """
 
@@ -108,7 +109,7 @@ class FisherCollector:
         loss_reduction: str = "mean",
         decay: float = 0.99,
         layers: Sequence[int] | None = None,
-        batch_tokens: int = 2048,
+        batch_tokens: int | None = None,
         spill_dir: str | Path | None = None,
     ) -> None:
         choose("reduction", reduction, ("param",))
@@ -117,7 +118,7 @@ class FisherCollector:
             raise wrong_argument("decay", "a number above 0 and below 1", decay)
         if gradient_memory_mb < 0:
             raise wrong_argument("gradient_memory_mb", "at least 0", gradient_memory_mb)
-        if batch_tokens < 1:
+        if batch_tokens is not None and batch_tokens < 1:
             raise wrong_argument("batch_tokens", "at least 1", batch_tokens)
         self.enabled = enable_cross_task_analysis
         self.decay = decay
@@ -257,13 +258,19 @@ class FisherCollector:
             plan = make_plan(config.layout, self._selection, include_bias=False, num_samples=1)
             team = make_team(current(), model, config.layout, [layer.layer for layer in plan.layers])
             layers = [config.layout.layer(layer.layer) for layer in plan.layers]
-            size = next(model.parameters()).dtype.itemsize
+            first = next(model.parameters())
+            moves = team.lockstep or team.peers.size < team.world.size
             self._collection = Collection(
-                FactorStore(self._budget, self._folder, team.local, gradients_above=gradients_above(layers, size)),
+                FactorStore(
+                    self._budget,
+                    self._folder,
+                    team.local,
+                    gradients_above=gradients_above(layers, first.dtype.itemsize),
+                ),
                 plan.sites,
                 config.objective,
                 self._reduction,
-                batch_tokens=self._batch_tokens,
+                batch_tokens=self._batch_tokens or default_batch_tokens(on_cpu=first.device.type == "cpu", moves=moves),
                 team=team,
             )
         return self._collection

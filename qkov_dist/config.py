@@ -128,7 +128,12 @@ class StatisticsConfig(_Section):
 class ComputeConfig(_Section):
     """Memory and speed."""
 
-    batch_tokens: int = _key(COUNT, "tokens in one compute batch, padding included", 2048, identity=False)
+    batch_tokens: int | None = _key(
+        optional(COUNT),
+        "tokens in one compute batch, padding included; null takes 512 on a CPU that holds all weights, else 2048",
+        None,
+        identity=False,
+    )
     factor_memory_mb: int = _key(
         COUNT, "MiB of captured factors in memory; beyond it they go to disk", 1024, identity=False
     )

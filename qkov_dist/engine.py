@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -123,15 +124,23 @@ class _SiteFactors:
 
     ordering: Ordering
     padded: Sequence[Padded]
+    roles: Roles
 
-    def weights(self, roles: Roles) -> Tensor:
+    @cached_property
+    def weights(self) -> Tensor:
         """Each member's weight in the Fisher, by task, in this order: float64 [2, N]."""
-        return torch.from_numpy(roles.weights[:, list(self.ordering.order)])
+        return torch.from_numpy(self.roles.weights[:, list(self.ordering.order)])
 
-    def in_order_of_roles(self, scores: Tensor, roles: Roles) -> Tensor:
+    def in_order_of_roles(self, scores: Tensor) -> Tensor:
         """Scores of pairs of members in this order, as pairs in the order of the roles."""
-        left, right = (torch.tensor(self.ordering.place[part]) - part.start for part in (roles.left, roles.right))
-        return scores[left.unsqueeze(1), right]
+        return scores[self._places]
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Where the members in the role of i are, as a column, and those in the role of j."""
+        parts = (self.roles.left, self.roles.right)
+        left, right = (torch.tensor(self.ordering.place[part]) - part.start for part in parts)
+        return left.unsqueeze(1), right
 
 
 def score_layer(
@@ -163,14 +172,14 @@ def score_layer(
 
     def score_head(tiles: Sequence[Tile], site: _SiteFactors, buffers: Buffers) -> _HeadPart:
         rule, sums = rules[tiles[0].block], NO_ELEMENTS
-        weights = site.weights(roles).to(settings.device, settings.dtype)
+        weights = site.weights.to(settings.device, settings.dtype)
         scores = torch.zeros(roles.shape, dtype=settings.dtype, device=settings.device)
         for tile in tiles:
             gradients = _gradients(tile, site, buffers)
             by_task = add_tile(scores, gradients, weights, rule, buffers)
             sums += fisher_sums(by_task.sum(0), by_task, rule.ridge)
         flops = sum(tile_flops(site.padded, tile.rect.area, roles.shape, bias=tile.bias) for tile in tiles)
-        return _HeadPart(site.in_order_of_roles(scores.cpu(), roles), sums, flops)
+        return _HeadPart(site.in_order_of_roles(scores.cpu()), sums, flops)
 
     blocks = {block: _no_scores(heads, roles, settings) for block, heads in plan.heads.items()}
     for tile, part in _by_head(plan.tiles, source, roles, settings, score_head):
@@ -186,7 +195,7 @@ def block_totals(plan: LayerPlan, source: FactorSource, roles: Roles, settings: 
     """The sum of I over each whole block, as far as this rank owns it; additive over ranks."""
 
     def total(tiles: Sequence[Tile], site: _SiteFactors, buffers: Buffers) -> float:
-        found, weights = 0.0, site.weights(roles).sum(0)
+        found, weights = 0.0, site.weights.sum(0)
         for tile in tiles:
             norms = torch.linalg.vector_norm(_gradients(tile, site, buffers), dim=1, dtype=torch.float64)
             found += float(weights @ norms.cpu().square())
@@ -297,4 +306,4 @@ def _sites(
         outputs = [Window(group.outputs(d.values), d.start) for group in ordering.groups]
         kept = [whole and group.wholes(whole) for group in ordering.groups]
         groups = zip(ordering.groups, inputs, outputs, kept, strict=True)
-        yield site, _SiteFactors(ordering, [Padded(*group) for group in groups])
+        yield site, _SiteFactors(ordering, [Padded(*group) for group in groups], roles)

@@ -24,6 +24,7 @@ from .batches import Batch
 from .capture import Factors, Site
 from .errors import QkovError
 from .geometry import Rect
+from .pages import large_tensor
 from .series import Series, Spilled
 
 Span = tuple[int, int]
@@ -313,8 +314,9 @@ class FactorStore:
         if not size or self.bytes_in_memory + size > self.budget_bytes:
             return None
         self.bytes_in_memory += size
-        pinned = torch.cuda.is_available()
-        return torch.empty(num_rows, series.width, dtype=series.dtype, pin_memory=pinned)
+        if torch.cuda.is_available():
+            return torch.empty(num_rows, series.width, dtype=series.dtype, pin_memory=True)
+        return large_tensor(num_rows, series.width, series.dtype)
 
     def _drop_added(self) -> None:
         for series in reversed(self._added):

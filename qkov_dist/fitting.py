@@ -62,6 +62,9 @@ class Planner(Protocol):
     def longest(self) -> int:
         """Tokens of the longest sample."""
 
+    def batch_tokens(self, setting: Setting) -> int:
+        """Padded tokens in one batch."""
+
     def plan(self, setting: Setting) -> RunPlan:
         """The whole plan."""
 
@@ -143,7 +146,7 @@ class _Search:
 
     def smaller_batches(self, setting: Setting) -> Setting | None:
         """Half as many tokens in a batch, and again, down to one sample: the largest batches that fit."""
-        size, least = setting.config.compute.batch_tokens, self._planner.longest
+        size, least = self._planner.batch_tokens(setting), self._planner.longest
         while size > least:
             size = max(size // 2, least)
             if self.fits(way := _with_batches(setting, size)):

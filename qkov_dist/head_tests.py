@@ -25,7 +25,9 @@ from .permutation import Alternative, Standardised
 Floats = NDArray[np.float64]
 Statistic = Literal["cross_mean", "overlap"]
 MaxZ = Mapping[Statistic, Floats]  # statistic -> [P], the largest directed z of any head under each labelling
-_CHUNK_BYTES = 32 << 10  # of an array [heads, P]: a few heads, so that all cores have some
+_CHUNK_BYTES = (
+    96 << 10
+)  # of an array [heads, P]: few heads, so that cores have equal shares, but not too few for Python
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Job:
         tasks: A and B.
         team: Who runs which samples, and owns what.
         plan: This rank's tiles of every layer.
+        batch_tokens: Padded tokens in one compute batch.
         run_id: Hash of the configuration's identity, the model and the samples.
     """
 
@@ -55,6 +56,7 @@ class Job:
     tasks: tuple[Task, Task]
     team: Team
     plan: Plan
+    batch_tokens: int
     run_id: str
 
     @property
@@ -176,7 +178,9 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     run_id = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
     same_on_all(world, "model and samples", {"run_id": run_id})
     say(_summary(layout, plan, tasks))
-    return Job(config, loaded, layout, tasks, team, plan, run_id)
+    on_gpu = next(loaded.model.parameters()).device.type != "cpu"
+    batch_tokens = parallelism.batch_tokens(config.compute, on_gpu=on_gpu)
+    return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id)
 
 
 def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 64
-_CACHED_BYTES = 1 << 20
+_CACHED_BYTES = 2 << 20
 
 
 class PairSums(NamedTuple):

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from .anatomy import style_of
+from .batches import default_batch_tokens
 from .comm import World
-from .config import ModelConfig, ParallelConfig
+from .config import ComputeConfig, ModelConfig, ParallelConfig
 from .errors import QkovError
 from .layout import resolve
 from .models import LoadedModel, load_model, meta_model
@@ -37,6 +38,11 @@ class Parallelism:
     tp: int
     data: str
     replicas: int
+
+    def batch_tokens(self, compute: ComputeConfig, *, on_gpu: bool) -> int:
+        """Padded tokens in one batch, as asked for, or as suits a model that is cut so."""
+        moves = self.tp > 1 or self.data in ("fsdp", "zero3", "device_map")
+        return compute.batch_tokens or default_batch_tokens(on_cpu=not on_gpu, moves=moves)
 
 
 def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Mapping[str, str]) -> Parallelism:

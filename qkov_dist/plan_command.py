@@ -109,6 +109,10 @@ class ConfigPlanner:
         """Tokens of the longest sample."""
         return max(sample.num_tokens for task in self._tasks for sample in task.samples)
 
+    def batch_tokens(self, setting: Setting) -> int:
+        """Padded tokens in one batch."""
+        return _parallelism(setting).batch_tokens(setting.config.compute, on_gpu=self._on_gpu)
+
     def plan(self, setting: Setting) -> RunPlan:
         """The whole plan."""
         return plan_pretended(self._work(setting), _parallelism(setting))
@@ -128,6 +132,7 @@ class ConfigPlanner:
             anatomy=self._anatomies[dtype],
             layout=self._layout,
             tasks=self._tasks,
+            batch_tokens=self.batch_tokens(setting),
             objective="masked" if is_masked_lm(self._model) else "causal",
             on_gpu=self._on_gpu,
             workers=1 if self._on_gpu else torch.get_num_threads(),

@@ -113,6 +113,7 @@ def workload_of(job: Job) -> Workload:
         anatomy=anatomy_of(job.loaded.model, job.layout),
         layout=job.layout,
         tasks=job.tasks,
+        batch_tokens=job.batch_tokens,
         objective=job.objective,
         on_gpu=on_gpu,
         workers=1 if on_gpu else torch.get_num_threads(),

@@ -30,6 +30,7 @@ from .hdf5_write import refuse_other_run
 from .job import Job, Say, prepare
 from .measured import Measured, comparison_lines
 from .merge import layer_partial
+from .pages import kept_heap
 from .partial_schema import PartialHeader
 from .partials import PartialWriter, locked, partial_path, read_partial
 from .plan import Plan
@@ -235,7 +236,7 @@ def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: C
         plan.sites,
         job.objective,
         job.config.metric.loss_reduction,
-        batch_tokens=job.config.compute.batch_tokens,
+        batch_tokens=job.batch_tokens,
         team=job.team,
         say=voice.warn,
     )
@@ -247,8 +248,9 @@ def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: C
             if job.team.world.size == 1:  # a process may stop at any batch; ranks ask each other before each round
                 may_stop()
 
-        for task in job.tasks:
-            collection.run(job.loaded.model, task.name, task.samples, after_batch)
+        with kept_heap(job.device):
+            for task in job.tasks:
+                collection.run(job.loaded.model, task.name, task.samples, after_batch)
     num_a = len(job.tasks[0].samples)
     return make_frame(
         job.plan,

@@ -66,6 +66,7 @@ class Workload:
         anatomy: The model in integers.
         layout: Its heads.
         tasks: A and B; what samples contain does not matter.
+        batch_tokens: Padded tokens in one compute batch.
         objective: How labels align with outputs.
         on_gpu: Whether the model is on a GPU, and factors and scores wait beside it in the host's memory.
         workers: Tiles that are formed at a time on a rank.
@@ -76,6 +77,7 @@ class Workload:
     anatomy: Anatomy
     layout: Layout
     tasks: tuple[Task, Task]
+    batch_tokens: int
     objective: Objective = "causal"
     on_gpu: bool = False
     workers: int = 1
@@ -176,7 +178,7 @@ class Dealt:
     def _batches(self, samples: Sequence[Sample], share: Sequence[int]) -> list[Pass]:
         chosen = [samples[n] for n in share]
         names = [sample.id for sample in chosen]
-        size, objective = self.work.config.compute.batch_tokens, self.work.objective
+        size, objective = self.work.batch_tokens, self.work.objective
         batches = make_batches(chosen, names=names, batch_tokens=size, objective=objective)
         return [Pass(*map(int, (*batch.targets.shape, batch.num_targets.sum()))) for batch in batches]
 

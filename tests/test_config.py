@@ -85,7 +85,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
         "ridge": {"epsilon": 1e-10, "absolute": 1e-8, "relative": 0.0},
         "statistics": {"enabled": True, "permutations": 1000, "bootstrap": 1000, "fdr_alpha": 0.05, "seed": 0},
         "compute": {
-            "batch_tokens": 2048,
+            "batch_tokens": None,
             "factor_memory_mb": 1024,
             "factor_disk_mb": None,
             "factor_dtype": "auto",
@@ -180,7 +180,7 @@ def test_bad_selections(minimal: Path, text: str) -> None:
         ("statistics.bootstrap", "-1", "a whole number of at least 0"),
         ("statistics.fdr_alpha", "1", "a number above 0 and below 1"),
         ("statistics.seed", "-1", "a whole number of at least 0"),
-        ("compute.batch_tokens", "0", "a whole number of at least 1"),
+        ("compute.batch_tokens", "0", "a whole number of at least 1, or null"),
         ("compute.factor_memory_mb", "0", "a whole number of at least 1"),
         ("compute.score_dtype", "float16", "one of float32, float64"),
         ("compute.compile", "1", "one of auto, true, false"),

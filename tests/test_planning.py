@@ -107,7 +107,7 @@ def score(job: Job, window, measured: Measured, folder: Path) -> None:
         gradients_above=job.gradients_above(),
     )
     with closing(store):
-        collection = Collection(store, plan.sites, job.objective, batch_tokens=compute.batch_tokens, team=job.team)
+        collection = Collection(store, plan.sites, job.objective, batch_tokens=job.batch_tokens, team=job.team)
         with measured.phase("capture"):
             for task in job.tasks:
                 collection.run(job.loaded.model, task.name, task.samples)
@@ -196,7 +196,9 @@ def work_of(model, name: str, *, layers=None, num=8, tokens=13, on_gpu=False, **
     }
     tasks = made_up_task("a", num, tokens), made_up_task("b", num, tokens)
     objective = "masked" if TINY[name].masked_lm else "causal"
-    return Workload(from_dict(raw), anatomy_of(model, layout), layout, tasks, objective, on_gpu)
+    config = from_dict(raw)
+    size = config.compute.batch_tokens or 512
+    return Workload(config, anatomy_of(model, layout), layout, tasks, size, objective, on_gpu)
 
 
 @pytest.mark.parametrize("place", [0, -1])

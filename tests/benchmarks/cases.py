@@ -89,12 +89,19 @@ def samples_table(setup: Setup) -> Result:
     """Many samples: scoring, with the forming of its gradients, against the per-pair loop, which is given them."""
     facts = prepare(setup)
     entries = [Entry(key, TITLES[key], order(setup.base, key)) for key in ("product", "pair_loop")]
+    entries.append(Entry("cross", "qkov: A x B alone, not tested", order(setup.base, "product", permutations=0)))
     rounds = play(
         [*entries, Entry("machine", "", order(setup.base, "machine"))], setup.rounds, setup.perform, setup.say
     )
-    sides = {"the loop / scoring": "product:scoring", "the loop / the whole run": "product"}
+    sides = {
+        "the loop / scoring of the same pairs, gradients included": "cross:scoring",
+        "the loop / scoring of all pooled pairs, gradients included": "product:scoring",
+        "the loop / the whole run": "product",
+    }
     rows = [{"ratio": name, "x": spread(ratio(rounds, "pair_loop", side))} for name, side in sides.items()]
-    seconds = {key: f"{median(rounds, key):.4g} s" for key in ("pair_loop", "product:scoring", "product")}
+    seconds = {
+        key: f"{median(rounds, key):.4g} s" for key in ("pair_loop", "cross:scoring", "product:scoring", "product")
+    }
     num, each = setup.base.samples, f"{median(rounds, 'pair_loop') / setup.base.samples**2 * 1e3:.3g} ms a pair"
     parts = [
         f"# {num} + {num} samples: scoring against the per-pair loop",

@@ -117,10 +117,16 @@ def _product_config(subject: Subject, order: Order, number: int) -> RunConfig:
     return RunConfig(
         model=subject.model,
         tasks=subject.task_configs,
-        statistics=StatisticsConfig(permutations=order.permutations, bootstrap=order.permutations),
+        statistics=_statistics(order.permutations),
         compute=ComputeConfig(factor_memory_mb=memory + 1 if order.factor_share >= 1 else memory),
         output=OutputConfig(dir=str(subject.folder / f"{order.output}-{subject.samples}-{number}"), resume=False),
     )
+
+
+def _statistics(permutations: int) -> StatisticsConfig:
+    if not permutations:
+        return StatisticsConfig(enabled=False)
+    return StatisticsConfig(permutations=permutations, bootstrap=permutations)
 
 
 def pair_loop(subject: Subject, order: Order) -> Work:

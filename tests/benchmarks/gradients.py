@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qkov_dist.batches import Batch, make_batches
+from qkov_dist.batches import Batch, default_batch_tokens, make_batches
 from qkov_dist.collection import Collection
-from qkov_dist.config import ComputeConfig
 from qkov_dist.factors import FactorStore
 from qkov_dist.plan import Selection, make_plan
 from qkov_dist.samples import IGNORED
 
+BATCH_TOKENS = default_batch_tokens(on_cpu=True, moves=False)  # of everybody
 Gradients = Iterator[tuple[tuple[int, ...], Mapping[str, Tensor]]]
 
 
@@ -32,7 +32,7 @@ def projections(subject: Subject, layer: int | None = None) -> tuple[str, ...]:
     return tuple(projection.module for found in layers for projection in found.projections)
 
 
-def batches(subject: Subject, batch_tokens: int = ComputeConfig().batch_tokens) -> list[Batch]:
+def batches(subject: Subject, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
     """The batches that a run makes: A's, then B's; all samples are equally long, so that nothing is padded."""
     found, first = [], 0
     for samples in subject.tasks:

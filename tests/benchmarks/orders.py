@@ -28,7 +28,7 @@ class Order:
         ranks: Processes.
         repeats: How often the work is done and timed.
         factor_share: Share of the factors that ``compute.factor_memory_mb`` holds.
-        permutations: Relabellings, and resamplings, of the product's tests.
+        permutations: Relabellings, and resamplings, of the product's tests; 0 scores A x B alone and tests nothing.
         of: The contestant that ``agreement`` is asked about.
     """
 

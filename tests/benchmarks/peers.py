@@ -14,13 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from gradients import Gradients, batches, losses, projections, trainable
+from gradients import BATCH_TOKENS, Gradients, batches, losses, projections, trainable
 from material import Subject
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from qkov_dist.batches import sequence
-from qkov_dist.config import ComputeConfig
 
 FOLDER = Path(os.environ.get("QKOV_BENCH_PEERS", Path(sys.prefix) / "peers"))
 DAMPING = 1e-8
@@ -75,7 +74,7 @@ def kronfluence_analysis(subject: Subject) -> Callable[[], dict[str, Tensor]]:
     from kronfluence.analyzer import Analyzer
     from kronfluence.arguments import FactorArguments, ScoreArguments
 
-    size = max(ComputeConfig().batch_tokens // subject.tokens, 1)
+    size = max(BATCH_TOKENS // subject.tokens, 1)
     left, right, pooled = (_Tokens(subject, tasks) for tasks in ([0], [1], [0, 1]))
     model, task = _tracked(subject)
 
