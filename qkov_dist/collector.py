@@ -95,8 +95,8 @@ class FisherCollector:
         loss_reduction: ``mean`` or ``sum`` over each sample's own labelled tokens.
         decay: beta of the moving average.
         layers: Layers to capture; all by default.
-        batch_tokens: Padded tokens in one compute batch; None takes 512 for a model on the CPU, else 2048. Changes no
-            result.
+        batch_tokens: Padded tokens in one compute batch; None takes 512 on a CPU that holds all weights, else 2048.
+            Changes no result.
         spill_dir: Folder for factors beyond the memory; the system's temporary folder by default.
     """
 

@@ -39,7 +39,6 @@ def test_without_huge_pages_it_is_an_ordinary_tensor(monkeypatch):
 
 FAULTS = """
 import resource, sys, torch
-from contextlib import nullcontext
 from qkov_dist.pages import kept_heap
 
 def passes():

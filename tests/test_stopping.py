@@ -32,6 +32,7 @@ def config(tmp_path_factory) -> Path:
         write_task(folder / f"{task}.jsonl", mixed_samples(120, VOCAB, seed=seed, lengths=(20, 50)))
     tasks = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("a", "b")]
     raw = {"model": {"path": str(folder / "model")}, "tasks": tasks, "statistics": {"enabled": False}}
+    raw["compute"] = {"batch_tokens": 2048}  # few batches: how others round is not what is tested
     (folder / "run.yaml").write_text(json.dumps(raw))
     return folder / "run.yaml"
 
@@ -57,8 +58,9 @@ def test_a_run_told_to_stop_records_its_layer_and_goes_on_later(config, ranks):
     again = ran(*command(config, str(out), ranks))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "layers are on disk" in again.stderr
-    whole = config.parent / f"whole{ranks}"  # on as many ranks: others make other batches, which round differently
-    assert ran(*command(config, str(whole), ranks)).returncode == 0
+    whole = config.parent / "whole"
+    if not whole.exists():
+        assert ran(*command(config, str(whole), 1)).returncode == 0
     found, expected = (load_heatmap(folder / "heatmap.h5") for folder in (out, whole))
     for block in expected.blocks:
         largest = np.abs(expected.cross[block]).max()
