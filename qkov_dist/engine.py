@@ -2,15 +2,15 @@
 
     site's factors -> padded groups -> per head: tiles -> gradients -> Fisher, maps, one matrix product for all pairs
 
-Heads are dealt to workers (the threads of a CPU, one for a GPU), each of which adds up whole heads, so that sums do not
-depend on who is faster. While they compute, the next projection's factors are read. What leaves is additive: the sum
+Heads are dealt to workers (the threads of a CPU, one for a GPU, which works on several heads at once), each of which adds
+up whole heads, so that sums do not depend on who is faster. While they compute, the next projection's factors are read. What leaves is additive: the sum
 over ranks of these results is the result of one process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -24,10 +24,11 @@ from .errors import QkovError
 from .factors import Table, Whole, Window
 from .groups import Ordering, order_samples
 from .kernel import Buffers, Padded, Rule, add_tile, tile_flops, tile_gradients
-from .plan import LayerPlan, Tile
-from .score import NO_ELEMENTS, FisherSums, Score, compiled_maps, fisher_sums
+from .plan import GPU_TILE_BYTES, LayerPlan, Tile
+from .score import NO_ELEMENTS, FisherSums, Score, compiled, fisher_sums
 from .scratch import scratch_array
 from .shortage import is_shortage
+from .stacks import Stack, stacks_of
 from .workers import workers
 
 T = TypeVar("T")
@@ -49,6 +50,13 @@ class ScoreSettings:
     compile: bool = False
     scratch: Path | None = None  # where scores are that are too large for memory
     warn: Callable[[str], object] = lambda line: None  # takes a line where memory ran out
+    stack_bytes: int | None = None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
+
+    def max_elements(self, num_samples: int) -> int:
+        """Elements that the heads which are worked on together may have in a tile."""
+        preferred = GPU_TILE_BYTES if torch.device(self.device).type == "cuda" else 0
+        size = preferred if self.stack_bytes is None else self.stack_bytes
+        return size // (num_samples * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -164,25 +172,26 @@ def score_layer(
         Partial scores by block (Q, K, V, O, and O_bias where biases are included); additive over ranks.
     """
     ridges = _ridges(plan, source, roles, settings, totals)
-    elementwise = compiled_maps() if settings.compile else None
+    fused = compiled(torch.device(settings.device).type) if settings.compile else None
     rules = {
-        block: Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, elementwise)
+        block: Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, fused)
         for block, ridge in ridges.items()
     }
 
-    def score_head(tiles: Sequence[Tile], site: _SiteFactors, buffers: Buffers) -> _HeadPart:
-        rule, sums = rules[tiles[0].block], NO_ELEMENTS
+    def score_heads(stack: Stack, site: _SiteFactors, buffers: Buffers) -> list[_HeadPart]:
+        rule, sums = rules[stack.first.block], [NO_ELEMENTS] * len(stack.heads)
         weights = site.weights.to(settings.device, settings.dtype)
-        scores = torch.zeros(roles.shape, dtype=settings.dtype, device=settings.device)
-        for tile in tiles:
-            gradients = _gradients(tile, site, buffers)
+        scores = torch.zeros((len(stack.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
+        for band in stack.bands:
+            gradients = _gradients(band, site, buffers)
             by_task = add_tile(scores, gradients, weights, rule, buffers)
-            sums += fisher_sums(by_task.sum(0), by_task, rule.ridge)
-        flops = sum(tile_flops(site.padded, tile.rect.area, roles.shape, bias=tile.bias) for tile in tiles)
-        return _HeadPart(site.in_order_of_roles(scores.cpu()), sums, flops)
+            sums = [known + more for known, more in zip(sums, fisher_sums(by_task, rule.ridge), strict=True)]
+        flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in stack.heads[0])
+        found = zip(scores.cpu(), sums, strict=True)
+        return [_HeadPart(site.in_order_of_roles(of_head), of_sums, flops) for of_head, of_sums in found]
 
     blocks = {block: _no_scores(heads, roles, settings) for block, heads in plan.heads.items()}
-    for tile, part in _by_head(plan.tiles, source, roles, settings, score_head):
+    for tile, part in _by_head(plan.tiles, source, roles, settings, score_heads):
         block = blocks[tile.block]
         at = block.heads.index(tile.head)
         block.scores[at] += part.scores
@@ -194,12 +203,12 @@ def score_layer(
 def block_totals(plan: LayerPlan, source: FactorSource, roles: Roles, settings: ScoreSettings) -> BlockTotals:
     """The sum of I over each whole block, as far as this rank owns it; additive over ranks."""
 
-    def total(tiles: Sequence[Tile], site: _SiteFactors, buffers: Buffers) -> float:
-        found, weights = 0.0, site.weights.sum(0)
-        for tile in tiles:
-            norms = torch.linalg.vector_norm(_gradients(tile, site, buffers), dim=1, dtype=torch.float64)
-            found += float(weights @ norms.cpu().square())
-        return found
+    def total(stack: Stack, site: _SiteFactors, buffers: Buffers) -> list[float]:
+        found, weights = torch.zeros(len(stack.heads), dtype=torch.float64), site.weights.sum(0)
+        for band in stack.bands:
+            norms = torch.linalg.vector_norm(_gradients(band, site, buffers), dim=2, dtype=torch.float64)
+            found += weights @ norms.cpu().square()
+        return list(map(float, found))
 
     totals = dict.fromkeys(plan.block_sizes, 0.0)
     for tile, found in _by_head(plan.block_tiles, source, roles, settings, total):
@@ -207,8 +216,8 @@ def block_totals(plan: LayerPlan, source: FactorSource, roles: Roles, settings: 
     return totals
 
 
-def _gradients(tile: Tile, site: _SiteFactors, buffers: Buffers) -> Tensor:
-    return tile_gradients(site.padded, tile.rect.rows, tile.rect.cols, bias=tile.bias, buffers=buffers)
+def _gradients(band: Sequence[Tile], site: _SiteFactors, buffers: Buffers) -> Tensor:
+    return tile_gradients(site.padded, [tile.rect for tile in band], bias=band[0].bias, buffers=buffers)
 
 
 def _ridges(
@@ -239,55 +248,56 @@ def _by_head(
     source: FactorSource,
     roles: Roles,
     settings: ScoreSettings,
-    work: Callable[[Sequence[Tile], _SiteFactors, Buffers], T],
+    work: Callable[[Stack, _SiteFactors, Buffers], list[T]],
 ) -> Iterator[tuple[Tile, T]]:
-    """Have ``work`` done for the tiles of each head in each projection; yields a tile of the head, and the result.
+    """Have ``work`` done for the heads of each projection; yields a tile of each head, and its result.
 
     Results come in the order of the tiles, whoever is faster. The factors of two projections are held at a time.
     """
     with workers(torch.device(settings.device), settings.matmul_precision) as submit:
         warn = settings.warn
-        waiting: list[tuple[Tile, Callable[[], T]]] = []
+        waiting: list[tuple[Stack, Callable[[], list[T]]]] = []
         for site, factors in _sites(tiles, source, roles, settings):
-            heads: dict[tuple[str, int], list[Tile]] = {}
-            for tile in tiles:
-                if tile.site == site:
-                    heads.setdefault((tile.block, tile.head), []).append(tile)
-            started = [(of_head[0], submit(_in_memory, warn, work, of_head, factors)) for of_head in heads.values()]
-            yield from ((tile, result()) for tile, result in waiting)
+            stacks = stacks_of([tile for tile in tiles if tile.site == site], settings.max_elements(len(roles.members)))
+            started = [(stack, submit(_in_memory, warn, work, stack, factors)) for stack in stacks]
+            yield from _results(waiting)
             waiting = started
-        yield from ((tile, result()) for tile, result in waiting)
+        yield from _results(waiting)
+
+
+def _results(waiting: Sequence[tuple[Stack, Callable[[], list[T]]]]) -> Iterator[tuple[Tile, T]]:
+    for stack, results in waiting:
+        yield from zip((tiles[0] for tiles in stack.heads), results(), strict=True)
 
 
 def _in_memory(
     warn: Callable[[str], object],
-    work: Callable[[Sequence[Tile], _SiteFactors, Buffers], T],
-    tiles: Sequence[Tile],
+    work: Callable[[Stack, _SiteFactors, Buffers], list[T]],
+    stack: Stack,
     factors: _SiteFactors,
     buffers: Buffers,
-) -> T:
-    """Do the work; where its tiles do not fit into memory, with tiles of half the height.
+) -> list[T]:
+    """Do the work; where its tiles do not fit into memory, for half of the heads, or with tiles of half the height.
 
     Raises:
         QkovError: where a tile of one row does not fit.
     """
     try:
-        return work(tiles, factors, buffers)
+        return work(stack, factors, buffers)
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
         buffers.held.clear()
-        tallest = max(tile.rect.shape[0] for tile in tiles)
-        if tallest == 1:
+        tile = stack.first
+        if len(stack.heads) == stack.tallest == 1:
             raise QkovError(
-                f"layer {tiles[0].site.layer}, block {tiles[0].block}, head {tiles[0].head}",
+                f"layer {tile.site.layer}, block {tile.block}, head {tile.head}",
                 expected="memory for one row of a weight's gradients of all samples",
                 got="too little",
                 remedy="Use fewer samples, more ranks, or a machine with more memory.",
             ) from error
-    halves = [replace(tile, rect=rect) for tile in tiles for rect in tile.rect.split_rows(tallest // 2)]
-    warn(f"out of memory in layer {tiles[0].site.layer}: going on with tiles of half the size")
-    return _in_memory(warn, work, halves, factors, buffers)
+    warn(f"out of memory in layer {tile.site.layer}: going on with tiles of half the size")
+    return [found for part in stack.smaller() for found in _in_memory(warn, work, part, factors, buffers)]
 
 
 def _sites(

@@ -1,8 +1,9 @@
 """The metric on one tile, in place and in cache; :mod:`qkov_dist.score` says what it computes.
 
-A tile's gradients [N, P] are formed by one batched product for each group of samples. They are then used up in chunks
-of columns that stay in a core's cache: squared, summed into the Fisher, mapped in place, multiplied into the scores of
-all pairs. Nothing of a tile's size is allocated; a worker keeps its buffers from tile to tile.
+A tile's gradients [N, P] are formed by one batched product for each group of samples. They are then squared, summed into
+the Fisher, mapped in place and multiplied into the scores of all pairs: on a CPU in chunks of columns that stay in a
+core's cache, on a GPU whole, for several heads side by side [N, heads, P] and in as many parts of P as fill it. A worker
+keeps its buffers from tile to tile.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from .factors import Whole, Window
+from .geometry import Rect
 from .groups import Group
-from .score import Maps, Score
+from .score import Fused, Score
 
 CHUNK_BYTES = 2 * 2**20  # of gradients; with their squares this is what a core's second-level cache holds, or nearly
+PRODUCTS = 512  # blocks of pairs that are multiplied at a time on a GPU: some for each of its multiprocessors
+BLOCK_PAIRS, LEAST_PART = 128, 512  # rows and columns of such a block; the fewest elements that are summed for it
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Rule:
         ridge: lambda.
         left: Samples in the role of i, in the order of the gradients' rows.
         right: Samples in the role of j.
-        maps: The elementwise maps, compiled; None maps in place, chunk by chunk.
+        fused: The elementwise part, compiled; None maps in place.
     """
 
     score: Score
@@ -71,45 +75,84 @@ class Rule:
     ridge: float
     left: slice
     right: slice
-    maps: Maps | None = None
+    fused: Fused | None = None
 
 
-def tile_gradients(factors: Sequence[Padded], rows: slice, cols: slice, *, bias: bool, buffers: Buffers) -> Tensor:
-    """Per-sample gradients D^T X of a tile, [N, rows * cols], in a buffer; of a bias, the sum of D over tokens."""
-    height, width = rows.stop - rows.start, cols.stop - cols.start
-    gradients = buffers.take("gradients", (factors[-1].group.last, height * width), factors[0].d.values)
+def tile_gradients(factors: Sequence[Padded], rects: Sequence[Rect], *, bias: bool, buffers: Buffers) -> Tensor:
+    """Per-sample gradients D^T X of tiles of one shape, side by side; of a bias, the sums of D over tokens.
+
+    Returns:
+        [N, tiles, rows * cols], in a buffer.
+    """
+    (height, width), num = rects[0].shape, factors[-1].group.last
+    size = height * width
+    gradients = buffers.take("gradients", (num, len(rects) * size), factors[0].d.values).view(num, len(rects), size)
     for padded in factors:
-        out = gradients[padded.group.first : padded.group.last].view(-1, height, width)
-        padded.put_gradients(rows, cols, bias, out)
+        of_group = gradients[padded.group.first : padded.group.last]
+        for place, rect in enumerate(rects):
+            padded.put_gradients(rect.rows, rect.cols, bias, of_group[:, place].view(-1, height, width))
     return gradients
 
 
 def add_tile(scores: Tensor, gradients: Tensor, weights: Tensor, rule: Rule, buffers: Buffers) -> Tensor:
-    """Add a tile's contribution to the scores of all pairs.
+    """Add the contribution of a tile, or of the tiles of several heads, to the scores of all pairs.
 
     Args:
-        scores: [left, right], added to.
-        gradients: Per-sample gradients [N, P]; used up.
+        scores: [heads, left, right], added to.
+        gradients: Per-sample gradients [N, heads, P]; used up.
         weights: Each sample's weight in the Fisher, by task [2, N].
         rule: The score.
         buffers: The worker's.
 
     Returns:
-        What each task adds to the Fisher, [2, P].
+        What each task adds to the Fisher, [2, heads, P].
     """
-    num, size = gradients.shape
-    by_task = gradients.new_empty(2, size)
-    step = size if rule.maps else max(CHUNK_BYTES // (num * gradients.element_size()), 1)
-    for start in range(0, size, step):
-        part = gradients[:, start : start + step]
-        squares = buffers.take("squares", (num, part.shape[1]), part)
-        torch.mul(part, part, out=squares)
+    num, heads, size = gradients.shape
+    flat = gradients.view(num, heads * size)
+    by_task = flat.new_empty(2, heads * size)
+    in_cache = heads == 1 and flat.device.type == "cpu" and not rule.fused
+    step = max(CHUNK_BYTES // (num * flat.element_size()), 1) if in_cache else heads * size
+    for start in range(0, heads * size, step):
         of_tasks = by_task[:, start : start + step]
-        torch.mm(weights, squares, out=of_tasks)
-        inverse = of_tasks.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
-        of_i, of_j = rule.maps(part, inverse, rule.score) if rule.maps else _mapped(part, squares, inverse, rule.score)
-        scores.addmm_(of_i[rule.left], of_j[rule.right].t())
-    return by_task
+        of_i, of_j = _maps(flat[:, start : start + step], weights, of_tasks, rule, buffers)
+        _add_pairs(scores, of_i[rule.left], of_j[rule.right])
+    return by_task.view(2, heads, size)
+
+
+def _maps(part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: Buffers) -> tuple[Tensor, Tensor]:
+    """The maps of gradients [N, p], and into ``by_task`` [2, p] what each task adds to the Fisher."""
+    if rule.fused:
+        floor = part.new_tensor([rule.epsilon, rule.ridge])
+        of_tasks, of_i, of_j = rule.fused(part, weights, floor, rule.score)
+        by_task.copy_(of_tasks)
+        return of_i, of_j
+    squares = buffers.take("squares", (part.shape[0], part.shape[1]), part)
+    torch.mul(part, part, out=squares)
+    torch.mm(weights, squares, out=by_task)
+    inverse = by_task.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
+    return _mapped(part, squares, inverse, rule.score)
+
+
+def _add_pairs(scores: Tensor, of_i: Tensor, of_j: Tensor) -> None:
+    """Add the products of all pairs, [left, heads * p] and [right, heads * p], to scores [heads, left, right]."""
+    heads, left, right = scores.shape
+    if heads == 1 and scores.device.type == "cpu":
+        scores[0].addmm_(of_i, of_j.t())
+        return
+    parts = num_parts(heads, left, right, of_i.shape[1] // heads)
+    rows, columns = (maps.view(maps.shape[0], heads * parts, -1).transpose(0, 1) for maps in (of_i, of_j))
+    if parts == 1:
+        scores.baddbmm_(rows, columns.transpose(1, 2))
+    else:
+        scores += torch.bmm(rows, columns.transpose(1, 2)).view(heads, parts, left, right).sum(1)
+
+
+def num_parts(heads: int, left: int, right: int, size: int) -> int:
+    """Into how many parts of ``size`` elements a product of all pairs is cut, so that all of a GPU has work."""
+    blocks, parts = heads * -(-left // BLOCK_PAIRS) * -(-right // BLOCK_PAIRS), 1
+    while size % (2 * parts) == 0 and size // (2 * parts) >= LEAST_PART and 2 * parts * blocks <= PRODUCTS:
+        parts *= 2
+    return parts
 
 
 def _mapped(gradients: Tensor, squares: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:

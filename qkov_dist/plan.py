@@ -18,6 +18,7 @@ from .slices import BLOCKS, AttentionLayer, Layout, Projection
 SHARED_O_BIAS = "O_bias"
 Owned = Callable[[Projection, bool], tuple[Rect, ...]]
 TILE_BYTES = 12 * 2**20  # of gradients; every worker of a CPU has a tile, which the shared cache should hold
+GPU_TILE_BYTES = 256 * 2**20  # of gradients; a GPU has one, of one head or several: enough to be worth its launches
 
 
 @dataclass(frozen=True)

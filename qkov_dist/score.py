@@ -24,7 +24,7 @@ from torch import Tensor
 from .errors import QkovError
 
 Score = Literal["interference", "signed", "symmetric"]
-Maps = Callable[[Tensor, Tensor, Score], tuple[Tensor, Tensor]]
+Fused = Callable[[Tensor, Tensor, Tensor, Score], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,18 @@ def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
     return weights @ gradients.square()
 
 
-def fisher_sums(fisher: Tensor, by_task: Tensor, ridge: float) -> FisherSums:
-    """Summarise I [P] and what each task adds to it [2, P] over a tile, in float64."""
-    return FisherSums(
-        total=float(fisher.sum(dtype=torch.float64)),
-        from_a=float(by_task[0].sum(dtype=torch.float64)),
-        count=fisher.numel(),
-        minimum=float(fisher.min()),
-        below_ridge=int((fisher < ridge).sum()),
-    )
+def fisher_sums(by_task: Tensor, ridge: float) -> list[FisherSums]:
+    """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [2, heads, P]."""
+    fisher = by_task.sum(0)
+    found = [
+        fisher.sum(1, dtype=torch.float64),
+        by_task[0].sum(1, dtype=torch.float64),
+        fisher.amin(1).double(),
+        (fisher < ridge).sum(1).double(),
+    ]
+    numbers = torch.stack(found, dim=1).tolist()  # all at once: each transfer from a GPU waits for it
+    count = fisher.shape[1]
+    return [FisherSums(total, from_a, count, least, int(below)) for total, from_a, least, below in numbers]
 
 
 def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
@@ -108,16 +111,38 @@ def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tens
     return scaled, scaled
 
 
+def fisher_and_maps(gradients: Tensor, weights: Tensor, floor: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile's Fisher and maps as one expression, for a compiler to fuse.
+
+    Args:
+        gradients: Per-sample gradients [N, P].
+        weights: Each sample's weight in the Fisher, by task [2, N].
+        floor: epsilon and lambda [2].
+        score: Which score.
+
+    Returns:
+        What each task adds to I, [2, P], and the maps for samples in the role of i, and of j, [N, P].
+    """
+    squares = gradients.square()
+    from_a, from_b = ((of_task.unsqueeze(1) * squares).sum(0) for of_task in weights)
+    inverse = (torch.maximum(from_a + from_b, floor[0]) + floor[1]).reciprocal()
+    return (torch.stack([from_a, from_b]), *maps(gradients, inverse, score))
+
+
 @cache
-def compiled_maps() -> Maps:
-    """:func:`maps`, fused into one pass over the gradients by ``torch.compile``.
+def compiled(device: str) -> Fused:
+    """:func:`fisher_and_maps`, fused into two passes over the gradients by ``torch.compile``.
+
+    Args:
+        device: The type of device to compile for, such as ``cuda``.
 
     Raises:
         QkovError: where nothing can be compiled here.
     """
-    compiled: Maps = torch.compile(maps, dynamic=True)
+    fused: Fused = torch.compile(fisher_and_maps, dynamic=True)
+    ones = torch.ones(3, 5, device=device)
     try:
-        compiled(torch.ones(3, 5), torch.ones(5), "interference")
+        fused(ones, ones.new_ones(2, 3), ones.new_ones(2), "interference")
     except (RuntimeError, OSError) as error:
         raise QkovError(
             "compute.compile",
@@ -125,7 +150,7 @@ def compiled_maps() -> Maps:
             got=str(error).splitlines()[0],
             remedy="Install a compiler, or set compute.compile=false.",
         ) from error
-    return compiled
+    return fused
 
 
 def pair_scores(
@@ -137,7 +162,6 @@ def pair_scores(
     score: Score,
     epsilon: float,
     ridge: float,
-    maps: Maps = maps,
 ) -> Tensor:
     """A tile's contribution to the scores of all pairs: [len(left), len(right)].
 
@@ -149,7 +173,6 @@ def pair_scores(
         score: Which score.
         epsilon: Floor of I.
         ridge: lambda, added to the floored I.
-        maps: The elementwise maps, as they are or compiled.
     """
     inverse = (fisher.clamp_min(epsilon) + ridge).reciprocal_()
     of_i, of_j = maps(gradients, inverse, score)

@@ -145,6 +145,9 @@ COMPUTE = {
     "long samples kept as gradients": {"gradients_above": 6},
     "gradients on disk": {"gradients_above": 6, "budget": 0},
     "a place for every row": {"known_lengths": True},
+    "heads side by side": {"settings": ScoreSettings(stack_bytes=2**20)},
+    "two heads side by side": {"settings": ScoreSettings(stack_bytes=2 * 8 * 4 * 16 * 4)},
+    "heads side by side, compiled": {"settings": ScoreSettings(stack_bytes=2**20, compile=True)},
     "a place for some series, gradients among them": {"known_lengths": True, "budget": 20_000, "gradients_above": 6},
 }
 

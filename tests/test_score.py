@@ -6,8 +6,9 @@ from oracle import PAIRS
 
 from qkov_dist.score import (
     NO_ELEMENTS,
-    compiled_maps,
+    compiled,
     diagonal_fisher,
+    fisher_and_maps,
     fisher_sums,
     maps,
     pair_scores,
@@ -69,8 +70,12 @@ def test_symmetric_scores_are_transposes_of_each_other(factors, score):
 def test_sums_of_fisher_are_additive():
     fisher = torch.tensor([1e-12, 3.0, 0.5, 2.0])
     tasks = torch.stack([fisher / 4, fisher * 3 / 4])
-    parts = fisher_sums(fisher[:1], tasks[:, :1], 0.6) + fisher_sums(fisher[1:], tasks[:, 1:], 0.6) + NO_ELEMENTS
-    assert parts == fisher_sums(fisher, tasks, 0.6)
+    (first,), (second,), (whole,) = (fisher_sums(tasks[:, None, part], 0.6) for part in (slice(1), slice(1, 4), slice(4)))
+    parts = first + second + NO_ELEMENTS
+    assert parts == whole
+    assert fisher_sums(tasks.view(2, 2, 2), 0.6) == [
+        fisher_sums(tasks[:, None, part], 0.6)[0] for part in (slice(2), slice(2, 4))
+    ]
     assert parts.from_a == pytest.approx(parts.total / 4)
     assert (parts.count, parts.below_ridge) == (4, 2)
     assert parts.minimum == pytest.approx(1e-12)
@@ -79,8 +84,13 @@ def test_sums_of_fisher_are_additive():
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
-def test_compiled_maps_are_the_maps(factors, score):
+def test_what_is_compiled_is_the_fisher_and_the_maps(factors, score):
     gradients = sample_gradients(*factors, SPANS).float()
-    inverse = gradients.square().mean(dim=0).reciprocal()
-    for got, expected in zip(compiled_maps()(gradients, inverse, score), maps(gradients, inverse, score), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    weights = torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.125]])
+    floor = torch.tensor([0.5, 0.125])
+    by_task = diagonal_fisher(gradients, weights)
+    expected = (by_task, *maps(gradients, (by_task.sum(0).clamp_min(0.5) + 0.125).reciprocal(), score))
+    assert len(by_task.sum(0).clamp_min(0.5).unique()) > 1
+    for form in (fisher_and_maps, compiled("cpu")):
+        for got, wanted in zip(form(gradients, weights, floor, score), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)

@@ -24,6 +24,7 @@ from typing import Any
 import peers
 import torch
 from cases import PEERS, Result, Setup, main_table, ranks_table, samples_table, spill_table
+from device import on_gpu
 from growth import growth_table
 from orders import Order
 from rounds import in_a_process
@@ -42,6 +43,7 @@ def versions() -> dict[str, Any]:
         **found,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
+        "gpu": torch.cuda.get_device_name() if on_gpu() else None,
     }
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from agreement import METHODS, TOLERANCE
 from contestants import FEW, LOOP_SAMPLES
+from device import on_gpu
 from machine import scoring_flops
 from material import Facts, read_facts
 from orders import Order
@@ -196,10 +198,15 @@ def result(name: str, setup: Setup, rounds: Sequence[Round], parts: Sequence[str
     return Result(name, data, "\n\n".join(part for part in parts if part) + "\n")
 
 
+def _place(base: Order) -> str:
+    threads = f"{base.threads} threads each"
+    return f"{torch.cuda.get_device_name()}, {threads} on the host" if on_gpu() else threads
+
+
 def _preamble(setup: Setup, facts: Facts) -> str:
     base = setup.base
     return (
-        f"{base.model}, float32, {base.threads} threads each; Q, K, V and O of {len(facts.layer_elements)} layers. "
+        f"{base.model}, float32, {_place(base)}; Q, K, V and O of {len(facts.layer_elements)} layers. "
         f"Each contestant in a process of its own, warmed up on {FEW} + {FEW} samples; median of {setup.rounds} rounds "
         f"(least-most) of ratios within a round, each of {base.repeats} repeats."
     )

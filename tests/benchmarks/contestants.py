@@ -23,6 +23,7 @@ from pathlib import Path
 import peers
 import torch
 from agreement import METHODS, gradient_deviation, kronfluence_deviation, loop_deviation, same_metric
+from device import finish, gpu_peak
 from gradients import Gradients, bare_passes, exhaust
 from machine import measure_machine
 from material import Subject, read_facts, write_material
@@ -51,14 +52,17 @@ def perform(order: Order) -> Report:
     seconds, cpu, growth = (statistics.median(timing[n] for timing in timings) for n in range(3))
     every = [found for *_, found in timings]
     found = {key: statistics.median(one[key] for one in every) for key in every[0]}
-    return Report(seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, growth, found)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Report(seconds, cpu, peak, growth, gpu_peak(), found)
 
 
 def _timed(work: Work) -> tuple[float, float, float, Found]:
     """Wall seconds of the whole job, processor seconds, MiB of memory, and what was found."""
     before = _memory_before()
+    finish()
     start, cpu = time.perf_counter(), time.process_time()
     found = work()
+    finish()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     untimed, times = found.get("untimed", 0.0), found.get("times", 1.0)
     cpu = (cpu - found.get("untimed (cpu)", 0.0)) * times

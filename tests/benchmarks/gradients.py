@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
+from device import device, on_gpu
 from material import Subject
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,7 +23,7 @@ from qkov_dist.factors import FactorStore
 from qkov_dist.plan import Selection, make_plan
 from qkov_dist.samples import IGNORED
 
-BATCH_TOKENS = default_batch_tokens(on_cpu=True, moves=False)  # of everybody
+BATCH_TOKENS = default_batch_tokens(on_cpu=not on_gpu(), moves=False)  # of everybody
 Gradients = Iterator[tuple[tuple[int, ...], Mapping[str, Tensor]]]
 
 
@@ -41,7 +42,7 @@ def batches(subject: Subject, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
         found += make_batches(samples, names=names, numbers=numbers, batch_tokens=batch_tokens, objective="causal")
         first += len(samples)
     assert all(bool(batch.attention_mask.all()) for batch in found)
-    return found
+    return [batch.to(device()) for batch in found]
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def from_factors(subject: Subject, layer: int) -> dict[str, Tensor]:
         for site in plan.sites:
             x, d = store.x(site).values, store.d(site).values
             spans = [store.spans[number] for number in range(2 * subject.samples)]
-            found[site.module] = torch.stack([d[start:stop].t() @ x[start:stop] for start, stop in spans])
+            found[site.module] = torch.stack([d[start:stop].t() @ x[start:stop] for start, stop in spans]).cpu()
     return found
 
 
@@ -115,7 +116,7 @@ def gathered(gradients: Gradients, names: tuple[str, ...]) -> dict[str, Tensor]:
     parts: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     for numbers, found in gradients:
         for name in names:
-            parts[name].update({n: g.clone() for n, g in zip(numbers, found[name], strict=True)})
+            parts[name].update({n: g.clone().cpu() for n, g in zip(numbers, found[name], strict=True)})
     return {name: torch.stack([by_number[n] for n in sorted(by_number)]) for name, by_number in parts.items()}
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from device import device, on_gpu
 from real import smollm2
 from zoo import TINY, randomize
 
@@ -147,7 +148,7 @@ def read_facts(folder: Path) -> Facts:
 
 @lru_cache(maxsize=1)
 def _in_memory(folder: Path) -> tuple[LoadedModel, Layout]:
-    loaded = load_model(_model(folder))
+    loaded = load_model(_model(folder), device_map={"": device()} if on_gpu() else None)
     return loaded, resolve(loaded.model)
 
 

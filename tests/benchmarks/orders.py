@@ -59,6 +59,7 @@ class Report:
         cpu_seconds: Processor time of the whole job, on all threads.
         peak_rss: The most memory that the process ever had, in MiB.
         growth: The most memory during the work beyond what there was before it, in MiB.
+        peak_gpu: The most GPU memory that the process reserved, in MiB.
         found: What the work returned.
         error: Why there is nothing of this, where there is not.
     """
@@ -67,5 +68,6 @@ class Report:
     cpu_seconds: float = float("nan")
     peak_rss: float = float("nan")
     growth: float = float("nan")
+    peak_gpu: float = 0.0
     found: Found = field(default_factory=dict)
     error: str = ""

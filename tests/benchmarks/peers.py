@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from device import on_gpu
 from gradients import BATCH_TOKENS, Gradients, batches, losses, projections, trainable
 from material import Subject
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def kronfluence_analysis(subject: Subject) -> Callable[[], dict[str, Tensor]]:
 
     def analyse() -> dict[str, Tensor]:
         with TemporaryDirectory() as folder:
-            analyzer = Analyzer("bench", model, task, cpu=True, disable_tqdm=True, output_dir=folder)
+            analyzer = Analyzer("bench", model, task, cpu=not on_gpu(), disable_tqdm=True, output_dir=folder)
             analyzer.fit_all_factors(
                 "factors",
                 pooled,

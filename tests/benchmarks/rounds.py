@@ -79,7 +79,7 @@ def in_a_process(order: Order) -> Report:
     if done.returncode:
         return Report(error=_reason(done.stderr) or f"exit code {done.returncode}")
     reports = list(_reports(done.stdout))
-    memory = {name: max(getattr(report, name) for report in reports) for name in ("peak_rss", "growth")}
+    memory = {name: max(getattr(report, name) for report in reports) for name in ("peak_rss", "growth", "peak_gpu")}
     sent = {"sent": sum(report.found["sent"] for report in reports)} if "sent" in reports[0].found else {}
     return replace(reports[0], **memory, found={**reports[0].found, **sent})
 
@@ -103,9 +103,9 @@ def median(rounds: Sequence[Round], side: str) -> float:
     return statistics.median(_side(one, side) for one in rounds)
 
 
-def peak(rounds: Sequence[Round], key: str) -> float:
-    """The median over rounds of a process's largest memory, in MiB."""
-    return statistics.median(one[key].peak_rss for one in rounds)
+def peak(rounds: Sequence[Round], key: str, *, gpu: bool = False) -> float:
+    """The median over rounds of a process's largest memory, in MiB: the host's or a GPU's."""
+    return statistics.median(one[key].peak_gpu if gpu else one[key].peak_rss for one in rounds)
 
 
 def error(rounds: Sequence[Round], key: str) -> str:

@@ -23,12 +23,14 @@ def against_bare(rounds: Sequence[Round], key: str, title: str) -> dict[str, Any
     """A contestant's row; processor time tells more where others use the machine."""
     if reason := error(rounds, key):
         return {"contestant": title, "x bare passes": f"did not run: {reason}"}
+    gpu = peak(rounds, key, gpu=True)
     return {
         "contestant": title,
         "x bare passes": spread(ratio(rounds, key, "bare")),
         "x their processor time": f"{ratio(rounds, f'{key}:(cpu)', 'bare:(cpu)')[0]:.3g}",
         "seconds": f"{median(rounds, key):.3g}",
         "peak RSS, MiB": f"{peak(rounds, key):.0f}",
+        **({"peak GPU, MiB": f"{gpu:.0f}"} if gpu else {}),
     }
 
 
@@ -55,10 +57,14 @@ def machine_table(rounds: Sequence[Round], flops: int) -> str:
     """Rates of the machine, and the share of the square product's that scoring, of so many FLOPs, reaches."""
     rates = list(rounds[0]["machine"].found)
     rows = [
-        {"rate": name, "": median(rounds, f"machine:{name}"), "unit": "GFLOP/s" if "sgemm" in name else "GB/s"}
+        {
+            "rate": name,
+            "": median(rounds, f"machine:{name}"),
+            "unit": "GB/s" if name.startswith(("copy", "triad")) else "GFLOP/s",
+        }
         for name in rates
     ]
-    squares = [name for name in rates if "square" in name]
+    squares = [name for name in rates if name.startswith("sgemm square")]
     reached = [flops * 1e-9 / one["product"].found["scoring"] for one in rounds]
     best = [max(one["machine"].found[name] for name in squares) for one in rounds]
     shares = [rate / peak_rate for rate, peak_rate in zip(reached, best, strict=True)]
