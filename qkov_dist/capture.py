@@ -71,12 +71,13 @@ class _Input:
 
 @dataclass
 class _Pass:
-    """What the hooks share during one batch."""
+    """What the hooks share during one batch; ``sums`` are those of what was seen, where it is checked at the end."""
 
     batch: Batch
     real_tokens: Tensor | None
     sink: FactorSink
     loss_scale: float
+    sums: list[Tensor] | None = None
     inputs: dict[Site, _Input] = field(default_factory=dict)
     finished: set[Site] = field(default_factory=set)
     in_backward: bool = False
@@ -88,11 +89,18 @@ class _Pass:
 
 
 class Capture:
-    """Runs batches through a hooked model; made by :func:`capture`."""
+    """Runs batches through a hooked model; made by :func:`capture`.
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], loss_reduction: str, loss_factor: float) -> None:
+    Whether all is finite is asked at each site as it comes. Where ``check_at_end``, a batch is checked once, after its
+    backward pass (a GPU would have to be waited for at each site), and run again to name what is not finite.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], loss_reduction: str, loss_factor: float, check_at_end: bool
+    ) -> None:
         self._model, self._sites = model, tuple(sites)
         self._reduction, self._factor = loss_reduction, loss_factor
+        self._check_at_end = check_at_end
         self._current: _Pass | None = None
 
     def run(self, batch: Batch, sink: FactorSink) -> Tensor:
@@ -115,7 +123,7 @@ class Capture:
         first = next(self._model.parameters())
         batch = batch.to(first.device)
         if not any(p.dtype == torch.float16 for p in self._model.parameters()):
-            return self._run(batch, sink, 1.0)
+            return self._run(batch, sink, 1.0, self._check_at_end)
         for scale in FP16_LOSS_SCALES:
             held = _Held(sink)
             try:
@@ -128,10 +136,10 @@ class Capture:
             break
         return losses
 
-    def _run(self, batch: Batch, sink: FactorSink, loss_scale: float) -> Tensor:
+    def _run(self, batch: Batch, sink: FactorSink, loss_scale: float, check_at_end: bool = False) -> Tensor:
         real = batch.attention_mask.reshape(-1).nonzero().squeeze(1)
         whole = real.numel() == batch.attention_mask.numel()
-        self._current = state = _Pass(batch, None if whole else real, sink, loss_scale)
+        self._current = state = _Pass(batch, None if whole else real, sink, loss_scale, [] if check_at_end else None)
         try:
             with torch.enable_grad():
                 losses = sample_losses(self._model, batch, self._reduction)
@@ -144,6 +152,8 @@ class Capture:
             self._current = None
         if missing := set(self._sites) - state.finished:
             raise _not_reached(sorted(missing))
+        if not _all_finite(state.sums or ()):
+            self._run(batch, Nowhere(), loss_scale)  # raises, unless it was a sum alone that overflowed
         return (losses.detach() * self._factor).cpu()
 
     def _on_forward(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -170,7 +180,10 @@ class Capture:
         d = state.real(d)
         d = d if state.loss_scale == 1.0 else d.float() / state.loss_scale
         factors = Factors(site, known.x_site, state.real(known.x.detach()), d)
-        _check_finite(factors, state.batch)
+        if state.sums is None:
+            _check_finite(factors, state.batch)
+        else:
+            state.sums += [_sum(tensor) for _, tensor in _looked_at(factors)]
         state.finished.add(site)
         state.sink.add(factors)
 
@@ -190,6 +203,13 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
+class Nowhere:
+    """Takes the factors of a pass that is made for something else."""
+
+    def add(self, factors: Factors) -> None:
+        """Drop them."""
+
+
 class _Held:
     """Keeps a batch's factors until the whole backward pass proved finite."""
 
@@ -207,7 +227,12 @@ class _Held:
 
 @contextmanager
 def capture(
-    model: nn.Module, sites: Sequence[Site], *, loss_reduction: str = "mean", loss_factor: float = 1.0
+    model: nn.Module,
+    sites: Sequence[Site],
+    *,
+    loss_reduction: str = "mean",
+    loss_factor: float = 1.0,
+    check_at_end: bool = False,
 ) -> Iterator[Capture]:
     """Hook a model's projections; on leaving, the model is as it was found.
 
@@ -216,8 +241,9 @@ def capture(
         sites: The projections to capture.
         loss_reduction: ``mean`` or ``sum`` over a sample's own labelled tokens.
         loss_factor: Multiplies every loss, and so every gradient.
+        check_at_end: Look for what is not finite once a batch, for GPUs; then no other rank may take part in a pass.
     """
-    session = Capture(model, sites, loss_reduction, loss_factor)
+    session = Capture(model, sites, loss_reduction, loss_factor, check_at_end)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(frozen(model))
@@ -246,10 +272,9 @@ def _recomputes(model: nn.Module) -> bool:
 
 
 def _check_finite(factors: Factors, batch: Batch) -> None:
-    """Raise, naming the sample, unless every gradient and input is finite; a shared input is looked at once."""
-    first = factors.site == factors.x_site
-    for what, tensor in (("gradient", factors.d), *((("input", factors.x),) if first else ())):
-        if bool(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).isfinite()):
+    """Raise, naming the sample, unless every gradient and input is finite."""
+    for what, tensor in _looked_at(factors):
+        if bool(_sum(tensor).isfinite()):
             continue  # a sum keeps any NaN or infinity; one that only overflows is looked at more closely
         start = 0
         for name, length in zip(batch.names, batch.lengths, strict=True):
@@ -261,6 +286,24 @@ def _check_finite(factors: Factors, batch: Batch) -> None:
                     remedy="Check the sample, or load the model in a wider type (model.dtype: float32 or bfloat16).",
                 )
             start += length
+
+
+def _looked_at(factors: Factors) -> list[tuple[str, Tensor]]:
+    """What has to be finite, by name; a shared input is looked at once."""
+    shared = factors.site != factors.x_site
+    return [("gradient", factors.d)] if shared else [("gradient", factors.d), ("input", factors.x)]
+
+
+def _all_finite(sums: Sequence[Tensor]) -> bool:
+    """Whether all numbers are, waiting for each device once."""
+    devices = {total.device for total in sums}
+    return all(
+        bool(torch.stack([total for total in sums if total.device == device]).isfinite().all()) for device in devices
+    )
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    return tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
 def _called_twice(site: Site) -> QkovError:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batches import Batch, Objective, make_batches, sequence
-from .capture import Capture, Factors, Site, capture
+from .capture import Capture, Nowhere, Site, capture
 from .errors import QkovError
 from .factors import FactorStore
 from .samples import Sample
@@ -127,11 +127,15 @@ class Collection:
         losses: list[tuple[int, int, float]] = []
         try:
             with capture(
-                model, self.sites, loss_reduction=self.loss_reduction, loss_factor=self.loss_factor
+                model,
+                self.sites,
+                loss_reduction=self.loss_reduction,
+                loss_factor=self.loss_factor,
+                check_at_end=self._check_at_end(model),
             ) as session:
                 for batch, counts in passes:
                     if not counts:
-                        session.run(batch, _Nowhere())
+                        session.run(batch, Nowhere())
                         continue
                     for part, found in self._pass(session, batch):
                         losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
@@ -143,6 +147,11 @@ class Collection:
                 raise  # the peers wait inside a pass: they learn it when this rank goes
             return {"error": error.parts, "losses": []}
         return {"error": None, "losses": losses}
+
+    def _check_at_end(self, model: nn.Module) -> bool:
+        """Where a look at each site would wait for a GPU, and no other rank takes part in a pass."""
+        alone = not self.team.lockstep and self.team.peers.size == self.team.world.size
+        return alone and next(model.parameters()).device.type == "cuda"
 
     def _pass(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Run one batch; where it does not fit into memory, its halves.
@@ -183,10 +192,3 @@ class Collection:
             got="too little",
             remedy=f"Set compute.batch_tokens to {len(batch.samples) * longest // 2} or less.",
         )
-
-
-class _Nowhere:
-    """Takes the factors of a pass that only keeps step."""
-
-    def add(self, factors: Factors) -> None:
-        """Drop them."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
+import torch
 from torch import nn
 
 from .arguments import choose, wrong_argument
@@ -129,6 +130,12 @@ class FisherCollector:
         self._collection: Collection | None = None
         self._config: QKOVConfig | None = None
         self._model: weakref.ref[nn.Module] | None = None
+        self._device = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is that was collected, and where scores are formed; the CPU before there is one."""
+        return self._device
 
     def collect_fisher(
         self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str, mode: str = "ema"
@@ -259,6 +266,7 @@ class FisherCollector:
             team = make_team(current(), model, config.layout, [layer.layer for layer in plan.layers])
             layers = [config.layout.layer(layer.layer) for layer in plan.layers]
             first = next(model.parameters())
+            self._device = torch.device(first.device)
             moves = team.lockstep or team.peers.size < team.world.size
             self._collection = Collection(
                 FactorStore(

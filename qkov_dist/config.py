@@ -134,8 +134,15 @@ class ComputeConfig(_Section):
         None,
         identity=False,
     )
+    factor_gpu_mb: int | None = _key(
+        optional(whole(0)),
+        "MiB of captured factors that stay on each GPU, where no other rank needs them; beyond it they go to memory; "
+        "null takes nine tenths of what the plan leaves free",
+        None,
+        identity=False,
+    )
     factor_memory_mb: int = _key(
-        COUNT, "MiB of captured factors in memory; beyond it they go to disk", 1024, identity=False
+        COUNT, "MiB of captured factors in the host's memory; beyond it they go to disk", 1024, identity=False
     )
     factor_disk_mb: int | None = _key(
         optional(whole(0)),

@@ -19,7 +19,8 @@ class Cost:
         weights: Bytes of its parameters and buffers.
         gathered: Bytes of weights that others hold and that are gathered for a pass, at most at a time.
         activations: Bytes that one batch leaves for its backward pass, at most (an estimate).
-        factors_memory: Bytes of captured factors in memory, in the pass that keeps most.
+        factors_gpu: Bytes of captured factors that stay on the GPU, in the pass that keeps most.
+        factors_memory: Bytes of captured factors in the host's memory, in that pass.
         factors_disk: Bytes of captured factors on disk, in that pass.
         exchange: Bytes of factors that are sent and received for one layer, at most.
         buffers: Bytes of the tiles in work (gradients, their squares) and of the padded factors that they are made of.
@@ -43,6 +44,7 @@ class Cost:
     weights: int
     gathered: int = 0
     activations: int = 0
+    factors_gpu: int = 0
     factors_memory: int = 0
     factors_disk: int = 0
     exchange: int = 0
@@ -69,7 +71,8 @@ class Cost:
         if on_gpu:
             scoring = self.buffers + self.exchange
             moving = PUT_TOGETHER * self.exchange + 2 * self.scores
-            return self.weights + max(capturing, scoring), max(self.factors_memory + moving, self.statistics)
+            on_host = max(self.factors_memory + moving, self.statistics)
+            return self.weights + self.factors_gpu + max(capturing, scoring), on_host
         scoring = 2 * self.scores + max(self.buffers + self.exchange, PUT_TOGETHER * self.exchange)
         return 0, self.weights + max(self.factors_memory + max(capturing, scoring), self.statistics)
 

@@ -2,9 +2,9 @@
 
     site's factors -> padded groups -> per head: tiles -> gradients -> Fisher, maps, one matrix product for all pairs
 
-Heads are dealt to workers (the threads of a CPU, one for a GPU, which works on several heads at once), each of which adds
-up whole heads, so that sums do not depend on who is faster. While they compute, the next projection's factors are read. What leaves is additive: the sum
-over ranks of these results is the result of one process.
+Heads are dealt to workers (the threads of a CPU, one for a GPU, which works on several heads at once), each of which
+adds up whole heads, so that sums do not depend on who is faster. While they compute, the next projection's factors are
+read. What leaves is additive: the sum over ranks of these results is the result of one process.
 """
 
 from __future__ import annotations

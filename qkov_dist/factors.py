@@ -1,4 +1,4 @@
-"""Where captured factors wait until their layer is scored: in memory up to a budget, on disk beyond it.
+"""Where captured factors wait until their layer is scored: on their GPU, in memory, on disk, each up to a budget.
 
 Each site has one series of rows for X (kept once for the projections that share it) and one for D: the real tokens of
 every batch, one after another. A sample so long that its gradient is smaller than its factors is kept as the gradient
@@ -26,6 +26,7 @@ from .errors import QkovError
 from .geometry import Rect
 from .pages import large_tensor
 from .series import Series, Spilled
+from .shortage import is_shortage
 
 Span = tuple[int, int]
 
@@ -111,18 +112,20 @@ class FactorStore:
     """Collects factors batch by batch and gives them back site by site.
 
     Args:
-        budget_bytes: Factors kept in memory; the rest goes to disk.
+        budget_bytes: Factors kept in the host's memory; the rest goes to disk.
         folder: Where the temporary folder for spilled factors is made; the system's own by default.
         local: The tensor-parallel shard of each projection, [out, in]. Hooks hand out either all features of a
             projection or exactly those of its shard.
+        gpu_budget_bytes: Factors that stay on the GPU that they come from, before any go to the host's memory.
         lengths: Tokens of the samples that will come, where they are known: every series then has its place in memory
-            from the first on.
+            from the first on; without them nothing stays on a GPU.
         dtype: In which factors are kept; as they come by default. Gradients are kept in float32 or better.
         gradients_above: By site, the number of tokens above which a sample is kept as its gradient; all samples are
             kept as factors by default. Sites that share an input share the number.
 
     Attributes:
-        bytes_in_memory: Size of what is held now.
+        bytes_on_gpu: Size of what has its place on a GPU.
+        bytes_in_memory: Size of what is held in the host's memory.
         bytes_on_disk: Size of what was spilled.
         flops: Floating-point operations of the gradients formed here.
     """
@@ -133,12 +136,13 @@ class FactorStore:
         folder: Path | None = None,
         local: Mapping[Site, Rect] | None = None,
         *,
+        gpu_budget_bytes: int = 0,
         lengths: Sequence[int] = (),
         dtype: torch.dtype | None = None,
         gradients_above: Mapping[Site, int] | None = None,
     ) -> None:
-        self.budget_bytes = budget_bytes
-        self.bytes_in_memory = self.bytes_on_disk = self.flops = 0
+        self.budget_bytes, self.gpu_budget_bytes = budget_bytes, gpu_budget_bytes
+        self.bytes_on_gpu = self.bytes_in_memory = self.bytes_on_disk = self.flops = 0
         self._local, self._above = dict(local or {}), dict(gradients_above or {})
         self._lengths, self._dtype = tuple(lengths), dtype
         self._tables: dict[int | None, Table] = {above: Table() for above in (None, *self._above.values())}
@@ -198,6 +202,7 @@ class FactorStore:
         self._added, self._batch_lengths = [], batch.lengths
         try:
             yield self
+            self._finish_copies()
         except BaseException:
             self._drop_added()
             raise
@@ -286,15 +291,18 @@ class FactorStore:
         return torch.empty(0, width) if series is None else series.read()
 
     def _append(self, kind: str, site: Site, rows: Tensor) -> None:
-        rows = rows.detach().to("cpu", rows.dtype if kind == "g" else self._dtype or rows.dtype)
+        rows, dtype = rows.detach(), rows.dtype if kind == "g" else self._dtype or rows.dtype
         series = self._series.get((kind, site))
         if series is None:
             path = self._folder / f"{kind}_{len(self._series):05d}.bin"
-            series = self._series[kind, site] = Series(path, rows.shape[1], rows.dtype)
-            series.buffer = self._place_for(series, self._rows_expected(kind, site))
+            series = self._series[kind, site] = Series(path, rows.shape[1], dtype)
+            series.buffer = self._place_for(series, self._rows_expected(kind, site), rows.device)
         if series.buffer is not None:
             series.keep(rows)
-        elif self.bytes_in_memory + rows.nbytes <= self.budget_bytes:
+            self._added.append(series)
+            return
+        rows = rows.to("cpu", dtype)
+        if self.bytes_in_memory + rows.nbytes <= self.budget_bytes:
             series.keep(rows)
             self.bytes_in_memory += rows.nbytes
         else:
@@ -308,15 +316,30 @@ class FactorStore:
             return sum(1 for length in self._lengths if above is not None and length > above)
         return sum(length for length in self._lengths if above is None or length <= above)
 
-    def _place_for(self, series: Series, num_rows: int) -> Tensor | None:
-        """Memory for all rows of a series, where their number is known and it is within the budget."""
+    def _place_for(self, series: Series, num_rows: int, device: torch.device) -> Tensor | None:
+        """Memory for all rows of a series, where their number is known and it is within a budget."""
         size = num_rows * series.row_bytes
+        if size and device.type != "cpu" and self.bytes_on_gpu + size <= self.gpu_budget_bytes:
+            try:
+                place = torch.empty(num_rows, series.width, dtype=series.dtype, device=device)
+            except RuntimeError as error:
+                if not is_shortage(error):
+                    raise
+                self.gpu_budget_bytes = self.bytes_on_gpu
+            else:
+                self.bytes_on_gpu += size
+                return place
         if not size or self.bytes_in_memory + size > self.budget_bytes:
             return None
         self.bytes_in_memory += size
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             return torch.empty(num_rows, series.width, dtype=series.dtype, pin_memory=True)
         return large_tensor(num_rows, series.width, series.dtype)
+
+    def _finish_copies(self) -> None:
+        """Wait for the copies of this batch that a GPU makes into the host's memory by itself."""
+        if any(series.buffer is not None and series.buffer.is_pinned() for series in self._added[-1:]):
+            torch.cuda.synchronize()
 
     def _drop_added(self) -> None:
         for series in reversed(self._added):

@@ -12,11 +12,11 @@ from typing import Protocol
 
 from .config import RunConfig
 from .errors import QkovError
+from .hardware import GPU_OVERHEAD
 from .planning import MIB, RunPlan
 from .pretend import SHARDED
 
 MOST_RANKS = 512
-GPU_OVERHEAD = 2**30  # of a GPU's memory: the driver's context, kernels, workspaces of libraries
 HOST_OVERHEAD = 600 * MIB  # of a process: Python and its libraries
 HALF = "bfloat16"
 

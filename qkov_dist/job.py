@@ -24,7 +24,7 @@ from .fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .forms import factor_bytes, gradients_above
 from .models import LoadedModel
 from .parallel import load_parallel, resolve_parallelism
-from .plan import LayerPlan, Plan, Selection, make_plan
+from .plan import LayerPlan, Plan, Selection, make_plan, tile_bytes
 from .samples import Task, task_fingerprint
 from .score import Score
 from .slices import Layout
@@ -163,6 +163,7 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     loaded = load_parallel(config.model, parallelism, world)
     layout = proved_layout(loaded.model, world)
     tasks = _tasks(config, loaded)
+    device_type = next(loaded.model.parameters()).device.type
     selection = Selection(config.metric.layers, config.metric.heads)
     layers = [layer.index for layer in selection.layers_of(layout)]
     team = make_team(world, loaded.model, layout, layers)
@@ -173,13 +174,13 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
         num_samples=sum(len(task.samples) for task in tasks),
         itemsize=DTYPES[config.compute.score_dtype].itemsize,
         owned=team.owned(),
+        tile_bytes=tile_bytes(device_type),
     )
     content = [canonical_json(config), fingerprint(loaded.model, world), *map(task_fingerprint, tasks)]
     run_id = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
     same_on_all(world, "model and samples", {"run_id": run_id})
     say(_summary(layout, plan, tasks))
-    on_gpu = next(loaded.model.parameters()).device.type != "cpu"
-    batch_tokens = parallelism.batch_tokens(config.compute, on_gpu=on_gpu)
+    batch_tokens = parallelism.batch_tokens(config.compute, on_gpu=device_type != "cpu")
     return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id)
 
 

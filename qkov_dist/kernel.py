@@ -1,9 +1,9 @@
 """The metric on one tile, in place and in cache; :mod:`qkov_dist.score` says what it computes.
 
-A tile's gradients [N, P] are formed by one batched product for each group of samples. They are then squared, summed into
-the Fisher, mapped in place and multiplied into the scores of all pairs: on a CPU in chunks of columns that stay in a
-core's cache, on a GPU whole, for several heads side by side [N, heads, P] and in as many parts of P as fill it. A worker
-keeps its buffers from tile to tile.
+A tile's gradients [N, P] are formed by one batched product for each group of samples. They are then squared, summed
+into the Fisher, mapped in place and multiplied into the scores of all pairs: on a CPU in chunks of columns that stay in
+a core's cache, on a GPU whole, for several heads side by side [N, heads, P] and in as many parts of P as fill it. A
+worker keeps its buffers from tile to tile.
 """
 
 from __future__ import annotations

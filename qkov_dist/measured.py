@@ -36,6 +36,7 @@ class Measured:
     """
 
     weights: int | None = None
+    factors_gpu: int | None = None
     factors_memory: int | None = None
     factors_disk: int | None = None
     scores: int | None = None
@@ -63,6 +64,7 @@ class Measured:
 
     def see_factors(self, store: FactorStore) -> None:
         """A store after all samples were run."""
+        self.factors_gpu = max(self.factors_gpu or 0, store.bytes_on_gpu)
         self.factors_memory = max(self.factors_memory or 0, store.bytes_in_memory)
         self.factors_disk = max(self.factors_disk or 0, store.bytes_on_disk)
         self.flops_kept = (self.flops_kept or 0) + store.flops

@@ -23,7 +23,7 @@ from .fisher import Estimator, Scope, by_task, fisher_weights
 from .frame import frame_layer, make_frame
 from .merge import add_over_ranks, layer_partial
 from .partial_schema import LayerPartial
-from .plan import Plan, Selection, make_plan
+from .plan import Plan, Selection, make_plan, tile_bytes
 from .progress import progress_bar
 from .results import Heatmap
 from .score import Score
@@ -169,7 +169,14 @@ class QKOVInterferenceMetric:
         }
 
     def _settings(self) -> ScoreSettings:
-        return ScoreSettings(self.score, self.epsilon, self.ridge_lambda, self.ridge_relative, DTYPES[self.dtype])
+        return ScoreSettings(
+            self.score,
+            self.epsilon,
+            self.ridge_lambda,
+            self.ridge_relative,
+            DTYPES[self.dtype],
+            device=self.collector.device,
+        )
 
     def _plan(self, layers: Iterable[int] | None, heads: Iterable[int] | None, num_samples: int) -> Plan:
         if self.collector.config.layout != self.config.layout:
@@ -192,6 +199,7 @@ class QKOVInterferenceMetric:
             num_samples=num_samples,
             itemsize=DTYPES[self.dtype].itemsize,
             owned=self.collector.collection.team.owned(),
+            tile_bytes=tile_bytes(self.collector.device.type),
         )
 
     def _estimator(self, task_a: str, task_b: str) -> Estimator:

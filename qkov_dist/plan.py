@@ -119,6 +119,11 @@ def native_heads(layer: AttentionLayer, block: str, query_heads: Sequence[int]) 
     return tuple(head for head in layer.heads(block) if head in wanted)
 
 
+def tile_bytes(device_type: str) -> int:
+    """Bytes of gradients of a tile, where heads are scored on such a device."""
+    return TILE_BYTES if device_type == "cpu" else GPU_TILE_BYTES
+
+
 def make_plan(
     layout: Layout,
     selection: Selection,

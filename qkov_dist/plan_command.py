@@ -66,7 +66,7 @@ def plan_run(
     limits = _limits(machines, chosen)
     on_gpu = limits.gpu is not None
     setting = Setting(config, machines.world_size or config.parallel.tp)
-    planner = ConfigPlanner(config, machines, on_gpu=on_gpu)
+    planner = ConfigPlanner(config, machines, gpu_memory=limits.gpu)
     plan = planner.plan(setting)
     phases = expected(plan, chosen, machines.ranks_per_node) if chosen else []
     if as_numbers:
@@ -89,7 +89,7 @@ class ConfigPlanner:
     Args:
         config: Names the model and the tasks.
         machines: Sizes of samples, where they are given.
-        on_gpu: Whether ranks have a GPU.
+        gpu_memory: Bytes of the GPU that each rank has; None where ranks have none.
 
     Attributes:
         note: How the samples were found.
@@ -98,8 +98,8 @@ class ConfigPlanner:
         QkovError: for a model or tasks that cannot be described.
     """
 
-    def __init__(self, config: RunConfig, machines: Machines, *, on_gpu: bool) -> None:
-        self._on_gpu, self._anatomies = on_gpu, dict[str, Anatomy]()
+    def __init__(self, config: RunConfig, machines: Machines, *, gpu_memory: int | None) -> None:
+        self._on_gpu, self._gpu_memory, self._anatomies = gpu_memory is not None, gpu_memory, dict[str, Anatomy]()
         self._model = described_model(config.model)
         self._layout = resolve(self._model)
         self._tasks, self.note = described_tasks(config, self._model, machines.samples, machines.tokens)
@@ -135,6 +135,7 @@ class ConfigPlanner:
             batch_tokens=self.batch_tokens(setting),
             objective="masked" if is_masked_lm(self._model) else "causal",
             on_gpu=self._on_gpu,
+            gpu_memory=self._gpu_memory,
             workers=1 if self._on_gpu else torch.get_num_threads(),
             disk=None if disk is None else disk * MIB,
         )

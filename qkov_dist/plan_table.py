@@ -17,6 +17,7 @@ BYTES = {
     "weights": "weights",
     "gathered": "weights gathered for a pass",
     "activations": "activations of a batch",
+    "factors_gpu": "factors on the GPU",
     "factors_memory": "factors in memory",
     "factors_disk": "factors on disk",
     "exchange": "factors of one layer, exchanged",

@@ -18,6 +18,7 @@ import torch
 from .anatomy import anatomy_of
 from .capture_cost import CaptureCost
 from .cost import Cost
+from .hardware import GPU_OVERHEAD
 from .job import Job
 from .memory import local_bytes
 from .parallel import Parallelism, check_tensor_parallel
@@ -30,6 +31,7 @@ from .team import Team
 from .workload import Dealt, Workload
 
 NO_LIMIT = 2**62
+ACTIVATION_SLACK = 1.5  # by which the estimate of activations may be too small
 MIB = 2**20
 
 
@@ -42,12 +44,14 @@ class RunPlan:
         parallelism: How the model is cut.
         costs: Every rank's, by rank.
         windows: The layers of each pass over the samples.
+        gpu_room: Bytes of captured factors that may stay on each GPU.
     """
 
     work: Workload
     parallelism: Parallelism
     costs: tuple[Cost, ...]
     windows: tuple[tuple[int, ...], ...]
+    gpu_room: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -71,9 +75,10 @@ def plan_pretended(work: Workload, parallelism: Parallelism) -> RunPlan:
     teams = pretended_teams(work.anatomy, work.layout, work.layers, parallelism)
     scene = _Scene.of(work, parallelism, teams[0])
     sizes = [scene.scoring.factors(team) for team in teams]
-    windows = _windows(work, scene.rounds(), sizes)
-    costs = tuple(scene.cost(team, windows, kept) for team, kept in zip(teams, sizes, strict=True))
-    return RunPlan(work, parallelism, costs, tuple(layers_of(window) for window in windows))
+    room = min(scene.gpu_room(team) for team in teams)
+    windows = _windows(work, scene.rounds(), sizes, room)
+    costs = tuple(scene.cost(team, windows, kept, room) for team, kept in zip(teams, sizes, strict=True))
+    return RunPlan(work, parallelism, costs, tuple(layers_of(window) for window in windows), room)
 
 
 def least_peak(work: Workload, parallelism: Parallelism) -> int:
@@ -97,11 +102,12 @@ def plan_of_job(job: Job, rounds: Sequence[Round] | None = None) -> RunPlan:
     scene = _Scene.of(work, parallelism_of(job), job.team)
     mine = scene.scoring.factors(job.team)
     sizes = [{int(layer): size for layer, size in theirs.items()} for theirs in world.gather(mine)]
-    windows = _windows(work, scene.rounds() if rounds is None else rounds, sizes)
     weights = sum(map(local_bytes, (*job.loaded.model.parameters(), *job.loaded.model.buffers())))
-    cost = scene.cost(job.team, windows, mine, weights)
+    room = min(world.gather(scene.gpu_room(job.team, weights)))
+    windows = _windows(work, scene.rounds() if rounds is None else rounds, sizes, room)
+    cost = scene.cost(job.team, windows, mine, room, weights)
     costs = tuple(Cost(**theirs) for theirs in world.gather(asdict(cost)))
-    return RunPlan(work, scene.capture.parallelism, costs, tuple(layers_of(window) for window in windows))
+    return RunPlan(work, scene.capture.parallelism, costs, tuple(layers_of(window) for window in windows), room)
 
 
 def workload_of(job: Job) -> Workload:
@@ -116,6 +122,7 @@ def workload_of(job: Job) -> Workload:
         batch_tokens=job.batch_tokens,
         objective=job.objective,
         on_gpu=on_gpu,
+        gpu_memory=min(job.team.world.gather(_gpu_memory(job.device))) if on_gpu else None,
         workers=1 if on_gpu else torch.get_num_threads(),
         disk=min(room),
     )
@@ -141,10 +148,18 @@ def _room(limit_mb: int | None, folder: Path) -> int:
     return shutil.disk_usage(place).free * 9 // 10
 
 
-def _windows(work: Workload, rounds: Sequence[Round], sizes: Sequence[Mapping[int, int]]) -> list[list[Round]]:
+def _gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process has or can have."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device)) + GPU_OVERHEAD  # the context is there already
+
+
+def _windows(
+    work: Workload, rounds: Sequence[Round], sizes: Sequence[Mapping[int, int]], gpu_room: int
+) -> list[list[Round]]:
     largest = {layer: max(size[layer] for size in sizes) for layer in sizes[0]}
     disk = NO_LIMIT if work.disk is None else work.disk
-    return make_windows(rounds, largest, work.config.compute.factor_memory_mb * MIB + disk)
+    return make_windows(rounds, largest, gpu_room + work.config.compute.factor_memory_mb * MIB + disk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +183,36 @@ class _Scene:
         """What every rank scores, and when."""
         return make_rounds([[n for n, share in of.items() if share.heads] for of in self.scoring.shares])
 
+    def gpu_room(self, team: Team, weights: int | None = None) -> int:
+        """Bytes of captured factors that may stay on a rank's GPU: what is asked for, or most of what is left.
+
+        Where other ranks need factors, or layers are on several GPUs, they wait in the host's memory.
+
+        Args:
+            team: The rank's.
+            weights: Bytes of its weights, where they can be counted.
+        """
+        work, rank = self.work, team.world.rank
+        if not work.on_gpu or team.peers.size > 1 or self.capture.parallelism.data == "device_map":
+            return 0
+        if work.config.compute.factor_gpu_mb is not None:
+            return work.config.compute.factor_gpu_mb * MIB
+        if work.gpu_memory is None:
+            return 0
+        batches = self.scoring.dealt.passes[team.peers.rank]
+        activations = self.capture.passes(batches, work.layers[0]).activations * ACTIVATION_SLACK
+        capturing = self.capture.gathered + int(activations)
+        used = self.capture.weights(rank) if weights is None else weights
+        used += GPU_OVERHEAD + max(capturing, self.scoring.buffers(rank, work.layers))
+        return max(work.gpu_memory - used, 0) * 9 // 10
+
     def cost(
-        self, team: Team, windows: Sequence[Sequence[Round]], kept: Mapping[int, int], weights: int | None = None
+        self,
+        team: Team,
+        windows: Sequence[Sequence[Round]],
+        kept: Mapping[int, int],
+        gpu_room: int,
+        weights: int | None = None,
     ) -> Cost:
         """One rank's.
 
@@ -177,12 +220,14 @@ class _Scene:
             team: The rank's.
             windows: The rounds of each pass over the samples.
             kept: By layer, bytes of its factors.
+            gpu_room: Bytes of them that may stay on its GPU.
             weights: Bytes of its weights, where they can be counted.
         """
         rank, batches = team.world.rank, self.scoring.dealt.passes[team.peers.rank]
         passes = [self.capture.passes(batches, layers_of(window)[0]) for window in windows]
         factors = max((sum(kept[layer] for layer in layers_of(window)) for window in windows), default=0)
-        in_memory = min(factors, self.work.config.compute.factor_memory_mb * MIB)
+        on_gpu = min(factors, gpu_room)
+        in_memory = min(factors - on_gpu, self.work.config.compute.factor_memory_mb * MIB)
         mine = [turn[rank] for window in windows for turn in window]
         scored = [layer for layer in mine if layer is not None]
         every = [layer for window in windows for layer in layers_of(window)]
@@ -195,8 +240,9 @@ class _Scene:
             weights=self.capture.weights(rank) if weights is None else weights,
             gathered=self.capture.gathered,
             activations=_most(one.activations for one in passes),
+            factors_gpu=on_gpu,
             factors_memory=in_memory,
-            factors_disk=factors - in_memory,
+            factors_disk=factors - on_gpu - in_memory,
             exchange=_most(one.largest_round for one in sent),
             buffers=self.scoring.buffers(rank, scored),
             scores=self.scoring.scores(rank, scored),

@@ -139,12 +139,12 @@ def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice, measure
     if done := len(job.plan.layers) - len(layers_of(rounds)):
         voice.say(f"resuming: {done} of {len(job.plan.layers)} layers are on disk")
     planned = _planned(job, rounds, voice)
-    windows = _windows(job, rounds, writer.folder)
+    windows = _windows(job, rounds, writer.folder, planned[0].gpu_room)
     with stoppable(team.world) as may_stop:
         for number, window in enumerate(windows, start=1):
             if len(windows) > 1:
                 voice.say(f"window {number} of {len(windows)}: layers {', '.join(map(str, layers_of(window)))}")
-            _score_window(job, window, writer, voice, may_stop, measured)
+            _score_window(job, window, planned[0].gpu_room, writer, voice, may_stop, measured)
     return planned
 
 
@@ -163,6 +163,7 @@ def _planned(job: Job, rounds: Sequence[Round], voice: Voice) -> Planned:
 def _score_window(
     job: Job,
     window: Sequence[Round],
+    gpu_room: int,
     writer: PartialWriter,
     voice: Voice,
     may_stop: Callable[[], None],
@@ -171,7 +172,7 @@ def _score_window(
     """Run all samples for the layers of one window, then score and record these."""
     team, roles, settings = job.team, job.roles(), job.settings(writer.folder, voice.warn)
     plan = job.plan.only(layers_of(window))
-    with closing(_store(job, writer.folder)) as store:
+    with closing(_store(job, writer.folder, gpu_room)) as store:
         with measured.phase("capture"):
             frame = _capture(job, plan, store, voice, may_stop)
         measured.see_factors(store)
@@ -198,24 +199,25 @@ def _check_scores(job: Job, layer: int, blocks: Mapping[str, BlockScores]) -> No
         refuse_not_finite(found.scores, where, found.heads, members[roles.left], members[roles.right])
 
 
-def _windows(job: Job, rounds: list[Round], folder: Path) -> list[list[Round]]:
-    """Rounds whose factors fit into memory and disk together, on every rank."""
+def _windows(job: Job, rounds: list[Round], folder: Path, gpu_room: int) -> list[list[Round]]:
+    """Rounds whose factors fit on the GPU, into memory and on disk together, on every rank."""
     compute, world = job.config.compute, job.team.world
     disk = shutil.disk_usage(folder).free * 9 // 10
     disk = disk if compute.factor_disk_mb is None else compute.factor_disk_mb * 2**20
     budgets = world.gather(compute.factor_memory_mb * 2**20 + disk)
     sizes = world.gather({str(layer.layer): job.factor_bytes(layer) for layer in job.plan.layers})
     largest = {int(layer): max(size[layer] for size in sizes) for layer in sizes[0]}
-    return make_windows(rounds, largest, min(budgets))
+    return make_windows(rounds, largest, gpu_room + min(budgets))
 
 
-def _store(job: Job, folder: Path) -> FactorStore:
+def _store(job: Job, folder: Path, gpu_room: int) -> FactorStore:
     compute = job.config.compute
     dtype = None if compute.factor_dtype == "auto" else getattr(torch, compute.factor_dtype)
     return FactorStore(
         compute.factor_memory_mb * 2**20,
         folder,
         job.team.local,
+        gpu_budget_bytes=gpu_room,
         lengths=job.lengths_here,
         dtype=dtype,
         gradients_above=job.gradients_above(),

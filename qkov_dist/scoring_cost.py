@@ -241,7 +241,8 @@ class ScoringCost:
 
     def _tiles(self, share: LayerShare) -> int:
         gradients = share.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
-        squares = 2 * gradients if self.work.compiles else min(CHUNK_BYTES, gradients)
+        squares = gradients if self.work.on_gpu else min(CHUNK_BYTES, gradients)
+        squares = 2 * gradients if self.work.compiles else squares
         return self.work.workers * (gradients + squares)
 
     def _padded_factors(self, share: LayerShare) -> int:

@@ -1,7 +1,7 @@
 """The rows of one captured factor, in memory or on disk; what comes back is identical, bit for bit.
 
-Where the number of rows is known before, they have one buffer from the first on, and reading copies nothing. Rows past
-the budget are appended, as raw bytes, to a file.
+Where the number of rows is known before, they have one buffer from the first on, on a GPU or in the host's memory, and
+reading copies nothing. Rows past the budget are appended, as raw bytes, to a file.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Series:
         return self.width * self.dtype.itemsize
 
     def keep(self, rows: Tensor) -> None:
-        """Take rows into memory."""
+        """Take rows into memory; a GPU copies into pinned memory by itself, and has to be waited for."""
         if self.buffer is not None:
             place = self.buffer[self.num_rows : self.num_rows + rows.shape[0]]
-            rows = place.copy_(rows)
+            rows = place.copy_(rows, non_blocking=True)
         self.blocks.append(rows)
         self.num_rows += rows.shape[0]
 

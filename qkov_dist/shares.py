@@ -7,6 +7,7 @@ goes by. Layers of one kind of which a rank owns the same rectangles are looked 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from .capture import Site
 from .exchange import needs_of
 from .forms import gradients_above, shared_inputs
 from .geometry import Rect
-from .plan import TILE_BYTES, LayerPlan, Owned, Selection, Tile, make_plan
+from .plan import LayerPlan, Owned, Selection, Tile, make_plan, tile_bytes
 from .slices import AttentionLayer, Layout
 
 UNCUT = 2**62  # bytes of a tile that nothing exceeds
@@ -55,7 +56,7 @@ class LayerShare:
         sites: Its projections that are captured.
         heads: By block, the heads of which the rank owns an element.
         every_head: By block, the heads that are scored by any rank.
-        tile: Elements of the rank's largest tile.
+        tile: Elements of the rank's largest tile, or of those that it works on together.
         block_area: Elements that it owns of whole blocks, selected heads or not.
     """
 
@@ -76,6 +77,7 @@ class Scoring:
         num_samples: Samples whose gradients a tile holds.
         itemsize: Bytes of a score.
         factor_itemsize: Bytes of a number of a captured factor.
+        on_gpu: Whether heads are scored on a GPU.
     """
 
     selection: Selection
@@ -83,6 +85,13 @@ class Scoring:
     num_samples: int
     itemsize: int
     factor_itemsize: int
+    on_gpu: bool = False
+
+    @property
+    def max_elements(self) -> int:
+        """Elements that a tile may have."""
+        size = tile_bytes("cuda" if self.on_gpu else "cpu")
+        return max(size // (self.num_samples * self.itemsize), 1)
 
 
 def layer_shares(
@@ -121,7 +130,7 @@ def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerShare:
         _site_shares(layer, plan, owned, scoring),
         {block: tuple(sorted(found)) for block, found in heads.items()},
         plan.heads,
-        max((_tile_size(tile.rect, scoring) for tile in plan.tiles), default=0),
+        _largest_tile(plan, scoring),
         sum(tile.rect.area for tile in plan.block_tiles),
     )
 
@@ -156,7 +165,17 @@ def _site_shares(layer: AttentionLayer, plan: LayerPlan, owned: Owned, scoring: 
     )
 
 
-def _tile_size(rect: Rect, scoring: Scoring) -> int:
-    """Elements of the largest tile that a head's rectangle is cut into."""
-    most = max(TILE_BYTES // (scoring.num_samples * scoring.itemsize), 1)
-    return max(band.area for band in rect.split_rows(most // rect.shape[1]))
+def _largest_tile(plan: LayerPlan, scoring: Scoring) -> int:
+    """Elements of the largest tile that heads' rectangles are cut into; on a GPU of as many heads as it takes at once.
+
+    Args:
+        plan: Heads' rectangles, uncut.
+        scoring: What is scored.
+    """
+    most = scoring.max_elements
+    alike = Counter((tile.site, tile.block, tile.rect.shape, tile.bias) for tile in plan.tiles)
+    sizes = [
+        (max(band.area for band in Rect.of_shape(*shape).split_rows(most // shape[1])), num)
+        for (_, _, shape, _), num in alike.items()
+    ]
+    return max((size * (min(num, max(most // size, 1)) if scoring.on_gpu else 1) for size, num in sizes), default=0)

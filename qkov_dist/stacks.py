@@ -37,8 +37,8 @@ class Stack:
         """The same tiles as stacks of half the heads; those of one head in tiles of half the height."""
         if (middle := len(self.heads) // 2) > 0:
             return [Stack(self.heads[:middle]), Stack(self.heads[middle:])]
-        halves = [replace(tile, rect=rect) for tile in self.heads[0] for rect in tile.rect.split_rows(self.tallest // 2)]
-        return [Stack((tuple(halves),))]
+        (tiles,), height = self.heads, self.tallest // 2
+        return [Stack((tuple(replace(tile, rect=half) for tile in tiles for half in tile.rect.split_rows(height)),))]
 
 
 def stacks_of(tiles: Sequence[Tile], max_elements: int) -> list[Stack]:

@@ -68,7 +68,8 @@ class Workload:
         tasks: A and B; what samples contain does not matter.
         batch_tokens: Padded tokens in one compute batch.
         objective: How labels align with outputs.
-        on_gpu: Whether the model is on a GPU, and factors and scores wait beside it in the host's memory.
+        on_gpu: Whether the model is on a GPU, and scores wait beside it in the host's memory.
+        gpu_memory: Bytes of a GPU's memory that the run may use, where they are known.
         workers: Tiles that are formed at a time on a rank.
         disk: Bytes of factors that there is room for on disk; None sets no limit.
     """
@@ -80,6 +81,7 @@ class Workload:
     batch_tokens: int
     objective: Objective = "causal"
     on_gpu: bool = False
+    gpu_memory: int | None = None
     workers: int = 1
     disk: int | None = None
 
@@ -98,6 +100,7 @@ class Workload:
             sum(self.num_samples),
             DTYPES[self.config.compute.score_dtype].itemsize,
             {"float32": 4, "bfloat16": 2}.get(name, self.anatomy.itemsize),
+            self.on_gpu,
         )
 
     @property

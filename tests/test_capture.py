@@ -232,8 +232,9 @@ class NanBackward(torch.autograd.Function):
         return grad.masked_fill(marked[:, None, None], float("nan")), None
 
 
+@pytest.mark.parametrize("check_at_end", [False, True])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_names_task_sample_and_layer(where):
+def test_a_value_that_is_not_finite_names_task_sample_and_layer(where, check_at_end):
     model = TINY["llama"].build()
     samples = mixed_samples(3, VOCAB, seed=3, mask=False)
     samples[1].input_ids[1] = 2  # no other sample has this token
@@ -249,7 +250,10 @@ def test_a_value_that_is_not_finite_names_task_sample_and_layer(where):
         "loss": r"sample '3-1': expected a finite loss",
         "gradient": r"sample '3-1', layer 1 .* finite gradient",
     }
-    with capture(model, sites_of(model)) as session, pytest.raises(QkovError, match=expected[where]) as caught:
+    with (
+        capture(model, sites_of(model), check_at_end=check_at_end) as session,
+        pytest.raises(QkovError, match=expected[where]) as caught,
+    ):
         session.run(batch, Kept())
     assert "task 'a'" in str(caught.value)
 

@@ -86,6 +86,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
         "statistics": {"enabled": True, "permutations": 1000, "bootstrap": 1000, "fdr_alpha": 0.05, "seed": 0},
         "compute": {
             "batch_tokens": None,
+            "factor_gpu_mb": None,
             "factor_memory_mb": 1024,
             "factor_disk_mb": None,
             "factor_dtype": "auto",
@@ -359,6 +360,7 @@ def test_identity_leaves_out_where_and_how(minimal: Path) -> None:
         "output.resume=false",
         "output.partials=false",
         "compute.batch_tokens=7",
+        "compute.factor_gpu_mb=7",
         "compute.factor_memory_mb=7",
         "compute.factor_disk_mb=7",
         "compute.compile=false",

@@ -143,7 +143,10 @@ def test_tasks_that_cannot_be_read_are_taken_as_their_limits_say(config, capsys)
         (["--world-size", 4, "parallel.tp=4"], "parallel.tp: expected a divisor of the 4 query and 2 kv heads"),
         (["compute.batch_token=3"], "compute.batch_token"),
         (
-            ["compute.factor_memory_mb=1", "compute.factor_disk_mb=0", "--samples", 4000, "--tokens", 12],
+            [
+                *(f"compute.factor_{place}_mb={size}" for place, size in (("gpu", 0), ("memory", 1), ("disk", 0))),
+                *("--samples", 4000, "--tokens", 12),
+            ],
             "compute.factor_memory_mb",
         ),
     ],

@@ -118,11 +118,12 @@ def product(subject: Subject, order: Order) -> Work:
 def _product_config(subject: Subject, order: Order, number: int) -> RunConfig:
     factors = read_facts(subject.folder).factor_bytes * subject.samples / order.samples
     memory = max(int(order.factor_share * factors / MIB), 1)
+    fits = order.factor_share >= 1
     return RunConfig(
         model=subject.model,
         tasks=subject.task_configs,
         statistics=_statistics(order.permutations),
-        compute=ComputeConfig(factor_memory_mb=memory + 1 if order.factor_share >= 1 else memory),
+        compute=ComputeConfig(factor_memory_mb=memory + 1 if fits else memory, factor_gpu_mb=None if fits else 0),
         output=OutputConfig(dir=str(subject.folder / f"{order.output}-{subject.samples}-{number}"), resume=False),
     )
 
