@@ -19,6 +19,7 @@ from torch import Tensor
 from .samples import IGNORED, Sample
 
 Objective = Literal["causal", "masked"]
+SMALL_MODEL = 10**9  # parameters below which a GPU needs more tokens than 2048 to have more work than launches
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,16 @@ class Sequenced:
     targets: np.ndarray
 
 
-def default_batch_tokens(*, on_cpu: bool, moves: bool) -> int:
+def default_batch_tokens(*, on_cpu: bool, moves: bool, num_parameters: int) -> int:
     """Padded tokens in one batch, where none are asked for.
 
     On a CPU few: what a layer leaves stays in its caches, and matrix products are no slower. More on a GPU, which they
-    have to fill, and where each batch moves weights or sums (``moves``: tensor parallel, sharded or offloaded weights).
+    have to fill, all the more where the layers are small; and where each batch moves weights or sums (``moves``: tensor
+    parallel, sharded or offloaded weights).
     """
-    return 512 if on_cpu and not moves else 2048
+    if on_cpu and not moves:
+        return 512
+    return 8192 if num_parameters < SMALL_MODEL and not moves else 2048
 
 
 def sequence(sample: Sample, objective: Objective) -> Sequenced:

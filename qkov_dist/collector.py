@@ -96,8 +96,8 @@ class FisherCollector:
         loss_reduction: ``mean`` or ``sum`` over each sample's own labelled tokens.
         decay: beta of the moving average.
         layers: Layers to capture; all by default.
-        batch_tokens: Padded tokens in one compute batch; None takes 512 on a CPU that holds all weights, else 2048.
-            Changes no result.
+        batch_tokens: Padded tokens in one compute batch; None takes 512 on a CPU that holds all weights, 8192 on a GPU
+            that holds all of a model of less than a billion parameters, else 2048. Changes no result.
         spill_dir: Folder for factors beyond the memory; the system's temporary folder by default.
     """
 
@@ -278,7 +278,12 @@ class FisherCollector:
                 plan.sites,
                 config.objective,
                 self._reduction,
-                batch_tokens=self._batch_tokens or default_batch_tokens(on_cpu=first.device.type == "cpu", moves=moves),
+                batch_tokens=self._batch_tokens
+                or default_batch_tokens(
+                    on_cpu=first.device.type == "cpu",
+                    moves=moves,
+                    num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+                ),
                 team=team,
             )
         return self._collection

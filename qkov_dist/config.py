@@ -130,7 +130,8 @@ class ComputeConfig(_Section):
 
     batch_tokens: int | None = _key(
         optional(COUNT),
-        "tokens in one compute batch, padding included; null takes 512 on a CPU that holds all weights, else 2048",
+        "tokens in one compute batch, padding included; null takes 512 on a CPU that holds all weights, 8192 on a GPU "
+        "that holds all of a model of less than a billion parameters, else 2048",
         None,
         identity=False,
     )
@@ -163,7 +164,7 @@ class ComputeConfig(_Section):
     )
     compile: str | bool = _key(
         one_of("auto", True, False),
-        "compile the elementwise part of scores; auto does so on GPUs",
+        "compile the elementwise part of scores; auto does so on GPUs, where it saves more time than it takes",
         "auto",
         identity=False,
     )

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -235,16 +236,17 @@ class FactorStore:
     def _without_long(self, factors: Factors, above: int) -> tuple[Tensor, Tensor]:
         """Keep long samples as gradients; returns X and D of the others."""
         kept, start = [], 0
-        for length in self._batch_lengths:
-            part = slice(start, start + length)
-            start += length
+        for length, alike in groupby(self._batch_lengths):
+            num = len(list(alike))
+            part = slice(start, start + num * length)
+            start = part.stop
             if length <= above:
                 kept.append(part)
                 continue
-            x, d = (_at_least_float32(values[part]) for values in (factors.x, factors.d))
-            gradient = torch.cat([d.t() @ x, d.sum(0).unsqueeze(1)], dim=1)
-            self.flops += 2 * length * x.shape[1] * d.shape[1]
-            self._append("g", factors.site, gradient.reshape(1, -1))
+            x, d = (_at_least_float32(values[part]).view(num, length, -1) for values in (factors.x, factors.d))
+            gradients = torch.cat([torch.bmm(d.mT, x), d.sum(1).unsqueeze(2)], dim=2)
+            self.flops += 2 * num * length * x.shape[2] * d.shape[2]
+            self._append("g", factors.site, gradients.flatten(1))
         if not kept:
             return factors.x[:0], factors.d[:0]
         return torch.cat([factors.x[part] for part in kept]), torch.cat([factors.d[part] for part in kept])

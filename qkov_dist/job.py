@@ -26,7 +26,7 @@ from .models import LoadedModel
 from .parallel import load_parallel, resolve_parallelism
 from .plan import LayerPlan, Plan, Selection, make_plan, tile_bytes
 from .samples import Task, task_fingerprint
-from .score import Score
+from .score import Score, worth_compiling
 from .slices import Layout
 from .stand_in import proved_layout
 from .tasks import load_task
@@ -120,7 +120,8 @@ class Job:
         metric, ridge = self.config.metric, self.config.ridge
         dtype, compiled = DTYPES[self.config.compute.score_dtype], self.config.compute.compile
         if compiled == "auto":
-            compiled = self.device.type == "cuda"  # on a CPU it takes longer to compile than it saves
+            elements = self.num_samples * sum(tile.rect.area for layer in self.plan.layers for tile in layer.tiles)
+            compiled = worth_compiling(elements, on_gpu=self.device.type == "cuda")
         return ScoreSettings(
             cast(Score, metric.score),
             ridge.epsilon,
@@ -180,8 +181,14 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     run_id = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
     same_on_all(world, "model and samples", {"run_id": run_id})
     say(_summary(layout, plan, tasks))
-    batch_tokens = parallelism.batch_tokens(config.compute, on_gpu=device_type != "cpu")
+    batch_tokens = parallelism.batch_tokens(
+        config.compute, on_gpu=device_type != "cpu", num_parameters=_num_parameters(loaded)
+    )
     return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id)
+
+
+def _num_parameters(loaded: LoadedModel) -> int:
+    return sum(parameter.numel() for parameter in loaded.model.parameters())
 
 
 def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:

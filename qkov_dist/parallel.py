@@ -39,10 +39,12 @@ class Parallelism:
     data: str
     replicas: int
 
-    def batch_tokens(self, compute: ComputeConfig, *, on_gpu: bool) -> int:
+    def batch_tokens(self, compute: ComputeConfig, *, on_gpu: bool, num_parameters: int) -> int:
         """Padded tokens in one batch, as asked for, or as suits a model that is cut so."""
         moves = self.tp > 1 or self.data in ("fsdp", "zero3", "device_map")
-        return compute.batch_tokens or default_batch_tokens(on_cpu=not on_gpu, moves=moves)
+        return compute.batch_tokens or default_batch_tokens(
+            on_cpu=not on_gpu, moves=moves, num_parameters=num_parameters
+        )
 
 
 def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Mapping[str, str]) -> Parallelism:

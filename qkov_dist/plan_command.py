@@ -101,6 +101,7 @@ class ConfigPlanner:
     def __init__(self, config: RunConfig, machines: Machines, *, gpu_memory: int | None) -> None:
         self._on_gpu, self._gpu_memory, self._anatomies = gpu_memory is not None, gpu_memory, dict[str, Anatomy]()
         self._model = described_model(config.model)
+        self._recomputes = config.model.attn_implementation != "eager"
         self._layout = resolve(self._model)
         self._tasks, self.note = described_tasks(config, self._model, machines.samples, machines.tokens)
 
@@ -111,7 +112,10 @@ class ConfigPlanner:
 
     def batch_tokens(self, setting: Setting) -> int:
         """Padded tokens in one batch."""
-        return _parallelism(setting).batch_tokens(setting.config.compute, on_gpu=self._on_gpu)
+        num_parameters = self._anatomy(setting.config.model.dtype).num_parameters
+        return _parallelism(setting).batch_tokens(
+            setting.config.compute, on_gpu=self._on_gpu, num_parameters=num_parameters
+        )
 
     def plan(self, setting: Setting) -> RunPlan:
         """The whole plan."""
@@ -121,15 +125,17 @@ class ConfigPlanner:
         """Bytes that a rank holds at least while it runs its samples."""
         return least_peak(self._work(setting), _parallelism(setting))
 
-    def _work(self, setting: Setting) -> Workload:
-        config = setting.config
-        dtype, disk = config.model.dtype, config.compute.factor_disk_mb
+    def _anatomy(self, dtype: str) -> Anatomy:
         if dtype not in self._anatomies:
             found = anatomy_of(self._model, self._layout, dtype)
-            self._anatomies[dtype] = replace(found, recomputes=config.model.attn_implementation != "eager")
+            self._anatomies[dtype] = replace(found, recomputes=self._recomputes)
+        return self._anatomies[dtype]
+
+    def _work(self, setting: Setting) -> Workload:
+        config, disk = setting.config, setting.config.compute.factor_disk_mb
         return Workload(
             config=config,
-            anatomy=self._anatomies[dtype],
+            anatomy=self._anatomy(config.model.dtype),
             layout=self._layout,
             tasks=self._tasks,
             batch_tokens=self.batch_tokens(setting),

@@ -24,6 +24,7 @@ from torch import Tensor
 from .errors import QkovError
 
 Score = Literal["interference", "signed", "symmetric"]
+COMPILED_FROM = 10**12  # elements of gradients: fewer are mapped in less time than compiling takes, on a GPU
 Fused = Callable[[Tensor, Tensor, Tensor, Score], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -127,6 +128,16 @@ def fisher_and_maps(gradients: Tensor, weights: Tensor, floor: Tensor, score: Sc
     from_a, from_b = ((of_task.unsqueeze(1) * squares).sum(0) for of_task in weights)
     inverse = (torch.maximum(from_a + from_b, floor[0]) + floor[1]).reciprocal()
     return (torch.stack([from_a, from_b]), *maps(gradients, inverse, score))
+
+
+def worth_compiling(elements: int, *, on_gpu: bool) -> bool:
+    """Whether compiling saves more than the seconds that it takes; on a CPU it does not.
+
+    Args:
+        elements: Elements of all gradients that this process forms.
+        on_gpu: Where it forms them.
+    """
+    return on_gpu and elements >= COMPILED_FROM
 
 
 @cache

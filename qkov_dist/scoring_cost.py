@@ -26,6 +26,7 @@ from .merge import deal_heads
 from .parallel import SHARDED_BY_HOOKS
 from .partial_schema import FISHER_COLUMNS
 from .rounds import Round
+from .score import worth_compiling
 from .shares import LayerShare, SiteShare
 from .slices import BLOCKS, Projection
 from .team import Team
@@ -168,7 +169,15 @@ class ScoringCost:
     def buffers(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of tiles in work and of padded factors, at most."""
         shares = [share for share, _ in self._counted(rank, layers) if share.heads]
-        return max((self._tiles(share) + self._padded_factors(share) for share in shares), default=0)
+        compiled = self._compiles(rank)
+        return max((self._tiles(share, compiled) + self._padded_factors(share) for share in shares), default=0)
+
+    def _compiles(self, rank: int) -> bool:
+        """Whether the elementwise part of a rank's scores is compiled."""
+        setting = self.work.config.compute.compile
+        if setting != "auto":
+            return bool(setting)
+        return worth_compiling(self.elements(rank, list(self.shares[rank])), on_gpu=self.work.on_gpu)
 
     def scores(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of one layer's scores; a rank has room for all heads, whether or not it owns a part of them."""
@@ -239,10 +248,10 @@ class ScoringCost:
         """Whether hooks see a rank's own features alone; other styles gather them first."""
         return self.work.anatomy.styles.get(site.module) in SHARDED_BY_HOOKS
 
-    def _tiles(self, share: LayerShare) -> int:
+    def _tiles(self, share: LayerShare, compiled: bool) -> int:
         gradients = share.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
         squares = gradients if self.work.on_gpu else min(CHUNK_BYTES, gradients)
-        squares = 2 * gradients if self.work.compiles else squares
+        squares = 2 * gradients if compiled else squares
         return self.work.workers * (gradients + squares)
 
     def _padded_factors(self, share: LayerShare) -> int:

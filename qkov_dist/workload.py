@@ -119,11 +119,6 @@ class Workload:
         num_a, num_b = self.num_samples
         return (num_a + num_b, num_a + num_b) if self.pooled else (num_a, num_b)
 
-    @property
-    def compiles(self) -> bool:
-        """Whether the elementwise part of scores is compiled."""
-        return self.on_gpu if self.config.compute.compile == "auto" else bool(self.config.compute.compile)
-
     @cached_property
     def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens of each sample of A and of B, as the model sees them."""

@@ -147,7 +147,6 @@ COMPUTE = {
     "a place for every row": {"known_lengths": True},
     "heads side by side": {"settings": ScoreSettings(stack_bytes=2**20)},
     "two heads side by side": {"settings": ScoreSettings(stack_bytes=2 * 8 * 4 * 16 * 4)},
-    "heads side by side, compiled": {"settings": ScoreSettings(stack_bytes=2**20, compile=True)},
     "a place for some series, gradients among them": {"known_lengths": True, "budget": 20_000, "gradients_above": 6},
 }
 
@@ -162,6 +161,15 @@ def test_how_it_is_computed_changes_nothing(name, how, tmp_path):
     # float32: sums in another order; a spilled factor comes back bit for bit
     assert_close(changed.run(model, tmp_path), expected, 1e-7 if "factors on disk" in how else 1e-4)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("stack_bytes", [0, 2**20])
+def test_what_is_compiled_changes_nothing(stack_bytes):
+    entry = TINY["llama"]
+    model, job = entry.build(), job_for(entry, settings=ScoreSettings(stack_bytes=stack_bytes, compile=True))
+    assert_close(job.run(model), expected_scores(entry, model, job))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "falcon_new"])

@@ -83,6 +83,7 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu(folder, monkeypatch):  # noqa: F811
     assert deviation(on_gpu, on_cpu) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
 def test_every_score_is_that_of_the_cpu(score, compiled):

@@ -26,11 +26,13 @@ from qkov_dist.collection import Collection
 from qkov_dist.comm import current
 from qkov_dist.config_file import from_dict
 from qkov_dist.cost import Cost, total
+from qkov_dist.engine import ScoreSettings
 from qkov_dist.errors import QkovError
 from qkov_dist.exchange import Exchange
 from qkov_dist.expected_time import PHASES, Phase
 from qkov_dist.factors import FactorStore
 from qkov_dist.frame import FrameLayer
+from qkov_dist.hardware import GPU_OVERHEAD
 from qkov_dist.job import Job, prepare
 from qkov_dist.layout import resolve
 from qkov_dist.measured import Measured, comparison_lines
@@ -38,12 +40,14 @@ from qkov_dist.merge import add_dealt, deal_heads
 from qkov_dist.ownership import assign
 from qkov_dist.parallel import Parallelism
 from qkov_dist.partial_schema import BlockPartial, LayerPartial
+from qkov_dist.plan import Selection, make_plan
 from qkov_dist.planning import RunPlan, plan_of_job, plan_pretended, workload_of
 from qkov_dist.pretend import local_shape, pretended_teams
 from qkov_dist.rounds import layers_of, make_windows
 from qkov_dist.run import run
 from qkov_dist.scoring import rounds_of, score_rounds
 from qkov_dist.shares import layer_shares
+from qkov_dist.stacks import stacks_of
 from qkov_dist.workload import Dealt, PretendedWorld, Workload, made_up_task
 
 UNCOUNTED = ("qwen3_next", "qwen3_5")  # their linear attention pads these few tokens to a chunk of 64
@@ -273,6 +277,63 @@ def test_operations_of_tests_are_those_of_their_products(score, monkeypatch):
     )
     (cost,) = plan_pretended(work, Parallelism(1, "none", 1)).costs
     assert cost.flops_statistics * 3 == sum(counted) * 24  # 2 layers of 4 + 2 + 2 + 4 heads
+
+
+GIB = 2**30
+ALONE = Parallelism(1, "none", 1)
+
+
+def on_gpu(gpu_memory: int | None, **compute) -> Workload:
+    """The work of a tiny model whose factors are about 10 MiB, on a GPU."""
+    work = work_of(TINY["llama"].build(), "llama", num=100, tokens=50, on_gpu=True, compute=compute)
+    return replace(work, gpu_memory=gpu_memory)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3, None])
+@pytest.mark.parametrize("memory_mb", [1, 2])
+def test_factors_wait_on_the_gpu_first_then_in_memory_then_on_disk(asked, memory_mb):
+    (cost,) = plan_pretended(on_gpu(8 * GIB, factor_gpu_mb=asked, factor_memory_mb=memory_mb), ALONE).costs
+    places = (cost.factors_gpu, cost.factors_memory, cost.factors_disk)
+    whole = sum(places)
+    assert whole > 8 * 2**20
+    room = whole if asked is None else asked * 2**20
+    assert places == (room, min(whole - room, memory_mb * 2**20), max(whole - room - memory_mb * 2**20, 0))
+
+
+def test_what_is_planned_to_stay_on_a_gpu_leaves_room_for_the_rest():
+    plans = {size: plan_pretended(on_gpu(int(size * GIB)), ALONE) for size in (1.0, 1.02, 1.05, 1.1, 2)}
+    for size, plan in plans.items():
+        (cost,) = plan.costs
+        assert cost.factors_gpu <= plan.gpu_room
+        assert plan.gpu_room == 0 or plan.peak()[0] + GPU_OVERHEAD <= size * GIB
+    rooms = [plan.gpu_room for plan in plans.values()]
+    assert rooms == sorted(rooms)
+    assert rooms[0] == 0 < rooms[-1]
+
+
+def test_factors_that_other_ranks_need_wait_in_memory():
+    for work, ranks in ((on_gpu(8 * GIB), Parallelism(1, "ddp", 2)), (on_gpu(None), ALONE)):
+        plan = plan_pretended(work, ranks)
+        assert plan.gpu_room == 0
+        assert all(cost.factors_gpu == 0 < cost.factors_memory for cost in plan.costs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon_new"])
+@pytest.mark.parametrize("limit", [1, 3000, 20_000, 10**9])
+def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monkeypatch):
+    monkeypatch.setattr("qkov_dist.plan.GPU_TILE_BYTES", limit)
+    monkeypatch.setattr("qkov_dist.engine.GPU_TILE_BYTES", limit)
+    work = work_of(TINY[name].build(), name, on_gpu=True)
+    (shares,) = layer_shares(work.layout, work.layers, [pretended_teams(
+        work.anatomy, work.layout, work.layers, ALONE)[0].owned_by(0)], work.scoring)  # fmt: skip
+    plan = make_plan(work.layout, Selection(), include_bias=False, num_samples=16, tile_bytes=limit)
+    most = ScoreSettings(device="cuda").max_elements(16)
+    for layer in plan.layers:
+        stacks = [
+            stack for site in layer.sites for stack in stacks_of([t for t in layer.tiles if t.site == site], most)
+        ]
+        largest = max(sum(tile.rect.area for tile in band) for stack in stacks for band in stack.bands)
+        assert shares[layer.layer].tile == largest
 
 
 @pytest.mark.parametrize("data", ["ddp", "fsdp"])

@@ -11,7 +11,7 @@ import torch
 from agreement import METHODS, TOLERANCE
 from contestants import FEW, LOOP_SAMPLES
 from device import on_gpu
-from machine import scoring_flops
+from machine import scoring_bytes, scoring_flops
 from material import Facts, read_facts
 from orders import Order
 from rounds import Entry, Perform, Round, median, peak, plain, play, ratio
@@ -82,7 +82,7 @@ def main_table(setup: Setup) -> Result:
         "## Where a run's time goes",
         phase_table(rounds),
         "## Scoring against the machine",
-        machine_table(rounds, scoring_flops(facts.layer_elements, 2 * setup.base.samples, facts.tokens)),
+        machine_table(rounds, *_scoring_work(setup, facts)),
     ]
     return result("main", setup, rounds, parts, facts=vars(facts), deviations=deviations)
 
@@ -112,7 +112,7 @@ def samples_table(setup: Setup) -> Result:
         f"The loop is timed on {LOOP_SAMPLES**2} of the {num**2} pairs of A x B and scaled ({each}); the run scores "
         f"all {(2 * num) ** 2} pooled pairs. {', '.join(f'{key}: {text}' for key, text in seconds.items())}.",
         phase_table(rounds),
-        machine_table(rounds, scoring_flops(facts.layer_elements, 2 * setup.base.samples, facts.tokens)),
+        machine_table(rounds, *_scoring_work(setup, facts)),
     ]
     return result("samples", setup, rounds, parts, facts=vars(facts))
 
@@ -196,6 +196,13 @@ def result(name: str, setup: Setup, rounds: Sequence[Round], parts: Sequence[str
     settings = {key: value for key, value in vars(setup.base).items() if key not in ("folder", "output", "contestant")}
     data = {"case": name, "settings": settings, **more, "rounds": plain(rounds)}
     return Result(name, data, "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _scoring_work(setup: Setup, facts: Facts) -> tuple[int, int]:
+    """Operations of scoring, and on a GPU the bytes that it moves."""
+    num = 2 * setup.base.samples
+    flops = scoring_flops(facts.layer_elements, num, facts.tokens)
+    return flops, scoring_bytes(facts.layer_elements, num) if on_gpu() else 0
 
 
 def _place(base: Order) -> str:

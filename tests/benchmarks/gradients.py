@@ -23,7 +23,7 @@ from qkov_dist.factors import FactorStore
 from qkov_dist.plan import Selection, make_plan
 from qkov_dist.samples import IGNORED
 
-BATCH_TOKENS = default_batch_tokens(on_cpu=not on_gpu(), moves=False)  # of everybody
+BATCH_TOKENS = default_batch_tokens(on_cpu=not on_gpu(), moves=False, num_parameters=135 * 10**6)  # of everybody
 Gradients = Iterator[tuple[tuple[int, ...], Mapping[str, Tensor]]]
 
 

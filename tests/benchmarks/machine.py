@@ -25,6 +25,15 @@ def scoring_flops(layer_elements: Sequence[int], num_samples: int, num_tokens: i
     return sum(2 * elements * (num_samples**2 + num_tokens) for elements in layer_elements)
 
 
+def scoring_bytes(layer_elements: Sequence[int], num_samples: int) -> int:
+    """Bytes that a GPU's scoring moves between its memory and its processors for gradients, in float32.
+
+    Each is written as it is formed, read and squared, summed into the Fisher, mapped in place (twice, each once read
+    and once written), and read for the products on both sides: ten times.
+    """
+    return 10 * 4 * num_samples * sum(layer_elements)
+
+
 def measure_machine(num_samples: int, num_tokens: int, threads: int) -> dict[str, float]:
     """GFLOP/s of matrix products, square and as scoring forms them, and GB/s of memory.
 

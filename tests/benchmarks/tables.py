@@ -53,8 +53,14 @@ def phase_table(rounds: Sequence[Round]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g")
 
 
-def machine_table(rounds: Sequence[Round], flops: int) -> str:
-    """Rates of the machine, and the share of the square product's that scoring, of so many FLOPs, reaches."""
+def machine_table(rounds: Sequence[Round], flops: int, moved: int = 0) -> str:
+    """Rates of the machine, and the shares of them that scoring reaches.
+
+    Args:
+        rounds: What was found.
+        flops: Operations of scoring.
+        moved: Bytes that it moves; 0 where they stay in caches.
+    """
     rates = list(rounds[0]["machine"].found)
     rows = [
         {
@@ -73,6 +79,13 @@ def machine_table(rounds: Sequence[Round], flops: int) -> str:
         f"{statistics.median(reached):.3g} GFLOP/s: {statistics.median(shares):.0%} ({min(shares):.0%}-"
         f"{max(shares):.0%}) of the square product's rate in the same round."
     )
+    if moved:
+        speeds = [moved * 1e-9 / one["product"].found["scoring"] for one in rounds]
+        of_copy = [speed / one["machine"].found["copy"] for speed, one in zip(speeds, rounds, strict=True)]
+        text += (
+            f" It moves {moved * 1e-9:.4g} GB of gradients, at {statistics.median(speeds):.3g} GB/s: "
+            f"{statistics.median(of_copy):.0%} of a copy's bandwidth."
+        )
     return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g") + "\n\n" + text
 
 
