@@ -140,8 +140,9 @@ class _SiteFactors:
         return torch.from_numpy(self.roles.weights[:, list(self.ordering.order)])
 
     def in_order_of_roles(self, scores: Tensor) -> Tensor:
-        """Scores of pairs of members in this order, as pairs in the order of the roles."""
-        return scores[self._places]
+        """Scores [heads, left, right] of pairs of members in this order, as pairs in the order of the roles."""
+        left, right = self._places
+        return scores[:, left, right]
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
@@ -187,8 +188,8 @@ def score_layer(
             by_task = add_tile(scores, gradients, weights, rule, buffers)
             sums = [known + more for known, more in zip(sums, fisher_sums(by_task, rule.ridge), strict=True)]
         flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in stack.heads[0])
-        found = zip(scores.cpu(), sums, strict=True)
-        return [_HeadPart(site.in_order_of_roles(of_head), of_sums, flops) for of_head, of_sums in found]
+        found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
+        return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
 
     blocks = {block: _no_scores(heads, roles, settings) for block, heads in plan.heads.items()}
     for tile, part in _by_head(plan.tiles, source, roles, settings, score_heads):
