@@ -67,7 +67,8 @@ def play_case(options: argparse.Namespace, folder: Path) -> Result:
         repeats=options.repeats,
         permutations=options.permutations,
     )
-    setup = Setup(base, options.rounds, in_a_process, lambda line: print(line, file=sys.stderr, flush=True))
+    at_once = max((os.cpu_count() or 1) // options.threads, 1)
+    setup = Setup(base, options.rounds, in_a_process, lambda line: print(line, file=sys.stderr, flush=True), at_once)
     if options.case is not None:
         return {"ranks": ranks_table, "spill": spill_table, "growth": growth_table}[options.case](setup)
     return samples_table(setup) if options.samples >= MANY else main_table(setup)

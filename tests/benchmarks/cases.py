@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,14 @@ class Setup:
         rounds: How often everybody plays.
         perform: Does an order, in a process of its own or here.
         say: Takes a line about what goes on.
+        at_once: Orders that may be done at a time where nothing is timed.
     """
 
     base: Order
     rounds: int
     perform: Perform
     say: Say
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,11 @@ def check_agreement(setup: Setup) -> dict[str, float]:
         AssertionError: for one that computes something else.
     """
     deviations = {}
-    for name in (*METHODS, "kronfluence", "pair_loop"):
-        report = setup.perform(order(setup.base, "agreement", of=name, output=f"agreement-{name}"))
+    names = (*METHODS, "kronfluence", "pair_loop")
+    orders = [order(setup.base, "agreement", of=name, output=f"agreement-{name}") for name in names]
+    with ThreadPoolExecutor(setup.at_once) as pool:
+        reports = list(pool.map(setup.perform, orders))
+    for name, report in zip(names, reports, strict=True):
         if report.error and name not in PEERS:
             raise RuntimeError(f"agreement of {name}: {report.error}")
         deviation = report.found.get("deviation", 0.0)
