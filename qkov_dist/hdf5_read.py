@@ -66,6 +66,7 @@ class Reader:
 
     def __init__(self, file: Any, num_bytes: int) -> None:
         self._file, self._num_bytes = file, num_bytes
+        self._found: dict[str, Any] = {}  # the file does not change while it is open
 
     def names(self, path: str = "/") -> tuple[str, ...]:
         """Members of a group, sorted; none where there is no such group."""
@@ -158,13 +159,17 @@ class Reader:
 
     def _find(self, path: str) -> Any:
         """The object at a path, or None; hard links only, so that no name leads out of the file."""
-        found = self._file
+        found, place = self._file, ""
         for name in filter(None, path.split("/")):
+            place = f"{place}/{name}"
+            if place in self._found:
+                found = self._found[place]
+                continue
             if not isinstance(found, h5py.Group) or name not in found.keys():  # noqa: SIM118 (`in` would follow links)
                 return None
             if not isinstance(found.get(name, getlink=True), h5py.HardLink):
                 raise _refusal(path, "data inside this file", "a soft or external link")
-            found = found[name]
+            found = self._found[place] = found[name]
         return found
 
 

@@ -37,6 +37,8 @@ def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator
     def start() -> None:
         if num_workers > 1:
             torch.set_num_threads(1)
+        if device.type == "cuda":
+            torch.zeros((), device=device)  # a thread's first product warns where no other work was before it
         own.buffers = Buffers()
 
     pool = ThreadPoolExecutor(num_workers, "qkov-worker", start)
