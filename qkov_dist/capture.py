@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .errors import QkovError
+from .finite import NonFiniteGradientError, all_finite, check_finite, total
 from .losses import check_losses, sample_losses
 from .modes import evaluating, frozen
 
@@ -54,10 +55,6 @@ class FactorSink(Protocol):
 
     def add(self, factors: Factors) -> None:
         """Take one site's factors of the current batch."""
-
-
-class NonFiniteGradientError(QkovError):
-    """A gradient, or an input of a projection, that is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class Capture:
             self._current = None
         if missing := set(self._sites) - state.finished:
             raise _not_reached(sorted(missing))
-        if not _all_finite(state.sums or ()):
+        if not all_finite(state.sums or ()):
             self._run(batch, Nowhere(), loss_scale)  # raises, unless it was a sum alone that overflowed
         return (losses.detach() * self._factor).cpu()
 
@@ -181,9 +178,9 @@ class Capture:
         d = d if state.loss_scale == 1.0 else d.float() / state.loss_scale
         factors = Factors(site, known.x_site, state.real(known.x.detach()), d)
         if state.sums is None:
-            _check_finite(factors, state.batch)
+            check_finite(_looked_at(factors), state.batch, f"layer {site.layer} ({site.module})")
         else:
-            state.sums += [_sum(tensor) for _, tensor in _looked_at(factors)]
+            state.sums += map(total, _looked_at(factors).values())
         state.finished.add(site)
         state.sink.add(factors)
 
@@ -271,39 +268,10 @@ def _recomputes(model: nn.Module) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) or "Checkpoint" in type(m).__name__ for m in model.modules())
 
 
-def _check_finite(factors: Factors, batch: Batch) -> None:
-    """Raise, naming the sample, unless every gradient and input is finite."""
-    for what, tensor in _looked_at(factors):
-        if bool(_sum(tensor).isfinite()):
-            continue  # a sum keeps any NaN or infinity; one that only overflows is looked at more closely
-        start = 0
-        for name, length in zip(batch.names, batch.lengths, strict=True):
-            if not bool(torch.isfinite(tensor[start : start + length]).all()):
-                raise NonFiniteGradientError(
-                    f"{name}, layer {factors.site.layer} ({factors.site.module})",
-                    expected=f"a finite {what}",
-                    got="NaN or infinity",
-                    remedy="Check the sample, or load the model in a wider type (model.dtype: float32 or bfloat16).",
-                )
-            start += length
-
-
-def _looked_at(factors: Factors) -> list[tuple[str, Tensor]]:
+def _looked_at(factors: Factors) -> dict[str, Tensor]:
     """What has to be finite, by name; a shared input is looked at once."""
     shared = factors.site != factors.x_site
-    return [("gradient", factors.d)] if shared else [("gradient", factors.d), ("input", factors.x)]
-
-
-def _all_finite(sums: Sequence[Tensor]) -> bool:
-    """Whether all numbers are, waiting for each device once."""
-    devices = {total.device for total in sums}
-    return all(
-        bool(torch.stack([total for total in sums if total.device == device]).isfinite().all()) for device in devices
-    )
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    return tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return {"gradient": factors.d} if shared else {"gradient": factors.d, "input": factors.x}
 
 
 def _called_twice(site: Site) -> QkovError:

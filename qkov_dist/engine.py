@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .capture import Site
 from .errors import QkovError
-from .factors import Table, Whole, Window
 from .groups import Ordering, order_samples
 from .kernel import Buffers, Padded, Rule, add_tile, tile_flops, tile_gradients
 from .plan import GPU_TILE_BYTES, LayerPlan, Tile
@@ -29,6 +28,7 @@ from .score import NO_ELEMENTS, FisherSums, Score, compiled, fisher_sums
 from .scratch import scratch_array
 from .shortage import is_shortage
 from .stacks import Stack, stacks_of
+from .windows import Table, Whole, Window
 from .workers import workers
 
 T = TypeVar("T")

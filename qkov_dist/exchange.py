@@ -18,12 +18,13 @@ from torch import Tensor
 
 from .capture import Site
 from .engine import FactorSource
-from .factors import FactorStore, Table, Whole, Window
+from .factors import FactorStore
 from .geometry import Rect
 from .plan import Owned
 from .rounds import Round
 from .slices import AttentionLayer, Layout, Projection
 from .team import Team
+from .windows import Table, Whole, Window
 
 Features = tuple[int, int]
 

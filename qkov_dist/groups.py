@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .factors import Span, Table, Whole
+from .windows import Span, Table, Whole
 
 _SHORTEST, _SLACK = 7 / 8, 4  # of the longest of a group; tokens by which a member may be shorter in any case
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .factors import Whole, Window
 from .geometry import Rect
 from .groups import Group
 from .score import Fused, Score
+from .windows import Whole, Window
 
 CHUNK_BYTES = 2 * 2**20  # of gradients; with their squares this is what a core's second-level cache holds, or nearly
 PRODUCTS = 512  # blocks of pairs that are multiplied at a time on a GPU: some for each of its multiprocessors

@@ -12,13 +12,13 @@ from .anatomy import Anatomy
 from .batches import Objective, make_batches, sequence
 from .config import RunConfig
 from .engine import DTYPES
-from .factors import Table
 from .groups import order_samples
 from .plan import Selection
 from .samples import IGNORED, Sample, Task
 from .shares import Scoring
 from .slices import Layout
 from .team import Team
+from .windows import Table
 from .world import Alone
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkov_dist.factors import Table, Whole
 from qkov_dist.groups import order_samples
+from qkov_dist.windows import Table, Whole
 
 
 def table_of(lengths: list[int], above: int) -> Table:

@@ -1,0 +1,55 @@
+"""Whether gradients and inputs are finite: at once, naming the sample, or by their sums, all of a batch in one look.
+
+A sum keeps any NaN or infinity, and reads each number once. Where it is not finite, the numbers themselves are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+from .errors import QkovError
+
+
+class NonFiniteGradientError(QkovError):
+    """A gradient, or an input of a projection, that is NaN or infinite."""
+
+
+def check_finite(tensors: Mapping[str, Tensor], batch: Batch, where: str) -> None:
+    """Raise unless all is finite.
+
+    Args:
+        tensors: By what messages call them, [tokens, width] of the batch's real tokens, sample after sample.
+        batch: Names and lengths of its samples.
+        where: What a message says after the sample's name.
+
+    Raises:
+        NonFiniteGradientError: names the first sample that is not.
+    """
+    for what, tensor in tensors.items():
+        if bool(total(tensor).isfinite()):
+            continue  # a sum that only overflows is looked at more closely
+        start = 0
+        for name, length in zip(batch.names, batch.lengths, strict=True):
+            if not bool(torch.isfinite(tensor[start : start + length]).all()):
+                raise NonFiniteGradientError(
+                    f"{name}, {where}",
+                    expected=f"a finite {what}",
+                    got="NaN or infinity",
+                    remedy="Check the sample, or load the model in a wider type (model.dtype: float32 or bfloat16).",
+                )
+            start += length
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of all numbers, where they are."""
+    return tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def all_finite(sums: Sequence[Tensor]) -> bool:
+    """Whether all numbers are, waiting for each device once."""
+    devices = {one.device for one in sums}
+    return all(bool(torch.stack([one for one in sums if one.device == device]).isfinite().all()) for device in devices)
