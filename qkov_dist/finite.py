@@ -1,6 +1,6 @@
 """Whether gradients and inputs are finite: at once, naming the sample, or by their sums, all of a batch in one look.
 
-A sum keeps any NaN or infinity, and reads each number once. Where it is not finite, the numbers themselves are looked at.
+A sum keeps any NaN or infinity, and reads each number once; where it is not finite, the numbers are looked at.
 """
 
 from __future__ import annotations
