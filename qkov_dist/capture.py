@@ -175,7 +175,7 @@ class Capture:
         if known.x._version != known.version:
             raise _changed_in_place(site)
         d = state.real(d)
-        d = d if state.loss_scale == 1.0 else d.float() / state.loss_scale
+        d = d if state.loss_scale == 1.0 and d.dtype != torch.float16 else d.float() / state.loss_scale
         factors = Factors(site, known.x_site, state.real(known.x.detach()), d)
         if state.sums is None:
             check_finite(_looked_at(factors), state.batch, f"layer {site.layer} ({site.module})")

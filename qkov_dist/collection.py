@@ -183,6 +183,10 @@ class Collection:
         if len(batch.samples) == 1:
             got, remedy = "too little", "Cut it with the task's max_tokens, spread the model over more ranks or a GPU "
             remedy += "with more memory, or use model.dtype=bfloat16."
+            if self.store.bytes_on_gpu:
+                remedy = (
+                    f"Set compute.factor_gpu_mb=0: factors take {self.store.bytes_on_gpu >> 20} MiB there. {remedy}"
+                )
             return QkovError(
                 batch.names[0], expected=f"memory for one sample of {longest} tokens", got=got, remedy=remedy
             )

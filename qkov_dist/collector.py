@@ -134,7 +134,7 @@ class FisherCollector:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is that was collected, and where scores are formed; the CPU before there is one."""
+        """The GPU of the model that was collected; the CPU for other devices, and before there is one."""
         return self._device
 
     def collect_fisher(
@@ -266,7 +266,7 @@ class FisherCollector:
             team = make_team(current(), model, config.layout, [layer.layer for layer in plan.layers])
             layers = [config.layout.layer(layer.layer) for layer in plan.layers]
             first = next(model.parameters())
-            self._device = torch.device(first.device)
+            self._device = torch.device(first.device if first.device.type == "cuda" else "cpu")
             moves = team.lockstep or team.peers.size < team.world.size
             self._collection = Collection(
                 FactorStore(

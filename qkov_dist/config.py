@@ -138,7 +138,7 @@ class ComputeConfig(_Section):
     factor_gpu_mb: int | None = _key(
         optional(whole(0)),
         "MiB of captured factors that stay on each GPU, where no other rank needs them; beyond it they go to memory; "
-        "null takes nine tenths of what the plan leaves free",
+        "at most nine tenths of what the plan leaves free, which null takes",
         None,
         identity=False,
     )

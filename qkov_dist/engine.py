@@ -259,7 +259,8 @@ def _by_head(
         warn = settings.warn
         waiting: list[tuple[Stack, Callable[[], list[T]]]] = []
         for site, factors in _sites(tiles, source, roles, settings):
-            stacks = stacks_of([tile for tile in tiles if tile.site == site], settings.max_elements(len(roles.members)))
+            of_site, num = [tile for tile in tiles if tile.site == site], len(roles.members)
+            stacks = stacks_of(of_site, settings.max_elements(num), num)
             started = [(stack, submit(_in_memory, warn, work, stack, factors)) for stack in stacks]
             yield from _results(waiting)
             waiting = started
@@ -304,7 +305,27 @@ def _in_memory(
 def _sites(
     tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
 ) -> Iterator[tuple[Site, _SiteFactors]]:
-    """Each projection with its factors, group by group; X is read once for those that share it."""
+    """Each projection with its factors, group by group; X is read once for those that share it.
+
+    Raises:
+        QkovError: where a projection's factors do not fit into a GPU's memory beside what is there.
+    """
+    try:
+        yield from _read_sites(tiles, source, roles, settings)
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        raise QkovError(
+            f"layer {tiles[0].site.layer}",
+            expected=f"memory on {settings.device} for the factors of all samples at two projections",
+            got="too little",
+            remedy="Use fewer or shorter samples, or more ranks; in Python, score with the metric's device='cpu'.",
+        ) from error
+
+
+def _read_sites(
+    tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
+) -> Iterator[tuple[Site, _SiteFactors]]:
     cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop)
     x_site, inputs = None, []
     for site in sorted({tile.site for tile in tiles}, key=lambda site: (source.x_site(site), site)):

@@ -71,6 +71,7 @@ class FactorStore:
         self._series: dict[tuple[str, Site], Series] = {}
         self._x_site: dict[Site, Site] = {}
         self._added: list[Series] = []
+        self._copying: set[torch.device] = set()  # GPUs that copy into the host's memory
         self._shape: dict[Site, tuple[int, int]] = {}  # features that hooks see, [out, in]
         self._batch_lengths: tuple[int, ...] = ()
         self._folder = Path(tempfile.mkdtemp(prefix="qkov-factors-", dir=folder))
@@ -223,6 +224,8 @@ class FactorStore:
         if series.buffer is not None:
             series.keep(rows)
             self._added.append(series)
+            if rows.device.type == "cuda" and series.buffer.device.type == "cpu":
+                self._copying.add(rows.device)
             return
         rows = rows.to("cpu", dtype)
         if self.bytes_in_memory + rows.nbytes <= self.budget_bytes:
@@ -254,15 +257,24 @@ class FactorStore:
                 return place
         if not size or self.bytes_in_memory + size > self.budget_bytes:
             return None
+        pinned = self._pinned(num_rows, series) if device.type == "cuda" else None
         self.bytes_in_memory += size
-        if device.type == "cuda":
+        return large_tensor(num_rows, series.width, series.dtype) if pinned is None else pinned
+
+    def _pinned(self, num_rows: int, series: Series) -> Tensor | None:
+        """Memory that a GPU copies into by itself; none where the system has no more of it."""
+        try:
             return torch.empty(num_rows, series.width, dtype=series.dtype, pin_memory=True)
-        return large_tensor(num_rows, series.width, series.dtype)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+            return None
 
     def _finish_copies(self) -> None:
-        """Wait for the copies of this batch that a GPU makes into the host's memory by itself."""
-        if any(series.buffer is not None and series.buffer.is_pinned() for series in self._added[-1:]):
-            torch.cuda.synchronize()
+        """Wait for the copies of this batch that GPUs make into the host's memory by themselves."""
+        for device in self._copying:
+            torch.cuda.synchronize(device)
+        self._copying.clear()
 
     def _drop_added(self) -> None:
         for series in reversed(self._added):

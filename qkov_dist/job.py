@@ -26,7 +26,7 @@ from .models import LoadedModel
 from .parallel import load_parallel, resolve_parallelism
 from .plan import LayerPlan, Plan, Selection, make_plan, tile_bytes
 from .samples import Task, task_fingerprint
-from .score import Score, worth_compiling
+from .score import Score, compiled, worth_compiling
 from .slices import Layout
 from .stand_in import proved_layout
 from .tasks import load_task
@@ -118,10 +118,10 @@ class Job:
             warn: Takes a line where memory ran out.
         """
         metric, ridge = self.config.metric, self.config.ridge
-        dtype, compiled = DTYPES[self.config.compute.score_dtype], self.config.compute.compile
-        if compiled == "auto":
+        dtype, fuses = DTYPES[self.config.compute.score_dtype], self.config.compute.compile
+        if fuses == "auto":
             elements = self.num_samples * sum(tile.rect.area for layer in self.plan.layers for tile in layer.tiles)
-            compiled = worth_compiling(elements, on_gpu=self.device.type == "cuda")
+            fuses = worth_compiling(elements, on_gpu=self.device.type == "cuda") and self._can_compile(warn)
         return ScoreSettings(
             cast(Score, metric.score),
             ridge.epsilon,
@@ -130,10 +130,18 @@ class Job:
             dtype,
             self.config.compute.matmul_precision,
             self.device,
-            bool(compiled),
+            bool(fuses),
             scratch,
             warn,
         )
+
+    def _can_compile(self, warn: Say) -> bool:
+        try:
+            compiled(self.device.type)
+        except QkovError as error:
+            warn(f"scores are formed without torch.compile: {error}")
+            return False
+        return True
 
     def roles(self) -> Roles:
         """All samples are members, A's first."""

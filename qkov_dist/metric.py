@@ -6,12 +6,14 @@ heatmap = metric.compute_heatmap("math", "code", layers=[3, 4, 5])
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from .arguments import choose, wrong_argument
 from .assembly import assemble
@@ -46,6 +48,8 @@ class QKOVInterferenceMetric:
         include_bias: Add the biases of Q, K and V to their heads.
         dtype: ``float32`` or ``float64``, of gradients and scores.
         show_progress: Show a progress bar.
+        device: Where scores are formed: ``cpu``, ``cuda`` or ``cuda:N``; by default the GPU of the model that was
+            collected, which then holds two projections' factors of all samples at a time, else the CPU.
     """
 
     config: QKOVConfig
@@ -58,11 +62,16 @@ class QKOVInterferenceMetric:
     include_bias: bool = False
     dtype: str = "float32"
     show_progress: bool = field(default=False, kw_only=True)
+    device: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         choose("score", self.score, get_args(Score))
         choose("scope", self.scope, get_args(Scope))
         choose("dtype", self.dtype, tuple(DTYPES))
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
+            raise wrong_argument("device", "cpu, cuda or cuda:N", repr(self.device))
+        if self.device not in (None, "cpu") and not torch.cuda.is_available():
+            raise wrong_argument("device", "cpu, where torch finds no CUDA device", repr(self.device))
         values = {"epsilon": self.epsilon, "ridge_lambda": self.ridge_lambda, "ridge_relative": self.ridge_relative}
         for name, value in values.items():
             if not (value >= 0 and np.isfinite(value)):
@@ -175,8 +184,12 @@ class QKOVInterferenceMetric:
             self.ridge_lambda,
             self.ridge_relative,
             DTYPES[self.dtype],
-            device=self.collector.device,
+            device=self._device,
         )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.collector.device if self.device is None else torch.device(self.device)
 
     def _plan(self, layers: Iterable[int] | None, heads: Iterable[int] | None, num_samples: int) -> Plan:
         if self.collector.config.layout != self.config.layout:
@@ -199,7 +212,7 @@ class QKOVInterferenceMetric:
             num_samples=num_samples,
             itemsize=DTYPES[self.dtype].itemsize,
             owned=self.collector.collection.team.owned(),
-            tile_bytes=tile_bytes(self.collector.device.type),
+            tile_bytes=tile_bytes(self._device.type),
         )
 
     def _estimator(self, task_a: str, task_b: str) -> Estimator:

@@ -23,7 +23,7 @@ from .job import Job
 from .memory import local_bytes
 from .parallel import Parallelism, check_tensor_parallel
 from .pretend import pretended_teams
-from .rounds import Round, layers_of, make_rounds, make_windows
+from .rounds import Round, gpu_budget, layers_of, make_rounds, make_windows
 from .scoring_cost import ScoringCost
 from .shares import layer_shares
 from .statistics_cost import StatisticsCost
@@ -137,6 +137,8 @@ def parallelism_of(job: Job) -> Parallelism:
     ):
         zero3 = any(hasattr(parameter, "ds_id") for parameter in job.loaded.model.parameters())
         data = "zero3" if zero3 else "fsdp"
+    if len({parameter.device for parameter in job.loaded.model.parameters()}) > 1:
+        data = "device_map"
     return Parallelism(team.world.size // replicas, data, replicas)
 
 
@@ -159,7 +161,8 @@ def _windows(
 ) -> list[list[Round]]:
     largest = {layer: max(size[layer] for size in sizes) for layer in sizes[0]}
     disk = NO_LIMIT if work.disk is None else work.disk
-    return make_windows(rounds, largest, gpu_room + work.config.compute.factor_memory_mb * MIB + disk)
+    budget = work.config.compute.factor_memory_mb * MIB + disk
+    return make_windows(rounds, largest, budget, gpu_budget(gpu_room, largest))
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +187,7 @@ class _Scene:
         return make_rounds([[n for n, share in of.items() if share.heads] for of in self.scoring.shares])
 
     def gpu_room(self, team: Team, weights: int | None = None) -> int:
-        """Bytes of captured factors that may stay on a rank's GPU: what is asked for, or most of what is left.
+        """Bytes of captured factors that may stay on a rank's GPU: most of what is left, or what is asked for.
 
         Where other ranks need factors, or layers are on several GPUs, they wait in the host's memory.
 
@@ -195,8 +198,7 @@ class _Scene:
         work, rank = self.work, team.world.rank
         if not work.on_gpu or team.peers.size > 1 or self.capture.parallelism.data == "device_map":
             return 0
-        if work.config.compute.factor_gpu_mb is not None:
-            return work.config.compute.factor_gpu_mb * MIB
+        asked = work.config.compute.factor_gpu_mb
         if work.gpu_memory is None:
             return 0
         batches = self.scoring.dealt.passes[team.peers.rank]
@@ -204,7 +206,8 @@ class _Scene:
         capturing = self.capture.gathered + int(activations)
         used = self.capture.weights(rank) if weights is None else weights
         used += GPU_OVERHEAD + max(capturing, self.scoring.buffers(rank, work.layers))
-        return max(work.gpu_memory - used, 0) * 9 // 10
+        room = max(work.gpu_memory - used, 0) * 9 // 10
+        return room if asked is None else min(asked * MIB, room)
 
     def cost(
         self,

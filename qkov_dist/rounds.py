@@ -29,23 +29,35 @@ def layers_of(rounds: Sequence[Round]) -> tuple[int, ...]:
     return tuple(sorted({layer for layers in rounds for layer in layers if layer is not None}))
 
 
-def make_windows(rounds: Sequence[Round], sizes: Mapping[int, int], budget: int) -> list[list[Round]]:
+def gpu_budget(room: int, sizes: Mapping[int, int]) -> int:
+    """Bytes of factors that are sure to find a place on a GPU: they go there by whole series, each less than a layer.
+
+    Args:
+        room: Bytes that may stay there.
+        sizes: Bytes of each layer's factors.
+    """
+    return room if sum(sizes.values()) <= room else max(room - max(sizes.values()), 0)
+
+
+def make_windows(rounds: Sequence[Round], sizes: Mapping[int, int], budget: int, on_gpu: int = 0) -> list[list[Round]]:
     """Cut rounds into windows whose layers' factors fit.
 
     Args:
         rounds: All rounds.
         sizes: Bytes of each layer's factors on the rank that keeps most.
-        budget: Bytes that there is room for.
+        budget: Bytes that there is room for in memory and on disk.
+        on_gpu: Bytes that there is room for on a GPU.
 
     Raises:
         QkovError: where one round alone does not fit.
     """
+    budget += on_gpu
     windows: list[list[Round]] = []
     for layers in rounds:
         need = sum(sizes[layer] for layer in layers_of([layers]))
         if need > budget:
             raise QkovError(
-                "compute.factor_memory_mb + compute.factor_disk_mb",
+                f"{'compute.factor_gpu_mb + ' if on_gpu else ''}compute.factor_memory_mb + compute.factor_disk_mb",
                 expected=f"room for the factors of one round of layers, {-(-need // 2**20)} MiB",
                 got=f"{budget // 2**20} MiB",
                 remedy="Raise one of them, free disk space, or use more ranks or fewer samples.",

@@ -39,7 +39,7 @@ from .planning import RunPlan, plan_of_job
 from .progress import Voice, progress_bar
 from .provenance import run_attributes
 from .results import Heatmap
-from .rounds import Round, layers_of, make_windows
+from .rounds import Round, gpu_budget, layers_of, make_windows
 from .sample_checks import refuse_not_finite
 from .scoring import rounds_of, score_rounds
 from .stopping import stoppable
@@ -207,7 +207,7 @@ def _windows(job: Job, rounds: list[Round], folder: Path, gpu_room: int) -> list
     budgets = world.gather(compute.factor_memory_mb * 2**20 + disk)
     sizes = world.gather({str(layer.layer): job.factor_bytes(layer) for layer in job.plan.layers})
     largest = {int(layer): max(size[layer] for size in sizes) for layer in sizes[0]}
-    return make_windows(rounds, largest, gpu_room + min(budgets))
+    return make_windows(rounds, largest, min(budgets), gpu_budget(gpu_room, largest))
 
 
 def _store(job: Job, folder: Path, gpu_room: int) -> FactorStore:

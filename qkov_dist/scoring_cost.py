@@ -21,10 +21,11 @@ from .capture import Site
 from .forms import GRADIENT_BYTES, factor_bytes
 from .frame import FrameLayer
 from .geometry import Rect
-from .kernel import CHUNK_BYTES
+from .kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
 from .merge import deal_heads
 from .parallel import SHARDED_BY_HOOKS
 from .partial_schema import FISHER_COLUMNS
+from .plan import GPU_TILE_BYTES
 from .rounds import Round
 from .score import worth_compiling
 from .shares import LayerShare, SiteShare
@@ -252,7 +253,13 @@ class ScoringCost:
         gradients = share.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
         squares = gradients if self.work.on_gpu else min(CHUNK_BYTES, gradients)
         squares = 2 * gradients if compiled else squares
-        return self.work.workers * (gradients + squares)
+        return self.work.workers * (gradients + squares) + (self._pairs(share) if self.work.on_gpu else 0)
+
+    def _pairs(self, share: LayerShare) -> int:
+        """Bytes of the scores of the heads that a GPU works on together, and of products in parts."""
+        heads = max(map(len, share.heads.values()))
+        together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
+        return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
     def _padded_factors(self, share: LayerShare) -> int:
         """Bytes of two projections' factors in the type of scores, one in work and one on its way."""

@@ -178,4 +178,7 @@ def _largest_tile(plan: LayerPlan, scoring: Scoring) -> int:
         (max(band.area for band in Rect.of_shape(*shape).split_rows(most // shape[1])), num)
         for (_, _, shape, _), num in alike.items()
     ]
-    return max((size * (min(num, max(most // size, 1)) if scoring.on_gpu else 1) for size, num in sizes), default=0)
+    if not scoring.on_gpu:
+        return max((size for size, _ in sizes), default=0)
+    least = scoring.num_samples
+    return max((size * min(num, max(most // max(size, least), 1)) for size, num in sizes), default=0)

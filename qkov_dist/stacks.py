@@ -41,19 +41,24 @@ class Stack:
         return [Stack((tuple(replace(tile, rect=half) for tile in tiles for half in tile.rect.split_rows(height)),))]
 
 
-def stacks_of(tiles: Sequence[Tile], max_elements: int) -> list[Stack]:
+def stacks_of(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0) -> list[Stack]:
     """Put together the heads of one projection, in the order of the tiles.
 
     Args:
         tiles: Of one projection.
         max_elements: Elements that the tiles of a stack have together at a time; one head there is always.
+        num_samples: A head counts as no fewer elements than this, so that its scores of all pairs are bounded too.
     """
     heads: dict[tuple[str, int], list[Tile]] = {}
     for tile in tiles:
         heads.setdefault((tile.block, tile.head), []).append(tile)
     found: list[list[tuple[Tile, ...]]] = []
     for of_head in map(tuple, heads.values()):
-        if found and _alike(found[-1][0], of_head) and _size(of_head) * (len(found[-1]) + 1) <= max_elements:
+        if (
+            found
+            and _alike(found[-1][0], of_head)
+            and _size(of_head, num_samples) * (len(found[-1]) + 1) <= max_elements
+        ):
             found[-1].append(of_head)
         else:
             found.append([of_head])
@@ -68,5 +73,5 @@ def _cut(tiles: Sequence[Tile]) -> list[tuple[str, tuple[int, int], bool]]:
     return [(tile.block, tile.rect.shape, tile.bias) for tile in tiles]
 
 
-def _size(tiles: Sequence[Tile]) -> int:
-    return max(tile.rect.area for tile in tiles)
+def _size(tiles: Sequence[Tile], num_samples: int) -> int:
+    return max(num_samples, *(tile.rect.area for tile in tiles))

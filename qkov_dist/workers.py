@@ -33,11 +33,13 @@ def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator
     num_threads = torch.get_num_threads()
     num_workers = num_threads if device.type == "cpu" else 1
     own = threading.local()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def start() -> None:
         if num_workers > 1:
             torch.set_num_threads(1)
-        if device.type == "cuda":
+        if stream is not None:
+            torch.cuda.set_stream(stream)  # in order with what the caller does there
             torch.zeros((), device=device)  # a thread's first product warns where no other work was before it
         own.buffers = Buffers()
 

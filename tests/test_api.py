@@ -183,6 +183,11 @@ def test_arguments_out_of_range_are_named(llama):
         QKOVInterferenceMetric(config, collector, score="loud")
     with refused("epsilon: expected one of epsilon, ridge_lambda and ridge_relative above 0"):
         QKOVInterferenceMetric(config, collector, epsilon=0, ridge_lambda=0)
+    with refused("device: expected cpu, cuda or cuda:N, got 'mps'"):
+        QKOVInterferenceMetric(config, collector, device="mps")
+    if not torch.cuda.is_available():
+        with refused("device: expected cpu, where torch finds no CUDA device, got 'cuda:1'"):
+            QKOVInterferenceMetric(config, collector, device="cuda:1")
     with refused("reduction: expected one of param"):
         FisherCollector(reduction="group")
     with refused("mode: expected one of ema, mean"):

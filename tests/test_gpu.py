@@ -125,9 +125,11 @@ def test_the_api_scores_where_the_model_is():
         for task, seed in (("a", 1), ("b", 2)):
             collector.collect_fisher(model.to(device), mixed_samples(4, VOCAB, seed=seed), task=task)
         assert collector.device.type == device
-        metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector)
-        found.append(metric.compute_heatmap("a", "b")["Q"]["scores"])
-    assert np.abs(found[1] - found[0]).max() < 1e-4 * np.abs(found[0]).max()
+        for chosen in (None, "cpu"):
+            metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector, device=chosen)
+            found.append(metric.compute_heatmap("a", "b")["Q"]["scores"])
+    for other in found[1:]:
+        assert np.abs(other - found[0]).max() < 1e-4 * np.abs(found[0]).max()
 
 
 def test_products_in_tf32_come_close():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkov_dist.errors import QkovError
-from qkov_dist.rounds import layers_of, make_rounds, make_windows
+from qkov_dist.rounds import gpu_budget, layers_of, make_rounds, make_windows
 
 LAYERS = st.lists(st.lists(st.integers(0, 20), unique=True, max_size=8).map(sorted), min_size=1, max_size=5)
 
@@ -43,3 +43,15 @@ def test_windows_are_consecutive_rounds_that_fit(by_rank, budget):
     assert all(need(window) <= budget for window in windows)
     for window, after in pairwise(windows):
         assert need([*window, after[0]]) > budget
+
+
+def test_what_goes_to_a_gpu_by_whole_series_may_leave_a_layer_of_room():
+    sizes = {0: 30, 1: 50, 2: 20}
+    assert gpu_budget(100, sizes) == 100
+    assert gpu_budget(99, sizes) == 49
+    assert gpu_budget(40, sizes) == 0
+    rounds = [(0,), (1,), (2,)]
+    assert len(make_windows(rounds, sizes, 0, gpu_budget(100, sizes))) == 1
+    assert len(make_windows(rounds, sizes, 31, gpu_budget(99, sizes))) == 2
+    with pytest.raises(QkovError, match=r"compute\.factor_gpu_mb \+ compute\.factor_memory_mb"):
+        make_windows(rounds, sizes, 10, 1)

@@ -139,6 +139,17 @@ def test_a_row_that_does_not_fit_is_named(monkeypatch):
         job_for(entry).run(entry.build())
 
 
+def test_factors_that_do_not_fit_beside_the_tiles_are_said_to(monkeypatch):
+    entry = TINY["llama"]
+
+    def none(*args):
+        raise shortage()
+
+    monkeypatch.setattr(engine.Window, "to", none)
+    with pytest.raises(QkovError, match=r"layer 0: expected memory on cpu for the factors .*device='cpu'"):
+        job_for(entry).run(entry.build())
+
+
 REAL = """
 import json, resource, sys
 import torch

@@ -33,6 +33,8 @@ def test_heads_of_one_shape_are_together_as_far_as_there_is_room():
     assert numbers(tiles, 64) == [[0, 1], [2, 3], [4]]
     assert numbers(tiles, 63) == [[0], [1], [2], [3], [4]]
     assert numbers(tiles, 10**9) == [[0, 1, 2, 3, 4]]
+    of_many_samples = stacks_of(tiles, 100, num_samples=50)  # 50 x 50 scores a head, beside 50 x 32 gradients
+    assert [len(stack.heads) for stack in of_many_samples] == [2, 2, 1]
 
 
 def test_heads_of_other_blocks_shapes_or_cuts_are_not():
