@@ -131,7 +131,7 @@ class Collection:
                 self.sites,
                 loss_reduction=self.loss_reduction,
                 loss_factor=self.loss_factor,
-                check_at_end=self._check_at_end(model),
+                check_at_end=self.team.passes_alone and next(model.parameters()).device.type == "cuda",
             ) as session:
                 for batch, counts in passes:
                     if not counts:
@@ -147,11 +147,6 @@ class Collection:
                 raise  # the peers wait inside a pass: they learn it when this rank goes
             return {"error": error.parts, "losses": []}
         return {"error": None, "losses": losses}
-
-    def _check_at_end(self, model: nn.Module) -> bool:
-        """Where a look at each site would wait for a GPU, and no other rank takes part in a pass."""
-        alone = not self.team.lockstep and self.team.peers.size == self.team.world.size
-        return alone and next(model.parameters()).device.type == "cuda"
 
     def _pass(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Run one batch; where it does not fit into memory, its halves.

@@ -28,6 +28,7 @@ from .errors import QkovError
 from .factors import FactorStore
 from .fisher import Estimator
 from .forms import gradients_above
+from .memory import num_parameters
 from .padded import samples_of_batch
 from .plan import Selection, make_plan
 from .samples import Sample, Task, task_fingerprint
@@ -267,7 +268,6 @@ class FisherCollector:
             layers = [config.layout.layer(layer.layer) for layer in plan.layers]
             first = next(model.parameters())
             self._device = torch.device(first.device if first.device.type == "cuda" else "cpu")
-            moves = team.lockstep or team.peers.size < team.world.size
             self._collection = Collection(
                 FactorStore(
                     self._budget,
@@ -281,8 +281,8 @@ class FisherCollector:
                 batch_tokens=self._batch_tokens
                 or default_batch_tokens(
                     on_cpu=first.device.type == "cpu",
-                    moves=moves,
-                    num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+                    moves=not team.passes_alone,
+                    num_parameters=num_parameters(model),
                 ),
                 team=team,
             )

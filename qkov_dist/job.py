@@ -21,10 +21,11 @@ from .engine import DTYPES, Roles, ScoreSettings
 from .errors import QkovError
 from .fingerprint import fingerprint
 from .fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
-from .forms import factor_bytes, gradients_above
+from .forms import gradients_above
+from .memory import num_parameters
 from .models import LoadedModel
 from .parallel import load_parallel, resolve_parallelism
-from .plan import LayerPlan, Plan, Selection, make_plan, tile_bytes
+from .plan import Plan, Selection, make_plan, tile_bytes
 from .samples import Task, task_fingerprint
 from .score import Score, compiled, worth_compiling
 from .slices import Layout
@@ -104,11 +105,6 @@ class Job:
         """By site, the tokens above which a sample's gradient is smaller than its factors."""
         layers = (self.layout.layer(layer.layer) for layer in self.plan.layers)
         return gradients_above(layers, self.factor_dtype.itemsize)
-
-    def factor_bytes(self, layer: LayerPlan) -> int:
-        """Bytes of a layer's factors that this rank keeps."""
-        size = self.factor_dtype.itemsize
-        return factor_bytes(self.layout.layer(layer.layer), layer.sites, self.lengths_here, size, self.team.local)
 
     def settings(self, scratch: Path | None = None, warn: Say = lambda line: None) -> ScoreSettings:
         """The metric's numbers.
@@ -190,13 +186,9 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     same_on_all(world, "model and samples", {"run_id": run_id})
     say(_summary(layout, plan, tasks))
     batch_tokens = parallelism.batch_tokens(
-        config.compute, on_gpu=device_type != "cpu", num_parameters=_num_parameters(loaded)
+        config.compute, on_gpu=device_type != "cpu", num_parameters=num_parameters(loaded.model)
     )
     return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id)
-
-
-def _num_parameters(loaded: LoadedModel) -> int:
-    return sum(parameter.numel() for parameter in loaded.model.parameters())
 
 
 def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def num_parameters(model: Any) -> int:
+    """Parameters of a whole, unsharded model."""
+    return sum(int(parameter.numel()) for parameter in model.parameters())
+
+
 def local_bytes(tensor: Any) -> int:
     """Bytes that this rank holds of a parameter or buffer: of a DTensor its shard, under ZeRO-3 its partition."""
     if hasattr(tensor, "ds_id"):

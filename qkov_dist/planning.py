@@ -43,15 +43,20 @@ class RunPlan:
         work: What is computed.
         parallelism: How the model is cut.
         costs: Every rank's, by rank.
-        windows: The layers of each pass over the samples.
+        rounds: The rounds of each pass over the samples.
         gpu_room: Bytes of captured factors that may stay on each GPU.
     """
 
     work: Workload
     parallelism: Parallelism
     costs: tuple[Cost, ...]
-    windows: tuple[tuple[int, ...], ...]
+    rounds: tuple[tuple[Round, ...], ...]
     gpu_room: int = 0
+
+    @property
+    def windows(self) -> tuple[tuple[int, ...], ...]:
+        """The layers of each pass over the samples."""
+        return tuple(map(layers_of, self.rounds))
 
     @property
     def num_ranks(self) -> int:
@@ -78,7 +83,7 @@ def plan_pretended(work: Workload, parallelism: Parallelism) -> RunPlan:
     room = min(scene.gpu_room(team) for team in teams)
     windows = _windows(work, scene.rounds(), sizes, room)
     costs = tuple(scene.cost(team, windows, kept, room) for team, kept in zip(teams, sizes, strict=True))
-    return RunPlan(work, parallelism, costs, tuple(layers_of(window) for window in windows), room)
+    return RunPlan(work, parallelism, costs, tuple(map(tuple, windows)), room)
 
 
 def least_peak(work: Workload, parallelism: Parallelism) -> int:
@@ -107,7 +112,7 @@ def plan_of_job(job: Job, rounds: Sequence[Round] | None = None) -> RunPlan:
     windows = _windows(work, scene.rounds() if rounds is None else rounds, sizes, room)
     cost = scene.cost(job.team, windows, mine, room, weights)
     costs = tuple(Cost(**theirs) for theirs in world.gather(asdict(cost)))
-    return RunPlan(work, scene.capture.parallelism, costs, tuple(layers_of(window) for window in windows), room)
+    return RunPlan(work, scene.capture.parallelism, costs, tuple(map(tuple, windows)), room)
 
 
 def workload_of(job: Job) -> Workload:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -39,7 +38,7 @@ from .planning import RunPlan, plan_of_job
 from .progress import Voice, progress_bar
 from .provenance import run_attributes
 from .results import Heatmap
-from .rounds import Round, gpu_budget, layers_of, make_windows
+from .rounds import Round, layers_of
 from .sample_checks import refuse_not_finite
 from .scoring import rounds_of, score_rounds
 from .stopping import stoppable
@@ -138,13 +137,12 @@ def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice, measure
         return None
     if done := len(job.plan.layers) - len(layers_of(rounds)):
         voice.say(f"resuming: {done} of {len(job.plan.layers)} layers are on disk")
-    planned = _planned(job, rounds, voice)
-    windows = _windows(job, rounds, writer.folder, planned[0].gpu_room)
+    planned = plan, _ = _planned(job, rounds, voice)
     with stoppable(team.world) as may_stop:
-        for number, window in enumerate(windows, start=1):
-            if len(windows) > 1:
-                voice.say(f"window {number} of {len(windows)}: layers {', '.join(map(str, layers_of(window)))}")
-            _score_window(job, window, planned[0].gpu_room, writer, voice, may_stop, measured)
+        for number, window in enumerate(plan.rounds, start=1):
+            if len(plan.rounds) > 1:
+                voice.say(f"window {number} of {len(plan.rounds)}: layers {', '.join(map(str, layers_of(window)))}")
+            _score_window(job, window, plan.gpu_room, writer, voice, may_stop, measured)
     return planned
 
 
@@ -197,17 +195,6 @@ def _check_scores(job: Job, layer: int, blocks: Mapping[str, BlockScores]) -> No
     for block, found in blocks.items():
         where = f"layer {layer}, block {block}"
         refuse_not_finite(found.scores, where, found.heads, members[roles.left], members[roles.right])
-
-
-def _windows(job: Job, rounds: list[Round], folder: Path, gpu_room: int) -> list[list[Round]]:
-    """Rounds whose factors fit on the GPU, into memory and on disk together, on every rank."""
-    compute, world = job.config.compute, job.team.world
-    disk = shutil.disk_usage(folder).free * 9 // 10
-    disk = disk if compute.factor_disk_mb is None else compute.factor_disk_mb * 2**20
-    budgets = world.gather(compute.factor_memory_mb * 2**20 + disk)
-    sizes = world.gather({str(layer.layer): job.factor_bytes(layer) for layer in job.plan.layers})
-    largest = {int(layer): max(size[layer] for size in sizes) for layer in sizes[0]}
-    return make_windows(rounds, largest, min(budgets), gpu_budget(gpu_room, largest))
 
 
 def _store(job: Job, folder: Path, gpu_room: int) -> FactorStore:

@@ -47,6 +47,11 @@ class Team:
     local: Mapping[Site, Rect] = field(default_factory=dict)
     lockstep: bool = False
 
+    @property
+    def passes_alone(self) -> bool:
+        """Whether no other rank takes part in a pass of this one: weights are whole here, and nothing is summed."""
+        return not self.lockstep and self.peers.size == self.world.size
+
     def owned(self) -> Owned | None:
         """What this rank owns, as the plan asks for it."""
         return None if self.ownership is None else self.owned_by(self.world.rank)

@@ -31,6 +31,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.exchange import Exchange
 from qkov_dist.expected_time import PHASES, Phase
 from qkov_dist.factors import FactorStore
+from qkov_dist.forms import factor_bytes
 from qkov_dist.frame import FrameLayer
 from qkov_dist.hardware import GPU_OVERHEAD
 from qkov_dist.job import Job, prepare
@@ -40,7 +41,7 @@ from qkov_dist.merge import add_dealt, deal_heads
 from qkov_dist.ownership import assign
 from qkov_dist.parallel import Parallelism
 from qkov_dist.partial_schema import BlockPartial, LayerPartial
-from qkov_dist.plan import Selection, make_plan
+from qkov_dist.plan import LayerPlan, Selection, make_plan
 from qkov_dist.planning import RunPlan, plan_of_job, plan_pretended, workload_of
 from qkov_dist.pretend import local_shape, pretended_teams
 from qkov_dist.rounds import layers_of, make_windows
@@ -95,10 +96,16 @@ def measure(raw: dict, folder: Path) -> tuple[list[Cost], list[list[int]], list[
 
 def windows_of(job: Job):
     compute, world = job.config.compute, job.team.world
-    sizes = world.gather({str(layer.layer): job.factor_bytes(layer) for layer in job.plan.layers})
+    sizes = world.gather({str(layer.layer): kept_bytes(job, layer) for layer in job.plan.layers})
     largest = {int(layer): max(size[layer] for size in sizes) for layer in sizes[0]}
     disk = 2**40 if compute.factor_disk_mb is None else compute.factor_disk_mb * 2**20
     return make_windows(rounds_of(job.plan, job.team), largest, compute.factor_memory_mb * 2**20 + disk)
+
+
+def kept_bytes(job: Job, layer: LayerPlan) -> int:
+    """Bytes of a layer's factors on this rank, as its hooks leave them."""
+    size = job.factor_dtype.itemsize
+    return factor_bytes(job.layout.layer(layer.layer), layer.sites, job.lengths_here, size, job.team.local)
 
 
 def score(job: Job, window, measured: Measured, folder: Path) -> None:
@@ -330,7 +337,7 @@ def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monke
     most = ScoreSettings(device="cuda").max_elements(16)
     for layer in plan.layers:
         stacks = [
-            stack for site in layer.sites for stack in stacks_of([t for t in layer.tiles if t.site == site], most)
+            stack for site in layer.sites for stack in stacks_of([t for t in layer.tiles if t.site == site], most, 16)
         ]
         largest = max(sum(tile.rect.area for tile in band) for stack in stacks for band in stack.bands)
         assert shares[layer.layer].tile == largest
