@@ -24,7 +24,6 @@ from .batches import Batch
 from .capture import Factors, Site
 from .errors import QkovError
 from .geometry import Rect
-from .pages import large_tensor
 from .series import Series, Spilled
 from .shortage import is_shortage
 from .windows import Span, Table, Whole, Window
@@ -259,7 +258,7 @@ class FactorStore:
             return None
         pinned = self._pinned(num_rows, series) if device.type == "cuda" else None
         self.bytes_in_memory += size
-        return large_tensor(num_rows, series.width, series.dtype) if pinned is None else pinned
+        return torch.empty(num_rows, series.width, dtype=series.dtype) if pinned is None else pinned
 
     def _pinned(self, num_rows: int, series: Series) -> Tensor | None:
         """Memory that a GPU copies into by itself; none where the system has no more of it."""

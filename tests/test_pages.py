@@ -10,31 +10,11 @@ import pytest
 import torch
 
 from qkov_dist import pages
-from qkov_dist.pages import HUGE_PAGE, kept_heap, large_tensor
+from qkov_dist.pages import kept_heap
 
 MIB = 2**20
 CPU = torch.device("cpu")
 GLIBC = pages._glibc() is not None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("num_rows", [0, 3, 5 * HUGE_PAGE // 64])
-def test_a_large_tensor_holds_what_is_written(num_rows, dtype):
-    tensor = large_tensor(num_rows, 64, dtype)
-    assert (tensor.shape, tensor.dtype) == ((num_rows, 64), dtype)
-    assert tensor.is_contiguous()
-    values = torch.arange(num_rows * 64).reshape(num_rows, 64).to(dtype)
-    part = tensor.copy_(values)[1:]
-    del tensor
-    assert torch.equal(part, values[1:])
-
-
-def test_without_huge_pages_it_is_an_ordinary_tensor(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("no such pages")
-
-    monkeypatch.setattr(mmap, "mmap", refuse)
-    assert large_tensor(9 * MIB, 1, torch.float32).fill_(1).sum() == 9 * MIB
 
 
 FAULTS = """
