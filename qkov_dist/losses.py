@@ -58,10 +58,8 @@ class _CrossEntropy(torch.autograd.Function):
         found = torch.empty_like(logits)
         everything = (_few_rows(t, like=logits) for t in (logits, targets.unsqueeze(1), grads[0].unsqueeze(1), found))
         for part, of_part, grad, out in zip(*everything, strict=True):
-            shares = torch.softmax(part, -1, dtype=grad.dtype, out=out if out.dtype == grad.dtype else None)
-            shares.mul_(grad).scatter_add_(1, of_part, -grad)
-            if shares is not out:
-                out.copy_(shares)
+            shares = torch.softmax(part, -1, dtype=grad.dtype)
+            out.copy_(shares.mul_(grad).scatter_add_(1, of_part, -grad))
         return found, None
 
 
