@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, get_args
@@ -152,8 +153,9 @@ class QKOVInterferenceMetric:
         team, mine = collection.team, {}
         exchange = Exchange(team, collection.store, layout, plan.sites)
         rounds = rounds_of(plan, team)
-        with progress_bar("scoring", len(rounds), "layer", show=self.show_progress) as advance:
-            for layer, blocks in score_rounds(plan, rounds, exchange, roles, self._settings(), team):
+        bar = progress_bar("scoring", len(rounds), "layer", show=self.show_progress)
+        with bar as advance, closing(score_rounds(plan, rounds, exchange, roles, self._settings(), team)) as scored:
+            for layer, blocks in scored:
                 mine[layer.layer] = layer_partial(blocks)
                 advance(1)
         return {

@@ -6,15 +6,18 @@ and costed for a pretended number of ranks. Hot code is handed its tiles and dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 from .capture import Site
 from .errors import QkovError
 from .geometry import Rect, first_overlap
 from .slices import BLOCKS, AttentionLayer, Layout, Projection
 
+S = TypeVar("S", Site, int)
 SHARED_O_BIAS = "O_bias"
 Owned = Callable[[Projection, bool], tuple[Rect, ...]]
 TILE_BYTES = 12 * 2**20  # of gradients; every worker of a CPU has a tile, which the shared cache should hold
@@ -110,6 +113,26 @@ class Selection:
                 remedy="Choose heads that every selected layer has; kv heads follow from the query heads.",
             )
         return tuple(sorted(set(self.heads)))
+
+
+def in_order_of_work(projections: Mapping[S, tuple[S, int]]) -> list[S]:
+    """The order in which a layer's projections are scored: those of one X together, and most work last.
+
+    While the last of a layer is worked on, the next layer's factors come.
+
+    Args:
+        projections: Projection -> whose X it reads, and the elements to be scored.
+    """
+    together = Counter[S]()
+    for shared, work in projections.values():
+        together[shared] += work
+
+    def key(projection: S) -> tuple[int, S, int, S]:
+        """Less for what comes earlier."""
+        shared, work = projections[projection]
+        return together[shared], shared, work, projection
+
+    return sorted(projections, key=key)
 
 
 def native_heads(layer: AttentionLayer, block: str, query_heads: Sequence[int]) -> tuple[int, ...]:

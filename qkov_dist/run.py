@@ -177,8 +177,9 @@ def _score_window(
         writer.header = dataclasses.replace(writer.header, extra=to_json(frame))
         exchange = Exchange(team, store, job.layout, plan.sites)
         bar = progress_bar("scoring", len(window), "layer", show=voice.show_progress)
-        with measured.phase("scoring"), bar as advance:
-            for layer, blocks in score_rounds(plan, window, exchange, roles, settings, team, may_stop):
+        scores = score_rounds(plan, window, exchange, roles, settings, team, may_stop)
+        with measured.phase("scoring"), bar as advance, closing(scores) as scored:
+            for layer, blocks in scored:
                 _check_scores(job, layer.layer, blocks)
                 measured.see_scores(blocks)
                 part = layer_partial(blocks)

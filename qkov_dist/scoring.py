@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
-from .engine import BlockScores, BlockTotals, Roles, ScoreSettings, block_totals, score_layer
+from .engine import BlockTotals, LayerSource, Roles, Scored, ScoreSettings, layer_totals, score_layers
 from .exchange import Exchange
 from .plan import LayerPlan, Plan
 from .rounds import Round, layers_of, make_rounds
 from .team import Team
-
-Scored = tuple[LayerPlan, dict[str, BlockScores]]
 
 
 def rounds_of(plan: Plan, team: Team, *, done: Callable[[int], bool] = lambda layer: False) -> list[Round]:
@@ -33,8 +31,10 @@ def score_rounds(
     settings: ScoreSettings,
     team: Team,
     before_round: Callable[[], object] = lambda: None,
-) -> Iterator[Scored]:
+) -> Generator[Scored, None, None]:
     """Score this rank's layer of each round; all ranks go through all rounds.
+
+    A round begins while the layer of the one before is still worked on, which is given back also where it cannot begin.
 
     Args:
         plan: This rank's tiles.
@@ -52,12 +52,22 @@ def score_rounds(
     totals: Mapping[int, BlockTotals] = {}
     if settings.ridge_relative:
         totals = _totals(layers, rounds, exchange, roles, settings, team)
+    yield from score_layers(_sources(layers, rounds, exchange, team, before_round), roles, settings, totals)
+
+
+def _sources(
+    layers: Mapping[int, LayerPlan],
+    rounds: Sequence[Round],
+    exchange: Exchange,
+    team: Team,
+    before_round: Callable[[], object] = lambda: None,
+) -> Iterator[LayerSource]:
+    """This rank's layer of each round, and its factors."""
     for turn in rounds:
         before_round()
         with exchange.round(turn) as source:
             if source is not None:
-                layer = layers[turn[team.world.rank] or 0]
-                yield layer, score_layer(layer, source, roles, settings, totals.get(layer.layer))
+                yield layers[turn[team.world.rank] or 0], source
 
 
 def _totals(
@@ -72,14 +82,10 @@ def _totals(
 
     A rank takes part with what it owns of a block, also where the heads to be scored are another's.
     """
-    mine: dict[str, BlockTotals] = {}
     wanted = layers_of(rounds)
     owned = [number for number in wanted if number in layers and layers[number].block_tiles]
-    for turn in make_rounds(team.world.gather(owned)):
-        with exchange.round(turn) as source:
-            if source is not None:
-                layer = layers[turn[team.world.rank] or 0]
-                mine[str(layer.layer)] = block_totals(layer, source, roles, settings)
+    sources = _sources(layers, make_rounds(team.world.gather(owned)), exchange, team)
+    mine = {str(layer.layer): found for layer, found in layer_totals(sources, roles, settings)}
     summed: dict[int, BlockTotals] = {}
     for theirs in team.world.gather(mine):
         for number, blocks in theirs.items():

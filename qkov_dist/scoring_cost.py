@@ -5,7 +5,8 @@ Counted is what the run itself counts or holds, from the same integers.
     scoring   2 P (T + 2 N + n_i n_j) operations for P elements, T padded tokens, N samples: gradients, both tasks'
               Fisher, all pairs (as :func:`~qkov_dist.kernel.tile_flops` counts)
     factors   of one layer, what :func:`~qkov_dist.forms.factor_bytes` counts; an owner is sent X and D at its features
-    buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections
+    buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections, one in
+              work and one on its way, which may be the next layer's first; of what came from other ranks, also that
     written   each head of which the rank owns an element, all pairs; on rank 0 also the heatmap
 """
 
@@ -25,7 +26,7 @@ from .kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
 from .merge import deal_heads
 from .parallel import SHARDED_BY_HOOKS
 from .partial_schema import FISHER_COLUMNS
-from .plan import GPU_TILE_BYTES
+from .plan import GPU_TILE_BYTES, in_order_of_work
 from .rounds import Round
 from .score import worth_compiling
 from .shares import LayerShare, SiteShare
@@ -45,7 +46,7 @@ Needs = tuple[tuple[int, int, int], ...]  # by threshold, numbers for each token
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes of factors in one or more rounds: sent to other ranks, and sent and received in the largest round."""
+    """Bytes of factors in one or more rounds: sent to other ranks, and held while the largest round comes in."""
 
     to_others: int = 0
     largest_round: int = 0
@@ -121,14 +122,15 @@ class ScoringCost:
         """Bytes of factors of a rank's samples that go to the owners of each round's layers, and what comes here."""
         if team.peers.size == 1:
             return Sent()
-        rank, to_others, largest = team.world.rank, 0, 0
+        rank, to_others, largest, in_work = team.world.rank, 0, 0, 0
         lengths = self.dealt.lengths[team.peers.rank]
         held = {above: Held.of(lengths, above) for above in self._held}
         for turn in rounds:
             mine = self._needs(rank, turn[rank])
             packed = self._bytes(self._needs_of_all(team.peer_ranks, turn), held)
             to_others += packed - self._bytes(mine, held)
-            largest = max(largest, packed + self._bytes(mine, self._held))
+            largest = max(largest, packed + self._bytes(mine, self._held) + in_work)
+            in_work = self._received_last(rank, turn[rank])
         return Sent(to_others, largest)
 
     @cached_property
@@ -159,6 +161,15 @@ class ScoringCost:
             return ()
         return tuple((site.above, site.cols + site.rows, site.whole) for site in self.shares[rank][layer].sites)
 
+    def _received_last(self, rank: int, layer: int | None) -> int:
+        """What was sent for the projection that is still in work when the next round begins."""
+        if layer is None or not (order := _in_order(self.shares[rank][layer])):
+            return 0
+        sites = {site.place: site for site in self.shares[rank][layer].sites}
+        last = order[-1]
+        needs = ((last.above, sites[last.input].cols + last.rows, last.whole),)
+        return self._bytes(needs, self._held)
+
     def _bytes(self, needs: Needs, held: Mapping[int, Held]) -> int:
         """Bytes of what is needed of some samples."""
         size = self.work.scoring.factor_itemsize
@@ -169,9 +180,10 @@ class ScoringCost:
 
     def buffers(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of tiles in work and of padded factors, at most."""
-        shares = [share for share, _ in self._counted(rank, layers) if share.heads]
+        shares = [(share, times) for share, times in self._counted(rank, layers) if share.heads]
         compiled = self._compiles(rank)
-        return max((self._tiles(share, compiled) + self._padded_factors(share) for share in shares), default=0)
+        tiles = max((self._tiles(share, compiled) for share, _ in shares), default=0)
+        return tiles + self._padded_factors(shares)
 
     def _compiles(self, rank: int) -> bool:
         """Whether the elementwise part of a rank's scores is compiled."""
@@ -261,17 +273,22 @@ class ScoringCost:
         together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
         return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
-    def _padded_factors(self, share: LayerShare) -> int:
+    def _padded_factors(self, shares: Sequence[tuple[LayerShare, int]]) -> int:
         """Bytes of two projections' factors in the type of scores, one in work and one on its way."""
+        within, firsts, lasts = [0], [0], [0]
+        for share, _ in shares:
+            order = _in_order(share)
+            pairs: list[Sequence[SiteShare]] = [*pairwise(order)] or [order]
+            within += [self._copies_of(share, pair) for pair in pairs]
+            firsts.append(self._copies_of(share, order[:1]))
+            lasts.append(self._copies_of(share, order[-1:]))
+        several_layers = sum(times for _, times in shares) > 1
+        return max(*within, max(lasts) + max(firsts) if several_layers else 0)
+
+    def _copies_of(self, share: LayerShare, sites: Sequence[SiteShare]) -> int:
         of_input = {site.place: self._copies(site.cols, site) for site in share.sites}
-        sites = sorted((site for site in share.sites if site.area), key=lambda site: (site.input, site.place))
-        pairs: list[Sequence[SiteShare]] = [*pairwise(sites)] or [sites]
-        held = [
-            sum(of_input[place] for place in {site.input for site in pair})
-            + sum(self._copies(site.rows, site) + self._whole_copies(site) for site in pair)
-            for pair in pairs
-        ]
-        return max(held, default=0)
+        own = sum(self._copies(site.rows, site) + self._whole_copies(site) for site in sites)
+        return own + sum(of_input[place] for place in {site.input for site in sites})
 
     def _copies(self, width: int, site: SiteShare) -> int:
         """A series in the type of scores, and padded where samples differ in length."""
@@ -283,6 +300,13 @@ class ScoringCost:
 
     def _whole_copies(self, site: SiteShare) -> int:
         return 2 * self._held[site.above].wholes * site.whole * self.work.scoring.itemsize
+
+
+def _in_order(share: LayerShare) -> list[SiteShare]:
+    """The projections of which the rank scores an element, in the order in which it does."""
+    sites = {site.place: site for site in share.sites if site.area + site.bias_area}
+    work = {place: (site.input, site.area + site.bias_area) for place, site in sites.items()}
+    return [sites[place] for place in in_order_of_work(work)]
 
 
 def _num(heads: Mapping[str, tuple[int, ...]]) -> int:

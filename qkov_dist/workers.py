@@ -22,6 +22,9 @@ Submit = Callable[..., Callable[[], Any]]
 def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator[Submit]:
     """Start workers for as long as the block lasts.
 
+    On a CPU the caller has one thread in the meantime: threads of its own, which wait for work by spinning, would take
+    the cores from the workers.
+
     Args:
         device: Where they compute.
         matmul_precision: Torch's float32 matmul precision in the meantime; ``highest`` leaves it as it is.
@@ -44,6 +47,8 @@ def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator
         own.buffers = Buffers()
 
     pool = ThreadPoolExecutor(num_workers, "qkov-worker", start)
+    if num_workers > 1:
+        torch.set_num_threads(1)
     precision = None if matmul_precision == "highest" else torch.get_float32_matmul_precision()
     try:
         if precision:

@@ -42,20 +42,21 @@ def resumed(folder: Path, out: str, shard: str = "none") -> dict:
 
 def stop_before(layer: int):
     """Make scoring fail at a layer, as a kill would between two layers."""
-    score_layer = qkov_dist.scoring.score_layer
+    score_layers = qkov_dist.scoring.score_layers
 
-    def failing(plan, *args):
-        if plan.layer == layer:
-            raise QkovError("test", expected="to go on", got="a stop", remedy="none")
-        return score_layer(plan, *args)
+    def until(layers):
+        for plan, source in layers:
+            if plan.layer == layer:
+                raise QkovError("test", expected="to go on", got="a stop", remedy="none")
+            yield plan, source
 
-    return failing
+    return lambda layers, *args: score_layers(until(layers), *args)
 
 
 def run_until(raw: dict, layer: int) -> str:
     """Run until a layer, which fails on the rank that owns it."""
-    kept = qkov_dist.scoring.score_layer
-    qkov_dist.scoring.score_layer = stop_before(layer)
+    kept = qkov_dist.scoring.score_layers
+    qkov_dist.scoring.score_layers = stop_before(layer)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -63,7 +64,7 @@ def run_until(raw: dict, layer: int) -> str:
     except QkovError as error:
         return str(error)
     finally:
-        qkov_dist.scoring.score_layer = kept
+        qkov_dist.scoring.score_layers = kept
     return ""
 
 

@@ -329,7 +329,7 @@ def test_factors_that_other_ranks_need_wait_in_memory():
 @pytest.mark.parametrize("limit", [1, 3000, 20_000, 10**9])
 def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monkeypatch):
     monkeypatch.setattr("qkov_dist.plan.GPU_TILE_BYTES", limit)
-    monkeypatch.setattr("qkov_dist.engine.GPU_TILE_BYTES", limit)
+    monkeypatch.setattr("qkov_dist.score_settings.GPU_TILE_BYTES", limit)
     work = work_of(TINY[name].build(), name, on_gpu=True)
     (shares,) = layer_shares(work.layout, work.layers, [pretended_teams(
         work.anatomy, work.layout, work.layers, ALONE)[0].owned_by(0)], work.scoring)  # fmt: skip

@@ -22,9 +22,9 @@ from test_engine import assert_close, expected_scores, job_for
 from zoo import TINY, VOCAB
 
 import qkov_dist.run
-import qkov_dist.scoring
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
+from qkov_dist.partials import PartialWriter
 from qkov_dist.samples import Sample
 
 
@@ -159,14 +159,14 @@ def assert_identical(one, other) -> None:
 
 def test_a_run_goes_on_from_the_layers_on_disk_bit_for_bit(config, tmp_path, capsys, monkeypatch):
     assert qkov("run", config, "--quiet") == 0
-    score_layer = qkov_dist.scoring.score_layer
+    write_layer = PartialWriter.write_layer
 
-    def interrupted(plan, *args):
-        if plan.layer == 1:
+    def interrupted(writer, layer, *args):
+        if layer == 1:
             raise KeyboardInterrupt
-        return score_layer(plan, *args)
+        write_layer(writer, layer, *args)
 
-    monkeypatch.setattr(qkov_dist.scoring, "score_layer", interrupted)
+    monkeypatch.setattr(PartialWriter, "write_layer", interrupted)
     again = f"output.dir={tmp_path}/again"
     assert qkov("run", config, "--quiet", again) == 130
     assert not (tmp_path / "again" / "heatmap.h5").exists()

@@ -1,13 +1,15 @@
 """Where a run's time goes: functions of the package, timed from wherever they are called, each second counted once.
 
 A phase is a set of functions. A function that is called inside another phase stops that phase's clock, so that phases
-add up to the whole; what no phase claims is ``rest``.
+add up to the whole; what no phase claims is ``rest``. A generator's clock runs from its first item to its end: what is
+done with its items meanwhile (layers are written while others are scored) is counted with it.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +23,9 @@ PHASES: dict[str, tuple[str, ...]] = {
     "loading": ("qkov_dist.parallel:load_parallel",),
     "preparing": ("qkov_dist.job:prepare",),
     "capture": ("qkov_dist.collection:Collection.run",),
-    "scoring": ("qkov_dist.engine:score_layer", "qkov_dist.engine:block_totals"),
+    "scoring": ("qkov_dist.scoring:score_rounds",),
     "statistics": ("qkov_dist.combine:combine",),
-    "writing": ("qkov_dist.partials:PartialWriter.write_layer", "qkov_dist.results:Heatmap.save"),
+    "writing": ("qkov_dist.results:Heatmap.save",),
 }
 REST = "rest"
 
@@ -90,11 +92,16 @@ def counted_bytes() -> Iterator[dict[str, int]]:
 
 def _timed(function: Callable[..., Any], watch: Stopwatch, phase: str) -> Callable[..., Any]:
     @functools.wraps(function)
+    def each(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with watch.phase(phase):
+            yield from function(*args, **kwargs)
+
+    @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with watch.phase(phase):
             return function(*args, **kwargs)
 
-    return wrapper
+    return each if inspect.isgeneratorfunction(function) else wrapper
 
 
 def _places(path: str) -> list[tuple[Any, str, Callable[..., Any]]]:

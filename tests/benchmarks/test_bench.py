@@ -130,9 +130,9 @@ def test_an_inner_phase_stops_the_outer_clock(monkeypatch):
 
 
 def test_a_function_is_timed_wherever_it_is_called_from_and_then_left_alone():
-    from qkov_dist import engine
+    from qkov_dist import scoring
 
-    function = engine.score_layer
+    function = scoring.score_rounds
 
     def holders():
         package = [m for name, m in sys.modules.items() if name.startswith("qkov_dist.")]

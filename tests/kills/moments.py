@@ -8,12 +8,13 @@ A rank with an *aim* sends itself a signal at one step of one phase, before it g
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "carrying over": ("qkov_dist.carry:carry_over", "qkov_dist.carry:take_over", "qkov_dist.carry:forget"),
     "taking up": ("qkov_dist.partials:PartialWriter.__enter__",),
     "capture": ("qkov_dist.collection:Collection.run",),
-    "scoring": ("qkov_dist.engine:score_layer",),
+    "scoring": ("qkov_dist.scoring:score_rounds",),
     "writing a layer": ("qkov_dist.partials:PartialWriter.write_layer",),
     "bringing together": ("qkov_dist.partials:PartialWriter.__exit__",),
     "adding up": ("qkov_dist.combine:combine",),
@@ -41,7 +42,7 @@ STEPS = (
     "qkov_dist.comm:TorchWorld.sum",
 )
 CALLS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate")
-SCORING = "qkov_dist.engine:score_layer"
+SCORING = "qkov_dist.engine:score_layers"
 STOPPABLE = "qkov_dist.stopping:stoppable"
 
 
@@ -113,7 +114,7 @@ def take_notes(path: Path, aim: Aim | None) -> None:
     for phase, places in PHASES.items():
         for place in places:
             _replace(place, lambda function, phase=phase: _phase(notes, phase, function))
-    _replace(SCORING, lambda function: _naming_layer(notes, function))
+    _replace(SCORING, lambda function: _naming_layers(notes, function))
     _replace(STOPPABLE, lambda function: _marking(notes, function))
     for place in STEPS:
         _replace(place, lambda function: _stepping(notes, function))
@@ -159,11 +160,23 @@ class _Notes:
 
 
 def _phase(notes: _Notes, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in a phase; of a generator, what it does for each of its items."""
+
+    def each(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        end = object()
+        with closing(function(*args, **kwargs)) as items:
+            while True:
+                with notes.phase(name):
+                    item = next(items, end)
+                if item is end:
+                    return
+                yield item
+
     def noted(*args: Any, **kwargs: Any) -> Any:
         with notes.phase(name):
             return function(*args, **kwargs)
 
-    return noted
+    return each if inspect.isgeneratorfunction(function) else noted
 
 
 def _stepping(notes: _Notes, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,12 +202,13 @@ def _in_two(notes: _Notes, pwrite: Callable[[int, Any, int], int]) -> Callable[[
     return written
 
 
-def _naming_layer(notes: _Notes, function: Callable[..., Any]) -> Callable[..., Any]:
-    def named(plan: Any, *args: Any) -> Any:
-        notes.write(f"*{plan.layer}")
-        return function(plan, *args)
+def _naming_layers(notes: _Notes, function: Callable[..., Any]) -> Callable[..., Any]:
+    def begun(layers: Iterable[Any]) -> Iterator[Any]:
+        for plan, source in layers:
+            notes.write(f"*{plan.layer}")
+            yield plan, source
 
-    return named
+    return lambda layers, *args: function(begun(layers), *args)
 
 
 def _marking(notes: _Notes, stoppable: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,139 @@
+"""Layer after layer through the workers, who need not wait: what comes next is read, or fetched, while they compute.
+
+    turns -> projections' factors -> stacks of heads -> workers -> results, in the order of the turns and the tiles
+
+Two projections are in hand at a time, also where one is the last of a layer and the other the next layer's first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from .errors import QkovError
+from .kernel import Buffers
+from .plan import LayerPlan, Tile
+from .score_settings import ScoreSettings
+from .shortage import is_shortage
+from .site_factors import FactorSource, Roles, SiteFactors, read_sites
+from .stacks import Stack, stacks_of
+from .workers import Submit, workers
+
+T = TypeVar("T")
+Work = Callable[[Stack, SiteFactors, Buffers], list[T]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A layer whose turn it is: which of its tiles are worked on, and where their factors come from."""
+
+    plan: LayerPlan
+    tiles: Sequence[Tile]
+    source: FactorSource
+
+
+@dataclass(frozen=True)
+class Done(Generic[T]):
+    """What came of one projection.
+
+    Attributes:
+        plan: The layer.
+        results: A tile of each head, and the head's result, in the order of the tiles.
+        is_last: Whether the layer is done with it.
+    """
+
+    plan: LayerPlan
+    results: list[tuple[Tile, T]]
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class _Started(Generic[T]):
+    """One projection that workers have been given."""
+
+    plan: LayerPlan
+    waiting: Sequence[tuple[Stack, Callable[[], list[T]]]]
+    is_last: bool
+
+    def done(self) -> Done[T]:
+        """Wait for the workers."""
+        results = [
+            result
+            for stack, wait in self.waiting
+            for result in zip((tiles[0] for tiles in stack.heads), wait(), strict=True)
+        ]
+        return Done(self.plan, results, self.is_last)
+
+
+def through_workers(turns: Iterable[Turn], roles: Roles, settings: ScoreSettings, work: Work[T]) -> Iterator[Done[T]]:
+    """Have ``work`` done for the heads of each projection of each layer.
+
+    The next turn is asked for while the last projection of the one before is worked on; its factors have to be there
+    until another is asked for.
+
+    Raises:
+        QkovError: what a turn or its factors raise, after everything that was begun before is done; what work raises.
+    """
+    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
+        errors: list[QkovError] = []
+        before = None
+        for started in _until_error(_start(turns, roles, settings, work, submit), errors):
+            if before is not None:
+                yield before.done()
+            before = started
+        if before is not None:
+            yield before.done()
+        if errors:
+            raise errors[0]
+
+
+def _until_error(items: Iterator[T], errors: list[QkovError]) -> Iterator[T]:
+    try:
+        yield from items
+    except QkovError as error:
+        errors.append(error)
+
+
+def _start(
+    turns: Iterable[Turn], roles: Roles, settings: ScoreSettings, work: Work[T], submit: Submit
+) -> Iterator[_Started[T]]:
+    """Give the workers one projection after another."""
+    num = len(roles.members)
+    for turn in turns:
+        left = len({tile.site for tile in turn.tiles})
+        if not left:
+            yield _Started(turn.plan, (), is_last=True)
+        for site, factors in read_sites(turn.tiles, turn.source, roles, settings):
+            left -= 1
+            stacks = stacks_of([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
+            waiting = [(stack, submit(_in_memory, settings.warn, work, stack, factors)) for stack in stacks]
+            yield _Started(turn.plan, waiting, is_last=not left)
+
+
+def _in_memory(
+    warn: Callable[[str], object], work: Work[T], stack: Stack, factors: SiteFactors, buffers: Buffers
+) -> list[T]:
+    """Do the work; where its tiles do not fit into memory, for half of the heads, or with tiles of half the height.
+
+    Raises:
+        QkovError: where a tile of one row does not fit.
+    """
+    try:
+        return work(stack, factors, buffers)
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        buffers.held.clear()
+        tile = stack.first
+        if len(stack.heads) == stack.tallest == 1:
+            raise QkovError(
+                f"layer {tile.site.layer}, block {tile.block}, head {tile.head}",
+                expected="memory for one row of a weight's gradients of all samples",
+                got="too little",
+                remedy="Use fewer samples, more ranks, or a machine with more memory.",
+            ) from error
+    warn(f"out of memory in layer {tile.site.layer}: going on with tiles of half the size")
+    return [found for part in stack.smaller() for found in _in_memory(warn, work, part, factors, buffers)]

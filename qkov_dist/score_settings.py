@@ -1,0 +1,37 @@
+"""How scores are formed: what of a configuration the engine has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .plan import GPU_TILE_BYTES
+from .score import Score
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores may be formed
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How scores are formed; the meaning of each is in SPEC's metric and in :mod:`qkov_dist.score`."""
+
+    score: Score = "interference"
+    epsilon: float = 1e-10
+    ridge_absolute: float = 1e-8
+    ridge_relative: float = 0.0
+    dtype: torch.dtype = torch.float32
+    matmul_precision: str = "highest"  # torch's, of float32 products
+    device: torch.device | str = "cpu"
+    compile: bool = False
+    scratch: Path | None = None  # where scores are that are too large for memory
+    warn: Callable[[str], object] = lambda line: None  # takes a line where memory ran out
+    stack_bytes: int | None = None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
+
+    def max_elements(self, num_samples: int) -> int:
+        """Elements that the heads which are worked on together may have in a tile."""
+        preferred = GPU_TILE_BYTES if torch.device(self.device).type == "cuda" else 0
+        size = preferred if self.stack_bytes is None else self.stack_bytes
+        return size // (num_samples * self.dtype.itemsize)
