@@ -55,5 +55,8 @@ def stoppable(world: World) -> Iterator[Callable[[], None]]:
     try:
         yield check
         check()  # who was told during the last layer
+    except StoppedError:
+        world.gather(None)  # nobody leaves, and has a launcher end the others, before all have recorded what they began
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

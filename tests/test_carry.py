@@ -17,6 +17,7 @@ import qkov_dist.run
 import qkov_dist.scoring
 from qkov_dist import QkovError, carry, load_heatmap
 from qkov_dist.carry import CARRIED, carry_over
+from qkov_dist.comm import current
 from qkov_dist.config_file import from_dict
 from qkov_dist.partials import list_partials, read_partial
 from qkov_dist.run import run
@@ -62,6 +63,7 @@ def run_until(raw: dict, layer: int) -> str:
             warnings.simplefilter("ignore")
             run(from_dict(raw), say=lambda line: None, show_progress=False)
     except QkovError as error:
+        current().gather(None)  # every rank owns a part of every layer: each has recorded what it finished
         return str(error)
     finally:
         qkov_dist.scoring.score_layers = kept
