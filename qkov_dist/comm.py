@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import QkovError
 from .failures import Watch
 from .launcher import launched_size, rendezvous
-from .world import Alone, SharedError, World, same_on_all, together
+from .world import Alone, SharedError, World, keep_own, of_others, same_on_all, together
 
 __all__ = [
     "Alone",
@@ -85,6 +85,27 @@ class TorchWorld:
         torch.distributed.all_to_all_single(received, sent, counts, sizes.tolist(), group=self.group)
         return list(torch.split(received.cpu(), counts))
 
+    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Send tensors where they lie, into where they will lie; over a GPU's memory where the group is of GPUs."""
+        places, step = of_others(received, self.rank), torch.distributed.P2POp
+        on_cpu = self.device.type == "cpu"
+        staged = [place if on_cpu else torch.empty_like(place, device=self.device) for *_, place in places]
+        steps = [
+            step(torch.distributed.irecv, there, None, self.group, tag, group_peer=rank)
+            for (rank, tag, _), there in zip(places, staged, strict=True)
+        ]
+        steps += [
+            step(torch.distributed.isend, ours.to(self.device), None, self.group, tag, group_peer=rank)
+            for rank, tag, ours in of_others(sent, self.rank)
+        ]
+        under_way = torch.distributed.batch_isend_irecv(steps) if steps else []
+        keep_own(sent[self.rank], received[self.rank])
+        for work in under_way:
+            work.wait()
+        for (_, _, place), there in zip(places, staged, strict=True):
+            if there is not place:
+                place.copy_(there)
+
     def subgroup(self, members: Sequence[Sequence[int]]) -> TorchWorld:
         """The group among ``members`` (lists of ranks) that this rank is in; every rank names all of them."""
         mine = None
@@ -134,6 +155,14 @@ class MpiWorld:
         sent = torch.cat([part.reshape(-1) for part in parts]).numpy()
         self.comm.Alltoallv([sent, (sizes, _offsets(sizes))], [received, (counts, _offsets(counts))])
         return list(torch.split(torch.from_numpy(received), counts.tolist()))
+
+    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Send tensors as the bytes they are, into where they will lie."""
+        keep_own(sent[self.rank], received[self.rank])
+        waiting = [self.comm.Irecv(_as_bytes(place), rank, tag) for rank, tag, place in of_others(received, self.rank)]
+        waiting += [self.comm.Isend(_as_bytes(ours), rank, tag) for rank, tag, ours in of_others(sent, self.rank)]
+        for request in waiting:
+            request.Wait()
 
 
 @contextmanager
@@ -282,6 +311,11 @@ def _watch(*, ends_process: bool = False) -> Watch:
 def _default_world() -> TorchWorld:
     on_gpu = torch.distributed.get_backend() == "nccl"
     return TorchWorld(None, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+
+
+def _as_bytes(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory, uint8 [n]."""
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 def _offsets(sizes: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ order of the peers, so that every rank sees one and the same table of spans.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,12 +122,12 @@ class Exchange:
     def _collect(self, turn: Round) -> _Received:
         team = self._team
         by_peer = [self._needs(turn[rank], rank) for rank in team.peer_ranks]
-        parts = [self._packed(needs) for needs in by_peer]
-        mine = by_peer[team.peers.rank]
-        self.bytes_sent += sum(part.numel() for r, part in enumerate(parts) if r != team.peers.rank)
-        incoming = team.peers.exchange(parts)
-        blocks = [self._unpacked(part, mine, tables) for part, tables in zip(incoming, self._by_peer, strict=True)]
-        series = {(need.kind, need.site): (need, torch.cat([b[n] for b in blocks])) for n, need in enumerate(mine)}
+        sent = [self._held_of(needs) for needs in by_peer]
+        places = [(need, self._place(need)) for need in by_peer[team.peers.rank]]
+        received = [[self._rows_of(peer, need, place) for need, place in places] for peer in range(team.peers.size)]
+        self.bytes_sent += sum(part.nbytes for r, parts in enumerate(sent) if r != team.peers.rank for part in parts)
+        team.peers.pass_on(sent, received)
+        series = {(need.kind, need.site): (need, place) for need, place in places}
         return _Received(self._tables, self._store.threshold, self._sharing, series)
 
     def _needs(self, layer: int | None, rank: int) -> list[Need]:
@@ -139,13 +138,20 @@ class Exchange:
         needs = needs_of(self._layout.layer(layer), sites, self._team.owned_by(rank), self._sharing)
         return [need for need in needs if need.kind != "g" or self._tables[self._store.threshold(need.site)].whole]
 
-    def _packed(self, needs: Sequence[Need]) -> Tensor:
-        """This rank's samples at the features that another needs, series after series, as bytes."""
-        pieces = [torch.empty(0, dtype=torch.uint8)]
-        for need in needs:
-            if self._num_rows(need, self._by_peer[self._team.peers.rank]):
-                pieces.append(self._held(need).contiguous().view(torch.uint8).reshape(-1))
-        return torch.cat(pieces)
+    def _place(self, need: Need) -> Tensor:
+        """Where a series of all peers' samples comes to lie, one peer after another."""
+        dtype = self._dtypes.get((need.kind, need.site), torch.float32)  # of no rows at all, none is known
+        return torch.empty(self._num_rows(need, self._tables), *need.shape, dtype=dtype)
+
+    def _rows_of(self, peer: int, need: Need, place: Tensor) -> Tensor:
+        """The part of it that a peer sends."""
+        before = sum(self._num_rows(need, tables) for tables in self._by_peer[:peer])
+        return place[before : before + self._num_rows(need, self._by_peer[peer])]
+
+    def _held_of(self, needs: Sequence[Need]) -> list[Tensor]:
+        """This rank's samples at the features that another needs; where these are all features, nothing is copied."""
+        mine = self._by_peer[self._team.peers.rank]
+        return [self._held(n).contiguous() if self._num_rows(n, mine) else torch.empty(0, *n.shape) for n in needs]
 
     def _held(self, need: Need) -> Tensor:
         """What a rank needs, of this rank's samples."""
@@ -161,17 +167,6 @@ class Exchange:
     def _num_rows(self, need: Need, tables: Mapping[int | None, Table]) -> int:
         table = tables[self._store.threshold(need.site)]
         return len(table.whole) if need.kind == "g" else table.num_rows
-
-    def _unpacked(self, data: Tensor, needs: Sequence[Need], tables: Mapping[int | None, Table]) -> list[Tensor]:
-        tensors, start = [], 0
-        for need in needs:
-            dtype = self._dtypes.get((need.kind, need.site), torch.float32)  # of no rows at all, none is known
-            shape = (self._num_rows(need, tables), *need.shape)
-            size = math.prod(shape) * dtype.itemsize
-            # a copy: bytes received one after another need not be aligned for a wider type
-            tensors.append(data[start : start + size].clone().view(dtype).view(shape))
-            start += size
-        return tensors
 
 
 def needs_of(layer: AttentionLayer, sites: Sequence[Site], owned: Owned, sharing: Mapping[Site, Site]) -> list[Need]:

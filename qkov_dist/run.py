@@ -178,7 +178,7 @@ def _score_window(
         exchange = Exchange(team, store, job.layout, plan.sites)
         bar = progress_bar("scoring", len(window), "layer", show=voice.show_progress)
         scores = score_rounds(plan, window, exchange, roles, settings, team, may_stop)
-        with measured.phase("scoring"), bar as advance, closing(scores) as scored:
+        with measured.phase("scoring"), bar as advance, kept_heap(job.device), closing(scores) as scored:
             for layer, blocks in scored:
                 _check_scores(job, layer.layer, blocks)
                 measured.see_scores(blocks)

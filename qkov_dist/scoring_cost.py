@@ -127,9 +127,9 @@ class ScoringCost:
         held = {above: Held.of(lengths, above) for above in self._held}
         for turn in rounds:
             mine = self._needs(rank, turn[rank])
-            packed = self._bytes(self._needs_of_all(team.peer_ranks, turn), held)
-            to_others += packed - self._bytes(mine, held)
-            largest = max(largest, packed + self._bytes(mine, self._held) + in_work)
+            others = self._bytes(self._needs_of_all(team.peer_ranks, turn), held) - self._bytes(mine, held)
+            to_others += others
+            largest = max(largest, others + self._bytes(mine, self._held) + in_work)
             in_work = self._received_last(rank, turn[rank])
         return Sent(to_others, largest)
 

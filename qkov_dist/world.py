@@ -37,6 +37,13 @@ class World(Protocol):
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Send ``parts[r]`` (bytes, uint8 [n]) to rank r; returns what each rank sent here."""
 
+    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Send the tensors ``sent[r]`` to rank r, and fill ``received[r]`` with what rank r sends here.
+
+        Both ends know how many there are, and of which types and shapes; each is contiguous. None is copied on its way
+        but by the transport.
+        """
+
 
 class Alone:
     """One process."""
@@ -54,6 +61,27 @@ class Alone:
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The one part."""
         return list(parts)
+
+    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Copy what this rank sends itself."""
+        keep_own(sent[0], received[0])
+
+
+def keep_own(sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+    """What a rank passes on to itself."""
+    for ours, place in zip(sent, received, strict=True):
+        place.copy_(ours)
+
+
+def of_others(tensors: Sequence[Sequence[Tensor]], rank: int) -> list[tuple[int, int, Tensor]]:
+    """(other rank, place among that rank's tensors, tensor) of those that are not empty."""
+    return [
+        (other, tag, tensor)
+        for other, of_rank in enumerate(tensors)
+        if other != rank
+        for tag, tensor in enumerate(of_rank)
+        if tensor.numel()
+    ]
 
 
 class SharedError(QkovError):

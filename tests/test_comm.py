@@ -56,8 +56,23 @@ def conversation(world: World) -> dict:
         "sums": {name: [total.dtype.name, total.tolist()] for name, total in sums.items()},
         "grid": grid.tolist(),
         "exchanged": [part.tolist() for part in world.exchange(parts)],
+        "passed on": passed_on(world),
         "silence": [part.tolist() for part in world.exchange([torch.empty(0, dtype=torch.uint8)] * world.size)],
     }
+
+
+def passed_on(world: World) -> list:
+    """Tensors of several types and shapes, of some none at all: two for each rank, which say who sent them to whom."""
+
+    def pair(sender: int, receiver: int) -> list[torch.Tensor]:
+        rows = torch.full((length(sender, receiver), 3), 10.0 * sender + receiver, dtype=torch.bfloat16)
+        return [rows, torch.tensor([[sender], [receiver]])]
+
+    ranks = range(world.size)
+    received = [[torch.zeros_like(part) for part in pair(other, world.rank)] for other in ranks]
+    world.pass_on([pair(world.rank, other) for other in ranks], received)
+    expected = [pair(other, world.rank) for other in ranks]
+    return [[torch.equal(a, b) for a, b in zip(*both, strict=True)] for both in zip(received, expected, strict=True)]
 
 
 def check_conversation(by_rank: list[dict]) -> None:
@@ -68,6 +83,7 @@ def check_conversation(by_rank: list[dict]) -> None:
         assert said["place"] == [rank, size]
         assert said["gathered"] == [{"rank": r, "text": "é" * r, "least": float("inf")} for r in range(size)]
         assert said["nothing"] == [None] * size
+        assert said["passed on"] == [[True, True]] * size
         assert said["grid"] == (ones + rank).tolist()  # a sum leaves its argument as it was
         assert said["sums"] == {
             "float32": ["float32", (ones * size + added).tolist()],
