@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-PUT_TOGETHER = 3  # copies of exchanged factors while a layer of them is unpacked and joined
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -22,7 +20,7 @@ class Cost:
         factors_gpu: Bytes of captured factors that stay on the GPU, in the pass that keeps most.
         factors_memory: Bytes of captured factors in the host's memory, in that pass.
         factors_disk: Bytes of captured factors on disk, in that pass.
-        exchange: Bytes of factors that are sent and received for one layer, at most.
+        exchange: Bytes of factors that are held while those of one layer are sent and received, at most.
         buffers: Bytes of the tiles in work (gradients, their squares) and of the padded factors that they are made of.
         scores: Bytes of one layer's scores, at most.
         statistics: Bytes of labels, resamples and scores while heads are tested; on rank 0 also of the heatmap.
@@ -70,10 +68,9 @@ class Cost:
         capturing = self.gathered + self.activations
         if on_gpu:
             scoring = self.buffers + self.exchange
-            moving = PUT_TOGETHER * self.exchange + 2 * self.scores
-            on_host = max(self.factors_memory + moving, self.statistics)
+            on_host = max(self.factors_memory + self.exchange + 2 * self.scores, self.statistics)
             return self.weights + self.factors_gpu + max(capturing, scoring), on_host
-        scoring = 2 * self.scores + max(self.buffers + self.exchange, PUT_TOGETHER * self.exchange)
+        scoring = 2 * self.scores + self.buffers + self.exchange
         return 0, self.weights + max(self.factors_memory + max(capturing, scoring), self.statistics)
 
 

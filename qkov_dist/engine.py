@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 BlockTotals = dict[str, float]
-LayerSource = tuple[LayerPlan, FactorSource]
+LayerSource = tuple[LayerPlan, FactorSource] | None  # None: no layer now, but maybe later
 
 
 @dataclass
@@ -82,7 +82,8 @@ def score_layers(
 
     Args:
         layers: Each layer's tiles and its captured factors, which have to be there until the next layer is asked for.
-            That is while this one's last projection is worked on: before its scores are given back.
+            That is while this one's last projection is worked on: before its scores are given back. None has nothing
+            asked for before they are.
         roles: The samples.
         settings: The metric.
         totals: By layer, each whole block's sum of I over all ranks (:func:`layer_totals`), for a relative ridge.
@@ -92,14 +93,18 @@ def score_layers(
         over ranks.
 
     Raises:
-        QkovError: what ``layers`` raise, after the layers that were begun before are given back; where memory does not
-            suffice.
+        QkovError, RuntimeError: what ``layers`` raise, after the layers that were begun before are given back; where
+            memory does not suffice.
     """
     fused = compiled(torch.device(settings.device).type) if settings.compile else None
     ridges: dict[tuple[int, str], float] = {}
 
-    def begun() -> Iterator[Turn]:
-        for plan, source in layers:
+    def begun() -> Iterator[Turn | None]:
+        for layer in layers:
+            if layer is None:
+                yield None
+                continue
+            plan, source = layer
             of_blocks = _ridges(plan, settings, (totals or {}).get(plan.layer, {}))
             ridges.update({(plan.layer, block): ridge for block, ridge in of_blocks.items()})
             yield Turn(plan, plan.tiles, source)
@@ -159,7 +164,7 @@ def layer_totals(
         return list(map(float, found))
 
     totals: BlockTotals = {}
-    turns = (Turn(plan, plan.block_tiles, source) for plan, source in layers)
+    turns = (layer and Turn(layer[0], layer[0].block_tiles, layer[1]) for layer in layers)
     for done in through_workers(turns, roles, settings, total):
         for tile, found in done.results:
             totals[tile.block] = totals.get(tile.block, 0.0) + found

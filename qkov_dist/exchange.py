@@ -122,7 +122,7 @@ class Exchange:
     def _collect(self, turn: Round) -> _Received:
         team = self._team
         by_peer = [self._needs(turn[rank], rank) for rank in team.peer_ranks]
-        sent = [self._held_of(needs) for needs in by_peer]
+        sent = [self._held_of(needs, to_other=r != team.peers.rank) for r, needs in enumerate(by_peer)]
         places = [(need, self._place(need)) for need in by_peer[team.peers.rank]]
         received = [[self._rows_of(peer, need, place) for need, place in places] for peer in range(team.peers.size)]
         self.bytes_sent += sum(part.nbytes for r, parts in enumerate(sent) if r != team.peers.rank for part in parts)
@@ -148,10 +148,11 @@ class Exchange:
         before = sum(self._num_rows(need, tables) for tables in self._by_peer[:peer])
         return place[before : before + self._num_rows(need, self._by_peer[peer])]
 
-    def _held_of(self, needs: Sequence[Need]) -> list[Tensor]:
-        """This rank's samples at the features that another needs; where these are all features, nothing is copied."""
+    def _held_of(self, needs: Sequence[Need], *, to_other: bool) -> list[Tensor]:
+        """This rank's samples at the features that a rank needs: X and D in memory as they lie, where it needs all."""
         mine = self._by_peer[self._team.peers.rank]
-        return [self._held(n).contiguous() if self._num_rows(n, mine) else torch.empty(0, *n.shape) for n in needs]
+        held = [self._held(need) if self._num_rows(need, mine) else torch.empty(0, *need.shape) for need in needs]
+        return [part.contiguous() for part in held] if to_other else held
 
     def _held(self, need: Need) -> Tensor:
         """What a rank needs, of this rank's samples."""

@@ -68,17 +68,20 @@ class _Started(Generic[T]):
         return Done(self.plan, results, self.is_last)
 
 
-def through_workers(turns: Iterable[Turn], roles: Roles, settings: ScoreSettings, work: Work[T]) -> Iterator[Done[T]]:
+def through_workers(
+    turns: Iterable[Turn | None], roles: Roles, settings: ScoreSettings, work: Work[T]
+) -> Iterator[Done[T]]:
     """Have ``work`` done for the heads of each projection of each layer.
 
     The next turn is asked for while the last projection of the one before is worked on; its factors have to be there
-    until another is asked for.
+    until another is asked for. None in place of a turn says that there is none now, but may be later.
 
     Raises:
-        QkovError: what a turn or its factors raise, after everything that was begun before is done; what work raises.
+        QkovError, RuntimeError: what a turn or its factors raise (a rank that does not answer is such a case), after
+            everything that was begun before is done; what work raises.
     """
     with workers(torch.device(settings.device), settings.matmul_precision) as submit:
-        errors: list[QkovError] = []
+        errors: list[Exception] = []
         before = None
         for started in _until_error(_start(turns, roles, settings, work, submit), errors):
             if before is not None:
@@ -87,30 +90,38 @@ def through_workers(turns: Iterable[Turn], roles: Roles, settings: ScoreSettings
         if before is not None:
             yield before.done()
         if errors:
-            raise errors[0]
+            raise errors.pop()  # the frame must not hold what holds the frame
 
 
-def _until_error(items: Iterator[T], errors: list[QkovError]) -> Iterator[T]:
+def _until_error(items: Iterator[T], errors: list[Exception]) -> Iterator[T]:
     try:
         yield from items
-    except QkovError as error:
+    except (QkovError, RuntimeError) as error:
         errors.append(error)
 
 
 def _start(
-    turns: Iterable[Turn], roles: Roles, settings: ScoreSettings, work: Work[T], submit: Submit
-) -> Iterator[_Started[T]]:
-    """Give the workers one projection after another."""
-    num = len(roles.members)
+    turns: Iterable[Turn | None], roles: Roles, settings: ScoreSettings, work: Work[T], submit: Submit
+) -> Iterator[_Started[T] | None]:
+    """Give the workers one projection after another; None where there is no turn."""
     for turn in turns:
-        left = len({tile.site for tile in turn.tiles})
-        if not left:
-            yield _Started(turn.plan, (), is_last=True)
-        for site, factors in read_sites(turn.tiles, turn.source, roles, settings):
-            left -= 1
-            stacks = stacks_of([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
-            waiting = [(stack, submit(_in_memory, settings.warn, work, stack, factors)) for stack in stacks]
-            yield _Started(turn.plan, waiting, is_last=not left)
+        if turn is None:
+            yield None
+        else:
+            yield from _start_layer(turn, roles, settings, work, submit)
+
+
+def _start_layer(
+    turn: Turn, roles: Roles, settings: ScoreSettings, work: Work[T], submit: Submit
+) -> Iterator[_Started[T]]:
+    left, num = len({tile.site for tile in turn.tiles}), len(roles.members)
+    if not left:
+        yield _Started(turn.plan, (), is_last=True)
+    for site, factors in read_sites(turn.tiles, turn.source, roles, settings):
+        left -= 1
+        stacks = stacks_of([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
+        waiting = [(stack, submit(_in_memory, settings.warn, work, stack, factors)) for stack in stacks]
+        yield _Started(turn.plan, waiting, is_last=not left)
 
 
 def _in_memory(

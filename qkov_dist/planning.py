@@ -243,7 +243,7 @@ class _Scene:
         _, ridge = self.scoring.flops(rank, every)
         sent = [self.scoring.sent(team, window) for window in windows]
         if self.work.config.ridge.relative:
-            sent += [self.scoring.sent(team, self._rounds_of_blocks(window)) for window in windows]
+            sent += [self.scoring.sent(team, self._rounds_of_blocks(window), whole_blocks=True) for window in windows]
         return Cost(
             weights=self.capture.weights(rank) if weights is None else weights,
             gathered=self.capture.gathered,

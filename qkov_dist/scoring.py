@@ -34,7 +34,8 @@ def score_rounds(
 ) -> Generator[Scored, None, None]:
     """Score this rank's layer of each round; all ranks go through all rounds.
 
-    A round begins while the layer of the one before is still worked on, which is given back also where it cannot begin.
+    A round begins while this rank's layer of the one before is still worked on; where it cannot begin, that layer is
+    given back first.
 
     Args:
         plan: This rank's tiles.
@@ -62,12 +63,11 @@ def _sources(
     team: Team,
     before_round: Callable[[], object] = lambda: None,
 ) -> Iterator[LayerSource]:
-    """This rank's layer of each round, and its factors."""
+    """This rank's layer of each round, and its factors; None where it has none."""
     for turn in rounds:
         before_round()
         with exchange.round(turn) as source:
-            if source is not None:
-                yield layers[turn[team.world.rank] or 0], source
+            yield None if source is None else (layers[turn[team.world.rank] or 0], source)
 
 
 def _totals(

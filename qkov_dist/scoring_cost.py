@@ -26,7 +26,7 @@ from .kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
 from .merge import deal_heads
 from .parallel import SHARDED_BY_HOOKS
 from .partial_schema import FISHER_COLUMNS
-from .plan import GPU_TILE_BYTES, in_order_of_work
+from .plan import GPU_TILE_BYTES
 from .rounds import Round
 from .score import worth_compiling
 from .shares import LayerShare, SiteShare
@@ -118,8 +118,11 @@ class ScoringCost:
         )
         return self.work.scoring.num_samples * sum(areas)
 
-    def sent(self, team: Team, rounds: Sequence[Round]) -> Sent:
-        """Bytes of factors of a rank's samples that go to the owners of each round's layers, and what comes here."""
+    def sent(self, team: Team, rounds: Sequence[Round], *, whole_blocks: bool = False) -> Sent:
+        """Bytes of factors of a rank's samples that go to the owners of each round's layers, and what comes here.
+
+        ``whole_blocks``: the rounds are those in which I is summed over whole blocks.
+        """
         if team.peers.size == 1:
             return Sent()
         rank, to_others, largest, in_work = team.world.rank, 0, 0, 0
@@ -130,7 +133,7 @@ class ScoringCost:
             others = self._bytes(self._needs_of_all(team.peer_ranks, turn), held) - self._bytes(mine, held)
             to_others += others
             largest = max(largest, others + self._bytes(mine, self._held) + in_work)
-            in_work = self._received_last(rank, turn[rank])
+            in_work = self._received_last(rank, turn[rank], whole_blocks=whole_blocks)
         return Sent(to_others, largest)
 
     @cached_property
@@ -161,9 +164,9 @@ class ScoringCost:
             return ()
         return tuple((site.above, site.cols + site.rows, site.whole) for site in self.shares[rank][layer].sites)
 
-    def _received_last(self, rank: int, layer: int | None) -> int:
+    def _received_last(self, rank: int, layer: int | None, *, whole_blocks: bool) -> int:
         """What was sent for the projection that is still in work when the next round begins."""
-        if layer is None or not (order := _in_order(self.shares[rank][layer])):
+        if layer is None or not (order := self.shares[rank][layer].in_order(whole_blocks=whole_blocks)):
             return 0
         sites = {site.place: site for site in self.shares[rank][layer].sites}
         last = order[-1]
@@ -183,7 +186,8 @@ class ScoringCost:
         shares = [(share, times) for share, times in self._counted(rank, layers) if share.heads]
         compiled = self._compiles(rank)
         tiles = max((self._tiles(share, compiled) for share, _ in shares), default=0)
-        return tiles + self._padded_factors(shares)
+        both = (False, True) if self.work.config.ridge.relative else (False,)
+        return tiles + max(self._padded_factors(shares, whole_blocks=blocks) for blocks in both)
 
     def _compiles(self, rank: int) -> bool:
         """Whether the elementwise part of a rank's scores is compiled."""
@@ -273,11 +277,11 @@ class ScoringCost:
         together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
         return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
-    def _padded_factors(self, shares: Sequence[tuple[LayerShare, int]]) -> int:
+    def _padded_factors(self, shares: Sequence[tuple[LayerShare, int]], *, whole_blocks: bool) -> int:
         """Bytes of two projections' factors in the type of scores, one in work and one on its way."""
         within, firsts, lasts = [0], [0], [0]
         for share, _ in shares:
-            order = _in_order(share)
+            order = share.in_order(whole_blocks=whole_blocks)
             pairs: list[Sequence[SiteShare]] = [*pairwise(order)] or [order]
             within += [self._copies_of(share, pair) for pair in pairs]
             firsts.append(self._copies_of(share, order[:1]))
@@ -300,13 +304,6 @@ class ScoringCost:
 
     def _whole_copies(self, site: SiteShare) -> int:
         return 2 * self._held[site.above].wholes * site.whole * self.work.scoring.itemsize
-
-
-def _in_order(share: LayerShare) -> list[SiteShare]:
-    """The projections of which the rank scores an element, in the order in which it does."""
-    sites = {site.place: site for site in share.sites if site.area + site.bias_area}
-    work = {place: (site.input, site.area + site.bias_area) for place, site in sites.items()}
-    return [sites[place] for place in in_order_of_work(work)]
 
 
 def _num(heads: Mapping[str, tuple[int, ...]]) -> int:

@@ -15,7 +15,7 @@ from .capture import Site
 from .exchange import needs_of
 from .forms import gradients_above, shared_inputs
 from .geometry import Rect
-from .plan import LayerPlan, Owned, Selection, Tile, make_plan, tile_bytes
+from .plan import LayerPlan, Owned, Selection, Tile, in_order_of_work, make_plan, tile_bytes
 from .slices import AttentionLayer, Layout
 
 UNCUT = 2**62  # bytes of a tile that nothing exceeds
@@ -65,6 +65,13 @@ class LayerShare:
     every_head: Mapping[str, tuple[int, ...]]
     tile: int
     block_area: int
+
+    def in_order(self, *, whole_blocks: bool) -> list[SiteShare]:
+        """The projections of which the rank scores an element, or sums one up, in the order in which it does."""
+        areas = {site: site.block_area if whole_blocks else site.area + site.bias_area for site in self.sites}
+        sites = {site.place: site for site, area in areas.items() if area}
+        work = {place: (site.input, areas[site]) for place, site in sites.items()}
+        return [sites[place] for place in in_order_of_work(work)]
 
 
 @dataclass(frozen=True)

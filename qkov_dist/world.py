@@ -40,8 +40,8 @@ class World(Protocol):
     def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
         """Send the tensors ``sent[r]`` to rank r, and fill ``received[r]`` with what rank r sends here.
 
-        Both ends know how many there are, and of which types and shapes; each is contiguous. None is copied on its way
-        but by the transport.
+        Both ends know how many there are, and of which types and shapes. Those for or from others are contiguous, and
+        not copied on their way but by the transport.
         """
 
 

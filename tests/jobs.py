@@ -11,7 +11,7 @@ import torch
 
 from qkov_dist.batches import sequence
 from qkov_dist.collection import Collection
-from qkov_dist.engine import BlockScores, Roles, ScoreSettings, score_layer
+from qkov_dist.engine import BlockScores, Roles, ScoreSettings, layer_totals, score_layers
 from qkov_dist.factors import FactorStore
 from qkov_dist.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.layout import Layout, resolve
@@ -91,7 +91,11 @@ class Job:
         )
         collection.run(model, "a", self.a)
         collection.run(model, "b", self.b)
-        scores = {layer.layer: score_layer(layer, store, self.roles(), self.settings) for layer in plan.layers}
+        sources, roles = [(layer, store) for layer in plan.layers], self.roles()
+        totals = {}
+        if self.settings.ridge_relative:
+            totals = {layer.layer: found for layer, found in layer_totals(sources, roles, self.settings)}
+        scores = {layer.layer: found for layer, found in score_layers(sources, roles, self.settings, totals)}
         store.close()
         return scores
 

@@ -23,6 +23,7 @@ from qkov_dist.layout import resolve
 from qkov_dist.plan import Selection, make_plan
 from qkov_dist.shortage import is_shortage
 from qkov_dist.team import Team
+from qkov_dist.windows import Window
 
 
 def shortage() -> RuntimeError:
@@ -145,7 +146,7 @@ def test_factors_that_do_not_fit_beside_the_tiles_are_said_to(monkeypatch):
     def none(*args):
         raise shortage()
 
-    monkeypatch.setattr(engine.Window, "to", none)
+    monkeypatch.setattr(Window, "to", none)
     with pytest.raises(QkovError, match=r"layer 0: expected memory on cpu for the factors .*device='cpu'"):
         job_for(entry).run(entry.build())
 

@@ -1,7 +1,8 @@
 """Where a rank is in its run, and where in it the rank dies.
 
 A rank notes each *phase* that it enters and leaves, and each *step* inside one: before and after a call of a function
-or of the system, and in the middle of a write. The note is on the system's side at once, so that it outlives the rank.
+or of the system, and in the middle of a write. What workers do is a step of scoring, whatever their process does
+meanwhile. The note is on the system's side at once, so that it outlives the rank.
 A rank with an *aim* sends itself a signal at one step of one phase, before it goes any further.
 """
 
@@ -12,6 +13,7 @@ import inspect
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -44,6 +46,7 @@ STEPS = (
 )
 CALLS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate")
 SCORING = "qkov_dist.engine:score_layers"
+SCORED = "scoring"  # the phase of which all that workers do is a step
 STOPPABLE = "qkov_dist.stopping:stoppable"
 
 
@@ -93,6 +96,8 @@ def read_notes(path: Path) -> Seen:
             running.pop()
         elif kind == ".":
             seen.steps[running[-1]] += 1
+        elif kind == "~":
+            seen.steps[SCORED] += 1
         elif kind == ",":
             seen.writes[running[-1]] += 1
         elif kind == "*":
@@ -129,6 +134,7 @@ class _Notes:
 
     def __init__(self, path: Path, aim: Aim | None) -> None:
         self._aim, self.running, self._done = aim, [BETWEEN], 0
+        self._one_at_a_time = threading.Lock()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def write(self, line: str) -> None:
@@ -136,13 +142,16 @@ class _Notes:
 
     def step(self, *, in_write: bool = False) -> None:
         """Note a step; die if it is the one."""
-        self.write("," if in_write else ".")
-        if self._aim is None or (self.running[-1], in_write) != (self._aim.phase, self._aim.in_write):
-            return
-        self._done += 1
-        if self._done == self._aim.step:
-            self.write("!")
-            os.kill(os.getpid(), self._aim.signal)
+        by_worker = threading.current_thread() is not threading.main_thread()
+        phase = SCORED if by_worker else self.running[-1]
+        with self._one_at_a_time:
+            self.write("~" if by_worker else "," if in_write else ".")
+            if self._aim is None or (phase, in_write) != (self._aim.phase, self._aim.in_write):
+                return
+            self._done += 1
+            if self._done == self._aim.step:
+                self.write("!")
+                os.kill(os.getpid(), self._aim.signal)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -205,9 +214,10 @@ def _in_two(notes: _Notes, pwrite: Callable[[int, Any, int], int]) -> Callable[[
 
 def _naming_layers(notes: _Notes, function: Callable[..., Any]) -> Callable[..., Any]:
     def begun(layers: Iterable[Any]) -> Iterator[Any]:
-        for plan, source in layers:
-            notes.write(f"*{plan.layer}")
-            yield plan, source
+        for layer in layers:
+            if layer is not None:
+                notes.write(f"*{layer[0].layer}")
+            yield layer
 
     return lambda layers, *args: function(begun(layers), *args)
 
