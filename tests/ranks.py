@@ -28,7 +28,7 @@ class RankError(AssertionError):
 
 
 def _free_port() -> int:
-    """A port below those that systems hand out to whoever asks for any, one of whom could take it before rank 0 does."""
+    """A port below those that systems hand out to who asks for any: one of these could take it before rank 0 does."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
