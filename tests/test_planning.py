@@ -343,6 +343,16 @@ def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monke
         assert shares[layer.layer].tile == largest
 
 
+def test_while_a_layer_comes_in_that_of_the_last_ones_last_projection_is_still_there():
+    works = [work_of(TINY["llama"].build(num_hidden_layers=num), "llama", num=30) for num in (2, 4)]
+    one_round, two_rounds = (plan_pretended(work, Parallelism(1, "ddp", 2)) for work in works)
+    assert [len(turns) for plan in (one_round, two_rounds) for turns in plan.rounds] == [1, 2]
+    query = next(p for p in works[0].layout.layer(0).projections if p.module.endswith("q_proj"))
+    size = sum(works[0].lengths_pooled) * sum(query.shape) * works[0].scoring.factor_itemsize
+    for first, second in zip(one_round.costs, two_rounds.costs, strict=True):
+        assert second.exchange - first.exchange == size
+
+
 @pytest.mark.parametrize("data", ["ddp", "fsdp"])
 def test_partial_scores_are_sent_as_planned(data):
     work = work_of(TINY["llama"].build(), "llama", num=30)
