@@ -124,7 +124,8 @@ class Exchange:
         by_peer = [self._needs(turn[rank], rank) for rank in team.peer_ranks]
         sent = [self._held_of(needs, to_other=r != team.peers.rank) for r, needs in enumerate(by_peer)]
         places = [(need, self._place(need)) for need in by_peer[team.peers.rank]]
-        received = [[self._rows_of(peer, need, place) for need, place in places] for peer in range(team.peers.size)]
+        by_need = [self._by_sender(need, place) for need, place in places]
+        received = [[parts[peer] for parts in by_need] for peer in range(team.peers.size)]
         self.bytes_sent += sum(part.nbytes for r, parts in enumerate(sent) if r != team.peers.rank for part in parts)
         team.peers.pass_on(sent, received)
         series = {(need.kind, need.site): (need, place) for need, place in places}
@@ -143,10 +144,9 @@ class Exchange:
         dtype = self._dtypes.get((need.kind, need.site), torch.float32)  # of no rows at all, none is known
         return torch.empty(self._num_rows(need, self._tables), *need.shape, dtype=dtype)
 
-    def _rows_of(self, peer: int, need: Need, place: Tensor) -> Tensor:
-        """The part of it that a peer sends."""
-        before = sum(self._num_rows(need, tables) for tables in self._by_peer[:peer])
-        return place[before : before + self._num_rows(need, self._by_peer[peer])]
+    def _by_sender(self, need: Need, place: Tensor) -> tuple[Tensor, ...]:
+        """The part of it that each peer sends."""
+        return torch.split(place, [self._num_rows(need, tables) for tables in self._by_peer])
 
     def _held_of(self, needs: Sequence[Need], *, to_other: bool) -> list[Tensor]:
         """This rank's samples at the features that a rank needs: X and D in memory as they lie, where it needs all."""

@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 from moments import Aim, Seen, read_notes, take_notes
+from ranks import _free_port as free_port
 
 TIMEOUT_S = 20  # QKOV_TIMEOUT_S: how long ranks wait for each other
 GRACE_S, LINGER_S = 2.0, 4.0  # of qkov_dist.failures, shorter than a user's, because one machine answers at once
@@ -176,7 +176,7 @@ def _calls(order: Order, kill: Kill | None) -> list[tuple[Any, ...]]:
     overrides = [*order.overrides, f"parallel.shard={order.shard}"]
     arguments = ["run", str(order.config), "--quiet", *overrides]
     aim = kill.moment if kill and isinstance(kill.moment, Aim) else None
-    port, calls = _free_port(), []
+    port, calls = free_port(), []
     for rank in range(order.num_ranks):
         environment = _environment(rank, order.num_ranks, port) if order.num_ranks > 1 else {}
         mine = aim if kill and rank in kill.victims else None
@@ -215,9 +215,3 @@ def _said(order: Order) -> Any:
 
 def _notes(order: Order, rank: int) -> Path:
     return order.notes / f"notes{rank}.txt"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
