@@ -88,7 +88,11 @@ def assemble(
         shared=_shared(shared, len(places), num_a if pooled else None),
         attributes={
             **frame.attributes,
-            "warnings": [*warnings_of(frame, fisher), *without.warnings(frame.tasks, frame.samples)],
+            "warnings": [
+                *frame.attributes.get("warnings", ()),  # known before the first batch: of the model, of the samples
+                *warnings_of(frame, fisher),
+                *without.warnings(frame.tasks, frame.samples),
+            ],
         },
     )
 

@@ -49,6 +49,7 @@ class Job:
         plan: This rank's tiles of every layer.
         batch_tokens: Padded tokens in one compute batch.
         run_id: Hash of the configuration's identity, the model and the samples.
+        warnings: What a reader of the results must know, as far as it is known now, one sentence each.
     """
 
     config: RunConfig
@@ -59,6 +60,7 @@ class Job:
     plan: Plan
     batch_tokens: int
     run_id: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -188,7 +190,7 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     batch_tokens = parallelism.batch_tokens(
         config.compute, on_gpu=device_type != "cpu", num_parameters=num_parameters(loaded.model)
     )
-    return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id)
+    return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id, loaded.warnings)
 
 
 def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:

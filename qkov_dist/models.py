@@ -60,6 +60,7 @@ class LoadedModel:
         vocab_size: Token ids lie in [0, vocab_size).
         max_positions: Longest input in tokens, or None for no limit.
         engine: What keeps a model's parts together (a DeepSpeed engine); held, not used.
+        warnings: What a reader of its results must know, one sentence each.
     """
 
     model: Any
@@ -68,6 +69,7 @@ class LoadedModel:
     vocab_size: int
     max_positions: int | None
     engine: Any = None
+    warnings: tuple[str, ...] = ()
 
 
 def load_model(config: ModelConfig, *, device_map: Any = None, distributed: Any = None) -> LoadedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from .config import RunConfig, to_dict
@@ -26,8 +27,8 @@ def layout_notes(layout: Layout) -> list[str]:
     return notes
 
 
-def run_attributes(config: RunConfig, layout: Layout, run_id: str) -> dict[str, Any]:
-    """The attributes of a run's heatmap."""
+def run_attributes(config: RunConfig, layout: Layout, run_id: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """The attributes of a run's heatmap; ``warnings`` are those known before the first batch."""
     return {
         "run_id": run_id,
         "config": to_dict(config),
@@ -39,4 +40,5 @@ def run_attributes(config: RunConfig, layout: Layout, run_id: str) -> dict[str, 
         "estimator": config.fisher.estimator,
         "scope": config.fisher.scope,
         "notes": layout_notes(layout),
+        "warnings": list(warnings),
     }
