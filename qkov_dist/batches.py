@@ -4,6 +4,9 @@ Position t of ``targets`` is what the model's output at position t has to predic
 causal model, the labels themselves for a masked one. A causal sample ends at its last predicting position: later
 tokens cannot influence its loss. Samples are sorted by length before they are grouped, so that little is padded, and
 padded on the right, where no causal model can see it.
+
+Some models see how long a batch is (a rope whose frequencies follow from the length). Theirs are ``alone``: uncut, and
+beside samples of exactly their own length, so that nothing is padded.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ class Batch:
         input_ids: Token ids, int64 [N, T].
         attention_mask: 1 on real tokens, 0 on padding, int64 [N, T].
         targets: What the output at each position predicts, int64 [N, T]; -100 where nothing.
+        kept: 1 on tokens whose factors are kept, int64 [N, T]: all real ones up to the last that can influence a loss.
     """
 
     samples: tuple[int, ...]
@@ -39,11 +43,12 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     targets: Tensor
+    kept: Tensor
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Real tokens of each sample."""
-        return tuple(self.attention_mask.sum(dim=1).tolist())
+        """Tokens of each sample whose factors are kept."""
+        return tuple(self.kept.sum(dim=1).tolist())
 
     @property
     def num_targets(self) -> Tensor:
@@ -56,22 +61,31 @@ class Batch:
         return self._part(slice(0, middle)), self._part(slice(middle, None))
 
     def _part(self, part: slice) -> Batch:
-        longest = max(self.lengths[part])
-        tensors = (tensor[part, :longest] for tensor in (self.input_ids, self.attention_mask, self.targets))
-        return Batch(self.samples[part], self.names[part], *tensors)
+        longest = int(self.attention_mask[part].sum(dim=1).max())
+        return Batch(self.samples[part], self.names[part], *(tensor[part, :longest] for tensor in self._tensors))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = (t.to(device) for t in (self.input_ids, self.attention_mask, self.targets))
-        return Batch(self.samples, self.names, *moved)
+        return Batch(self.samples, self.names, *(tensor.to(device) for tensor in self._tensors))
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.input_ids, self.attention_mask, self.targets, self.kept
 
 
 @dataclass(frozen=True)
 class Sequenced:
-    """One sample as the model will see it: tokens, and what each position predicts, both int64 [T]."""
+    """One sample as the model will see it.
+
+    Attributes:
+        input_ids: Its tokens, int64 [T].
+        targets: What each position predicts, int64 [T].
+        num_kept: The tokens, from the first, that can influence its loss.
+    """
 
     input_ids: np.ndarray
     targets: np.ndarray
+    num_kept: int
 
 
 def default_batch_tokens(*, on_cpu: bool, moves: bool, num_parameters: int) -> int:
@@ -86,13 +100,14 @@ def default_batch_tokens(*, on_cpu: bool, moves: bool, num_parameters: int) -> i
     return 8192 if num_parameters < SMALL_MODEL and not moves else 2048
 
 
-def sequence(sample: Sample, objective: Objective) -> Sequenced:
-    """Align a sample's labels with the outputs that predict them, and cut what cannot matter."""
+def sequence(sample: Sample, objective: Objective, *, uncut: bool = False) -> Sequenced:
+    """Align a sample's labels with the outputs that predict them, and cut what cannot matter unless ``uncut``."""
     if objective == "masked":
-        return Sequenced(sample.input_ids, sample.labels)
-    targets = sample.labels[1:]
-    end = int(np.flatnonzero(targets != IGNORED)[-1]) + 1
-    return Sequenced(sample.input_ids[:end], targets[:end])
+        return Sequenced(sample.input_ids, sample.labels, len(sample.input_ids))
+    targets = np.append(sample.labels[1:], IGNORED)
+    num_kept = int(np.flatnonzero(targets != IGNORED)[-1]) + 1
+    end = len(targets) if uncut else num_kept
+    return Sequenced(sample.input_ids[:end], targets[:end], num_kept)
 
 
 def num_targets(sample: Sample, objective: Objective) -> int:
@@ -100,17 +115,18 @@ def num_targets(sample: Sample, objective: Objective) -> int:
     return int((sequence(sample, objective).targets != IGNORED).sum())
 
 
-def make_batch(samples: Sequence[Sequenced], numbers: Sequence[int], names: Sequence[str]) -> Batch:
-    """Pad a few samples to the longest of them."""
-    shape = (len(samples), max(len(s.input_ids) for s in samples))
-    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+def make_batch(samples: Sequence[Sequenced], numbers: Sequence[int], names: Sequence[str], *, length: int = 0) -> Batch:
+    """Pad a few samples to the longest of them, or to ``length`` where that is more."""
+    shape = (len(samples), max(length, *(len(s.input_ids) for s in samples)))
+    ids, mask, kept = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     targets = torch.full(shape, IGNORED, dtype=torch.int64)
     for n, sample in enumerate(samples):
         length = len(sample.input_ids)
         ids[n, :length] = torch.from_numpy(sample.input_ids)
         mask[n, :length] = 1
+        kept[n, : sample.num_kept] = 1
         targets[n, :length] = torch.from_numpy(sample.targets)
-    return Batch(tuple(numbers), tuple(names), ids, mask, targets)
+    return Batch(tuple(numbers), tuple(names), ids, mask, targets, kept)
 
 
 def make_batches(
@@ -120,6 +136,7 @@ def make_batches(
     numbers: Sequence[int] | None = None,
     batch_tokens: int,
     objective: Objective,
+    alone: bool = False,
 ) -> Iterator[Batch]:
     """Group samples of like length into batches of at most ``batch_tokens`` padded tokens.
 
@@ -131,18 +148,20 @@ def make_batches(
         numbers: Pooled number of each of them; from 0 by default.
         batch_tokens: Padded tokens in one batch.
         objective: Whether labels are shifted (causal) or not (masked).
+        alone: Whether the model sees how long a batch is: samples are then uncut, and of one length in each batch.
     """
-    sequenced = [sequence(sample, objective) for sample in samples]
+    sequenced = [sequence(sample, objective, uncut=alone) for sample in samples]
     numbers = range(len(samples)) if numbers is None else numbers
-    for group in _groups([len(s.input_ids) for s in sequenced], batch_tokens):
+    for group in _groups([len(s.input_ids) for s in sequenced], batch_tokens, alike=alone):
         yield make_batch([sequenced[n] for n in group], [numbers[n] for n in group], [names[n] for n in group])
 
 
-def _groups(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Sample numbers, longest first, cut where one more sample would exceed ``batch_tokens``."""
+def _groups(lengths: Sequence[int], batch_tokens: int, *, alike: bool) -> Iterator[list[int]]:
+    """Sample numbers, longest first, cut where one more would exceed ``batch_tokens``, or be shorter if ``alike``."""
     group: list[int] = []
     for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        if group and (len(group) + 1) * lengths[group[0]] > batch_tokens:
+        too_many = group and (len(group) + 1) * lengths[group[0]] > batch_tokens
+        if too_many or (alike and group and lengths[n] != lengths[group[0]]):
             yield group
             group = []
         group.append(n)

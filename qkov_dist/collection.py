@@ -12,10 +12,12 @@ from .batches import Batch, Objective, make_batches, sequence
 from .capture import Capture, Nowhere, Site, capture
 from .errors import QkovError
 from .factors import FactorStore
+from .modes import input_device
 from .samples import Sample
 from .shortage import is_shortage
+from .soundness import Soundness
 from .team import Team
-from .world import SharedError
+from .world import SharedError, together
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Collection:
         team: Who runs which samples.
         records: Every sample by its pooled number.
         say: Takes a line where something did not go as planned.
+        soundness: What is known of the model's passes; one for all collections of a model.
     """
 
     store: FactorStore
@@ -62,6 +65,7 @@ class Collection:
     team: Team = field(default_factory=Team)
     records: list[SampleRecord] = field(default_factory=list)
     say: Callable[[str], object] = lambda line: None
+    soundness: Soundness = field(default_factory=Soundness)
 
     def run(
         self,
@@ -84,9 +88,11 @@ class Collection:
             The samples' pooled numbers, in the order given.
 
         Raises:
-            QkovError: for a loss or gradient that is not finite; names task, sample and layer.
+            QkovError: for a loss or gradient that is not finite (names task, sample and layer), and for a model whose
+                passes do not give gradients (see :mod:`qkov_dist.soundness`).
         """
         first = len(self.records)
+        together(self.team.world, lambda: self._look_at(model, samples))
         outcome = self._run_here(model, self._passes(task, samples), on_samples)
         found: dict[int, tuple[int, float]] = {}
         for peer, theirs in zip(self.team.peer_ranks, self.team.peers.gather(outcome), strict=True):
@@ -97,6 +103,14 @@ class Collection:
             SampleRecord(task, sample.id, sample.text, *found[first + n]) for n, sample in enumerate(samples)
         )
         return list(range(first, first + len(samples)))
+
+    def _look_at(self, model: nn.Module, samples: Sequence[Sample]) -> None:
+        """Check what was not checked before, on all ranks alike; say where samples have to run alone."""
+        before = self.soundness.alone
+        self.soundness.prove(model, self.sites, self.objective)
+        self.soundness.see(model, samples, self.objective)
+        if self.soundness.alone and not before:
+            self.say("outputs depend on the length of a batch: samples run uncut, each beside those of its length")
 
     def _passes(self, task: str, samples: Sequence[Sample]) -> list[tuple[Batch, bool]]:
         """This rank's batches, each counted; then, where passes need all peers, idle ones up to the longest list."""
@@ -117,6 +131,7 @@ class Collection:
             numbers=[first + n for n in share],
             batch_tokens=self.batch_tokens,
             objective=self.objective,
+            alone=self.soundness.alone,
         )
         return list(batches)
 
@@ -131,7 +146,8 @@ class Collection:
                 self.sites,
                 loss_reduction=self.loss_reduction,
                 loss_factor=self.loss_factor,
-                check_at_end=self.team.passes_alone and next(model.parameters()).device.type == "cuda",
+                check_at_end=self.team.passes_alone and input_device(model).type == "cuda",
+                any_rank=lambda here: any(self.team.in_a_pass.gather(here)),
             ) as session:
                 for batch, counts in passes:
                     if not counts:

@@ -239,6 +239,13 @@ class FisherCollector:
 
     def _samples(self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str) -> list[Sample]:
         where = f"batch of task {task!r}"
+        if not isinstance(batch, Mapping) and not _are_samples(batch):
+            raise QkovError(
+                where,
+                expected="a mapping with input_ids [samples, tokens], or a list of Sample",
+                got=_kind_of(batch),
+                remedy="Tokenize with padding=True and return_tensors='pt'; single encodings with tokenizer.pad.",
+            )
         if isinstance(batch, Mapping):
             vocab_size = int(text_config(model).vocab_size)
             batch = list(samples_of_batch(batch, where=where, vocab_size=vocab_size))
@@ -287,3 +294,14 @@ class FisherCollector:
                 team=team,
             )
         return self._collection
+
+
+def _are_samples(batch: object) -> bool:
+    return isinstance(batch, Sequence) and not isinstance(batch, str) and all(isinstance(s, Sample) for s in batch)
+
+
+def _kind_of(batch: object) -> str:
+    """What was passed in place of a batch, in short."""
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of {type(next(s for s in batch if not isinstance(s, Sample))).__name__}"
+    return type(batch).__name__

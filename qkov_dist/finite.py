@@ -14,10 +14,6 @@ from .batches import Batch
 from .errors import QkovError
 
 
-class NonFiniteGradientError(QkovError):
-    """A gradient, or an input of a projection, that is NaN or infinite."""
-
-
 def check_finite(tensors: Mapping[str, Tensor], batch: Batch, where: str) -> None:
     """Raise unless all is finite.
 
@@ -27,7 +23,7 @@ def check_finite(tensors: Mapping[str, Tensor], batch: Batch, where: str) -> Non
         where: What a message says after the sample's name.
 
     Raises:
-        NonFiniteGradientError: names the first sample that is not.
+        QkovError: names the first sample that is not.
     """
     for what, tensor in tensors.items():
         if bool(total(tensor).isfinite()):
@@ -35,7 +31,7 @@ def check_finite(tensors: Mapping[str, Tensor], batch: Batch, where: str) -> Non
         start = 0
         for name, length in zip(batch.names, batch.lengths, strict=True):
             if not bool(torch.isfinite(tensor[start : start + length]).all()):
-                raise NonFiniteGradientError(
+                raise QkovError(
                     f"{name}, {where}",
                     expected=f"a finite {what}",
                     got="NaN or infinity",

@@ -29,6 +29,7 @@ from .plan import Plan, Selection, make_plan, tile_bytes
 from .samples import Task, task_fingerprint
 from .score import Score, compiled, worth_compiling
 from .slices import Layout
+from .soundness import Soundness
 from .stand_in import proved_layout
 from .tasks import load_task
 from .team import Team, make_team
@@ -102,6 +103,11 @@ class Job:
         name = self.config.compute.factor_dtype
         found: torch.dtype = next(self.loaded.model.parameters()).dtype if name == "auto" else getattr(torch, name)
         return found
+
+    @cached_property
+    def soundness(self) -> Soundness:
+        """What is known of the model's passes, from window to window."""
+        return Soundness()
 
     def gradients_above(self) -> dict[Site, int]:
         """By site, the tokens above which a sample's gradient is smaller than its factors."""

@@ -13,8 +13,13 @@ from torch.nn import functional
 
 from .batches import Batch
 from .errors import QkovError
+from .failures import is_broken_call
+from .ropes import fresh_ropes
 from .samples import IGNORED
+from .shortage import is_shortage
+from .structure import text_config
 
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 CHUNK_BYTES = 8 << 20  # of logits that are exponentiated at a time: what caches hold
 
 
@@ -23,15 +28,19 @@ def sample_losses(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
 
     The output projection is handed only the positions that carry a label: no logits are formed elsewhere.
     """
-    labelled = batch.targets != IGNORED
-    with _only_rows(model, labelled) as selected:
-        logits = forward_logits(model, batch)
-    if not selected:
-        logits = logits[labelled]
-    losses = cross_entropy(logits.reshape(-1, logits.shape[-1]), batch.targets[labelled])
+    logits, labelled = labelled_logits(model, batch), batch.targets != IGNORED
+    losses = cross_entropy(logits, batch.targets[labelled])
     owner = labelled.nonzero()[:, 0]
     sums = losses.new_zeros(len(batch.samples)).index_add(0, owner, losses)
     return sums / batch.num_targets if reduction == "mean" else sums
+
+
+def labelled_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits at the positions that carry a label, sample after sample, [labelled, vocabulary]."""
+    labelled = batch.targets != IGNORED
+    with _only_rows(model, labelled) as selected:
+        logits = forward_logits(model, batch)
+    return logits.reshape(-1, logits.shape[-1]) if selected else logits[labelled]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,14 +83,64 @@ def _few_rows(values: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits for a batch, without a cache."""
+    """The model's logits for a batch [N, T, vocabulary] (or where the output projection was handed less), uncached."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
     if not bool(batch.attention_mask.all()):
         inputs["attention_mask"] = batch.attention_mask
     if _takes(model, "use_cache"):
         inputs["use_cache"] = False
-    logits: Tensor = model(**inputs).logits
-    return logits
+    with fresh_ropes(model):
+        return _logits_of(model, model(**inputs), batch)
+
+
+def _logits_of(model: nn.Module, output: Any, batch: Batch) -> Tensor:
+    """The logits in what a forward returns: an object with them, or a tuple that begins with them.
+
+    Raises:
+        QkovError: where there are none for each position, over the whole vocabulary.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = output[0] if isinstance(output, tuple | list) and output else output
+    vocab = int(text_config(model).vocab_size)
+    places = {tuple(batch.input_ids.shape), (1, int((batch.targets != IGNORED).sum()))}
+    if not isinstance(logits, Tensor):
+        got = f"{type(output).__name__} without them"
+    elif logits.ndim != 3 or tuple(logits.shape[:2]) not in places or logits.shape[2] < vocab:
+        got = f"a tensor {[*logits.shape]}"
+    else:
+        return logits
+    raise QkovError(
+        type(model).__name__,
+        expected=f"logits {[*batch.input_ids.shape, vocab]} (samples, tokens, vocabulary) from a language-model head",
+        got=got,
+        remedy="Load it with AutoModelForCausalLM or AutoModelForMaskedLM. Heads of other tasks, virtual tokens "
+        "(prompt tuning, prefixes) and models without a head have no loss of each token.",
+    )
+
+
+@contextmanager
+def explained_pass(model: nn.Module) -> Iterator[None]:
+    """Turn what a model raises inside a pass into one message that names it; a lack of memory, and what other ranks
+    caused, pass through.
+    """
+    try:
+        yield
+    except QkovError:
+        raise
+    except MODEL_ERRORS as error:
+        if is_shortage(error) or (isinstance(error, RuntimeError) and is_broken_call(error)):
+            raise
+        flex = "flexattention" in str(error).lower().replace("_", "")
+        raise QkovError(
+            type(model).__name__,
+            expected="a forward and a backward pass of token ids [samples, tokens]",
+            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            remedy="Choose another attention: model.set_attn_implementation('sdpa') or 'eager' "
+            "(model.attn_implementation of a configuration)."
+            if flex
+            else "The error comes from inside the model (--debug shows where): does it train on this input?",
+        ) from error
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
@@ -98,10 +157,20 @@ def _wrapped(model: nn.Module) -> list[nn.Module]:
     return [base()] if callable(base) else []
 
 
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The output projection, where the model says which it is."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        found = find() if find else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 @contextmanager
 def _only_rows(model: nn.Module, labelled: Tensor) -> Iterator[list[bool]]:
     """Let the output projection see only the labelled positions, as one row of tokens [1, M, hidden]."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = _output_embeddings(model)
     done: list[bool] = []
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -110,7 +179,7 @@ def _only_rows(model: nn.Module, labelled: Tensor) -> Iterator[list[bool]]:
         done.append(True)
         return (args[0][labelled].unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(keep) if isinstance(head, nn.Module) else None
+    handle = head.register_forward_pre_hook(keep) if head is not None else None
     try:
         yield done
     finally:

@@ -1,12 +1,21 @@
-"""Evaluation mode, and back: no dropout, no learning, kernels that gradients can pass, every flag restored."""
+"""Modes in which a user's model is run, each left as it was found.
+
+Evaluation: no dropout, kernels that gradients can pass. Frozen: no weight learns. Plain outputs: no cache, and an
+object with logits. Bare: no hooks.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
+
+from .errors import QkovError
 
 
 @contextmanager
@@ -32,6 +41,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Freeze every parameter; restore ``requires_grad`` afterwards. Gradients that are there are left alone."""
+    _finish_lazy_setup(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:
@@ -40,6 +50,82 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def _finish_lazy_setup(model: nn.Module) -> None:
+    """Have FSDP2 set itself up as it would at its first pass, in which it asks which weights learn, and never again.
+
+    A mixed-precision policy would otherwise take the dtype of gradients from weights that are frozen by us, and the
+    user's next training step fail.
+    """
+    for module in model.modules():  # outermost first: the first to set itself up is the root of those inside it
+        find_state = getattr(module, "_get_fsdp_state", None)
+        if find_state is not None and (state := find_state())._is_root is None:
+            state._lazy_init()
+
+
+@contextmanager
+def plain_outputs(model: nn.Module) -> Iterator[None]:
+    """Have a model return an object with logits, and keep no cache; its configurations are put back."""
+    wanted = {"return_dict": True, "use_cache": False}
+    configs = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "__dict__")}
+    before = [(c, name, vars(c)[name]) for c in configs.values() for name in wanted if name in vars(c)]
+    try:
+        for config, name, _ in before:
+            setattr(config, name, wanted[name])
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """No gradients, and no word of activation checkpointing that there are none."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
+        yield
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+@contextmanager
+def bare(module: nn.Module) -> Iterator[None]:
+    """Run a module without the hooks on it and in it, and without those on all modules."""
+    places: list[tuple[Any, str]] = [(owner, name) for owner in module.modules() for name in HOOKS]
+    places += [(torch_module, f"_global{name}") for name in HOOKS]
+    found = [(owner, name, getattr(owner, name)) for owner, name in places]
+    try:
+        for owner, name, hooks in found:
+            setattr(owner, name, type(hooks)())
+        yield
+    finally:
+        for owner, name, hooks in found:
+            setattr(owner, name, hooks)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its token ids: with its embeddings, or where accelerate moves these to run.
+
+    Raises:
+        QkovError: for a model on the meta device.
+    """
+    find_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    embeddings = find_embeddings() if find_embeddings else None
+    source = embeddings if isinstance(embeddings, nn.Module) else model
+    device = next((p.device for p in source.parameters()), torch.device("cpu"))
+    moved_to = getattr(getattr(source, "_hf_hook", None), "execution_device", None)
+    if device.type != "meta":
+        return device
+    if moved_to is None:
+        raise QkovError(
+            type(model).__name__,
+            expected="weights, to see heads respond",
+            got="a model on the meta device",
+            remedy="Load the model, or build a small one of the same type, and prove the layout on that.",
+        )
+    return torch.device(moved_to)
 
 
 def _unpack(linear: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .errors import QkovError
 from .geometry import Rect
-from .modes import evaluating
+from .modes import evaluating, input_device, plain_outputs
 from .slices import AttentionLayer, Projection
 from .structure import text_config
 
@@ -33,15 +33,23 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode without caches and gradients; the training flags and the config are put back."""
-    config = text_config(model)
-    use_cache = getattr(config, "use_cache", None)
-    config.use_cache = False
-    try:
-        with evaluating(model), torch.no_grad():
-            yield
-    finally:
-        config.use_cache = use_cache
+    """Eval mode without caches, gradients and autocast; all is put back.
+
+    Autocast would read weights that it has cast before, and not see that they are nudged.
+
+    Raises:
+        QkovError: for weights that cannot be changed, or used for gradients, at all.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise QkovError(
+            type(model).__name__,
+            expected="weights that gradients can pass",
+            got="weights made inside torch.inference_mode",
+            remedy="Load the model outside inference_mode.",
+        )
+    device_type = input_device(model).type
+    with evaluating(model), plain_outputs(model), without_graph(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 def probe_tokens(model: nn.Module, seed: int) -> Tensor:
@@ -56,7 +64,7 @@ def probe_tokens(model: nn.Module, seed: int) -> Tensor:
         )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab // 4, vocab, (1, NUM_TOKENS), generator=generator)
-    return ids.to(_device(model))
+    return ids.to(input_device(model))
 
 
 def record_calls(model: nn.Module, layers: Sequence[AttentionLayer], tokens: Tensor) -> dict[int, Call]:
@@ -146,6 +154,22 @@ def is_plain(weight: object) -> bool:
 def is_sharded(weight: object) -> bool:
     """Whether this process holds only a part of a weight (DTensor placements, ZeRO-3 partitions)."""
     return hasattr(weight, "placements") or hasattr(weight, "ds_id")
+
+
+@contextmanager
+def randomized(module: nn.Module, seed: int) -> Iterator[None]:
+    """Give all parameters of a module random values of useful size; the saved values are copied back exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    saved = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
+    try:
+        for parameter, _ in saved:
+            noise = torch.randn(parameter.shape, generator=generator)
+            near_one = 1 + 0.2 * noise  # a norm's neutral value; a bias may have any
+            parameter.copy_(near_one if parameter.ndim < 2 else noise * parameter.shape[-1] ** -0.5)
+        yield
+    finally:
+        for parameter, values in saved:
+            parameter.copy_(values)
 
 
 @contextmanager
@@ -240,18 +264,3 @@ def _removing(handle: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _device(model: nn.Module) -> torch.device:
-    find_embeddings: Any = getattr(model, "get_input_embeddings", None)
-    embeddings = find_embeddings() if find_embeddings else None
-    source = embeddings if isinstance(embeddings, nn.Module) else model
-    device = next((p.device for p in source.parameters()), torch.device("cpu"))
-    if device.type == "meta":
-        raise QkovError(
-            type(model).__name__,
-            expected="weights, to see heads respond",
-            got="a model on the meta device",
-            remedy="Load the model, or build a small one of the same type, and prove the layout on that.",
-        )
-    return device

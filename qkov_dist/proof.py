@@ -7,7 +7,8 @@ the other until one is left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +16,20 @@ from torch import nn
 
 from .errors import QkovError
 from .layout import candidates, known_family, resolve, unresolved
-from .probe import Probe, make_probe, probe_tokens, quiet_eval, record_calls
-from .signatures import SliceCheck
-from .slices import HeadSlice, Layout, Projection
+from .modes import bare
+from .probe import (
+    Call,
+    Probe,
+    is_plain,
+    is_sharded,
+    make_probe,
+    probe_tokens,
+    quiet_eval,
+    randomized,
+    record_calls,
+)
+from .signatures import SilentError, SliceCheck
+from .slices import AttentionLayer, HeadSlice, Layout, Projection
 from .structure import text_config
 
 
@@ -50,13 +62,69 @@ def prove(model: nn.Module, layout: Layout, *, layers: Iterable[int] | None = No
         tokens = probe_tokens(model, seed)
         calls = record_calls(model, chosen, tokens)
         for layer in chosen:
-            probe = make_probe(model, layer, calls.pop(layer.index), tokens)
-            _check_columns(probe)
-            generator = torch.Generator().manual_seed(seed)
-            for projection in layer.projections:
-                for piece in projection.slices:
-                    rows.append(_prove_slice(probe, projection, piece, generator))
+            call = calls.pop(layer.index)
+            with _prepared(model, layer, call, tokens) as probe:
+                silent = _prove_layer(probe, rows, seed)
+            if silent:
+                rows += _prove_revived(model, layer, call, tokens, silent, seed)
     return rows
+
+
+@contextmanager
+def _prepared(model: nn.Module, layer: AttentionLayer, call: Call, tokens: torch.Tensor) -> Iterator[Probe]:
+    """One layer, ready to be nudged: without the user's hooks, unless its parts have to be gathered by hooks."""
+    attention = model.get_submodule(layer.module)
+    sharded = any(is_sharded(parameter) for parameter in attention.parameters())
+    with nullcontext() if sharded else bare(attention):
+        probe = make_probe(model, layer, call, tokens)
+        _check_columns(probe)
+        yield probe
+
+
+def _prove_layer(probe: Probe, rows: list[ProofRow], seed: int) -> dict[HeadSlice, SilentError]:
+    """Check a layer's slices; returns those to which too little responded."""
+    generator, silent = torch.Generator().manual_seed(seed), {}
+    for projection in probe.layer.projections:
+        for piece in projection.slices:
+            try:
+                rows.append(_prove_slice(probe, projection, piece, generator))
+            except SilentError as error:
+                silent[piece] = error
+    return silent
+
+
+def _prove_revived(
+    model: nn.Module,
+    layer: AttentionLayer,
+    call: Call,
+    tokens: torch.Tensor,
+    silent: Mapping[HeadSlice, SilentError],
+    seed: int,
+) -> Iterator[ProofRow]:
+    """Check the slices to which too little responded with random weights in the attention: the layout is the same.
+
+    Raises:
+        QkovError: where too little responds again, or weights cannot be replaced.
+    """
+    attention, generator = model.get_submodule(layer.module), torch.Generator().manual_seed(seed)
+    if not all(map(is_plain, attention.parameters())):
+        raise _cannot_revive(next(iter(silent.values())))
+    with randomized(attention, seed), _prepared(model, layer, call, tokens) as probe:
+        for projection in layer.projections:
+            for piece in projection.slices:
+                if piece in silent:
+                    row = _prove_slice(probe, projection, piece, generator)
+                    yield replace(row, evidence=f"silent on these weights; on random ones: {row.evidence}")
+
+
+def _cannot_revive(error: SilentError) -> QkovError:
+    return QkovError(
+        error.where,
+        expected=error.expected,
+        got=f"{error.got}: on these weights the head is silent",
+        remedy="Was it zeroed or pruned? Its layout is proved with random weights in place of dense ones that lie "
+        "whole in this process; these are quantized or offloaded. Load the model so that they are not.",
+    )
 
 
 def prove_candidates(model: nn.Module, layouts: Sequence[Layout], *, seed: int = 0) -> Layout:

@@ -229,6 +229,7 @@ def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: C
         batch_tokens=job.batch_tokens,
         team=job.team,
         say=voice.warn,
+        soundness=job.soundness,
     )
     share = -(-job.num_samples // job.team.peers.size)
     with progress_bar("capturing", share, "sample", show=voice.show_progress) as advance:

@@ -13,9 +13,10 @@ layout gives to exactly that query head (for K and V: to the query heads of that
     weight rows, any position   any                           only that head changes: orientation and rows are right
     weight columns of O         output = input @ noise^T      O's columns lie where the layout says, in storage too
 
-A nudge can miss by chance (softmax already saturated), so a slice that stays silent is nudged again, harder; a response
-where none belongs is never forgiven. Where a slice borders on another block in a fused projection, its edge rows are
-nudged alone as well, so that a boundary in the wrong place is seen.
+A nudge can miss by chance (softmax already saturated), so a slice that stays silent is nudged again, harder. Where too
+little responds all the same, weights may be to blame (a head that was zeroed or pruned): ``proof`` looks again with
+random weights in their place. A response where none belongs is never forgiven. Where a slice borders on another block
+in a fused projection, its edge rows are nudged alone as well, so that a boundary in the wrong place is seen.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import QkovError
+from .linear_map import check_linear_map
 from .probe import Probe, is_plain, nudge_rows, nudge_weight
 from .slices import HeadSlice, Projection
 
@@ -41,6 +43,10 @@ AUDIBLE = 1e-2
 # Linear or one-directional up to rounding: eps of the dtype over the relative size of the response, with a margin.
 LINEARITY = {torch.float64: 1e-6, torch.float32: 1e-3}
 LINEARITY_HALF = 0.06  # bfloat16 keeps 8 bits, float16 11
+
+
+class SilentError(QkovError):
+    """Too little responds to a slice: because of the weights, or because the layout is wrong."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class SliceCheck:
             seen |= self._heads(self.probe.response(nudge_weight(linear, self.projection, self.piece.rect, noise)))
             if seen == self.expected:
                 return "; weight slice"
-        raise self._refusal(f"a response of query heads {sorted(seen)} to the weight slice")
+        raise self._silence(f"a response of query heads {sorted(seen)} to the weight slice")
 
     def query(self, rows: Sequence[int], *, may_be_silent: bool = False) -> str:
         """Rows of a query, at one position, move all features of one head at that position alone."""
@@ -83,7 +89,7 @@ class SliceCheck:
                 return "own position only"
         if may_be_silent and loudest < AUDIBLE:
             return "silent"
-        raise self._refusal(f"changes in {share:.0%} of the head's features (silent, or a gate)")
+        raise self._silence(f"changes in {share:.0%} of the head's features (silent, or a gate)")
 
     def value(self, rows: Sequence[int], *, may_be_silent: bool = False) -> str:
         """The response reaches the own position and others, and is that of a sum of values."""
@@ -98,7 +104,7 @@ class SliceCheck:
                 return "linear or one direction, own position and others"
         if may_be_silent and loudest < AUDIBLE:
             return "silent"
-        raise self._refusal(f"query heads {sorted(seen)} responding, never as to a value")
+        raise self._silence(f"query heads {sorted(seen)} responding, never as to a value")
 
     def key(self, rows: Sequence[int], *, may_be_silent: bool = False) -> str:
         """The response goes through the softmax; where keys are values too, it reaches its own position as well."""
@@ -117,7 +123,7 @@ class SliceCheck:
                 return "through the softmax" + (", keys serve as values" if also_values else "")
         if may_be_silent and loudest < AUDIBLE:
             return "silent"
-        raise self._refusal(f"query heads {sorted(seen)} responding, never as to a key")
+        raise self._silence(f"query heads {sorted(seen)} responding, never as to a key")
 
     def edge_rows(self) -> tuple[int, ...]:
         """The first and the last row, where a row of another block (or of none) is next to it in a fused projection."""
@@ -128,7 +134,11 @@ class SliceCheck:
         return (*((rect.row,) if first else ()), *((rect.row_end - 1,) if last else ()))
 
     def output_columns(self) -> str:
-        """A nudge of O's weight columns changes its output by input @ noise^T."""
+        """A nudge of O's weight columns changes its output by input @ noise^T.
+
+        Raises:
+            QkovError: where O is no linear map, or its columns lie elsewhere.
+        """
         linear = self.probe.linear(self.projection)
         weight = getattr(linear, "weight", None)
         if not is_plain(weight):
@@ -137,9 +147,12 @@ class SliceCheck:
         noise = self._weight_noise(linear, AMPLITUDE)
         x = self.probe.baseline.to(weight).unsqueeze(0)
         before = linear(x)
+        check_linear_map(self.projection.module, linear, linear.forward, x, before)
         with nudge_weight(linear, self.projection, self.piece.rect, noise):
             change = (linear(x) - before).to("cpu", torch.float64).squeeze(0)
         wanted = self.probe.baseline[:, self.piece.rect.cols] @ noise.to(torch.float64).T
+        if not bool(wanted.any()):
+            raise self._silence("an input that is zero in all of these columns")
         error = float((change - wanted).norm() / wanted.norm().clamp_min(1e-300))
         if not error <= self._tolerance:
             raise self._refusal(f"an output that differs from input @ noise^T by {error:.2g} of its norm")
@@ -207,13 +220,19 @@ class SliceCheck:
         return bool(error.norm() <= self._tolerance * 2 * response.norm())
 
     def _refusal(self, got: str) -> QkovError:
-        return QkovError(
-            f"layer {self.probe.layer.index}, {self.projection.module} ({self.projection.order}), "
+        return QkovError(**self._parts(got))
+
+    def _silence(self, got: str) -> SilentError:
+        return SilentError(**self._parts(got))
+
+    def _parts(self, got: str) -> dict[str, str]:
+        return {
+            "where": f"layer {self.probe.layer.index}, {self.projection.module} ({self.projection.order}), "
             f"{self.piece.block} head {self.piece.head}",
-            expected=f"a response of query heads {sorted(self.expected)} as {self.piece.block} gives",
-            got=got,
-            remedy="The layout is wrong for this model: register the right one with register_layout.",
-        )
+            "expected": f"a response of query heads {sorted(self.expected)} as {self.piece.block} gives",
+            "got": got,
+            "remedy": "The layout is wrong for this model: register the right one with register_layout.",
+        }
 
 
 def _changed(response: Tensor, baseline: Tensor) -> Tensor:

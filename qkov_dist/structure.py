@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import QkovError
@@ -121,6 +121,22 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return int(module.nf), int(module.nx)
     out, into = getattr(module, "out_features", None), getattr(module, "in_features", None)
     return (out, into) if isinstance(out, int) and isinstance(into, int) else None
+
+
+def check_own_weight(path: str, module: nn.Module) -> None:
+    """Raise where a linear's weight is no parameter: pruning and parametrizations compute it before each use.
+
+    Raises:
+        QkovError: at ``path``.
+    """
+    if isinstance(getattr(module, "weight", None), Tensor) and module._parameters.get("weight") is None:
+        raise QkovError(
+            f"{path}.weight",
+            expected="a weight that is a parameter",
+            got=f"one computed from {', '.join(name for name, _ in module.named_parameters()) or 'elsewhere'}",
+            remedy="Make it permanent first: torch.nn.utils.prune.remove(module, 'weight'), or "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight').",
+        )
 
 
 def is_transposed(module: nn.Module) -> bool:

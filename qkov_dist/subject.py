@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from .plan import Owned, Plan, Selection, make_plan
 from .probe import is_plain
 from .samples import Sample
 from .slices import AttentionLayer, Layout, Projection
+from .soundness import Soundness
 
 FISHER_BATCH, DECAY, BUDGET = 8, 0.99, 2**30
 Scores = dict[int, dict[str, Tensor]]  # layer -> block -> [heads, left, right]
@@ -64,6 +66,11 @@ class Subject:
     objective: Objective = "causal"
     batch_tokens: int = 2048
 
+    @cached_property
+    def soundness(self) -> Soundness:
+        """What is known of the model's passes, whatever the changes to its weights."""
+        return Soundness()
+
     @property
     def num_samples(self) -> int:
         """Samples of both tasks."""
@@ -93,7 +100,14 @@ class Subject:
         with closing(FactorStore(BUDGET)) as store:
             batch_tokens = 1 if one_by_one else self.batch_tokens
             sites = self.plan().sites
-            collection = Collection(store, sites, self.objective, loss_factor=loss_factor, batch_tokens=batch_tokens)
+            collection = Collection(
+                store,
+                sites,
+                self.objective,
+                loss_factor=loss_factor,
+                batch_tokens=batch_tokens,
+                soundness=self.soundness,
+            )
             collection.run(self.model, "a", self.a)
             collection.run(self.model, "b", self.b)
             yield Captured(self, store, np.array([record.loss for record in collection.records]))

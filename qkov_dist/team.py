@@ -38,6 +38,7 @@ class Team:
         ownership: What every rank owns; None where one process owns everything.
         local: The tensor-parallel shard of each projection that this rank sees, [out, in].
         lockstep: Whether every pass of one rank needs a pass of all others (weights are gathered for it).
+        in_a_pass: This rank and those that take part in each pass of it.
     """
 
     world: World = field(default_factory=Alone)
@@ -46,6 +47,7 @@ class Team:
     ownership: Ownership | None = None
     local: Mapping[Site, Rect] = field(default_factory=dict)
     lockstep: bool = False
+    in_a_pass: World = field(default_factory=Alone)
 
     @property
     def passes_alone(self) -> bool:
@@ -106,6 +108,9 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
         )
     columns = [tuple(group[place] for group in distinct) for place in range(len(distinct[0]))]
     mine = next(column for column in columns if world.rank in column)
+    in_a_pass: World = Alone()
+    if isinstance(world, TorchWorld) and (lockstep or len(distinct[0]) > 1):
+        in_a_pass = world if lockstep else world.subgroup(distinct)
     return Team(
         world=world,
         peers=world.subgroup(columns) if isinstance(world, TorchWorld) else world,
@@ -118,6 +123,7 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
             if (rect := tensor_parallel_rect(_weight(model, projection), projection, model)) is not None
         },
         lockstep=lockstep,
+        in_a_pass=in_a_pass,
     )
 
 

@@ -20,6 +20,7 @@ from .rows import RowSlice, parse
 from .slices import AttentionLayer, HeadSlice, Projection
 from .structure import (
     base_linear,
+    check_own_weight,
     declared_heads,
     declared_kv_heads,
     is_transposed,
@@ -39,6 +40,8 @@ def attention_layer(index: int, path: str, attention: nn.Module, family: Family,
     sizes = _sizes(path, attention, family.dims, config)
     children = {rel: submodule(attention, rel) for rel, _ in family.orders}
     linears = {rel: base_linear(f"{path}.{rel}", child) for rel, child in children.items() if child is not None}
+    for place, linear in linears.values():
+        check_own_weight(place, linear)
     shapes = {rel: _shape(*linears[rel]) for rel in linears}
     output, columns = family.output
     num_heads = _num_heads(path, shapes[output][1], sizes["v"], declared_heads(attention, config))

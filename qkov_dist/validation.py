@@ -30,7 +30,7 @@ from .capture import Site
 from .engine import Roles, ScoreSettings, score_layer
 from .errors import QkovError
 from .losses import sample_losses
-from .modes import evaluating
+from .modes import evaluating, input_device
 from .permutation import resampled_statistics
 from .samples import Sample
 from .score import Score, sample_gradients
@@ -180,9 +180,15 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 
 def _batches(subject: Subject, samples: Sequence[Sample]) -> list[Batch]:
-    device = next(subject.model.parameters()).device
+    device = input_device(subject.model)
     names = [sample.id for sample in samples]
-    made = make_batches(samples, names=names, batch_tokens=subject.batch_tokens, objective=subject.objective)
+    made = make_batches(
+        samples,
+        names=names,
+        batch_tokens=subject.batch_tokens,
+        objective=subject.objective,
+        alone=subject.soundness.alone,
+    )
     return [batch.to(device) for batch in made]
 
 
