@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .errors import QkovError
 from .geometry import Rect
-from .modes import evaluating, input_device, plain_outputs
+from .modes import evaluating, input_device, plain_outputs, without_graph
 from .slices import AttentionLayer, Projection
 from .structure import text_config
 

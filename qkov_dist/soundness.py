@@ -24,7 +24,7 @@ from .capture import Factors, Site, capture
 from .errors import QkovError
 from .linear_map import Forward, check_linear_map
 from .losses import explained_pass, labelled_logits
-from .modes import evaluating, input_device, plain_outputs
+from .modes import evaluating, input_device, plain_outputs, without_graph
 from .probe import is_plain, probe_tokens
 from .ropes import ropes_by_length
 from .samples import Sample
@@ -276,11 +276,10 @@ def _plain_batch(ids: Tensor, targets: Tensor | None = None) -> Batch:
     return Batch(tuple(range(len(ids))), names, ids, ones, targets, ones)
 
 
-@torch.no_grad()
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits at the labelled positions, row after row [labelled, vocabulary], on the CPU."""
     batch = batch.to(input_device(model))
-    with evaluating(model), plain_outputs(model), explained_pass(model):
+    with evaluating(model), plain_outputs(model), without_graph(), explained_pass(model):
         return labelled_logits(model, batch).cpu()
 
 
