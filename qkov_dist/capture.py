@@ -217,13 +217,17 @@ class Capture:
         root = not y.requires_grad
         if root:
             y = y.detach().requires_grad_()
-        y.register_hook(lambda d: self._on_gradient(site, d))  # type: ignore[no-untyped-call]
+        y.register_hook(lambda d: None if d is None else self._on_gradient(site, d))  # type: ignore[no-untyped-call]
         return y.clone() if root else None
 
-    def _on_gradient(self, site: Site, d: Tensor | None) -> None:
+    def _on_gradient(self, site: Site, d: Tensor) -> None:
+        """Hand on what is complete with D; a D of None was cut off by a kernel without a gradient."""
         state = self._current
-        if state is None or site in state.finished or d is None:  # None: cut off by a kernel without a gradient
-            return
+        if state is not None and site not in state.finished:
+            with torch.autocast(d.device.type, enabled=False):  # the user's is for the model, not for what is made of D
+                self._hand_on(state, site, d)
+
+    def _hand_on(self, state: _Pass, site: Site, d: Tensor) -> None:
         known = state.inputs[site]
         if known.x._version != known.version:
             raise _changed_in_place(site)

@@ -92,7 +92,7 @@ class Collection:
                 passes do not give gradients (see :mod:`qkov_dist.soundness`).
         """
         first = len(self.records)
-        together(self.team.world, lambda: self._look_at(model, samples))
+        together(self.team.world, lambda: self._look_at(model, task, samples))
         outcome = self._run_here(model, self._passes(task, samples), on_samples)
         found: dict[int, tuple[int, float]] = {}
         for peer, theirs in zip(self.team.peer_ranks, self.team.peers.gather(outcome), strict=True):
@@ -104,11 +104,17 @@ class Collection:
         )
         return list(range(first, first + len(samples)))
 
-    def _look_at(self, model: nn.Module, samples: Sequence[Sample]) -> None:
+    def _look_at(self, model: nn.Module, task: str, samples: Sequence[Sample]) -> None:
         """Check what was not checked before, on all ranks alike; say where samples have to run alone."""
         before = self.soundness.alone
-        self.soundness.prove(model, self.sites, self.objective)
-        self.soundness.see(model, samples, self.objective)
+        try:
+            self.soundness.prove(model, self.sites, self.objective, samples[0], _named(task, samples[0]))
+            self.soundness.see(model, samples, self.objective)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            longest = max(samples, key=lambda sample: sample.num_tokens)
+            raise self._too_long(_named(task, longest), longest.num_tokens) from error
         if self.soundness.alone and not before:
             self.say("outputs depend on the length of a batch: samples run uncut, each beside those of its length")
 
@@ -127,7 +133,7 @@ class Collection:
         chosen, first = [samples[n] for n in share], len(self.records)
         batches = make_batches(
             chosen,
-            names=[f"task {task!r}, sample {sample.id!r}" for sample in chosen],
+            names=[_named(task, sample) for sample in chosen],
             numbers=[first + n for n in share],
             batch_tokens=self.batch_tokens,
             objective=self.objective,
@@ -192,18 +198,26 @@ class Collection:
     def _too_large(self, batch: Batch) -> QkovError:
         longest = max(batch.lengths)
         if len(batch.samples) == 1:
-            got, remedy = "too little", "Cut it with the task's max_tokens, spread the model over more ranks or a GPU "
-            remedy += "with more memory, or use model.dtype=bfloat16."
-            if self.store.bytes_on_gpu:
-                remedy = (
-                    f"Set compute.factor_gpu_mb=0: factors take {self.store.bytes_on_gpu >> 20} MiB there. {remedy}"
-                )
-            return QkovError(
-                batch.names[0], expected=f"memory for one sample of {longest} tokens", got=got, remedy=remedy
-            )
+            return self._too_long(batch.names[0], longest)
         return QkovError(
             f"a batch of {len(batch.samples)} samples of up to {longest} tokens",
             expected="memory for it on every rank (sharded weights are gathered by all ranks together)",
             got="too little",
             remedy=f"Set compute.batch_tokens to {len(batch.samples) * longest // 2} or less.",
         )
+
+    def _too_long(self, name: str, num_tokens: int) -> QkovError:
+        remedy = (
+            "Cut it with the task's max_tokens, spread the model over more ranks or a GPU with more memory, or use "
+        )
+        remedy += "model.dtype=bfloat16."
+        if self.store.bytes_on_gpu:
+            remedy = f"Set compute.factor_gpu_mb=0: factors take {self.store.bytes_on_gpu >> 20} MiB there. {remedy}"
+        return QkovError(
+            name, expected=f"memory for one sample of {num_tokens} tokens", got="too little", remedy=remedy
+        )
+
+
+def _named(task: str, sample: Sample) -> str:
+    """What messages call a sample."""
+    return f"task {task!r}, sample {sample.id!r}"

@@ -7,7 +7,7 @@ r"""Whether what a pass leaves is what scores are made of, asked of the model it
                 without calling its module shows here
     length      the outputs of a sample do not depend on how long its batch is; where they do, samples run alone
 
-A few tokens are enough for all but the last, which takes two forward passes of one sample.
+The first tokens of a sample are enough for all but the last, which takes two forward passes of one sample.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from .errors import QkovError
 from .linear_map import Forward, check_linear_map
 from .losses import explained_pass, labelled_logits
 from .modes import evaluating, input_device, plain_outputs, without_graph
-from .probe import is_plain, probe_tokens
+from .probe import is_plain
 from .ropes import ropes_by_length
-from .samples import Sample
+from .samples import IGNORED, Sample
 from .structure import is_transposed
 
 # The same numbers by another order of sums, through all layers of a model; and what a false answer differs by is of
 # order 1. Of a half type 8 or 11 bits are left.
 MOVED = {torch.float64: 1e-7, torch.float32: 1e-3}
 MOVED_HALF = 0.1
+NUM_TOKENS = 16  # of a sample, which are enough for all but lengths
+LEAST_HALF = 2.0**-10  # 16 times the least normal float16
 PROOF_BYTES = 2**30  # of weight gradients at a time
 
 
@@ -51,8 +53,8 @@ class Soundness:
     lengths: tuple[int, int] | None = None
     alone: bool = False
 
-    def prove(self, model: nn.Module, sites: Sequence[Site], objective: Objective) -> None:
-        """Check the sites that were not checked before.
+    def prove(self, model: nn.Module, sites: Sequence[Site], objective: Objective, sample: Sample, name: str) -> None:
+        """Check the sites that were not checked before, on the first tokens of a sample that messages call ``name``.
 
         Raises:
             QkovError: names the projection, or the model, whose passes do not give gradients.
@@ -61,9 +63,10 @@ class Soundness:
         if not new:
             return
         check_weights(model, new)
+        ids = torch.from_numpy(sample.input_ids[:NUM_TOKENS]).unsqueeze(0)
         if not self.proved and objective == "causal":
-            check_causal(model)
-        check_gradients(model, new, objective)
+            check_causal(model, ids)
+        check_gradients(model, new, _labelled(ids, objective, f"{name} (its first tokens)"))
         self.proved.update(new)
 
     def see(self, model: nn.Module, samples: Sequence[Sample], objective: Objective) -> None:
@@ -133,16 +136,16 @@ def _place(parameter: nn.Parameter) -> tuple[str, int, int]:
     return str(local.device), local.data_ptr(), local.data_ptr() + span * local.element_size()
 
 
-def check_causal(model: nn.Module) -> None:
-    """Raise where the last of a few tokens changes what is predicted at earlier ones.
+def check_causal(model: nn.Module, ids: Tensor) -> None:
+    """Raise where the last of a few tokens [1, T] changes what is predicted at earlier ones.
 
     Raises:
         QkovError: names the model.
     """
-    tokens = probe_tokens(model, seed=1)
-    other = tokens.clone()
-    other[0, -1] = tokens[0, 0] if tokens[0, 0] != tokens[0, -1] else tokens[0, -1] - 1
-    logits = _logits(model, _plain_batch(torch.cat([tokens, other]))).view(2, tokens.shape[1], -1)[:, :-1]
+    other = ids.clone()
+    other[0, -1] = next((token for token in ids[0].tolist() if token != ids[0, -1]), 0 if ids[0, -1] else 1)
+    rows = torch.cat([ids, other])
+    logits = _logits(model, _batch(rows, rows, "row")).view(2, ids.shape[1], -1)[:, :-1]
     if _differ(logits[0], logits[1], _dtype(model)):
         raise QkovError(
             type(model).__name__,
@@ -153,15 +156,12 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def check_gradients(model: nn.Module, sites: Sequence[Site], objective: Objective) -> None:
+def check_gradients(model: nn.Module, sites: Sequence[Site], batch: Batch) -> None:
     """Raise unless each site is a linear map, and D^T X the gradient of its weight as autograd forms it.
 
     Raises:
         QkovError: names the projection.
     """
-    ids = probe_tokens(model, seed=2)
-    shifted = torch.roll(ids, -1 if objective == "causal" else 0, 1)
-    batch = _plain_batch(ids, shifted)
     for part in _parts(model, sites):
         kept = _Kept()
         with (
@@ -170,8 +170,9 @@ def check_gradients(model: nn.Module, sites: Sequence[Site], objective: Objectiv
             _thawed(weights.values()),
         ):
             session.run(batch, kept)
-        for site, weight in weights.items():
-            _compare(site, model.get_submodule(site.module), weight, kept[site], session.loss_scale)
+        with torch.autocast(input_device(model).type, enabled=False):
+            for site, weight in weights.items():
+                _compare(site, model.get_submodule(site.module), weight, kept[site], session.loss_scale)
 
 
 class _Kept(dict[Site, Factors]):
@@ -229,6 +230,9 @@ def _compare(site: Site, module: nn.Module, weight: nn.Parameter, factors: Facto
     product = factors.d.to(wide).t() @ factors.x.to(wide)
     grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     grad = (grad.t() if is_transposed(module) else grad).to(wide) / loss_scale
+    if loss_scale != 1:  # autograd sums in float16: what is near or below its least normal number says nothing
+        normal = torch.maximum(product.abs(), grad.abs()) * loss_scale > LEAST_HALF
+        product, grad = product[normal], grad[normal]
     tolerance = max(MOVED.get(dtype, MOVED_HALF) for dtype in (factors.x.dtype, factors.d.dtype, weight.dtype))
     deviation, size = float((product - grad).norm()), float(grad.norm())
     if not deviation <= tolerance * max(size, float(product.norm())):
@@ -268,12 +272,16 @@ def _threshold(rope: nn.Module) -> int:
     return min((limit for limit in limits if isinstance(limit, int)), default=0)
 
 
-def _plain_batch(ids: Tensor, targets: Tensor | None = None) -> Batch:
-    """Rows of one length; with all positions labelled but the last, or as given."""
+def _labelled(ids: Tensor, objective: Objective, name: str) -> Batch:
+    """A few tokens [1, T], each of them predicted."""
+    targets = ids if objective == "masked" else nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    return _batch(ids, targets, name)
+
+
+def _batch(ids: Tensor, targets: Tensor, name: str) -> Batch:
+    """Rows of one length."""
     ones = torch.ones_like(ids)
-    targets = ids if targets is None else targets
-    names = tuple(f"row {n} of a few random tokens" for n in range(len(ids)))
-    return Batch(tuple(range(len(ids))), names, ids, ones, targets, ones)
+    return Batch(tuple(range(len(ids))), (name,) * len(ids), ids, ones, targets, ones)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -286,8 +294,8 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 def _differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     """Whether two logits of the same positions are different functions, not different sums."""
     one, other = one.double(), other.double()
-    size = (one - one.mean()).norm()
-    return not bool((one - other).norm() <= MOVED.get(dtype, MOVED_HALF) * size)
+    size, deviation = (one - one.mean()).norm(), (one - other).norm()
+    return bool(deviation > MOVED.get(dtype, MOVED_HALF) * size)  # not so where either is not finite: that has a name
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

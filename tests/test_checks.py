@@ -128,7 +128,7 @@ def test_a_leaking_pad_breaks_batch_invariance(monkeypatch):
         for n, s in enumerate(samples):
             ids[n, width - len(s.input_ids) :] = torch.from_numpy(s.input_ids)
             targets[n, width - len(s.input_ids) :] = torch.from_numpy(s.targets)
-        return Batch(tuple(numbers), tuple(names), ids, torch.ones_like(ids), targets)
+        return Batch(tuple(numbers), tuple(names), ids, torch.ones_like(ids), targets, torch.ones_like(ids))
 
     monkeypatch.setattr(qkov_dist.batches, "make_batch", padded_on_the_left_and_seen)
     assert "batch invariance" in broken(list(run_checks(subject_of("llama"))))

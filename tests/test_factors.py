@@ -15,7 +15,7 @@ def batch_of(numbers: tuple[int, ...], lengths: tuple[int, ...]) -> Batch:
     mask = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for n, length in enumerate(lengths):
         mask[n, :length] = 1
-    return Batch(numbers, tuple(map(str, numbers)), torch.zeros_like(mask), mask, torch.zeros_like(mask))
+    return Batch(numbers, tuple(map(str, numbers)), torch.zeros_like(mask), mask, torch.zeros_like(mask), mask)
 
 
 def fill(store: FactorStore, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
