@@ -6,7 +6,6 @@ sample can never be predicted, so it is always -100 here.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +15,7 @@ import numpy as np
 
 from .config import TaskConfig
 from .errors import QkovError
-from .kinds import named, written
+from .kinds import key_hint, named, written
 from .samples import IGNORED, Sample, Task
 from .sources import Row, rows
 from .tokenization import render_chat, tokenize
@@ -143,8 +142,7 @@ def _form(content: dict[str, Any], place: str) -> str:
     known = [key for form in FORMS for key in form]
     for key in content:
         if key not in (*known, "id"):
-            near = difflib.get_close_matches(key[:MAX_ID], [*known, "id"], n=1, cutoff=0)[0]
-            remedy = f"The nearest valid key is {near!r}."
+            remedy = key_hint(key, [*known, "id"])
             raise QkovError(f"{place}: {named(key)}", expected="a known key", got=written(key), remedy=remedy)
     given = tuple(key for key in known if key in content)
     if given in FORMS or given == ("input_ids",):

@@ -316,6 +316,11 @@ def test_unknown_key_names_the_nearest(file: Callable[..., Path]) -> None:
     assert error.remedy == "The nearest valid key is 'completion'."
 
 
+def test_unknown_key_near_none_is_told_all_that_there_are(file: Callable[..., Path]) -> None:
+    remedy = refused(file({"question": "a", "completion": "b"})).remedy
+    assert remedy.startswith("Valid keys are text, prompt, completion, messages, ")
+
+
 def test_repeated_id_names_both_lines(file: Callable[..., Path]) -> None:
     path = file({"text": "ab", "id": "x"}, {"text": "ab", "id": "math-3"}, {"text": "ab"})
     error = refused(path)
