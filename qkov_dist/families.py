@@ -172,6 +172,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("afmoe", ("afmoe",), "self_attn", _LLAMA),
     Family("nemotron_h", ("nemotron_h",), "mixer", _LLAMA),
     Family("modernbert-decoder", ("modernbert-decoder",), "attn", _separate("q_proj", "k_proj", "v_proj", "Wo")),
+    Family("gemma3n", ("gemma3n", "gemma3n_text"), "self_attn", _LLAMA, optional=("k_proj", "v_proj")),
     Family(
         "gemma4", ("gemma4", "gemma4_text", "gemma4_unified_text"), "self_attn", _LLAMA, optional=("k_proj", "v_proj")
     ),
