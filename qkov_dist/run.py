@@ -250,7 +250,7 @@ def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: C
         (job.tasks[0].name, job.tasks[1].name),
         (collection.records[:num_a], collection.records[num_a:]),
         pooled=job.pooled,
-        attributes=run_attributes(job.config, job.layout, job.run_id, job.warnings),
+        attributes=run_attributes(job.config, job.layout, job.run_id, job.warnings, job.notes),
     )
 
 

@@ -58,6 +58,8 @@ def validate(
     """
     say(f"loading {config.path}")
     loaded = load_model(config)
+    for line in loaded.remarks:
+        say(line)
     layout = resolve_proved(loaded.model)
     indices = [layer.index for layer in layout.layers]
     count = min(len(indices), max(-(-heads // 4), 1), MAX_LAYERS)
