@@ -7,6 +7,7 @@ that of the merged weight, and this is what is scored. The adapter's own weights
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,14 @@ def put_on(model: Any, adapter: Adapter, options: dict[str, Any]) -> tuple[Any, 
         raise QkovError(adapter.place, expected="the package peft", got=str(error), remedy=remedy) from error
     where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
     settings = PeftConfig.from_pretrained(adapter.place, **where)
+    settings.base_model_name_or_path = adapter.base
     kind = str(getattr(settings.peft_type, "value", settings.peft_type))
     if settings.is_prompt_learning:
         remedy = "Score its base model, or an adapter of weights, such as LoRA."
         raise QkovError(adapter.place, expected="an adapter of weights", got=kind, remedy=remedy)
-    adapted = PeftModel.from_pretrained(model, adapter.place, config=settings, **where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that are missing, which are refused below, and of peft's own future
+        adapted = PeftModel.from_pretrained(model, adapter.place, config=settings, **where)
     _check_complete(adapted, adapter.place, where)
     rank = "".join(f", {name} {value}" for name in ("r", "lora_alpha") if (value := getattr(settings, name, None)))
     return adapted.eval(), (
@@ -94,8 +98,10 @@ def _check_complete(adapted: Any, place: str, where: dict[str, Any]) -> None:
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    stored, wanted = set(load_peft_weights(place, device="cpu", **where)), set(get_peft_model_state_dict(adapted))
-    for what, keys in (("tensors that the model has no place for", stored - wanted), ("none for", wanted - stored)):
+    stored = set(load_peft_weights(place, device="cpu", **where))
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    unused = stored - wanted - set(adapted.state_dict())  # embeddings that were trained too go by their own name
+    for what, keys in (("tensors that the model has no place for", unused), ("none for", wanted - stored)):
         if keys:
             raise QkovError(
                 place,

@@ -25,7 +25,9 @@ def max_positions(model: nn.Module, settings: Any) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
-    return None if limit is None else max([limit, *_reached(settings, limit)])
+    if limit is None or not any("rotary" in name.rpartition(".")[2] for name, _ in model.named_modules()):
+        return limit
+    return max([limit, *_reached(settings, limit)])
 
 
 def _reached(settings: Any, limit: int) -> Iterator[int]:
