@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def find_adapter(place: str, options: dict[str, Any]) -> Adapter | None:
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    where = _where(options)
     file = None if "gguf_file" in options else find_adapter_config_file(place, **where)
     if file is None:
         return None
@@ -75,7 +76,7 @@ def put_on(model: Any, adapter: Adapter, options: dict[str, Any]) -> tuple[Any, 
     except ImportError as error:
         remedy = "Run 'pip install peft', or merge the adapter into its base model."
         raise QkovError(adapter.place, expected="the package peft", got=str(error), remedy=remedy) from error
-    where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    where = _where(options)
     settings = PeftConfig.from_pretrained(adapter.place, **where)
     settings.base_model_name_or_path = adapter.base
     kind = str(getattr(settings.peft_type, "value", settings.peft_type))
@@ -91,6 +92,11 @@ def put_on(model: Any, adapter: Adapter, options: dict[str, Any]) -> tuple[Any, 
         f"adapter {adapter.place} ({kind}{rank}) is active on base model {adapter.base}: "
         "scored are the base weights, by their gradients in the adapted model"
     )
+
+
+def _where(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of loading, those that say which files are meant."""
+    return {key: value for key, value in options.items() if key in ("revision", "local_files_only")}
 
 
 def _check_complete(adapted: Any, place: str, where: dict[str, Any]) -> None:

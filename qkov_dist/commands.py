@@ -183,7 +183,8 @@ def say(line: str) -> None:
 
 def _show(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> None:
     """Print the summary on rank 0, and write the page beside ``heatmap.h5``."""
-    from .report import HEATMAP_FILE, write_page
+    from .report import write_page
+    from .store import HEATMAP_FILE
     from .summary import print_page, print_summary
 
     if heatmap is None:

@@ -80,13 +80,13 @@ def stand_in(model: nn.Module, num_layers: int) -> Any:
         setattr(config, name, 0 if name == "pad_token_id" else None)
     for part in (whole, config):
         part.__dict__.pop("distributed_config", None)
-    if is_masked_lm(model):
-        return AutoModelForMaskedLM.from_config(config).float().eval()
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModelForCausalLM.from_config(config).float().eval()
-    for name in whole.sub_configs:
-        _shrink_tower(getattr(whole, name), config)
-    return AutoModelForImageTextToText.from_config(whole).float().eval()
+    auto: Any = AutoModelForMaskedLM if is_masked_lm(model) else AutoModelForCausalLM
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and auto is AutoModelForCausalLM:
+        auto = AutoModelForImageTextToText
+        for name in whole.sub_configs:
+            _shrink_tower(getattr(whole, name), config)
+        config = whole
+    return auto.from_config(config).float().eval()
 
 
 def _shrink_tower(tower: Any, text: Any) -> None:

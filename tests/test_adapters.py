@@ -14,6 +14,7 @@ import torch
 from jobs import closeness, mixed_samples
 from oracle import per_sample_gradients
 from safetensors.torch import load_file, save_file
+from test_distributed import deviation, run_quietly
 from test_models import refused
 from test_run import qkov, write_task
 from zoo import TINY, VOCAB, randomize
@@ -26,6 +27,7 @@ from qkov_dist.models import load_model, meta_model
 from qkov_dist.parallel import Parallelism, load_parallel
 from qkov_dist.world import Alone
 
+SAMPLES = {"a": mixed_samples(3, VOCAB, seed=1), "b": mixed_samples(2, VOCAB, seed=2)}
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]}
 
 
@@ -71,21 +73,33 @@ def test_the_adapter_is_on_its_base_model_and_said_to_be(adapter: Path, base: Pa
     assert not any("lora" in name for name in meta_model(str(adapter)).state_dict())
 
 
-def test_a_run_scores_the_base_weights_of_the_adapted_model(adapter: Path, base: Path, tmp_path: Path, capsys) -> None:
-    """Against dense autograd of the adapted model, and of the merged one, which has the same gradients."""
-    a, b = mixed_samples(3, VOCAB, seed=1), mixed_samples(2, VOCAB, seed=2)
-    for name, samples in (("a", a), ("b", b)):
-        write_task(tmp_path / f"{name}.jsonl", samples)
-    raw = {
+def settings_of(adapter: Path, folder: Path) -> dict[str, Any]:
+    for name, samples in SAMPLES.items():
+        write_task(folder / f"{name}.jsonl", samples)
+    return {
         "model": {"path": str(adapter)},
-        "tasks": [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in "ab"],
+        "tasks": [{"name": name, "path": str(folder / f"{name}.jsonl")} for name in SAMPLES],
         "metric": {"score": "symmetric"},
         "ridge": {"epsilon": 0.0, "absolute": 1.0, "relative": 0.0},
         "fisher": {"estimator": "mean"},
         "statistics": {"enabled": False},
-        "output": {"dir": str(tmp_path / "out")},
+        "output": {"dir": str(folder / "out")},
     }
-    (tmp_path / "run.yaml").write_text(json.dumps(raw))
+
+
+@pytest.mark.long
+def test_replicas_of_an_adapted_model_equal_one_process(adapter: Path, tmp_path: Path, ranks: Any) -> None:
+    raw = settings_of(adapter, tmp_path)
+    run_quietly(raw)
+    ranks(2).run(run_quietly, {**raw, "output": {"dir": str(tmp_path / "two")}})
+    one, two = load_heatmap(tmp_path / "out"), load_heatmap(tmp_path / "two")
+    assert (one.run_id, deviation(two, one) < 1e-5) == (two.run_id, True)
+
+
+def test_a_run_scores_the_base_weights_of_the_adapted_model(adapter: Path, base: Path, tmp_path: Path, capsys) -> None:
+    """Against dense autograd of the adapted model, and of the merged one, which has the same gradients."""
+    a, b = SAMPLES.values()
+    (tmp_path / "run.yaml").write_text(json.dumps(settings_of(adapter, tmp_path)))
     assert qkov("run", tmp_path / "run.yaml", "--quiet") == 0
     assert f"note: adapter {adapter}" in capsys.readouterr().err
     heatmap = load_heatmap(tmp_path / "out")

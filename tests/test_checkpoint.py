@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_distributed import run_quietly
 from test_models import refused, write_gguf
 from zoo import TINY, VOCAB
 
 from qkov_dist import checkpoint, load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig
+from qkov_dist.errors import QkovError
 from qkov_dist.models import load_model
 from qkov_dist.report_page import make_page
 
@@ -136,6 +138,31 @@ def test_a_warning_of_the_model_reaches_file_page_and_terminal(
     heatmap = load_heatmap(tmp_path / "out")
     assert any(text.startswith(told) for text in heatmap.attributes["warnings"])
     assert told in make_page(heatmap)
+
+
+def refusal_of(raw: dict[str, Any]) -> str:
+    try:
+        run_quietly(raw)
+    except QkovError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cut", [{"tp": 2}, {"shard": "fsdp"}, {"shard": "zero3"}], ids=str)
+def test_every_way_of_loading_refuses_and_warns(tmp_path: Path, ranks: Any, cut: dict[str, Any]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [5, 6, 7]}\n{"input_ids": [5, 6, 8]}\n')
+
+    def settings(name: str, more: dict[str, torch.Tensor]) -> dict[str, Any]:
+        tasks = [{"name": task, "path": str(tmp_path / "a.jsonl")} for task in "ab"]
+        out = {"dir": str(tmp_path / f"out-{name}")}
+        model = {"path": str(saved(tmp_path / name, "llama", more))}
+        return {"model": model, "parallel": cut, "tasks": tasks, "output": out, "statistics": {"enabled": False}}
+
+    for told in ranks(2).run(refusal_of, settings("biased", {f"{ATTENTION}.q_proj.bias": ONE})):
+        assert "1 that it does not use: model.layers.*.self_attn.q_proj.bias" in told
+    assert ranks(2).run(refusal_of, settings("others", OTHERS)) == ["accepted"] * 2
+    assert load_heatmap(tmp_path / "out-others").attributes["warnings"][0].startswith("6 tensors of the checkpoint")
 
 
 # GGUF: transformers takes what it has a name for
