@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _this_rank() -> str:
     """Which rank speaks, where several were started and the error does not say so itself."""
-    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
+    return f"rank {rank}: " if rank.isdecimal() and size.isdecimal() and size != "1" else ""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -49,7 +49,7 @@ def launched_size(environment: Mapping[str, str]) -> int:
         QkovError: for a rank or a number of ranks that is none.
     """
     names = _launcher(environment)
-    read = (*TORCH, *((names.rank, names.size, names.local_rank, *LOCAL_RANKS) if names else ()))
+    read = (*TORCH, names.rank, names.size, names.local_rank, *LOCAL_RANKS) if names else ("RANK", "WORLD_SIZE")
     numbers = {name: _number(environment, name) for name in read if name in environment}
     if names is None:
         return 1

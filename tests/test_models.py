@@ -274,6 +274,7 @@ def test_real_gguf() -> None:
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     loaded = load_model(ModelConfig(str(path)))
     assert (loaded.objective, loaded.vocab_size, loaded.max_positions) == ("causal", 49152, 8192)
+    assert loaded.warnings == ()
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     ids = torch.tensor([loaded.tokenizer("The capital of France is")["input_ids"]])
     with torch.no_grad():
