@@ -141,7 +141,13 @@ def base_config(config: ModelConfig) -> ModelConfig | None:
     """
     name, options = _source(config.path, config.revision)
     adapter = _adapter(config.path, name, options)
-    return replace(config, path=adapter.base, revision=adapter.revision) if adapter else None
+    return _base_of(config, adapter) if adapter else None
+
+
+def _base_of(config: ModelConfig, adapter: Adapter) -> ModelConfig:
+    """A revision that is given is that of what lies on the hub: of the adapter, or of the base of a local one."""
+    given = config.revision if Path(config.path).expanduser().exists() else None
+    return replace(config, path=adapter.base, revision=given or adapter.revision)
 
 
 def _adapter(place: str, name: str, options: dict[str, Any]) -> Adapter | None:
@@ -151,7 +157,7 @@ def _adapter(place: str, name: str, options: dict[str, Any]) -> Adapter | None:
 
 def _load_adapted(config: ModelConfig, adapter: Adapter, options: dict[str, Any], **how: Any) -> LoadedModel:
     """An adapter's base model with the adapter on it; its own tokenizer goes before that of the base."""
-    base = replace(config, path=adapter.base, revision=adapter.revision)
+    base = _base_of(config, adapter)
     try:
         if base_config(base):
             remedy = "Merge that adapter into its base model first."

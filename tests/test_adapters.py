@@ -23,7 +23,7 @@ from qkov_dist import load_heatmap
 from qkov_dist.config import ModelConfig
 from qkov_dist.errors import QkovError
 from qkov_dist.fingerprint import fingerprint
-from qkov_dist.models import load_model, meta_model
+from qkov_dist.models import base_config, load_model, meta_model
 from qkov_dist.parallel import Parallelism, load_parallel
 from qkov_dist.world import Alone
 
@@ -133,6 +133,15 @@ def test_a_relative_base_is_found_from_here_or_from_the_adapter(adapter: Path, m
     assert "../base" in load(adapter).notes[0]  # the same folder, seen from here
     monkeypatch.chdir(tmp_path)
     assert str(adapter / "../base") in load(adapter).notes[0]
+
+
+def test_the_revision_is_that_of_what_lies_on_the_hub(adapter: Path) -> None:
+    change(adapter, base_model_name_or_path="some-org/base", revision="theirs")
+    found = [base_config(ModelConfig(str(adapter), revision=given)) for given in (None, "mine")]
+    assert [(base.path, base.revision) for base in found if base] == [
+        ("some-org/base", "theirs"),
+        ("some-org/base", "mine"),
+    ]
 
 
 def test_its_own_tokenizer_goes_before_that_of_the_base(adapter: Path, base: Path) -> None:
