@@ -17,7 +17,7 @@ from functools import reduce
 from itertools import count
 from pathlib import Path
 
-from .hdf5_read import file_errors
+from .disk import file_errors
 from .hdf5_write import remove_leftovers
 from .merge import add_layers
 from .partial_schema import PartialHeader

@@ -42,6 +42,8 @@ def check(
     """
     say(f"loading {config.path}")
     loaded = load_model(config)
+    for line in loaded.remarks:
+        say(line)
     layout = _layout(loaded)
     chosen = Selection(MetricConfig(layers=layers).layers or _spread(layout)).layers_of(layout)  # type: ignore[arg-type]
     a, b = (_samples(loaded, name, samples, max_tokens, seed) for seed, name in enumerate(TASKS))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from . import commands
+from .disk import disk_errors
 from .errors import QkovError
+from .launcher import launched_size
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["_Parser"]
@@ -30,10 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.debug:
         warnings.simplefilter("ignore")
     try:
-        options.command(options)
+        launched_size(os.environ)
+        with disk_errors():
+            options.command(options)
     except QkovError as error:
         if options.debug:
-            raise
+            traceback.print_exc()
         print(f"qkov: {_this_rank()}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -54,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _this_rank() -> str:
     """Which rank speaks, where several were started and the error does not say so itself."""
-    return f"rank {os.environ['RANK']}: " if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
+    return f"rank {rank}: " if rank.isdecimal() and size.isdecimal() and size != "1" else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -188,7 +194,7 @@ def _add_stats(group: Commands) -> None:
         "Test a finished run again with other settings; what is not given stays as in the last test.",
         "qkov stats runs/demo --permutations 5400 --statistic cross_mean",
     )
-    parser.add_argument("folder", metavar="DIR", help="output folder of the run")
+    parser.add_argument("folder", metavar="DIR", help="output folder of the run, or heatmap.h5 in it")
     parser.add_argument("--permutations", dest="n_permutations", type=int, metavar="K", help="relabellings")
     parser.add_argument("--bootstrap", dest="n_bootstrap", type=int, metavar="B", help="resamples; 0: no intervals")
     parser.add_argument("--alpha", dest="fdr_alpha", type=float, help="level of the false discovery rate")
@@ -205,7 +211,7 @@ def _add_report(group: Commands) -> None:
         "Write the report of a finished run: report.html, and in report/ figures (PDF, PNG), tables (CSV, Markdown).",
         "qkov report runs/demo",
     )
-    parser.add_argument("folder", metavar="DIR", help="the run's output folder, with heatmap.h5")
+    parser.add_argument("folder", metavar="DIR", help="the run's output folder with heatmap.h5, or a heatmap's file")
 
 
 def _add_validate(group: Commands) -> None:

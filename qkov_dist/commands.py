@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,10 +76,11 @@ def merge_command(options: argparse.Namespace) -> None:
     from .finish import HEATMAP_FILE
     from .merge_command import merge_folder
 
-    output = Path(options.output or Path(options.folder) / HEATMAP_FILE)
+    folder = _run_folder(options.folder)
+    output = Path(options.output or folder / HEATMAP_FILE)
     try:
         with connected_by_mpi() as world:
-            heatmap = merge_folder(options.folder, output, world=world, say=say, show_progress=not options.quiet)
+            heatmap = merge_folder(folder, output, world=world, say=say, show_progress=not options.quiet)
     except SharedError:
         if world.rank:
             sys.exit(2)  # rank 0 says what is wrong
@@ -113,7 +115,8 @@ def stats_command(options: argparse.Namespace) -> None:
     names = ("n_permutations", "n_bootstrap", "fdr_alpha", "seed", "statistic", "alternative")
     chosen = {name: getattr(options, name) for name in names}
     changes = {name: value for name, value in chosen.items() if value is not None}
-    _show(retest(Path(options.folder), changes, say), Path(options.folder))
+    folder = _run_folder(options.folder)
+    _show(retest(folder, changes, say), folder)
 
 
 def report_command(options: argparse.Namespace) -> None:
@@ -146,6 +149,21 @@ def validate_command(options: argparse.Namespace) -> None:
     )
 
 
+def _run_folder(place: str) -> Path:
+    """The folder of a run, given itself or one of the files that the run keeps its scores in.
+
+    Raises:
+        QkovError: for a file of another name: what is in the folder need not be of the same run.
+    """
+    path = Path(place)
+    if not path.is_file():
+        return path
+    if path.name != "heatmap.h5" and not re.fullmatch(r"partial_rank\d{5,}\.h5", path.name):
+        remedy = "Name the run's output folder."
+        raise QkovError(place, expected="a run's folder, or heatmap.h5 in it", got="another file", remedy=remedy)
+    return path.parent
+
+
 def _model_config(options: argparse.Namespace) -> ModelConfig:
     from .config import ModelConfig
 
@@ -165,7 +183,8 @@ def say(line: str) -> None:
 
 def _show(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> None:
     """Print the summary on rank 0, and write the page beside ``heatmap.h5``."""
-    from .report import HEATMAP_FILE, write_page
+    from .report import write_page
+    from .store import HEATMAP_FILE
     from .summary import print_page, print_summary
 
     if heatmap is None:

@@ -7,11 +7,10 @@ the YAML file.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import yaml
 
 from .config import KEYS, SECTIONS, RunConfig, read_value
 from .errors import QkovError
-from .kinds import named, shown
+from .kinds import named, nearest, shown
 
 MAX_BYTES = 256 << 10  # of YAML; as many values, once its aliases are written out
 _LONGEST_KEY = 200  # that is compared with known ones
@@ -106,18 +105,31 @@ def _build(values: Mapping[str, object]) -> RunConfig:
 
 
 def _unknown(key: str) -> QkovError:
-    """The error for an unknown key, naming the nearest: of a misspelt section, the same key elsewhere, or a typo."""
+    """The error for an unknown key: of a misspelt section, the same key of another one, a typo, or nothing like it."""
     section, _, last = key[-_LONGEST_KEY:].rpartition(".")
-    elsewhere = {known.rpartition(".")[2]: known for known in reversed(KEYS)}.get(last)
-    sections = [*dict.fromkeys(name.partition(".")[0] for name in SECTIONS)]
-    if section and section not in SECTIONS:
-        near = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0)[0]
-        nearest = f"{near}.{last}" if f"{near}.{last}" in KEYS else near
+    names = {name: f"{place}.{name}" for place in reversed(SECTIONS) for name in _names_of(place)}
+    near = section if section in SECTIONS else nearest(section, SECTIONS)
+    if near and last in _names_of(near):
+        remedy = f"The nearest valid key is '{near}.{last}'."
+    elif not section and (start := nearest(last, _first_words())):
+        remedy = f"The nearest valid key is {start!r}."
+    elif last in names:
+        remedy = f"The nearest valid key is {names[last]!r}."
+    elif near:
+        found = nearest(last, _names_of(near))
+        listed = ", ".join(f"{near}.{name}" for name in _names_of(near))
+        remedy = f"The nearest valid key is '{near}.{found}'." if found else f"Valid keys are {listed}."
     else:
-        nearest = elsewhere or difflib.get_close_matches(key, KEYS if section else sections, n=1, cutoff=0)[0]
-    return QkovError(
-        named(key), expected="a known key", got=shown(last), remedy=f"The nearest valid key is {nearest!r}."
-    )
+        remedy = f"Valid sections are {', '.join(_first_words())}; `qkov run --keys` lists their keys."
+    return QkovError(named(key), expected="a known key", got=shown(last), remedy=remedy)
+
+
+def _names_of(section: str) -> list[str]:
+    return [entry.name for entry in fields(SECTIONS[section])]
+
+
+def _first_words() -> list[str]:
+    return [*dict.fromkeys(name.partition(".")[0] for name in SECTIONS)]
 
 
 def _parse_override(override: str) -> tuple[str, object]:

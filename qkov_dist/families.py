@@ -155,7 +155,18 @@ FAMILIES: tuple[Family, ...] = (
             *("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "exaone4", "apertus", "dots1"),
             *("aria_text", "cohere2", "cohere2_moe", "cwm", "ernie4_5_moe", "exaone_moe", "glm4_moe", "granite_swa"),
             *("granitemoe_swa", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jais2"),
-            *("llama4_text", "minimax", "ministral", "ministral3", "nanochat", "solar_open", "vaultgemma", "falcon_h1"),
+            *(
+                "llama4_text",
+                "minimax",
+                "qwen2_vl_text",
+                "qwen2_5_vl_text",
+                "ministral",
+                "ministral3",
+                "nanochat",
+                "solar_open",
+                "vaultgemma",
+                "falcon_h1",
+            ),
         ),
         "self_attn",
         _LLAMA,
@@ -172,6 +183,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("afmoe", ("afmoe",), "self_attn", _LLAMA),
     Family("nemotron_h", ("nemotron_h",), "mixer", _LLAMA),
     Family("modernbert-decoder", ("modernbert-decoder",), "attn", _separate("q_proj", "k_proj", "v_proj", "Wo")),
+    Family("gemma3n", ("gemma3n", "gemma3n_text"), "self_attn", _LLAMA, optional=("k_proj", "v_proj")),
     Family(
         "gemma4", ("gemma4", "gemma4_text", "gemma4_unified_text"), "self_attn", _LLAMA, optional=("k_proj", "v_proj")
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from .pieces import logical_shape, pieces_of
 NEUTRAL_SETTINGS = {
     "architectures", "dtype", "torch_dtype", "use_cache", "transformers_version", "quantization_config",
     "distributed_config", "tp_plan", "tp_size", "attn_implementation", "experts_implementation",
+}  # fmt: skip
+NEUTRAL_ADAPTER_SETTINGS = {
+    "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version",
+    "runtime_config", "target_modules",
 }  # fmt: skip
 CHUNK_ELEMENTS = 2**20
 
@@ -62,8 +66,29 @@ def digest(model: nn.Module, entries: Iterable[tuple[str, tuple[int, ...], str, 
     config: Any = getattr(model, "config", None)
     plain = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {key: value for key, value in plain.items() if key not in NEUTRAL_SETTINGS and not key.startswith("_")}
-    content = [type(config or model).__name__, settings, sorted(entries)]
+    content = [type(config or model).__name__, settings, sorted(entries), *_adapters(model)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """What adapters add to a model beside their weights: their settings, and which of them are in use."""
+    settings: Any = getattr(model, "peft_config", None)
+    if not isinstance(settings, Mapping):
+        return []
+    plain = {
+        name: {
+            key: sorted(value) if isinstance(value, set | frozenset) else value
+            for key, value in entry.to_dict().items()
+            if key not in NEUTRAL_ADAPTER_SETTINGS
+        }
+        for name, entry in settings.items()
+    }
+    layers = {
+        path: (module.disable_adapters, list(module.active_adapters), getattr(module, "scaling", None))
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "active_adapters", None), list) and hasattr(module, "base_layer")
+    }
+    return [plain, layers]
 
 
 def checksum(matrix: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> tuple[int, int]:

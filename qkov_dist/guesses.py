@@ -52,9 +52,21 @@ def guess_families(model: nn.Module) -> list[Family]:
     for _, stack in layer_lists(model):
         for layer in stack:
             for path, module in layer.named_modules():
-                for family in _families_of(module):
+                for guess in _families_of(module):
+                    family = replace(guess, optional=_missing_elsewhere(stack, path, guess))
                     found.update({family: None, replace(family, attention=without_wrappers(path)): None})
     return list(found)
+
+
+def _missing_elsewhere(stack: nn.ModuleList, path: str, family: Family) -> tuple[str, ...]:
+    """Of K and V, the projections that a module at the same place in another layer lacks, while it has Q and O.
+
+    Such layers take the keys and values of an earlier one.
+    """
+    attentions = [module for layer in stack if (module := submodule(layer, path)) is not None]
+    (first, _), *others = family.inputs
+    taking = [module for module in attentions if _linear(module, first) and _linear(module, family.output[0])]
+    return tuple(name for name, _ in others if not all(_linear(module, name) for module in taking))
 
 
 def _families_of(attention: nn.Module) -> Iterator[Family]:

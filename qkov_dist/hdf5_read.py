@@ -11,7 +11,6 @@ cannot checksum any other. Attributes that are no number, array or string are JS
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from .disk import DAMAGED, file_errors
 from .errors import QkovError
 from .kinds import Kind, readable, written
 
@@ -32,33 +32,6 @@ _SIGNATURE, _FIRST_CHECKED = b"\x89HDF\r\n\x1a\n", b"\2"  # a file begins with i
 _KNOWN_FILTERS = {h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE}
 _DEFLATE_RATIO = 1100  # zlib cannot do better than 1032:1
 _DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError)
-REMEDY = "The file is damaged or is not of qkov_dist: move it away and write it again."
-_REASONS = (
-    ({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "room on the disk", "Free space or choose another folder."),
-    ({errno.EACCES, errno.EPERM, errno.EROFS}, "permission to use this file", "Change it or choose another folder."),
-    ({errno.ENOENT, errno.ENOTDIR}, "an existing file in an existing folder", "Check the path."),
-    ({errno.EAGAIN, errno.EWOULDBLOCK}, "a file that no other process is writing", ""),
-)
-_LOCKED = (
-    "Close the other process; where the file system itself has no locks, set HDF5_USE_FILE_LOCKING=FALSE in the "
-    "environment."
-)
-
-
-@contextmanager
-def file_errors(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn the given errors of a block into one QkovError that names the file and what to set."""
-    try:
-        yield
-    except QkovError:
-        raise
-    except kinds as error:
-        text = readable(" ".join(str(error).split())) or type(error).__name__
-        found = next((r for r in _REASONS if getattr(error, "errno", None) in r[0]), None)
-        expected, remedy = (found[1], found[2]) if found else ("an intact file", REMEDY)
-        if "lock file" in text or not remedy:
-            expected, remedy = "a file that no other process is writing", _LOCKED
-        raise QkovError(str(path), expected=expected, got=text, remedy=remedy) from error
 
 
 class Reader:
@@ -216,7 +189,7 @@ def _check_format(path: Path) -> None:
     if signature != _SIGNATURE or version < _FIRST_CHECKED:
         old = "an older format of HDF5, without checksums on its structure"
         got = old if signature == _SIGNATURE else "no signature of HDF5"
-        raise QkovError(str(path), expected=f"an intact file of schema {SCHEMA}", got=got, remedy=REMEDY)
+        raise QkovError(str(path), expected=f"an intact file of schema {SCHEMA}", got=got, remedy=DAMAGED)
 
 
 def _data(dataset: Any, path: str, rows: slice) -> npt.NDArray[Any]:
@@ -229,4 +202,4 @@ def _data(dataset: Any, path: str, rows: slice) -> npt.NDArray[Any]:
 
 
 def _refusal(where: str, expected: str, got: str) -> QkovError:
-    return QkovError(where, expected=expected, got=got, remedy=REMEDY)
+    return QkovError(where, expected=expected, got=got, remedy=DAMAGED)

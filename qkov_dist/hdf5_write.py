@@ -20,8 +20,9 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from .disk import file_errors
 from .errors import QkovError
-from .hdf5_read import SCHEMA, SLAB_BYTES, Reader, file_errors, reading
+from .hdf5_read import SCHEMA, SLAB_BYTES, Reader, reading
 
 _LIBVER = ("v110", "v110")  # the first format with checksums on its own structure
 

@@ -26,11 +26,14 @@ def inspect_model(config: ModelConfig, *, verify: bool) -> None:
         layout = _from_structure(config)
         print_layout(layout)
         return
-    model = load_model(config).model
+    loaded = load_model(config)
+    model = loaded.model
     layout = resolve_proved(model)
     rows = prove(model, layout)
     print_layout(layout)
     print(f"proved by perturbation: {len(rows)} slices of {len(layout.layers)} layers, no mismatch")
+    for line in loaded.remarks:
+        print(line)
 
 
 def print_layout(layout: Layout) -> None:

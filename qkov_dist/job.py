@@ -51,6 +51,7 @@ class Job:
         batch_tokens: Padded tokens in one compute batch.
         run_id: Hash of the configuration's identity, the model and the samples.
         warnings: What a reader of the results must know, as far as it is known now, one sentence each.
+        notes: What a reader of the results may want to know, besides what the layout says.
     """
 
     config: RunConfig
@@ -62,6 +63,7 @@ class Job:
     batch_tokens: int
     run_id: str
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -196,7 +198,11 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     batch_tokens = parallelism.batch_tokens(
         config.compute, on_gpu=device_type != "cpu", num_parameters=num_parameters(loaded.model)
     )
-    return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id, loaded.warnings)
+    warnings = (*loaded.warnings, *(warning for task in tasks for warning in task.warnings))
+    notes = (*loaded.notes, *(note for task in tasks for note in task.notes))
+    for note in notes:
+        say(f"note: {note}")
+    return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id, warnings, notes)
 
 
 def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:

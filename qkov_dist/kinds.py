@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 _HIGHEST = 100_000  # above every number of a layer or head
+_LONGEST_KEY = 200  # that is compared with known ones
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,17 @@ def written(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, or a nest as deep as the stack
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest(key: str, known: Collection[str]) -> str | None:
+    """The known key that a mistyped one was meant to be; None where none is near."""
+    return next(iter(difflib.get_close_matches(key[:_LONGEST_KEY], known, n=1)), None)
+
+
+def key_hint(key: str, known: Collection[str]) -> str:
+    """What to write in place of an unknown key: the one that it was meant to be, or one of all that there are."""
+    near = nearest(key, known)
+    return f"The nearest valid key is {near!r}." if near else f"Valid keys are {', '.join(known)}."
 
 
 def named(key: str) -> str:

@@ -6,6 +6,7 @@
     srun                              SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST
 
 A batch script of Slurm has SLURM_NTASKS and SLURM_PROCID too, but is one process: only a step has its own task count.
+PALS and Flux give PMI_RANK and PMI_SIZE, and a rank's place on its node under names of their own.
 """
 
 from __future__ import annotations
@@ -37,10 +38,29 @@ LAUNCHERS = (
 )
 
 
+LOCAL_RANKS = ("SLURM_LOCALID", "PALS_LOCAL_RANKID", "FLUX_TASK_LOCAL_ID")  # where the launcher's own name is not set
+LOCAL_SIZES = ("PALS_LOCAL_SIZE",)
+
+
 def launched_size(environment: Mapping[str, str]) -> int:
-    """How many ranks the launcher started, before they are connected; 1 without a launcher."""
+    """How many ranks the launcher started, before they are connected; 1 without a launcher.
+
+    Raises:
+        QkovError: for a rank or a number of ranks that is none.
+    """
     names = _launcher(environment)
-    return int(environment[names.size]) if names else 1
+    read = (*TORCH, names.rank, names.size, names.local_rank, *LOCAL_RANKS) if names else ("RANK", "WORLD_SIZE")
+    numbers = {name: _number(environment, name) for name in read if name in environment}
+    if names is None:
+        return 1
+    if not numbers[names.rank] < numbers[names.size]:
+        raise QkovError(
+            names.rank,
+            expected=f"a rank below {names.size} ({environment[names.size]})",
+            got=environment[names.rank],
+            remedy="Let the launcher set these variables, or unset both of them.",
+        )
+    return numbers[names.size]
 
 
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
@@ -50,19 +70,20 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
         environment: That of a process that a launcher started; what is set already is kept.
 
     Raises:
-        QkovError: where the ranks are on several nodes and nothing says where rank 0 is.
+        QkovError: where the ranks are on several nodes and nothing says where rank 0 is; as `launched_size` does.
     """
     names = _launcher(environment)
+    launched_size(environment)
     if names is None:
         return {}
     found = {
         "RANK": environment[names.rank],
         "WORLD_SIZE": environment[names.size],
-        "LOCAL_RANK": environment.get(names.local_rank, environment.get("SLURM_LOCALID", "0")),  # srun --mpi=pmi2
+        "LOCAL_RANK": _first(environment, (names.local_rank, *LOCAL_RANKS), "0"),
     }
-    if "MASTER_ADDR" not in environment:
+    if not environment.get("MASTER_ADDR"):
         found["MASTER_ADDR"] = _address_of_rank_0(names, environment)
-    if "MASTER_PORT" not in environment:
+    if not environment.get("MASTER_PORT"):
         job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
         found["MASTER_PORT"] = str(DEFAULT_PORT + job % 1000)  # jobs that share a node seldom share a port
     return found
@@ -78,11 +99,30 @@ def _launcher(environment: Mapping[str, str]) -> _Names | None:
     return next((names for names in LAUNCHERS if {names.rank, names.size} <= environment.keys()), None)
 
 
+def _number(environment: Mapping[str, str], name: str) -> int:
+    least, text = int("SIZE" in name or "NUM" in name), environment[name].strip()
+    if not text.isdecimal() or int(text) < least:
+        raise QkovError(
+            name,
+            expected=f"a whole number of at least {least}, as a launcher sets it",
+            got=repr(environment[name]),
+            remedy="Let the launcher set it, or unset it to run as one process.",
+        )
+    return int(text)
+
+
+def _first(environment: Mapping[str, str], names: tuple[str, ...], otherwise: str) -> str:
+    """The first of several variables that is set."""
+    return next((environment[name] for name in names if name in environment), otherwise)
+
+
 def _address_of_rank_0(names: _Names, environment: Mapping[str, str]) -> str:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if nodes:
         return first_host(nodes)
-    here = environment.get(names.local_size, environment[names.size])
+    here = _first(environment, (names.local_size, *LOCAL_SIZES), environment[names.size])
+    if int(environment.get("FLUX_JOB_NNODES") or 1) > 1:
+        here = "some"
     if here != environment[names.size]:
         raise QkovError(
             "MASTER_ADDR",

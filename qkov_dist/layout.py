@@ -235,6 +235,8 @@ def unresolved(model: nn.Module, why: str) -> QkovError:
     """The refusal: what attention-like parameters there are, and the lines that register a layout."""
     model_type = str(text_config(model).model_type)
     found = [f"{path} {list(shape)}" for path, shape in attention_linears(model)]
+    shared = [name for name in ("k_proj", "v_proj") if _is_missing_somewhere(model, name)]
+    optional = f", optional={shared}" if shared else ""
     return QkovError(
         f"model type {model_type!r}",
         expected="an architecture whose heads are known",
@@ -243,6 +245,12 @@ def unresolved(model: nn.Module, why: str) -> QkovError:
             "Register its layout before using it:\n"
             "    from qkov_dist.layout import register_layout\n"
             f"    orders = {{'q_proj': 'H*q', 'k_proj': 'K*k', 'v_proj': 'K*v', 'o_proj': 'cols H*v'}}\n"
-            f"    register_layout({model_type!r}, orders, head_dim='head_dim')"
+            f"    register_layout({model_type!r}, orders, head_dim='head_dim'{optional})"
         ),
     )
+
+
+def _is_missing_somewhere(model: nn.Module, name: str) -> bool:
+    """Whether some attention modules have this projection beside q_proj, and others have q_proj alone."""
+    having = [submodule(m, name) is not None for _, m in model.named_modules() if submodule(m, "q_proj") is not None]
+    return any(having) and not all(having)

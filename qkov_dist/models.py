@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,21 +24,34 @@ import transformers
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import has_file
 
+from .adapters import CONFIG as ADAPTER_CONFIG
+from .adapters import Adapter, find_adapter, put_on
+from .checkpoint import check_gguf, check_loaded
 from .config import ModelConfig
 from .errors import QkovError
 from .failures import is_broken_call
+from .positions import max_positions
 
-AUTO_CLASSES: dict[str, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+AUTO_CLASSES: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "image-text": AutoModelForImageTextToText,  # given text alone
+}
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "tekken.json",
@@ -61,6 +74,7 @@ class LoadedModel:
         max_positions: Longest input in tokens, or None for no limit.
         engine: What keeps a model's parts together (a DeepSpeed engine); held, not used.
         warnings: What a reader of its results must know, one sentence each.
+        notes: What a reader of its results may want to know, one sentence each.
     """
 
     model: Any
@@ -70,10 +84,16 @@ class LoadedModel:
     max_positions: int | None
     engine: Any = None
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Warnings and notes, as lines of the terminal."""
+        return (*(f"warning: {text}" for text in self.warnings), *(f"note: {text}" for text in self.notes))
 
 
 def load_model(config: ModelConfig, *, device_map: Any = None, distributed: Any = None) -> LoadedModel:
-    """Load the weights, in eval mode, and the tokenizer.
+    """Load the weights, in eval mode, and the tokenizer; of an adapter, those of its base model with it on them.
 
     Args:
         config: Path and dtype; ``dtype: auto`` keeps the checkpoint's.
@@ -84,9 +104,11 @@ def load_model(config: ModelConfig, *, device_map: Any = None, distributed: Any 
         QkovError: The path, its files, the dtype or the attention implementation do not do.
     """
     name, options = _source(config.path, config.revision)
+    if adapter := _adapter(config.path, name, options):
+        return _load_adapted(config, adapter, options, device_map=device_map, distributed=distributed)
     options["trust_remote_code"] = config.trust_remote_code
     settings = _settings(name, options, config.path)
-    objective = _objective(settings, config.path)
+    kind = _kind(settings, config.path)
     extra: dict[str, Any] = {"device_map": device_map, "dtype": _dtype(config.dtype), "weights_only": True}
     if distributed is not None:
         extra["distributed_config"] = distributed
@@ -95,21 +117,58 @@ def load_model(config: ModelConfig, *, device_map: Any = None, distributed: Any 
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _quiet(), _explained(config.path, "a model that loads"):
-        model, report = AUTO_CLASSES[objective].from_pretrained(name, output_loading_info=True, **options, **extra)
-    if report["missing_keys"]:
-        absent = sorted(report["missing_keys"])
-        got = f"none for {len(absent)}, among them {absent[0]}"
-        remedy = "These would be random numbers; use a complete checkpoint that fits its config.json."
-        raise QkovError(config.path, expected="weights for every parameter", got=got, remedy=remedy)
-    model = _plain(model.eval()) if "gguf_file" in options else model.eval()
+        model, report = AUTO_CLASSES[kind].from_pretrained(name, output_loading_info=True, **options, **extra)
+    warnings = check_loaded(model, report, config.path)
+    model = model.eval()
+    if "gguf_file" in options:
+        warnings, model = (*warnings, *check_gguf(model, Path(name) / options["gguf_file"])), _plain(model)
     text_settings = model.config.get_text_config()
     return LoadedModel(
         model,
         _tokenizer(name, options, config.path),
-        objective,
+        "masked" if kind == "masked" else "causal",
         int(text_settings.vocab_size),
-        _max_positions(model, text_settings),
+        max_positions(model, text_settings),
+        warnings=warnings,
     )
+
+
+def base_config(config: ModelConfig) -> ModelConfig | None:
+    """Where the base model of an adapter is; None where the path is no adapter's.
+
+    Raises:
+        QkovError: for an adapter that does not name its base model.
+    """
+    name, options = _source(config.path, config.revision)
+    adapter = _adapter(config.path, name, options)
+    return _base_of(config, adapter) if adapter else None
+
+
+def _base_of(config: ModelConfig, adapter: Adapter) -> ModelConfig:
+    """A revision that is given is that of what lies on the hub: of the adapter, or of the base of a local one."""
+    given = config.revision if Path(config.path).expanduser().exists() else None
+    return replace(config, path=adapter.base, revision=given or adapter.revision)
+
+
+def _adapter(place: str, name: str, options: dict[str, Any]) -> Adapter | None:
+    with _explained(place, "a readable adapter configuration"):
+        return find_adapter(name, options)
+
+
+def _load_adapted(config: ModelConfig, adapter: Adapter, options: dict[str, Any], **how: Any) -> LoadedModel:
+    """An adapter's base model with the adapter on it; its own tokenizer goes before that of the base."""
+    base = _base_of(config, adapter)
+    try:
+        if base_config(base):
+            remedy = "Merge that adapter into its base model first."
+            raise QkovError(adapter.base, expected="a model", got="another adapter", remedy=remedy)
+        loaded = load_model(base, **how)
+    except QkovError as error:
+        raise error.within(f"{adapter.place}: base model") from error
+    with _quiet(), _explained(adapter.place, "an adapter that fits its base model"):
+        model, note = put_on(loaded.model, adapter, options)
+    own = _tokenizer(adapter.place, {**options, "trust_remote_code": config.trust_remote_code}, adapter.place)
+    return replace(loaded, model=model, tokenizer=own or loaded.tokenizer, notes=(*loaded.notes, note))
 
 
 def meta_model(source: str | ModelConfig | transformers.PretrainedConfig) -> Any:
@@ -118,10 +177,11 @@ def meta_model(source: str | ModelConfig | transformers.PretrainedConfig) -> Any
         settings, place, trust = source, source.model_type, False
     else:
         config = ModelConfig(source) if isinstance(source, str) else source
+        config = base_config(config) or config
         place, trust = config.path, config.trust_remote_code
         name, options = _source(config.path, config.revision)
         settings = _settings(name, {**options, "trust_remote_code": trust}, place)
-    auto = AUTO_CLASSES[_objective(settings, place)]
+    auto = AUTO_CLASSES[_kind(settings, place)]
     with _quiet(), _explained(place, "a configuration that builds a model"), torch.device("meta"):
         return auto.from_config(settings, trust_remote_code=trust).eval()
 
@@ -172,8 +232,8 @@ def _check_gguf(path: Path) -> None:
 def _check_directory(path: Path) -> None:
     place, remedy = path / "config.json", "Give a directory written by save_pretrained."
     if not place.is_file():
-        if (path / "adapter_config.json").is_file():
-            remedy = "This is an adapter alone: merge it into its base model, or load both in Python and use the API."
+        if (path / ADAPTER_CONFIG).is_file():
+            return  # its base model has one
         raise QkovError(str(path), expected="a config.json in the directory", got="none", remedy=remedy)
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
@@ -190,8 +250,8 @@ def _settings(name: str, options: dict[str, Any], place: str) -> Any:
         return AutoConfig.from_pretrained(name, **options)
 
 
-def _objective(settings: Any, place: str) -> str:
-    """``masked`` for encoders that are not set up as decoders, ``causal`` for the rest; anything else is refused."""
+def _kind(settings: Any, place: str) -> str:
+    """Which of ``AUTO_CLASSES`` a model is: ``masked`` is for encoders that are not set up as decoders."""
     remedy = "Give a decoder language model, or a BERT-style encoder with a masked LM head."
     if getattr(settings, "is_encoder_decoder", False):
         raise QkovError(place, expected="a model of one stack", got="an encoder-decoder", remedy=remedy)
@@ -200,9 +260,12 @@ def _objective(settings: Any, place: str) -> str:
     causal = settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in remote
     if masked and not getattr(settings, "is_decoder", False):
         return "masked"
-    if not causal:
-        raise QkovError(place, expected="a language model", got=f"model type {settings.model_type!r}", remedy=remedy)
-    return "causal"
+    if causal:
+        return "causal"
+    remote_image = "AutoModelForImageTextToText" in remote
+    if remote_image or settings.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "image-text"
+    raise QkovError(place, expected="a language model", got=f"model type {settings.model_type!r}", remedy=remedy)
 
 
 def _dtype(name: str) -> Any:
@@ -225,17 +288,6 @@ def _tokenizer(name: str, options: dict[str, Any], place: str) -> Any:
         if "gguf_file" in options or any(has_file(name, file, **where) for file in TOKENIZER_FILES):
             return AutoTokenizer.from_pretrained(name, **options)
     return None
-
-
-def _max_positions(model: nn.Module, settings: Any) -> int | None:
-    """The configured limit, less the positions that RoBERTa-style embeddings keep for padding."""
-    limits = [getattr(settings, key, None) for key in POSITION_KEYS]
-    limit = next((value for value in limits if isinstance(value, int) and value > 0), None)
-    for name, module in model.named_modules():
-        padded = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-        if padded and module.padding_idx is not None:
-            limit = module.num_embeddings - module.padding_idx - 1
-    return limit
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import QkovError
 from .samples import IGNORED, Sample
 
-BATCH_KEYS = ("input_ids", "attention_mask", "labels")
+BATCH_KEYS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
 
 
 def samples_of_batch(batch: Mapping[str, Any], *, where: str, vocab_size: int) -> Iterator[Sample]:
@@ -20,32 +20,36 @@ def samples_of_batch(batch: Mapping[str, Any], *, where: str, vocab_size: int) -
 
     Args:
         batch: ``input_ids`` [N, T], and optionally ``attention_mask`` (padding on either side) and ``labels`` (-100
-            ignored; by default every real token), as tensors or nested lists.
+            ignored; by default every real token), as tensors or nested lists; None is as good as nothing. What else
+            tokenizers and collators give may be there where it says nothing more: ``token_type_ids`` of zeros, and
+            ``position_ids`` that count each sample's tokens from 0.
         where: What messages call the batch.
         vocab_size: Token ids lie in [0, vocab_size).
 
     Raises:
         QkovError: for other keys, other shapes, ids out of range, and samples without a label.
     """
-    if "input_ids" not in batch or set(batch) - set(BATCH_KEYS):
+    given = {key: value for key, value in batch.items() if value is not None}
+    if "input_ids" not in given or set(given) - set(BATCH_KEYS):
         raise QkovError(
             where,
             expected=f"input_ids, and optionally {', '.join(BATCH_KEYS[1:])}",
             got=", ".join(map(str, batch)) or "nothing",
             remedy="Pass tokens only; positions and padding are worked out from the attention mask.",
         )
-    ids = _tensor(batch["input_ids"], where)
-    mask = _tensor(batch.get("attention_mask", torch.ones_like(ids)), where)
-    labels = _tensor(batch.get("labels", ids), where)
-    if ids.ndim != 2 or ids.is_floating_point() or mask.shape != ids.shape or labels.shape != ids.shape:
+    tensors = {key: _tensor(value, where) for key, value in given.items()}
+    ids = tensors["input_ids"]
+    mask, labels = tensors.get("attention_mask", torch.ones_like(ids)), tensors.get("labels", ids)
+    if ids.ndim != 2 or ids.is_floating_point() or any(tensor.shape != ids.shape for tensor in tensors.values()):
         raise QkovError(
             where,
-            expected="integer input_ids, attention_mask and labels of one shape [samples, tokens]",
-            got=f"{list(ids.shape)}, {list(mask.shape)}, {list(labels.shape)} of {ids.dtype}",
+            expected=f"integer {', '.join(tensors)} of one shape [samples, tokens]",
+            got=f"{', '.join(str(list(tensor.shape)) for tensor in tensors.values())} of {ids.dtype}",
             remedy="Tokenize with padding=True and return_tensors='pt'.",
         )
     _check_mask(mask, where)
     mask = mask.bool()
+    _check_implied(tensors, mask, where)
     for n in range(len(ids)):
         kept_ids, kept_labels = (t[n][mask[n]].cpu().numpy().astype(np.int64) for t in (ids, labels))
         yield _checked(Sample(str(n), kept_ids, kept_labels, ""), f"{where}, sample {n}", vocab_size)
@@ -61,6 +65,19 @@ def _check_mask(mask: Tensor, where: str) -> None:
             got="other values, or zeros between tokens",
             remedy="Pass each sample's tokens without gaps; mask tokens out of the loss with labels of -100.",
         )
+
+
+def _check_implied(tensors: Mapping[str, Tensor], mask: Tensor, where: str) -> None:
+    """Raise unless segments and positions say what follows from the mask alone."""
+    implied = {"token_type_ids": torch.zeros_like(mask, dtype=torch.int64), "position_ids": mask.cumsum(dim=1) - 1}
+    for name, wanted in implied.items():
+        if name in tensors and not bool((tensors[name].to(wanted.device)[mask] == wanted[mask]).all()):
+            raise QkovError(
+                f"{where}: {name}",
+                expected="zeros alone" if name == "token_type_ids" else "0, 1, 2, ... over each sample's own tokens",
+                got="other values",
+                remedy="Leave it out; a sample is one segment, and its first token is at position 0.",
+            )
 
 
 def _tensor(values: Any, where: str) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .comm import World
 from .config import ComputeConfig, ModelConfig, ParallelConfig
 from .errors import QkovError
 from .layout import resolve
-from .models import LoadedModel, load_model, meta_model
+from .models import LoadedModel, base_config, load_model, meta_model
 from .slices import Layout
 
 SHARDED_BY_HOOKS = ("colwise", "rowwise")
@@ -95,6 +96,15 @@ def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -
     Raises:
         QkovError: for what cannot work (before weights are read), and as :func:`qkov_dist.models.load_model` does.
     """
+    cuts = parallelism.tp > 1 or parallelism.data in ("fsdp", "zero3")
+    if cuts and base_config(config):
+        raise QkovError(
+            config.path,
+            expected="a model whose weights are cut as they are read",
+            got="an adapter beside its base model",
+            remedy="Merge it (peft's merge_and_unload; gradients of the merged weights are the same), or use "
+            "parallel.shard=ddp or device_map.",
+        )
     if parallelism.tp > 1:
         _check_model(config, parallelism.tp)
     if parallelism.data == "device_map":
@@ -181,9 +191,18 @@ def _load_zero3(config: ModelConfig) -> LoadedModel:
         "bf16": {"enabled": half},
         "steps_per_print": 10**9,
     }
+    warnings = _unused(config)
     partition = HfDeepSpeedConfig(settings)  # type: ignore[no-untyped-call]
     loaded = load_model(config)  # while ``partition`` lives, each weight is partitioned as it is read
     del partition
     loaded.model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=loaded.model, config=settings)
-    return replace(loaded, model=engine.module.eval(), engine=engine)
+    return replace(loaded, model=engine.module.eval(), engine=engine, warnings=(*warnings, *loaded.warnings))
+
+
+def _unused(config: ModelConfig) -> tuple[str, ...]:
+    """Warnings of tensors that the model does not use; while weights are partitioned transformers does not look.
+
+    Nothing but names and shapes is read, from the heads of the files.
+    """
+    return () if Path(config.path).is_file() else load_model(config, device_map="meta").warnings

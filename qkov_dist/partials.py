@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .disk import file_errors
 from .errors import QkovError
-from .hdf5_read import file_errors, reading
+from .hdf5_read import reading
 from .hdf5_write import sync_folder, writing
 from .partial_schema import (
     BlockPartial,

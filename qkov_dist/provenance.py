@@ -27,8 +27,10 @@ def layout_notes(layout: Layout) -> list[str]:
     return notes
 
 
-def run_attributes(config: RunConfig, layout: Layout, run_id: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """The attributes of a run's heatmap; ``warnings`` are those known before the first batch."""
+def run_attributes(
+    config: RunConfig, layout: Layout, run_id: str, warnings: Sequence[str] = (), notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The attributes of a run's heatmap; ``warnings`` and ``notes`` are those known before the first batch."""
     return {
         "run_id": run_id,
         "config": to_dict(config),
@@ -39,6 +41,6 @@ def run_attributes(config: RunConfig, layout: Layout, run_id: str, warnings: Seq
         "score": config.metric.score,
         "estimator": config.fisher.estimator,
         "scope": config.fisher.scope,
-        "notes": layout_notes(layout),
+        "notes": [*layout_notes(layout), *notes],
         "warnings": list(warnings),
     }

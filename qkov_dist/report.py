@@ -13,15 +13,16 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from .disk import file_errors
 from .errors import QkovError
 from .figures import figures
 from .hdf5_write import remove_leftovers
 from .report_page import make_page, run_marker
 from .report_tables import all_tables
 from .results import Heatmap
-from .store import load_heatmap
+from .store import HEATMAP_FILE, heatmap_path, load_heatmap
 
-HEATMAP_FILE, PAGE_FILE, FOLDER = "heatmap.h5", "report.html", "report"
+PAGE_FILE, FOLDER = "report.html", "report"
 
 
 def write_page(heatmap: Heatmap, folder: str | Path) -> Path:
@@ -36,21 +37,21 @@ def write_page(heatmap: Heatmap, folder: str | Path) -> Path:
     return path
 
 
-def write_report(folder: str | Path, say: Callable[[str], None]) -> Path:
-    """Write page, tables and figures of the run in ``folder``; returns the page's path.
+def write_report(place: str | Path, say: Callable[[str], None]) -> Path:
+    """Write page, tables and figures of a run beside its heatmap; returns the page's path.
 
     Args:
-        folder: Where ``heatmap.h5`` lies.
+        place: The heatmap's file, or the folder where ``heatmap.h5`` lies.
         say: Takes a line about each part.
 
     Raises:
         QkovError: without a readable ``heatmap.h5``, for a page of another run, and where writing fails.
     """
-    folder = Path(folder)
-    if not (folder / HEATMAP_FILE).exists():
-        remedy = "Name the output folder of a finished `qkov run`."
-        raise QkovError(str(folder), expected=f"a folder with {HEATMAP_FILE}", got="none", remedy=remedy)
-    heatmap = load_heatmap(folder / HEATMAP_FILE)
+    path = heatmap_path(place)
+    if not path.exists():
+        remedy = "Name the output folder of a finished `qkov run`, or its heatmap."
+        raise QkovError(str(place), expected=f"a folder with {HEATMAP_FILE}, or a heatmap", got="none", remedy=remedy)
+    heatmap, folder = load_heatmap(path), path.parent
     page = write_page(heatmap, folder)
     for table in all_tables(heatmap):
         _replace(folder / FOLDER / f"{table.name}.csv", table.to_csv().encode())
@@ -66,7 +67,9 @@ def write_report(folder: str | Path, say: Callable[[str], None]) -> Path:
 
 
 def _refuse_other_page(path: Path, run_id: str) -> None:
-    if path.exists() and run_marker(run_id) not in path.read_text(encoding="utf-8", errors="replace"):
+    with file_errors(path, OSError):
+        found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+    if found is not None and run_marker(run_id) not in found:
         remedy = "Nothing was overwritten. Move it away, then run `qkov report` again."
         raise QkovError(str(path), expected=f"a report of run {run_id!r}", got="another file", remedy=remedy)
 
@@ -74,14 +77,11 @@ def _refuse_other_page(path: Path, run_id: str) -> None:
 def _replace(path: Path, content: bytes) -> None:
     """Have a file appear whole, or not at all."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with file_errors(path, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        remedy = "Free some space, or make the folder writable."
-        got = error.strerror or type(error).__name__
-        raise QkovError(str(path), expected="a file that can be written", got=got, remedy=remedy) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from .carry import carry_over, forget, remove_run, take_over
 from .collection import Collection
 from .comm import current, together
 from .config import RunConfig
+from .disk import file_errors
 from .engine import BlockScores
 from .exchange import Exchange
 from .expected_time import Phase, assumptions, expected
@@ -101,7 +102,8 @@ def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
             voice.say(line)
     if not config.output.partials:
         world.gather(None)  # not before rank 0 has written the heatmap
-        partial.path.unlink()
+        with file_errors(partial.path, OSError):
+            partial.path.unlink()
     return heatmap
 
 
@@ -249,7 +251,7 @@ def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: C
         (job.tasks[0].name, job.tasks[1].name),
         (collection.records[:num_a], collection.records[num_a:]),
         pooled=job.pooled,
-        attributes=run_attributes(job.config, job.layout, job.run_id, job.warnings),
+        attributes=run_attributes(job.config, job.layout, job.run_id, job.warnings, job.notes),
     )
 
 

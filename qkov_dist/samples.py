@@ -38,10 +38,12 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A name and its samples, in file order."""
+    """A name and its samples, in file order; what may (notes) and what must (warnings) be known of them."""
 
     name: str
     samples: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def task_fingerprint(task: Task) -> str:

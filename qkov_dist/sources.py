@@ -126,4 +126,14 @@ def _dataset_row(row: dict[str, Any], column: str, place: str) -> dict[str, Any]
     value = row[column]
     if not isinstance(value, list):
         return {"text": value}
-    return {"messages": value} if value and isinstance(value[0], dict) else {"input_ids": value}
+    if not value or not isinstance(value[0], dict):
+        return {"input_ids": value}
+    tools = {"tools": _without_nulls(row["tools"])} if row.get("tools") else {}
+    return {"messages": _without_nulls(value), **tools}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested objects less the keys that are null: a table gives every row the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

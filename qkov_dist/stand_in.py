@@ -10,7 +10,8 @@ import copy
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .comm import World
 from .errors import QkovError
@@ -18,10 +19,11 @@ from .layout import resolve
 from .proof import prove, resolve_proved
 from .shards import is_sharded
 from .slices import Layout
-from .structure import is_masked_lm, text_config
+from .structure import is_masked_lm
 
 NARROW, VOCABULARY = 16, 128
 FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
+TOWER_DEPTHS = ("num_hidden_layers", "depth", "num_layers")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -62,7 +64,9 @@ def prove_stand_in(model: nn.Module, layout: Layout) -> None:
 
 def stand_in(model: nn.Module, num_layers: int) -> Any:
     """The first layers of the model's architecture, attention at full size, with random weights, on the CPU."""
-    config = copy.deepcopy(text_config(model))
+    configs = (getattr(module, "config", None) for module in model.modules())
+    whole: Any = copy.deepcopy(next(config for config in configs if getattr(config, "model_type", None)))
+    config = whole.get_text_config(decoder=True)
     depth = config.num_hidden_layers
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == depth:
@@ -74,6 +78,19 @@ def stand_in(model: nn.Module, num_layers: int) -> Any:
             setattr(config, name, NARROW)
     for name in TOKEN_IDS:
         setattr(config, name, 0 if name == "pad_token_id" else None)
-    config.__dict__.pop("distributed_config", None)
+    for part in (whole, config):
+        part.__dict__.pop("distributed_config", None)
     auto: Any = AutoModelForMaskedLM if is_masked_lm(model) else AutoModelForCausalLM
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and auto is AutoModelForCausalLM:
+        auto = AutoModelForImageTextToText
+        for name in whole.sub_configs:
+            _shrink_tower(getattr(whole, name), config)
+        config = whole
     return auto.from_config(config).float().eval()
+
+
+def _shrink_tower(tower: Any, text: Any) -> None:
+    """Leave one layer of what is not the text model: text alone is passed through."""
+    for name in TOWER_DEPTHS:
+        if tower is not text and isinstance(getattr(tower, name, None), int):
+            setattr(tower, name, 1)

@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from .disk import DAMAGED
 from .errors import QkovError
-from .hdf5_read import REMEDY, Reader, reading
+from .hdf5_read import Reader, reading
 from .results import FISHER_KEYS, Heatmap, Pairs, SampleTable
 from .slices import BLOCKS
 from .store_checks import check_stored
 from .views import HEAD_DIM
 
+HEATMAP_FILE = "heatmap.h5"
 _DEEPEST = 8
 _BY_BLOCK = ("heatmap", "present", "fisher", "scores", "scores_all")
 
@@ -38,13 +40,22 @@ def write_heatmap(path: str | Path, heatmap: Heatmap, pairs: Pairs = "all") -> N
     heatmap.save(path, pairs)
 
 
+def heatmap_path(place: str | Path) -> Path:
+    """The file of a heatmap, given itself or the folder of its run."""
+    path = Path(place)
+    return path / HEATMAP_FILE if path.is_dir() else path
+
+
 def load_heatmap(path: str | Path) -> Heatmap:
-    """Read ``heatmap.h5`` whole.
+    """Read a heatmap whole.
+
+    Args:
+        path: The file, or the folder of a run, in which it is ``heatmap.h5``.
 
     Raises:
         QkovError: naming the file, for anything that is missing, damaged, of another schema, or outside the file.
     """
-    with reading(Path(path)) as reader:
+    with reading(heatmap_path(path)) as reader:
         heatmap = _heatmap(reader)
         check_stored(heatmap)
         return heatmap
@@ -124,6 +135,6 @@ def _tree(reader: Reader, path: str, depth: int = 0) -> dict[str, Any]:
 def _merged(path: str, arrays: Any, others: Any) -> dict[str, Any]:
     """Two nested dicts as one: the arrays of the file, and what an attribute says besides."""
     if not isinstance(arrays, dict) or not isinstance(others, dict):
-        raise QkovError(path, expected="a mapping", got="something else", remedy=REMEDY)
+        raise QkovError(path, expected="a mapping", got="something else", remedy=DAMAGED)
     both = arrays.keys() & others.keys()
     return {**arrays, **others, **{name: _merged(f"{path}/{name}", arrays[name], others[name]) for name in both}}

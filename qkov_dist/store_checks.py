@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from .disk import DAMAGED
 from .errors import QkovError
-from .hdf5_read import REMEDY, check_values
+from .hdf5_read import check_values
 from .kinds import FRACTION, Kind, as_it_is, one_of, whole, written
 from .results import Heatmap
 
@@ -104,4 +105,4 @@ def _check_tests(place: str, tests: object, shape: tuple[int, ...]) -> None:
 
 
 def _wrong(where: str, expected: str, got: str) -> QkovError:
-    return QkovError(where, expected=expected, got=got, remedy=REMEDY)
+    return QkovError(where, expected=expected, got=got, remedy=DAMAGED)

@@ -6,7 +6,6 @@ sample can never be predicted, so it is always -100 here.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,15 +13,23 @@ from typing import Any
 
 import numpy as np
 
+from .chats import CHAT_DATE, Chat, render_chat
 from .config import TaskConfig
 from .errors import QkovError
-from .kinds import named, written
+from .kinds import key_hint, named, written
+from .messages import read_messages, read_string, read_tools
 from .samples import IGNORED, Sample, Task
 from .sources import Row, rows
-from .tokenization import render_chat, tokenize
+from .tokenization import Span, tokenize
 
-MAX_ID, MAX_MESSAGES = 200, 1000
-FORMS = (("text",), ("prompt", "completion"), ("messages",), ("input_ids", "labels"))
+MAX_ID = 200
+FORMS = (
+    (("text",), ()),
+    (("prompt", "completion"), ("tools",)),
+    (("messages",), ("tools",)),
+    (("input_ids",), ("labels", "attention_mask", "token_type_ids")),
+)  # keys that a row of this form has, and keys that it may have
+KEYS = tuple(dict.fromkeys(key for needed, allowed in FORMS for key in (*needed, *allowed)))
 
 
 def load_task(
@@ -45,7 +52,7 @@ def load_task(
     if not samples:
         remedy = 'Write one sample a line, for example {"text": "..."}.'
         raise QkovError(config.path, expected="at least one sample", got="none", remedy=remedy)
-    return Task(config.name, samples)
+    return Task(config.name, samples, reader.notes(), reader.warnings())
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,16 @@ class _Reader:
     max_positions: int | None
     objective: str
     places: dict[str, str] = field(default_factory=dict)  # sample id -> place of its row
+    chats: dict[str, Chat] = field(default_factory=dict)  # sample id -> its conversation as rendered
 
     def sample(self, row: Row) -> Sample:
         """One checked sample; raises QkovError at the row's place."""
         place, number, content = row
         sample_id = self._id(content, place, number)
         form = _form(content, place)
-        ids, labels, text = self._from_ids(content, place) if form == "input_ids" else self._from_text(content, place)
+        ids, labels, text = (
+            self._from_ids(content, place) if form == "input_ids" else self._from_text(content, place, sample_id, form)
+        )
         _check_ids(ids, self.vocab_size, f"{place}: input_ids", ignored=False)
         _check_ids(labels, self.vocab_size, f"{place}: labels", ignored=True)
         limit = self.config.max_tokens
@@ -94,34 +104,68 @@ class _Reader:
             raise QkovError(f"{place}: id", expected="an id of its own", got=got, remedy=remedy)
         return str(value)
 
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the results may want to know of these samples."""
+        if not any(chat.dated for chat in self.chats.values()):
+            return ()
+        return (
+            f"task {self.config.name!r}: the chat template asks for the date, and gets {CHAT_DATE:%Y-%m-%d} on any day",
+        )
+
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the results must know of these samples."""
+        last_only = [name for name, chat in self.chats.items() if chat.last_turn_only]
+        no_tools = [name for name, chat in self.chats.items() if chat.without_tools]
+        told = (
+            (last_only, "only the last assistant turn is labelled: the chat template renders earlier ones otherwise"),
+            (no_tools, "the chat template does not show the tools that the samples name"),
+        )
+        task, count = f"task {self.config.name!r}", len(self.chats)
+        return tuple(f"{task}, {len(f)} of {count} chats (first {f[0]!r}): {what}" for f, what in told if f)
+
     def _from_ids(self, content: dict[str, Any], place: str) -> tuple[list[int], list[int], str]:
         ids = _integers(content["input_ids"], f"{place}: input_ids")
-        if "labels" not in content and self.objective == "masked":
+        labels = content.get("labels")
+        if labels is None and self.objective == "masked":
             remedy = 'Give {"input_ids": [...], "labels": [...]} with -100 at every position that is not predicted.'
             raise QkovError(f"{place}: labels", expected="labels for a masked model", got="none", remedy=remedy)
-        labels = _integers(content.get("labels", content["input_ids"]), f"{place}: labels")
+        labels = ids if labels is None else _integers(labels, f"{place}: labels")
         if len(labels) != len(ids):
             remedy = "Give one label for each token; -100 leaves a token out of the loss."
             raise QkovError(f"{place}: labels", expected=f"{len(ids)} labels", got=f"{len(labels)}", remedy=remedy)
+        kept = _without_padding(content, len(ids), place)
+        ids, labels = ids[kept], labels[kept]
         in_range = self.tokenizer is not None and all(0 <= token < self.vocab_size for token in ids)
         return ids, labels, self._decode(ids) if in_range else ""
 
-    def _from_text(self, content: dict[str, Any], place: str) -> tuple[list[int], list[int], str]:
+    def _from_text(self, content: dict[str, Any], place: str, name: str, form: str) -> tuple[list[int], list[int], str]:
         if self.objective == "masked" or self.tokenizer is None:
             why = "a masked model predicts only given labels" if self.objective == "masked" else "it has no tokenizer"
             remedy = "Tokenize the samples and give input_ids and labels."
             raise QkovError(place, expected=f"input_ids for this model ({why})", got="text", remedy=remedy)
-        if "messages" in content:
-            text, spans = render_chat(self.tokenizer, _messages(content["messages"], place), place)
-        else:
-            prompt = _string(content.get("prompt", ""), f"{place}: prompt", empty=True)
-            key = "completion" if "prompt" in content else "text"
-            text = prompt + _string(content[key], f"{place}: {key}", empty=False)
-            spans = [(len(prompt), len(text))]
-        ids, labelled = tokenize(self.tokenizer, text, spans, special="messages" not in content)
-        if "text" in content:
-            return ids, ids, text
+        text, spans = self._spans(content, place, name, form)
+        ids, labelled = tokenize(self.tokenizer, text, spans, special=name not in self.chats)
         return ids, [token if keep else IGNORED for token, keep in zip(ids, labelled, strict=True)], text
+
+    def _spans(self, content: dict[str, Any], place: str, name: str, form: str) -> tuple[str, Sequence[Span] | None]:
+        """The text of a row, and what of it is labelled: spans of characters, or None for all."""
+        if form == "text":
+            return read_string(content["text"], f"{place}: text", empty=False), None
+        if form == "messages" or isinstance(content["prompt"], list) or isinstance(content["completion"], list):
+            chat = self.chats[name] = self._chat(content, place, form)
+            return chat.text, chat.spans
+        prompt = read_string(content["prompt"], f"{place}: prompt", empty=True)
+        text = prompt + read_string(content["completion"], f"{place}: completion", empty=False)
+        return text, [(len(prompt), len(text))]
+
+    def _chat(self, content: dict[str, Any], place: str, form: str) -> Chat:
+        """A row of messages, or of a prompt and a completion that are messages, as the chat template renders it."""
+        key, given = "messages", []
+        if form == "prompt":
+            key, given = "completion", read_messages(content["prompt"], f"{place}: prompt", assistant=False)
+        messages = given + read_messages(content[key], f"{place}: {key}")
+        tools = read_tools(content.get("tools"), f"{place}: tools")
+        return render_chat(self.tokenizer, messages, f"{place}: {key}", tools=tools, given=len(given))
 
     def _check_labelled(self, labels: Sequence[int], place: str) -> None:
         if any(label != IGNORED for label in labels):
@@ -139,33 +183,36 @@ class _Reader:
 
 
 def _form(content: dict[str, Any], place: str) -> str:
-    """The first key of the row's form; exactly one form a row, and no other keys."""
-    known = [key for form in FORMS for key in form]
+    """The first key of the row's form; exactly one form a row, no other keys, and null for one that is not there."""
     for key in content:
-        if key not in (*known, "id"):
-            near = difflib.get_close_matches(key[:MAX_ID], [*known, "id"], n=1, cutoff=0)[0]
-            remedy = f"The nearest valid key is {near!r}."
+        if key not in (*KEYS, "id"):
+            remedy = key_hint(key, [*KEYS, "id"])
             raise QkovError(f"{place}: {named(key)}", expected="a known key", got=written(key), remedy=remedy)
-    given = tuple(key for key in known if key in content)
-    if given in FORMS or given == ("input_ids",):
-        return given[0]
+    for null_is_none in (True, False):
+        given = {key for key in KEYS if key in content and not (null_is_none and content[key] is None)}
+        for needed, allowed in FORMS:
+            if set(needed) <= given <= {*needed, *allowed}:
+                return needed[0]
     expected = "exactly one of text; prompt and completion; messages; input_ids (and labels)"
     remedy = "Keep the keys of one form and leave the others out."
-    raise QkovError(place, expected=expected, got=", ".join(given) or "no such key", remedy=remedy)
+    got = ", ".join(key for key in KEYS if key in content)
+    raise QkovError(place, expected=expected, got=got or "no such key", remedy=remedy)
 
 
-def _string(value: object, place: str, *, empty: bool) -> str:
-    remedy = "Write the text between double quotes, in valid Unicode."
-    if not isinstance(value, str):
-        raise QkovError(place, expected="text", got=type(value).__name__, remedy=remedy)
-    if not value and not empty:
-        raise QkovError(place, expected="text", got="empty text", remedy="Leave the sample out.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        got = f"half a surrogate pair at character {error.start}"
-        raise QkovError(place, expected="valid Unicode", got=got, remedy=remedy) from None
-    return value
+def _without_padding(content: dict[str, Any], length: int, place: str) -> slice:
+    """Where the tokens of a row are, by its ``attention_mask``: ones, with zeros at the sides alone."""
+    if any(_integers(content.get("token_type_ids") or [0], f"{place}: token_type_ids")):
+        remedy = "Leave token_type_ids out; a sample is one segment."
+        raise QkovError(f"{place}: token_type_ids", expected="zeros alone", got="other values", remedy=remedy)
+    if content.get("attention_mask") is None:
+        return slice(None)
+    mask = _integers(content["attention_mask"], f"{place}: attention_mask")
+    kept = slice(mask.index(1), length - mask[::-1].index(1)) if 1 in mask else slice(0)
+    if len(mask) != length or set(mask) - {0, 1} or not all(mask[kept]) or not any(mask):
+        remedy = "Mask tokens out of the loss with labels of -100; padding may be left out altogether."
+        expected = f"{length} ones, or ones with zeros on the padding at the sides"
+        raise QkovError(f"{place}: attention_mask", expected=expected, got=written(mask), remedy=remedy)
+    return kept
 
 
 def _integers(value: object, place: str) -> list[int]:
@@ -186,23 +233,3 @@ def _check_ids(ids: Sequence[int], vocab_size: int, place: str, *, ignored: bool
             expected = f"token ids in [0, {vocab_size})" + (f" or {IGNORED}" if ignored else "")
             remedy = "Tokenize with the tokenizer of this very model."
             raise QkovError(place, expected=expected, got=f"{written(token)} at position {position}", remedy=remedy)
-
-
-def _messages(value: object, place: str) -> list[dict[str, Any]]:
-    remedy = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
-    if not isinstance(value, list):
-        raise QkovError(f"{place}: messages", expected="a list of messages", got=type(value).__name__, remedy=remedy)
-    if len(value) > MAX_MESSAGES:
-        remedy = "Cut the conversation into several samples."
-        expected = f"at most {MAX_MESSAGES} messages"
-        raise QkovError(f"{place}: messages", expected=expected, got=str(len(value)), remedy=remedy)
-    for index, message in enumerate(value):
-        inner = f"{place}: messages.{index}"
-        if not isinstance(message, dict):
-            raise QkovError(inner, expected="role and content", got=type(message).__name__, remedy=remedy)
-        for key in ("role", "content"):
-            _string(message.get(key), f"{inner}.{key}", empty=key == "content")
-    if not any(message["role"] == "assistant" for message in value):
-        got = "no message with the role 'assistant'"
-        raise QkovError(f"{place}: messages", expected="an assistant turn to label", got=got, remedy=remedy)
-    return value

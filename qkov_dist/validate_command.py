@@ -58,11 +58,13 @@ def validate(
     """
     say(f"loading {config.path}")
     loaded = load_model(config)
+    for line in loaded.remarks:
+        say(line)
     layout = resolve_proved(loaded.model)
     indices = [layer.index for layer in layout.layers]
     count = min(len(indices), max(-(-heads // 4), 1), MAX_LAYERS)
     layers = tuple(indices[place * (len(indices) - 1) // max(count - 1, 1)] for place in range(count))
-    a, b = (_samples(loaded, path, samples, max_tokens) for path in tasks)
+    a, b = (_samples(loaded, path, samples, max_tokens, say) for path in tasks)
     subject = Subject(loaded.model, layout, a, b, layers, cast(Objective, loaded.objective))
     targets = sample_targets(subject, heads, seed)
     say(f"one step of {tasks[1]} in each of {len(targets)} heads, measured on {tasks[0]}")
@@ -74,10 +76,15 @@ def validate(
         _write(Path(output), effects, rows)
 
 
-def _samples(loaded: LoadedModel, path: str, count: int, max_tokens: int) -> tuple[Sample, ...]:
+def _samples(
+    loaded: LoadedModel, path: str, count: int, max_tokens: int, say: Callable[[str], object]
+) -> tuple[Sample, ...]:
     task = TaskConfig(name=path, path=path, max_samples=count, max_tokens=max_tokens)
     limits = {"vocab_size": loaded.vocab_size, "max_positions": loaded.max_positions, "objective": loaded.objective}
-    return load_task(task, loaded.tokenizer, **limits).samples  # type: ignore[arg-type]
+    found = load_task(task, loaded.tokenizer, **limits)  # type: ignore[arg-type]
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    return found.samples
 
 
 def _print(

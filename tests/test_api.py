@@ -224,7 +224,7 @@ def test_modes_cannot_be_mixed(llama):
     ("batch", "message"),
     [
         ({"text": ["a"]}, "expected input_ids"),
-        ({"input_ids": [[1, 2]], "token_type_ids": [[0, 0]]}, "expected input_ids, and optionally"),
+        ({"input_ids": [[1, 2]], "cache_position": [[0, 1]]}, "expected input_ids, and optionally"),
         ({"input_ids": [[1, 2], [3]]}, "equally long rows"),
         ({"input_ids": [1, 2]}, r"of one shape \[samples, tokens\]"),
         ({"input_ids": [[1.0, 2.0]]}, "integer input_ids"),

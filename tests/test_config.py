@@ -220,7 +220,6 @@ def test_python_construction_is_checked_too() -> None:
         ("metric: {layer: 3}", "metric.layer", "metric.layers"),
         ("fisher: {seed: 1}", "fisher.seed", "statistics.seed"),
         ("decay: 0.9", "decay", "fisher.decay"),
-        ("output: {1: 2}", "output.1", "output.dir"),
         ("compute: {compile_: true}", "compute.compile_", "compute.compile"),
     ],
 )
@@ -229,6 +228,18 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, text: str, where: str, ne
     error = refused(path)
     assert error.where == f"{path}: {where}"
     assert error.remedy == f"The nearest valid key is {nearest!r}."
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("ridge: {1: 2}", "Valid keys are ridge.epsilon, ridge.absolute, ridge.relative."),
+        ("parallel: {learning_rate: 2}", "Valid keys are parallel.tp, parallel.shard."),
+        ("optimizer: {lr: 2}", "Valid sections are model, parallel, tasks, metric, fisher, "),
+    ],
+)
+def test_unknown_keys_near_none_are_told_all_that_there_are(tmp_path: Path, text: str, remedy: str) -> None:
+    assert refused(written(tmp_path, f"{MINIMAL}{text}\n")).remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize(

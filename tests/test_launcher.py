@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
 from qkov_dist.launcher import first_host, launched_size, rendezvous
 
@@ -58,6 +59,62 @@ def test_without_a_launcher_there_is_one_process(environment):
     """A batch script of Slurm is one process, though the job has 16 tasks."""
     assert launched_size(environment) == 1
     assert rendezvous(environment) == {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK"),
+        (TORCHRUN | {"LOCAL_RANK": " "}, "LOCAL_RANK"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
+        (MPICH | {"PMI_RANK": "-1"}, "PMI_RANK"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "1.5"}, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        (SRUN | {"SLURM_PROCID": ""}, "SLURM_PROCID"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "16(x2)"}, "SLURM_STEP_NUM_TASKS"),
+        (MPICH | {"FLUX_TASK_LOCAL_ID": "?"}, "FLUX_TASK_LOCAL_ID"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(environment, name, monkeypatch, capsys):
+    for known in {**TORCHRUN, **MPICH, **OPEN_MPI, **SRUN}:
+        monkeypatch.delenv(known, raising=False)
+    for known, value in environment.items():
+        monkeypatch.setenv(known, value)
+    with pytest.raises(QkovError) as caught:
+        rendezvous(environment)
+    assert caught.value.where == name
+    assert main(["report", "nowhere"]) == 2  # whatever the command
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def without(environment, *names):
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+BARE_PMI = without(MPICH, "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        BARE_PMI | {"PALS_LOCAL_RANKID": "5", "PALS_LOCAL_SIZE": "{size}"},
+        BARE_PMI | {"FLUX_TASK_LOCAL_ID": "5", "FLUX_JOB_NNODES": "{nodes}"},
+    ],
+)
+def test_the_local_rank_of_pals_and_flux(launcher):
+    def on(nodes):
+        sizes = {"size": 2 // nodes, "nodes": nodes}
+        return {name: value.format(**sizes) for name, value in launcher.items()}
+
+    assert rendezvous(on(1))["LOCAL_RANK"] == "5"
+    assert rendezvous(on(1))["MASTER_ADDR"] == "127.0.0.1"
+    with pytest.raises(QkovError, match="MASTER_ADDR"):
+        rendezvous(on(2))
+    assert "MASTER_ADDR" not in rendezvous(on(2) | {"MASTER_ADDR": "n5"})
+    assert rendezvous(on(2) | {"MASTER_ADDR": "n5"})["LOCAL_RANK"] == "5"
 
 
 @pytest.mark.parametrize(("launcher", "local_size"), [(MPICH, "MPI_LOCALNRANKS"), (OPEN_MPI, list(OPEN_MPI)[3])])

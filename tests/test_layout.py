@@ -26,7 +26,8 @@ from zoo import COMMON, HEADS, HIDDEN, LLAMA, RELATIVES, TINY, VOCAB, Stranger, 
 from qkov_dist import layout as layout_module
 from qkov_dist.errors import QkovError
 from qkov_dist.geometry import Rect, check_exact_cover, first_overlap
-from qkov_dist.layout import candidates, layout_table, register_layout, resolve
+from qkov_dist.layout import candidates, layout_table, register_layout, resolve, unresolved
+from qkov_dist.proof import resolve_proved
 from qkov_dist.slices import AttentionLayer, Layout, Projection
 
 ALL = {**TINY, **RELATIVES}
@@ -146,6 +147,19 @@ def test_gate_rows_belong_to_no_block_and_are_named() -> None:
     mla_notes = " ".join(resolve(TINY["deepseek_v3"].build()).layers[0].notes)
     assert "not head-resolved" in mla_notes
     assert "in no block of Q, K, V, O: q_a_proj, kv_a_proj_with_mqa" in mla_notes
+
+
+@pytest.mark.parametrize("name", ["gemma3n_kv_shared", "gemma4_kv_shared"])
+def test_shared_keys_and_values_are_found_in_an_architecture_that_is_not_known(name: str) -> None:
+    model = TINY[name].build()
+    known = resolve(model)
+    model.config.model_type = "unheard_of"
+    found = resolve_proved(model)
+    assert [layer.blocks for layer in found.layers] == [layer.blocks for layer in known.layers]
+    assert [layer.projections for layer in found.layers] == [layer.projections for layer in known.layers]
+    advice = str(unresolved(model, "unknown"))
+    assert "head_dim='head_dim', optional=['k_proj', 'v_proj'])" in advice
+    assert "optional" not in str(unresolved(TINY["llama"].build(), "unknown"))
 
 
 def test_missing_projections_of_gemma4_are_named() -> None:

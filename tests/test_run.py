@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -311,6 +313,75 @@ def test_an_error_of_ours_exits_with_1(config, capsys, monkeypatch):
     monkeypatch.setattr(qkov_dist.run, "make_frame", broken)
     assert qkov("run", config, "--quiet") == 1
     assert "internal error: ZeroDivisionError: a mistake" in capsys.readouterr().err
+
+
+def test_a_users_error_under_debug_exits_with_2_and_shows_where(tmp_path, capsys):
+    assert qkov("report", tmp_path, "--debug") == 2
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert told.splitlines()[-1].startswith(f"qkov: {tmp_path}: expected a folder with heatmap.h5")
+
+
+def test_commands_take_a_run_by_its_folder_or_its_file(config, tmp_path, capsys):
+    assert qkov("run", config, "--quiet") == 0
+    folder = tmp_path / "out"
+    file = folder / "heatmap.h5"
+    assert load_heatmap(folder).run_id == load_heatmap(file).run_id
+    (folder / "report.html").unlink()
+    assert qkov("report", file) == 0
+    assert (folder / "report.html").exists()
+    assert qkov("stats", file, "--permutations", "20") == 0
+    assert load_heatmap(folder).statistics["settings"]["n_permutations"] == 20
+    assert qkov("merge", folder / "partial_rank00000.h5", "--output", folder / "sum.h5", "--quiet") == 0
+    (folder / "report.html").unlink()
+    assert qkov("report", folder / "sum.h5") == 0
+    assert (folder / "report.html").exists()
+    assert_refused(capsys, tmp_path, "stats", folder / "sum.h5", expect="expected a run's folder, or heatmap.h5 in it")
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Every call that would change a disk is refused as on one that is mounted read-only, missing files included."""
+
+    def refuse(path, *_args, **_kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def unless(writes, call):
+        return lambda path, *args, **kwargs: refuse(path) if writes(*args) else call(path, *args, **kwargs)
+
+    def forbid():
+        for name in ("unlink", "mkdir", "replace", "rename"):
+            monkeypatch.setattr(os, name, refuse)
+        monkeypatch.setattr(os, "open", unless(lambda flags=0, *_: flags & (os.O_CREAT | os.O_WRONLY), os.open))
+        monkeypatch.setattr(io, "open", unless(lambda mode="r", *_: set(mode) & set("wax+"), io.open))
+
+    return forbid
+
+
+@pytest.mark.parametrize("command", ["report", "stats", "merge"])
+def test_a_read_only_disk_is_one_message(config, tmp_path, capsys, read_only, command):
+    assert qkov("run", config, "--quiet") == 0
+    read_only()
+    assert_refused(capsys, tmp_path, command, tmp_path / "out", expect="expected permission to use this file")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EISDIR])
+def test_what_the_file_system_refuses_anywhere_is_the_users_to_mend(config, capsys, monkeypatch, number):
+    def refused(*_args, **_kwargs):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr(qkov_dist.run, "make_frame", refused)
+    assert qkov("run", config, "--quiet") == 2
+    assert "qkov: /some/file: expected" in capsys.readouterr().err
+
+
+def test_a_broken_connection_is_not_of_the_file_system(config, monkeypatch, capsys):
+    def refused(*_args, **_kwargs):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    monkeypatch.setattr(qkov_dist.run, "make_frame", refused)
+    assert qkov("run", config, "--quiet") == 1
+    assert "internal error" in capsys.readouterr().err
 
 
 def test_inspect_works_from_a_config_alone(entry, tmp_path, capsys):

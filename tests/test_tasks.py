@@ -138,6 +138,39 @@ def test_appended_end_token_belongs_to_the_completion(file: Callable[..., Path])
     assert labelled_text(task, tokenizer) == "c</s>"
 
 
+class SlowWithBoth(ByT5Tokenizer):
+    """Without offsets; the same token stands before and after a text."""
+
+    def build_inputs_with_special_tokens(self, ids: list[int], *_: Any) -> list[int]:
+        return [self.eos_token_id, *ids, self.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "front", "back"),
+    [
+        (TOKENIZER, "<s>", ""),
+        (byte_tokenizer(after="</s>"), "<s>", "</s>"),
+        (byte_tokenizer(before="</s> <s>"), "</s><s>", ""),
+        (SlowWithBoth(), "</s>", "</s>"),
+    ],
+    ids=["fast", "with its end", "two tokens", "slow"],
+)
+def test_special_tokens_that_a_text_has_come_once(
+    file: Callable[..., Path], tokenizer: Any, front: str, back: str
+) -> None:
+    def both(before: str, after: str) -> list[Any]:
+        rows = [{"text": f"{before}ab w{after}"}, {"prompt": f"{before}ab", "completion": f" w{after}"}]
+        return list(load(file(*rows), tokenizer, vocab_size=400).samples)
+
+    plain, num_front = both("", ""), len(tokenizer(front, add_special_tokens=False)["input_ids"])
+    for before, after in ((front, ""), ("", back), (front, back)):
+        for expected, sample in zip(plain, both(before, after), strict=True):
+            assert sample.input_ids.tolist() == expected.input_ids.tolist()
+            assert sample.labels.tolist() == expected.labels.tolist()
+    assert (plain[0].labels[:num_front] == IGNORED).all()
+    assert (plain[0].labels[num_front:] != IGNORED).all()
+
+
 def test_tokenizer_without_offsets_tokenizes_apart(file: Callable[..., Path]) -> None:
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
@@ -195,6 +228,23 @@ def test_given_ids_and_labels(file: Callable[..., Path]) -> None:
     assert second.labels.tolist() == [-100, 6, 7]
     assert first.text == TOKENIZER.decode([5, 6, 7])
     assert load(file(*rows), None).samples[0].text == ""
+
+
+def test_padding_of_given_ids_is_taken_off(file: Callable[..., Path]) -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": None, "token_type_ids": [0, 0, 0]},
+        {"input_ids": [2, 2, 5, 6, 7, 2], "attention_mask": [0, 0, 1, 1, 1, 0], "labels": [-100, -100, 5, -100, 7, 9]},
+    ]
+    first, second = load(file(*rows)).samples
+    assert (first.input_ids.tolist(), first.labels.tolist()) == ([5, 6, 7], [-100, 6, 7])
+    assert (second.input_ids.tolist(), second.labels.tolist()) == ([5, 6, 7], [-100, -100, 7])
+
+
+def test_null_is_as_good_as_no_key(file: Callable[..., Path]) -> None:
+    """Tables give every row the columns of all."""
+    empty = dict.fromkeys(("text", "prompt", "completion", "messages", "tools", "input_ids", "labels"))
+    task = load(file({**empty, "text": "ab w"}, {**empty, "prompt": "ab", "completion": " w"}))
+    assert [sample.text for sample in task.samples] == ["ab w", "ab w"]
 
 
 def test_masked_labels_are_unshifted(file: Callable[..., Path]) -> None:
@@ -279,7 +329,15 @@ def test_max_tokens_makes_long_samples_acceptable(file: Callable[..., Path]) -> 
         ({"input_ids": [1, 2], "labels": [1]}, ": labels", "1"),
         ({"input_ids": [1, 2], "labels": [1, -99]}, ": labels", "-99 at position 1"),
         ({"input_ids": [1, 2], "labels": [1, 10**6]}, ": labels", "1000000 at position 1"),
-        ({"input_ids": [1, 2], "labels": None}, ": labels", "NoneType"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, ": attention_mask", "[1]"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, ": attention_mask", "[1, 0, 1]"),
+        ({"input_ids": [1, 2], "attention_mask": [0, 0]}, ": attention_mask", "[0, 0]"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 2]}, ": attention_mask", "[1, 2]"),
+        ({"input_ids": [1, 2], "attention_mask": [True, True]}, ": attention_mask", "True"),
+        ({"input_ids": [1, 2], "token_type_ids": [0, 1]}, ": token_type_ids", "other values"),
+        ({"text": "ab", "attention_mask": [1, 1]}, "", "text, attention_mask"),
+        ({"text": "ab", "tools": []}, "", "text, tools"),
+        ({"text": None, "prompt": None}, "", "text, prompt"),
         ({"input_ids": [1, 2], "labels": [1, False]}, ": labels", "False at position 1"),
         ({"input_ids": [1, 2], "labels": [1, -100]}, "", "none among 2 tokens"),
         ({"input_ids": [1]}, "", "none among 1 tokens"),
@@ -291,7 +349,28 @@ def test_max_tokens_makes_long_samples_acceptable(file: Callable[..., Path]) -> 
         ({"messages": [{"role": "assistant"}]}, ": messages.0.content", "NoneType"),
         ({"messages": [{"role": "", "content": "a"}]}, ": messages.0.role", "empty text"),
         ({"messages": [{"content": "a"}]}, ": messages.0.role", "NoneType"),
-        ({"messages": [{"role": "assistant", "content": [1]}]}, ": messages.0.content", "list"),
+        ({"messages": [{"role": "assistant", "content": 1}]}, ": messages.0.content", "int"),
+        ({"messages": [{"role": "assistant", "content": [1]}]}, ": messages.0.content.0", "1"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
+            ": messages.0.content.0",
+            "one of type 'image'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]},
+            ": messages.0.content.0.text",
+            "NoneType",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": "f()"}]},
+            ": messages.0.tool_calls",
+            "'f()'",
+        ),
+        ({"messages": CONVERSATION, "tools": "f()"}, ": tools", "'f()'"),
+        ({"messages": CONVERSATION, "tools": ["f"]}, ": tools", "['f']"),
+        ({"prompt": CONVERSATION[:1], "completion": "yes"}, ": completion", "str"),
+        ({"prompt": "hi", "completion": CONVERSATION[1:2]}, ": prompt", "str"),
+        ({"prompt": CONVERSATION[:1], "completion": CONVERSATION[:1]}, ": completion", "no message with the role"),
         ("[1, 2]", "", "list"),
         ('"text"', "", "str"),
         ("null", "", "NoneType"),
@@ -314,6 +393,11 @@ def test_unknown_key_names_the_nearest(file: Callable[..., Path]) -> None:
     error = refused(path)
     assert error.where == f"{path}:2: completon"
     assert error.remedy == "The nearest valid key is 'completion'."
+
+
+def test_unknown_key_near_none_is_told_all_that_there_are(file: Callable[..., Path]) -> None:
+    remedy = refused(file({"question": "a", "completion": "b"})).remedy
+    assert remedy.startswith("Valid keys are text, prompt, completion, tools, messages, ")
 
 
 def test_repeated_id_names_both_lines(file: Callable[..., Path]) -> None:
@@ -373,7 +457,7 @@ def test_no_chat_template(file: Callable[..., Path]) -> None:
         ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ messages[0]['content'] + 3 }}", "can only concatenate str"),
         ("{{ messages[9]['content']['x'] }}", "list object has no element 9"),
-        ("{{ messages | length }}{{ messages[-1]['content'] }}", "other text"),
+        ("{{ messages | length }}{{ messages[0]['content'] }}{{ add_generation_prompt }}", "other text"),
     ],
 )
 def test_template_that_does_not_take_the_messages(file: Callable[..., Path], template: str, got: str) -> None:
@@ -471,6 +555,12 @@ def test_dataset_path(monkeypatch: pytest.MonkeyPatch, path: str, call: tuple[An
 def test_dataset_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_datasets(monkeypatch, [{"chat": CONVERSATION, "ids": [5, 6], "n": 3}])
     assert labelled_text(load("hf:org/set#chat", CHATTER)) == "yes ab<|end|>no<|end|>"
+    tool = {"function": {"name": "f", "parameters": {"a": {"type": "int", "enum": None}}}}
+    fake_datasets(monkeypatch, [{"chat": [{**m, "tool_calls": None} for m in CONVERSATION], "tools": [tool]}])
+    shows = byte_tokenizer("{{ tools | tojson }}" + CHAT)
+    text = load("hf:org/set#chat", shows, max_positions=None).samples[0].text
+    assert text.startswith('[{"function": {"name": "f", "parameters": {"a": {"type": "int"}}}}]<|user|>')
+    fake_datasets(monkeypatch, [{"chat": CONVERSATION, "ids": [5, 6], "n": 3}])
     assert load("hf:org/set#ids").samples[0].input_ids.tolist() == [5, 6]
     assert refused("hf:org/set#n").where == "hf:org/set#n:1: text"
     error = refused("hf:org/set#text")

@@ -130,6 +130,18 @@ MAMBA2 = {
     "mamba_chunk_size": 8,
     "attn_layer_indices": [1],
 }
+GEMMA3N = {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "intermediate_size": [48] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
 GEMMA4 = {
     "num_hidden_layers": 4,
     "head_dim": 8,
@@ -211,6 +223,8 @@ def _entries() -> list[Tiny]:
         Tiny("afmoe", "afmoe", "afmoe", {**LLAMA, **MOE, **WINDOW, "num_dense_layers": 1}),
         Tiny("qwen3_next", "qwen3_next", "qwen3_next", {**LLAMA, **MOE, **HYBRID}),
         Tiny("qwen3_5", "qwen3_next", "qwen3_5_text", {**LLAMA, **HYBRID}),
+        Tiny("gemma3n", "gemma3n", "gemma3n_text", {**GROUPED, **GEMMA3N, "num_kv_shared_layers": 0}),
+        Tiny("gemma3n_kv_shared", "gemma3n", "gemma3n_text", {**GROUPED, **GEMMA3N, "num_kv_shared_layers": 2}),
         Tiny("gemma4", "gemma4", "gemma4_text", {**GROUPED, **GEMMA4}),
         Tiny(
             "gemma4_k_eq_v",
