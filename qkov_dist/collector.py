@@ -31,6 +31,7 @@ from .forms import gradients_above
 from .memory import num_parameters
 from .padded import samples_of_batch
 from .plan import Selection, make_plan
+from .positions import has_rope, max_positions
 from .samples import Sample, Task, task_fingerprint
 from .slices import Layout
 from .stand_in import proved_layout
@@ -256,6 +257,15 @@ class FisherCollector:
                 got="none",
                 remedy="Leave out empty batches: each call is one step of the Fisher average.",
             )
+        limit = None if has_rope(model) else max_positions(model, text_config(model))
+        for sample in batch:
+            if limit is not None and sample.num_tokens > limit:
+                raise QkovError(
+                    f"{where}, sample {sample.id}",
+                    expected=f"at most {limit} tokens, the model's longest input",
+                    got=f"{sample.num_tokens} tokens",
+                    remedy="Cut the sample, or leave it out.",
+                )
         same_on_all(current(), where, {"samples": task_fingerprint(Task(task, tuple(batch)))})
         return list(batch)
 

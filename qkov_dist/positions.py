@@ -25,9 +25,14 @@ def max_positions(model: nn.Module, settings: Any) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
-    if limit is None or not any("rotary" in name.rpartition(".")[2] for name, _ in model.named_modules()):
+    if limit is None or not has_rope(model):
         return limit
     return max([limit, *_reached(settings, limit)])
+
+
+def has_rope(model: nn.Module) -> bool:
+    """Whether positions are rotations, which exist for any input however long; else they are rows of a table."""
+    return any("rotary" in name.rpartition(".")[2] for name, _ in model.named_modules())
 
 
 def _reached(settings: Any, limit: int) -> Iterator[int]:

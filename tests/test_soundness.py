@@ -515,6 +515,15 @@ def test_a_batch_of_another_kind_is_refused_in_one_message(batch, got):
         FisherCollector().collect_fisher(LLAMA.build(), batch, "a")
 
 
+def test_a_sample_beyond_the_positions_of_a_model_is_named():
+    model = TINY["gpt2"].build(n_positions=8)
+    batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
+    with pytest.raises(QkovError, match=r"batch of task 'a', sample 0: expected at most 8 tokens.*got 10"):
+        FisherCollector().collect_fisher(model, batch, "a")
+    longer = LLAMA.build(max_position_embeddings=8)  # rope goes on
+    assert np.isfinite(FisherCollector().collect_fisher(longer, batch, "a")).all()
+
+
 def test_an_error_inside_the_model_is_one_message_that_names_it():
     model = LLAMA.build()
 
