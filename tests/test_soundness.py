@@ -516,7 +516,7 @@ def test_a_batch_of_another_kind_is_refused_in_one_message(batch, got):
 
 
 def test_a_sample_beyond_the_positions_of_a_model_is_named():
-    model = TINY["gpt2"].build(n_positions=8)
+    model = TINY["gpt2"].build(max_position_embeddings=8)
     batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
     with pytest.raises(QkovError, match=r"batch of task 'a', sample 0: expected at most 8 tokens.*got 10"):
         FisherCollector().collect_fisher(model, batch, "a")
