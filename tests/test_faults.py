@@ -33,7 +33,7 @@ def config(tmp_path_factory) -> Path:
 
 def launched(config: Path, out: str, *overrides: str) -> AbstractContextManager[Started]:
     arguments = ["-m", "qkov_dist", "run", config, "--quiet", f"output.dir={config.parent / out}", *overrides]
-    return started(*torchrun(2), *arguments, QKOV_TIMEOUT_S="60")
+    return started(*torchrun(2), *arguments)
 
 
 def rank_process(launcher: Started, rank: int) -> psutil.Process:

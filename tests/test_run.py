@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -17,6 +14,7 @@ import pytest
 import torch
 import yaml
 from jobs import mixed_samples
+from processes import started
 from test_api import as_blocks
 from test_engine import assert_close, expected_scores, job_for
 from zoo import TINY, VOCAB
@@ -179,14 +177,10 @@ def test_a_run_goes_on_from_the_layers_on_disk_bit_for_bit(config, tmp_path, cap
 @pytest.mark.long
 def test_a_killed_run_is_resumed_by_the_same_command(config, tmp_path):
     command = [sys.executable, "-m", "qkov_dist", "run", str(config), "--quiet", f"output.dir={tmp_path}/killed"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    layers = tmp_path / "killed" / "partial_rank00000.layers"
-    deadline = time.monotonic() + 120
-    while not (layers.exists() and any(layers.glob("layer_*.h5"))) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with started(*command) as process:
+        process.wait_until(lambda: any((tmp_path / "killed").glob("partial_rank00000.layers/layer_*.h5")))
+        process.send(signal.SIGKILL)
+        process.ended()
     assert qkov("run", config, "--quiet") == 0
     assert qkov("run", config, "--quiet", f"output.dir={tmp_path}/killed") == 0
     assert_identical(*(load_heatmap(tmp_path / name / "heatmap.h5") for name in ("out", "killed")))
