@@ -95,7 +95,7 @@ class Watch:
         """Whose fault it is; where nothing was found, it is who holds the store."""
         rank, reason = self._notes.rank, _in_short(error)
         if isinstance(found, Cause):
-            return _failed(found)
+            return failed(found.rank, found.message)
         if found is None:
             return _no_answer("rank 0" if self._store_is_of_rank_0 else "the launcher", rank, reason)
         if others := [str(lost) for lost in found if lost != rank]:
@@ -109,9 +109,8 @@ class Watch:
 
     def _leave_note(self, error: BaseException) -> None:
         """Tell the others the cause; the first one is passed on."""
-        message = str(error) if isinstance(error, QkovError) else f"{type(error).__name__}: {error}"
         try:
-            self._notes.leave_cause(message)
+            self._notes.leave_cause(in_full(error))
             self._notes.leave_read()
         except RuntimeError:
             return  # whoever holds the store is gone: there is nobody left to tell
@@ -151,13 +150,19 @@ def is_broken_call(error: RuntimeError) -> bool:
     return type(error).__name__.startswith("Dist") or any(sign in text for sign in SIGNS)
 
 
-def _failed(cause: Cause) -> QkovError:
+def failed(rank: int, message: str) -> QkovError:
+    """What the others say of a rank that failed by its own error."""
     return QkovError(
-        f"rank {cause.rank}",
+        f"rank {rank}",
         expected="to finish",
-        got=f"an error ({cause.message})",
+        got=f"an error ({message})",
         remedy="See that rank's own message; the layers on disk are kept.",
     )
+
+
+def in_full(error: BaseException) -> str:
+    """A rank's error, as the others are told it: its kind too, where that says whose mistake it is."""
+    return str(error) if isinstance(error, QkovError) else f"{type(error).__name__}: {error}"
 
 
 def _no_answer(who: str, seen_by: int, reason: str) -> QkovError:

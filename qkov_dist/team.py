@@ -13,12 +13,13 @@ from typing import Any
 from torch import nn
 
 from .capture import Site
-from .comm import Alone, TorchWorld, World
+from .comm import Alone, TorchWorld, World, together
 from .errors import QkovError
 from .geometry import Rect
 from .ownership import Ownership, assign
 from .plan import Owned
 from .shards import (
+    gathered_over,
     held_parameters,
     is_cut_between_samples,
     tensor_parallel_ranks,
@@ -90,8 +91,9 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
     Raises:
         QkovError: for tensor-parallel groups that do not fit together, or an element with no owner or two.
     """
-    groups = world.gather(list(tensor_parallel_ranks(model, world.rank)))
-    held = world.gather(held_parameters(model, layout, layers))
+    gathered = together(world, lambda: gathered_over(model))
+    groups = world.gather(together(world, lambda: list(tensor_parallel_ranks(model, world.rank, gathered))))
+    held = world.gather(together(world, lambda: held_parameters(model, layout, layers)))
     lockstep = any(world.gather(is_cut_between_samples(model)))
     distinct = sorted({tuple(group) for group in groups})
     if (
@@ -115,7 +117,7 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
             Site(index, projection.module): rect
             for index in layers
             for projection in layout.layer(index).projections
-            if (rect := tensor_parallel_rect(_weight(model, projection), projection, model)) is not None
+            if (rect := tensor_parallel_rect(_weight(model, projection), projection, gathered)) is not None
         },
         lockstep=lockstep,
     )
