@@ -25,6 +25,7 @@ from .errors import QkovError
 from .finite import NonFiniteGradientError, all_finite, check_finite, total
 from .losses import check_losses, sample_losses
 from .modes import evaluating, frozen
+from .shards import local_part
 
 FP16_LOSS_SCALES = (2.0**14, 2.0**10, 2.0**6, 1.0)
 
@@ -78,6 +79,11 @@ class _Pass:
     inputs: dict[Site, _Input] = field(default_factory=dict)
     finished: set[Site] = field(default_factory=set)
     in_backward: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch, padding among them."""
+        return self.batch.attention_mask.numel()
 
     def real(self, tensor: Tensor) -> Tensor:
         """[N, T, width] to [real tokens, width]."""
@@ -158,7 +164,8 @@ class Capture:
         if state is None or not torch.is_grad_enabled():
             return None
         if site not in state.inputs:
-            state.inputs[site] = _input_of(site, args[0] if args else next(iter(kwargs.values())), state.inputs)
+            x = local_part(args[0] if args else next(iter(kwargs.values())), state.num_tokens, site.module)
+            state.inputs[site] = _input_of(site, x, state.inputs)
         elif not state.in_backward:
             raise _called_twice(site)
         root = not output.requires_grad
@@ -174,7 +181,7 @@ class Capture:
         known = state.inputs[site]
         if known.x._version != known.version:
             raise _changed_in_place(site)
-        d = state.real(d)
+        d = state.real(local_part(d, state.num_tokens, site.module))
         d = d if state.loss_scale == 1.0 and d.dtype != torch.float16 else d.float() / state.loss_scale
         factors = Factors(site, known.x_site, state.real(known.x.detach()), d)
         if state.sums is None:
