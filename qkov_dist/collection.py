@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,10 +11,11 @@ from .batches import Batch, Objective, make_batches, sequence
 from .capture import Capture, Nowhere, Site, capture
 from .errors import QkovError
 from .factors import FactorStore
+from .failures import is_broken_call
 from .samples import Sample
 from .shortage import is_shortage
 from .team import Team
-from .world import SharedError
+from .world import together
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class Collection:
             QkovError: for a loss or gradient that is not finite; names task, sample and layer.
         """
         first = len(self.records)
-        outcome = self._run_here(model, self._passes(task, samples), on_samples)
-        found: dict[int, tuple[int, float]] = {}
-        for peer, theirs in zip(self.team.peer_ranks, self.team.peers.gather(outcome), strict=True):
-            if error := theirs["error"]:
-                raise QkovError(**error) if peer == self.team.world.rank else QkovError(**error).within(f"rank {peer}")
-            found.update({number: (count, loss) for number, count, loss in theirs["losses"]})
+        team, passes = self.team, self._passes(task, samples)
+        if team.lockstep:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
+            here = self._run_here(model, passes, on_samples)
+        else:
+            here = together(team.peers, lambda: self._run_here(model, passes, on_samples), team.peer_ranks)
+        found = {number: (count, loss) for theirs in team.peers.gather(here) for number, count, loss in theirs}
         self.records.extend(
             SampleRecord(task, sample.id, sample.text, *found[first + n]) for n, sample in enumerate(samples)
         )
@@ -122,31 +122,37 @@ class Collection:
 
     def _run_here(
         self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
-    ) -> dict[str, Any]:
-        """Make this rank's passes; returns each sample's number, labelled tokens and loss, or the error."""
-        losses: list[tuple[int, int, float]] = []
+    ) -> list[tuple[int, int, float]]:
+        """Make this rank's passes; returns each sample's number, labelled tokens and loss."""
         try:
-            with capture(
-                model,
-                self.sites,
-                loss_reduction=self.loss_reduction,
-                loss_factor=self.loss_factor,
-                check_at_end=self.team.passes_alone and next(model.parameters()).device.type == "cuda",
-            ) as session:
-                for batch, counts in passes:
-                    if not counts:
-                        session.run(batch, Nowhere())
-                        continue
-                    for part, found in self._pass(session, batch):
-                        losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
-                        on_samples(len(part.samples))
-        except SharedError:
-            raise  # all ranks raise it: told to stop
-        except QkovError as error:
-            if self.team.lockstep:
-                raise  # the peers wait inside a pass: they learn it when this rank goes
-            return {"error": error.parts, "losses": []}
-        return {"error": None, "losses": losses}
+            return self._losses(model, passes, on_samples)
+        except QkovError:
+            raise
+        except Exception as error:
+            parallel = self.team.peers.size < self.team.world.size
+            if not parallel or (isinstance(error, RuntimeError) and is_broken_call(error)):
+                raise
+            raise _plan_fails(model, error) from error
+
+    def _losses(
+        self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
+    ) -> list[tuple[int, int, float]]:
+        losses: list[tuple[int, int, float]] = []
+        with capture(
+            model,
+            self.sites,
+            loss_reduction=self.loss_reduction,
+            loss_factor=self.loss_factor,
+            check_at_end=self.team.passes_alone and next(model.parameters()).device.type == "cuda",
+        ) as session:
+            for batch, counts in passes:
+                if not counts:
+                    session.run(batch, Nowhere())
+                    continue
+                for part, found in self._pass(session, batch):
+                    losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
+                    on_samples(len(part.samples))
+        return losses
 
     def _pass(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Run one batch; where it does not fit into memory, its halves.
@@ -191,3 +197,13 @@ class Collection:
             got="too little",
             remedy=f"Set compute.batch_tokens to {len(batch.samples) * longest // 2} or less.",
         )
+
+
+def _plan_fails(model: nn.Module, error: Exception) -> QkovError:
+    config = getattr(model, "config", None)
+    return QkovError(
+        f"model type {getattr(config, 'model_type', type(model).__name__)!r}",
+        expected="a forward and a backward pass under its tensor-parallel plan",
+        got=f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else 'no message'})",
+        remedy="The plan fails, or a hook of yours under it: use fsdp (parallel.shard=fsdp), which cuts any model.",
+    )

@@ -59,8 +59,8 @@ def refuse_parts(model: nn.Module, world: World) -> None:
                 f"rank {rank}: {type(model).__name__}",
                 expected="the modules that rank 0 has, or shards of them",
                 got=f"other ones ({only[0]} is on one of the two alone): stages of a pipeline",
-                remedy="Load it without pipeline parallelism: fsdp (parallel.shard=fsdp, DistributedConfig(fsdp_size=N)) "
-                "spreads any model.",
+                remedy="Load it without pipeline parallelism: fsdp (parallel.shard=fsdp, or "
+                "DistributedConfig(fsdp_size=N)) spreads any model.",
             )
 
 

@@ -89,8 +89,13 @@ class SharedError(QkovError):
     """An error that every rank raises, so that none of them waits for another."""
 
 
-def together(world: World, step: Callable[[], T]) -> T:
+def together(world: World, step: Callable[[], T], names: Sequence[int] | None = None) -> T:
     """Take a step on every rank, in which none needs another; where it fails on one, all of them raise an error.
+
+    Args:
+        world: The ranks.
+        step: What each of them does.
+        names: What they are called; by default their places in this world.
 
     Raises:
         QkovError: that of the first rank that failed; it names the rank unless all failed alike.
@@ -102,16 +107,18 @@ def together(world: World, step: Callable[[], T]) -> T:
     mistake, parts = None, None
     try:
         done.append(step())
+    except SharedError:
+        raise  # all ranks raise it
     except QkovError as error:
         parts = error.parts
     except Exception as error:
         if isinstance(error, RuntimeError) and is_broken_call(error):
             raise  # there is a call in it after all, and another rank is gone
-        mistake, parts = error, failed(world.rank, in_full(error)).parts
+        mistake, parts = error, failed(_name(world.rank, names), in_full(error)).parts
     everyone = world.gather(parts)
     if mistake is not None:
         raise mistake
-    raise_first(everyone)
+    raise_first(everyone, names)
     return done[0]
 
 
@@ -127,9 +134,13 @@ def raise_first(by_rank: Sequence[Mapping[str, str] | None], names: Sequence[int
     """
     for place, parts in enumerate(by_rank):
         if parts:
-            rank = f"rank {place if names is None else names[place]}"
+            rank = f"rank {_name(place, names)}"
             known = parts["where"].startswith(rank) or all(other == parts for other in by_rank)
             raise SharedError(**{**parts, "where": parts["where"] if known else f"{rank}: {parts['where']}"})
+
+
+def _name(place: int, names: Sequence[int] | None) -> int:
+    return place if names is None else names[place]
 
 
 def same_on_all(world: World, what: str, value: Mapping[str, Any]) -> None:

@@ -19,6 +19,10 @@ WAYS = {
     "accelerate": ("accelerated", (2,)),
     "fully_shard by hand": ("fully_sharded", (2, 3)),
     "transformers tensor parallel": ("tensor_parallel", (2,)),
+    "torch tensor parallel, axis tp": ("torch_parallel_tp", (2,)),
+    "torch tensor parallel, axis model": ("torch_parallel_model", (2,)),
+    "torch tensor parallel, no name": ("torch_parallel_nameless", (2,)),
+    "torch tensor parallel and fully_shard": ("torch_parallel_fully_sharded", (4,)),
     "DeepSpeed ZeRO-1 with an optimizer": ("zero1", (2,)),
     "DeepSpeed ZeRO-2 with an optimizer": ("zero2", (2,)),
     "DeepSpeed ZeRO-3": ("zero3", (2,)),
@@ -54,6 +58,48 @@ def tensor_parallel(_model, folder):
 
     config = DistributedConfig(tp_size=torch.distributed.get_world_size(), tp_plan="auto")
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+
+
+PROJECTIONS = {"q": "Colwise", "k": "Colwise", "v": "Colwise", "o": "Rowwise"}
+
+
+def _parallelized(model, mesh, **of_output):
+    from torch.distributed.tensor import parallel
+
+    plan = {
+        f"model.layers.{n}.self_attn.{name}_proj": getattr(parallel, f"{style}Parallel")(
+            **(of_output if name == "o" else {})
+        )
+        for n in range(len(model.model.layers))
+        for name, style in PROJECTIONS.items()
+    }
+    return parallel.parallelize_module(model, mesh, plan)
+
+
+def _mesh(*sizes: int, names=None):
+    return torch.distributed.device_mesh.init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+def torch_parallel_tp(model, _folder):
+    return _parallelized(model, _mesh(2, names=("tp",)))
+
+
+def torch_parallel_model(model, _folder):
+    return _parallelized(model, _mesh(2, names=("model",)))
+
+
+def torch_parallel_nameless(model, _folder):
+    return _parallelized(model, _mesh(2))
+
+
+def torch_parallel_fully_sharded(model, _folder):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = _mesh(2, 2, names=("rows", "columns"))
+    model = _parallelized(model, mesh["columns"])
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["rows"])
+    return fully_shard(model, mesh=mesh["rows"])
 
 
 def _engine(model, stage: int):
