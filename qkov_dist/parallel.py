@@ -27,6 +27,7 @@ from .errors import QkovError
 from .layout import resolve
 from .models import LoadedModel, load_model, meta_model
 from .slices import Layout
+from .structure import routed
 
 SHARDED_BY_HOOKS = ("colwise", "rowwise")
 
@@ -185,5 +186,7 @@ def _load_zero3(config: ModelConfig) -> LoadedModel:
     loaded = load_model(config)  # while ``partition`` lives, each weight is partitioned as it is read
     del partition
     loaded.model.requires_grad_(False)
+    if leaves := sorted({type(module) for module in routed(loaded.model)}, key=lambda kind: kind.__name__):
+        deepspeed.utils.set_z3_leaf_modules(loaded.model, leaves)
     engine, *_ = deepspeed.initialize(model=loaded.model, config=settings)
     return replace(loaded, model=engine.module.eval(), engine=engine)

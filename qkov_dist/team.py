@@ -26,6 +26,7 @@ from .shards import (
     tensor_parallel_rect,
 )
 from .slices import Layout, Projection
+from .structure import routed
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
     Raises:
         QkovError: for tensor-parallel groups that do not fit together, or an element with no owner or two.
     """
+    together(world, lambda: _refuse_routed(model))
     gathered = together(world, lambda: gathered_over(model))
     groups = world.gather(together(world, lambda: list(tensor_parallel_ranks(model, world.rank, gathered))))
     held = world.gather(together(world, lambda: held_parameters(model, layout, layers)))
@@ -121,6 +123,23 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
         },
         lockstep=lockstep,
     )
+
+
+def _refuse_routed(model: nn.Module) -> None:
+    """Refuse ZeRO-3 where ranks would gather different experts' weights, as each rank's tokens are sent, and wait."""
+    waiting = {
+        type(module).__name__
+        for module in routed(model)
+        if any(hasattr(p, "ds_id") and not hasattr(p, "ds_z3_leaf_module") for p in module.parameters())
+    }
+    if waiting:
+        classes = ", ".join(f'"{name}"' for name in sorted(waiting))
+        raise QkovError(
+            f"ZeRO-3: {', '.join(sorted(waiting))}",
+            expected="a module whose weights all ranks gather at once, whichever experts their tokens are sent to",
+            got="experts that are modules of their own: ranks would wait for each other",
+            remedy=f"Call deepspeed.utils.set_z3_leaf_modules(model, [{classes}]) before deepspeed.initialize.",
+        )
 
 
 def _weight(model: nn.Module, projection: Projection) -> Any:
