@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .errors import QkovError
-from .notes import Cause, Notes
+from .notes import ROOT, Cause, Notes
 
 GRACE_S = 5.0  # for a note to turn up
 LINGER_S = 10.0  # for others to read the store of a process that ends, and for a process to end by itself
@@ -36,14 +36,22 @@ class Watch:
         store: The key-value store of the process group.
         rank: This rank.
         size: How many ranks there are.
+        root: Where notes are left.
         store_is_of_rank_0: Whether the store lives in rank 0's process, and not in the launcher's.
         ends_process: Whether to end this process where it does not end by itself.
     """
 
     def __init__(
-        self, store: Any, rank: int, size: int, *, store_is_of_rank_0: bool = False, ends_process: bool = False
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        root: str = ROOT,
+        *,
+        store_is_of_rank_0: bool = False,
+        ends_process: bool = False,
     ) -> None:
-        self._notes = Notes(store, rank, size)
+        self._notes = Notes(store, rank, size, root)
         self._store_is_of_rank_0, self._ends_process = store_is_of_rank_0, ends_process
         self._error: BaseException | None = None
         self._found: Cause | tuple[int, ...] | None = None  # whose fault it is: by its own error, or lost ranks
@@ -61,7 +69,7 @@ class Watch:
             self._error = error
             if isinstance(error, RuntimeError) and is_broken_call(error):
                 raise self._explained(error) from error
-            self._leave_note(error)
+            self.leave_note(error)
             raise
 
     def close(self) -> None:
@@ -107,7 +115,7 @@ class Watch:
             remedy="Find out what kept it, or set QKOV_TIMEOUT_S to more seconds. The layers on disk are kept.",
         )
 
-    def _leave_note(self, error: BaseException) -> None:
+    def leave_note(self, error: BaseException) -> None:
         """Tell the others the cause; the first one is passed on."""
         try:
             self._notes.leave_cause(in_full(error))

@@ -21,7 +21,8 @@ import torch
 
 from .anatomy import style_of
 from .batches import default_batch_tokens
-from .comm import World
+from .builds import locks_end
+from .comm import World, timeout_seconds
 from .config import ComputeConfig, ModelConfig, ParallelConfig
 from .errors import QkovError
 from .layout import resolve
@@ -166,8 +167,7 @@ def _check_model(config: ModelConfig, tp: int) -> None:
 
 def _load_zero3(config: ModelConfig) -> LoadedModel:
     try:
-        import deepspeed
-        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+        import deepspeed  # noqa: F401
     except ImportError as error:
         raise QkovError(
             "parallel.shard",
@@ -175,6 +175,14 @@ def _load_zero3(config: ModelConfig) -> LoadedModel:
             got=str(error),
             remedy="Run `pip install 'qkov-dist[deepspeed]'`, or use parallel.shard=fsdp.",
         ) from error
+    with locks_end(timeout_seconds()):
+        return _partitioned(config)
+
+
+def _partitioned(config: ModelConfig) -> LoadedModel:
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and meta_model(config).dtype == torch.bfloat16)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
