@@ -56,10 +56,10 @@ def refuse_parts(model: nn.Module, world: World) -> None:
     for rank, names in enumerate(others, start=1):
         if only := sorted(set(first) ^ set(names)):
             raise SharedError(
-                f"rank {rank}: {type(model).__name__}",
+                f"rank {rank}: model",
                 expected="the modules that rank 0 has, or shards of them",
-                got=f"other ones ({only[0]} is on one of the two alone): stages of a pipeline",
-                remedy="Load it without pipeline parallelism: fsdp (parallel.shard=fsdp, or "
+                got=f"others ({', '.join(only[:3])}{', …' if len(only) > 3 else ''}: on one of the two alone)",
+                remedy="Give all ranks the same model, and not the stages of a pipeline: fsdp (parallel.shard=fsdp, or "
                 "DistributedConfig(fsdp_size=N)) spreads any model.",
             )
 
