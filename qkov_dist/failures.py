@@ -60,10 +60,10 @@ class Watch:
     @contextmanager
     def failures_named(self) -> Iterator[None]:
         """Leave a note when this rank fails; when another did, raise an error that names it."""
-        if self._ends_process:
-            arguments = (self._notes.clone(),)
-            threading.Thread(target=self._look_out, args=arguments, name="qkov-failures", daemon=True).start()
         try:
+            if self._ends_process:
+                arguments = (self._notes.clone(),)
+                threading.Thread(target=self._look_out, args=arguments, name="qkov-failures", daemon=True).start()
             yield
         except BaseException as error:
             self._error = error

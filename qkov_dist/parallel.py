@@ -26,7 +26,7 @@ from .comm import World, timeout_seconds
 from .config import ComputeConfig, ModelConfig, ParallelConfig
 from .errors import QkovError
 from .layout import resolve
-from .models import LoadedModel, load_model, meta_model
+from .models import LoadedModel, fill_computed_buffers, load_model, meta_model
 from .slices import Layout
 from .structure import routed
 
@@ -102,7 +102,9 @@ def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -
     if parallelism.data == "device_map":
         return load_model(config, device_map="auto")
     if parallelism.tp > 1 or parallelism.data == "fsdp":
-        return load_model(config, distributed=_mesh_settings(parallelism))
+        loaded = load_model(config, distributed=_mesh_settings(parallelism))
+        fill_computed_buffers(loaded.model, config)
+        return loaded
     if parallelism.data == "zero3":
         return _load_zero3(config)
     return load_model(config, device_map={"": _device()} if torch.cuda.is_available() else None)

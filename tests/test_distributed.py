@@ -43,7 +43,7 @@ CASES = (
     + [(name, *case) for name in ("llama", "gpt2") for case in FOUR]
     + [(name, *case) for name in ("llama", "phi3") for case in FOUR_TENSOR]
     + [("llama", *case) for case in REPLICAS]
-    + [("falcon_h1", 2, {"shard": "fsdp"}), ("falcon_h1", 2, {"tp": 2})]  # lists in its configuration, as long as deep
+    + [("falcon_h1", 2, {"shard": "fsdp"})]  # its configuration has lists that are as long as the model is deep
     + [("dbrx", 2, {"shard": "zero3"})]  # an expert is called as often as tokens are sent to it
 )
 
