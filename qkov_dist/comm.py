@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .errors import QkovError
 from .failures import Watch
-from .launcher import launched_size, rendezvous
+from .launcher import check_interface, launched_size, rendezvous
 from .notes import ROOT
 from .world import Alone, SharedError, World, keep_own, of_others, same_on_all, together
 
@@ -297,7 +296,7 @@ def _join(timeout: datetime.timedelta) -> None:
     if backend == "nccl":
         torch.cuda.set_device(_own_gpu())
     interface = f"{backend.upper()}_SOCKET_IFNAME"
-    _check_interface(interface)
+    check_interface(interface, os.environ)
     try:
         torch.distributed.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
@@ -309,25 +308,6 @@ def _join(timeout: datetime.timedelta) -> None:
             remedy="Start all ranks, with another MASTER_PORT where this one is in use"
             + (f", and {interface}={os.environ[interface]} left out." if interface in os.environ else "."),
         ) from error
-
-
-def _check_interface(variable: str) -> None:
-    """Refuse a variable that names network interfaces of which this node has none.
-
-    Gloo takes names; NCCL takes the beginnings of names, names after ``=``, and all but some after ``^``.
-    """
-    text, there = os.environ.get(variable, ""), [name for _, name in socket.if_nameindex()]
-    whole = text.startswith("=") or variable.startswith("GLOO")
-    wanted = [name for name in text.removeprefix("=").split(",") if name]
-    if not wanted or text.startswith("^"):
-        return
-    if not any(name == one if whole else name.startswith(one) for name in there for one in wanted):
-        raise QkovError(
-            variable,
-            expected=f"a network interface of this node ({', '.join(there)})",
-            got=text,
-            remedy="Name one over which the ranks reach each other, or leave it out.",
-        )
 
 
 def _own_gpu() -> int:

@@ -417,19 +417,6 @@ def test_ranks_whose_call_no_longer_comes_to_an_end_are_ended_with_the_reason():
         assert "qkov: rank 1: expected to finish, got an error (ZeroDivisionError: in a pass)" in process.stderr
 
 
-@pytest.mark.parametrize(("variable", "text"), [("GLOO", "lo"), ("NCCL", "l"), ("NCCL", "=lo"), ("NCCL", "^none")])
-def test_a_network_interface_that_is_there_is_taken(variable, text, monkeypatch):
-    monkeypatch.setenv(f"{variable}_SOCKET_IFNAME", text)
-    comm._check_interface(f"{variable}_SOCKET_IFNAME")
-
-
-@pytest.mark.parametrize(("variable", "text"), [("GLOO", "bogus0"), ("GLOO", "l"), ("NCCL", "bogus"), ("NCCL", "=l")])
-def test_a_network_interface_that_is_not_there_is_named(variable, text, monkeypatch):
-    monkeypatch.setenv(f"{variable}_SOCKET_IFNAME", text)
-    with pytest.raises(QkovError, match=rf"{variable}_SOCKET_IFNAME: expected a network interface .*lo.*, got {text}"):
-        comm._check_interface(f"{variable}_SOCKET_IFNAME")
-
-
 @pytest.mark.parametrize("text", ["", "0", "soon", "1.5", "-3"])
 def test_a_timeout_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("QKOV_TIMEOUT_S", text)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from jobs import mixed_samples
 from processes import started
+from rounding import PASSES
 from test_api import as_blocks
 from test_engine import assert_close, expected_scores, job_for
 from zoo import TINY, VOCAB
@@ -104,7 +105,7 @@ def test_losses_are_those_of_transformers(config, entry, tmp_path):
     model = entry.build()
     for sample, loss in zip(job_for(entry).a, heatmap.samples_a.losses, strict=True):
         ids, labels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.labels)[None]
-        assert float(model(input_ids=ids, labels=labels).loss) == pytest.approx(loss, rel=1e-5)
+        assert float(model(input_ids=ids, labels=labels).loss) == pytest.approx(loss, rel=PASSES)
 
 
 def test_xarray_opens_the_file(config, tmp_path):
