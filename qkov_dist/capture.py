@@ -28,6 +28,7 @@ from .finite import all_finite, check_finite, total
 from .linear_map import Forward, watched
 from .losses import check_losses, explained_pass, sample_losses
 from .modes import evaluating, frozen, input_device, plain_outputs
+from .shards import local_part
 
 FP16_LOSS_SCALES = (2.0**14, 2.0**10, 2.0**6, 1.0)
 AnyRank = Callable[[bool], bool]
@@ -95,6 +96,11 @@ class _Pass:
     inputs: dict[Site, _Input] = field(default_factory=dict)
     finished: set[Site] = field(default_factory=set)
     in_backward: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch, padding among them."""
+        return self.batch.attention_mask.numel()
 
     def kept(self, tensor: Tensor) -> Tensor:
         """[N, T, width] to [kept tokens, width]."""
@@ -209,6 +215,7 @@ class Capture:
             return None
         state.is_half |= torch.float16 in (x.dtype, y.dtype)
         if site not in state.inputs:
+            x = local_part(x, state.num_tokens, site.module)
             state.inputs[site] = _input_of(site, x, state.inputs)
             if self._inspect:
                 self._inspect(site, module, forward, x, y)
@@ -231,7 +238,7 @@ class Capture:
         known = state.inputs[site]
         if known.x._version != known.version:
             raise _changed_in_place(site)
-        d = state.kept(d)
+        d = state.kept(local_part(d, state.num_tokens, site.module))
         d = d if state.loss_scale == 1.0 and d.dtype != torch.float16 else d.float() / state.loss_scale
         factors = Factors(site, known.x_site, state.kept(known.x.detach()), d)
         if state.sums is None:

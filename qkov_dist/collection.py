@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,12 +11,13 @@ from .batches import Batch, Objective, make_batches, sequence
 from .capture import Capture, Nowhere, Site, capture
 from .errors import QkovError
 from .factors import FactorStore
+from .losses import ModelError
 from .modes import input_device
 from .samples import Sample
 from .shortage import is_shortage
 from .soundness import Soundness
 from .team import Team
-from .world import SharedError, together
+from .world import together
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,17 @@ class Collection:
                 passes do not give gradients (see :mod:`qkov_dist.soundness`).
         """
         first = len(self.records)
-        together(self.team.world, lambda: self._look_at(model, task, samples))
-        outcome = self._run_here(model, self._passes(task, samples), on_samples)
-        found: dict[int, tuple[int, float]] = {}
-        for peer, theirs in zip(self.team.peer_ranks, self.team.peers.gather(outcome), strict=True):
-            if error := theirs["error"]:
-                raise QkovError(**error) if peer == self.team.world.rank else QkovError(**error).within(f"rank {peer}")
-            found.update({number: (count, loss) for number, count, loss in theirs["losses"]})
+        team = self.team
+        if team.in_a_pass.size > 1:
+            self._look_at(model, task, samples)  # with the same tokens on all ranks: what fails, fails on all
+        else:
+            together(team.world, lambda: self._look_at(model, task, samples))
+        passes = self._passes(task, samples)
+        if team.lockstep:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
+            here = self._run_here(model, passes, on_samples)
+        else:
+            here = together(team.peers, lambda: self._run_here(model, passes, on_samples), team.peer_ranks)
+        found = {number: (count, loss) for theirs in team.peers.gather(here) for number, count, loss in theirs}
         self.records.extend(
             SampleRecord(task, sample.id, sample.text, *found[first + n]) for n, sample in enumerate(samples)
         )
@@ -115,6 +119,8 @@ class Collection:
                 raise
             longest = max(samples, key=lambda sample: sample.num_tokens)
             raise self._too_long(_named(task, longest), longest.num_tokens) from error
+        except ModelError as error:
+            raise self._explained(model, error) from error
         if self.soundness.alone and not before:
             self.say("outputs depend on the length of a batch: samples run uncut, each beside those of its length")
 
@@ -143,32 +149,33 @@ class Collection:
 
     def _run_here(
         self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
-    ) -> dict[str, Any]:
-        """Make this rank's passes; returns each sample's number, labelled tokens and loss, or the error."""
-        losses: list[tuple[int, int, float]] = []
+    ) -> list[tuple[int, int, float]]:
+        """Make this rank's passes; returns each sample's number, labelled tokens and loss."""
         try:
-            with capture(
-                model,
-                self.sites,
-                loss_reduction=self.loss_reduction,
-                loss_factor=self.loss_factor,
-                check_at_end=self.team.passes_alone and input_device(model).type == "cuda",
-                any_rank=lambda here: any(self.team.in_a_pass.gather(here)),
-            ) as session:
-                for batch, counts in passes:
-                    if not counts:
-                        session.run(batch, Nowhere())
-                        continue
-                    for part, found in self._pass(session, batch):
-                        losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
-                        on_samples(len(part.samples))
-        except SharedError:
-            raise  # all ranks raise it: told to stop
-        except QkovError as error:
-            if self.team.lockstep:
-                raise  # the peers wait inside a pass: they learn it when this rank goes
-            return {"error": error.parts, "losses": []}
-        return {"error": None, "losses": losses}
+            return self._losses(model, passes, on_samples)
+        except ModelError as error:
+            raise self._explained(model, error) from error
+
+    def _losses(
+        self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
+    ) -> list[tuple[int, int, float]]:
+        losses: list[tuple[int, int, float]] = []
+        with capture(
+            model,
+            self.sites,
+            loss_reduction=self.loss_reduction,
+            loss_factor=self.loss_factor,
+            check_at_end=self.team.passes_alone and input_device(model).type == "cuda",
+            any_rank=lambda here: any(self.team.in_a_pass.gather(here)),
+        ) as session:
+            for batch, counts in passes:
+                if not counts:
+                    session.run(batch, Nowhere())
+                    continue
+                for part, found in self._pass(session, batch):
+                    losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
+                    on_samples(len(part.samples))
+        return losses
 
     def _pass(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Run one batch; where it does not fit into memory, its halves.
@@ -207,14 +214,24 @@ class Collection:
         )
 
     def _too_long(self, name: str, num_tokens: int) -> QkovError:
-        remedy = (
-            "Cut it with the task's max_tokens, spread the model over more ranks or a GPU with more memory, or use "
-        )
-        remedy += "model.dtype=bfloat16."
+        remedy = "Cut it with the task's max_tokens, spread the model over more ranks or a GPU with more memory, or "
+        remedy += "use model.dtype=bfloat16."
         if self.store.bytes_on_gpu:
             remedy = f"Set compute.factor_gpu_mb=0: factors take {self.store.bytes_on_gpu >> 20} MiB there. {remedy}"
         return QkovError(
             name, expected=f"memory for one sample of {num_tokens} tokens", got="too little", remedy=remedy
+        )
+
+    def _explained(self, model: nn.Module, error: ModelError) -> QkovError:
+        """An error inside the model; where it is tensor-parallel, its plan may be at fault."""
+        if self.team.peers.size == self.team.world.size:
+            return error
+        config = getattr(model, "config", None)
+        return QkovError(
+            f"model type {getattr(config, 'model_type', type(model).__name__)!r}",
+            expected="a forward and a backward pass under its tensor-parallel plan",
+            got=error.got,
+            remedy="The plan fails, or a hook of yours under it: use fsdp (parallel.shard=fsdp), which cuts any model.",
         )
 
 

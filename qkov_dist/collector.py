@@ -23,7 +23,7 @@ from torch import nn
 from .arguments import choose, wrong_argument
 from .batches import Objective, default_batch_tokens
 from .collection import Collection, SampleRecord
-from .comm import current, same_on_all
+from .comm import World, same_on_all, step, together
 from .errors import QkovError
 from .factors import FactorStore
 from .fisher import Estimator
@@ -60,8 +60,9 @@ class QKOVConfig:
         Raises:
             QkovError: for an architecture that is refused, or not known and not provable (see ``register_layout``).
         """
-        model = inner_model(model)
-        return cls(proved_layout(model, current()), "masked" if is_masked_lm(model) else "causal")
+        with step() as world:
+            model = together(world, lambda: inner_model(model))
+            return cls(proved_layout(model, world), "masked" if is_masked_lm(model) else "causal")
 
     @property
     def num_layers(self) -> int:
@@ -160,14 +161,17 @@ class FisherCollector:
         Raises:
             QkovError: for a malformed batch, an unknown mode, or a loss or gradient that is not finite.
         """
-        choose("mode", mode, get_args(Estimator))
-        first, model = len(self.records), inner_model(model)
-        samples = self._samples(model, batch, task)
-        if not self.enabled:
-            return np.full(len(samples), np.nan)
-        numbers = self._start(model).run(model, task, samples)
-        self.steps.append(_Step(task, cast(Estimator, mode), tuple(numbers)))
-        return np.array([record.loss for record in self.records[first:]])
+        with step() as world:
+            together(world, lambda: choose("mode", mode, get_args(Estimator)))
+            first, model = len(self.records), together(world, lambda: inner_model(model))
+            samples = together(world, lambda: self._samples(model, batch, task))
+            found = {"samples": task_fingerprint(Task(task, tuple(samples)))}
+            same_on_all(world, _batch_of(task), found)
+            if not self.enabled:
+                return np.full(len(samples), np.nan)
+            numbers = self._start(model, world).run(model, task, samples)
+            self.steps.append(_Step(task, cast(Estimator, mode), tuple(numbers)))
+            return np.array([record.loss for record in self.records[first:]])
 
     @property
     def records(self) -> list[SampleRecord]:
@@ -239,7 +243,7 @@ class FisherCollector:
         )
 
     def _samples(self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str) -> list[Sample]:
-        where = f"batch of task {task!r}"
+        where = _batch_of(task)
         if not isinstance(batch, Mapping) and not _are_samples(batch):
             raise QkovError(
                 where,
@@ -266,22 +270,15 @@ class FisherCollector:
                     got=f"{sample.num_tokens} tokens",
                     remedy="Cut the sample, or leave it out.",
                 )
-        same_on_all(current(), where, {"samples": task_fingerprint(Task(task, tuple(batch)))})
         return list(batch)
 
-    def _start(self, model: nn.Module) -> Collection:
-        if self._model is not None and self._model() is not model:
-            raise QkovError(
-                "collect_fisher",
-                expected="the model of the first call, in every call",
-                got="another one",
-                remedy="Create a FisherCollector for each model: gradients of two models have no common Fisher.",
-            )
+    def _start(self, model: nn.Module, world: World) -> Collection:
+        together(world, lambda: self._refuse_another(model))
         if self._collection is None:
             self._model = weakref.ref(model)
             self._config = config = QKOVConfig.from_model(model)
-            plan = make_plan(config.layout, self._selection, include_bias=False, num_samples=1)
-            team = make_team(current(), model, config.layout, [layer.layer for layer in plan.layers])
+            plan = together(world, lambda: make_plan(config.layout, self._selection, include_bias=False, num_samples=1))
+            team = make_team(world, model, config.layout, [layer.layer for layer in plan.layers])
             layers = [config.layout.layer(layer.layer) for layer in plan.layers]
             first = next(model.parameters())
             self._device = torch.device(first.device if first.device.type == "cuda" else "cpu")
@@ -304,6 +301,19 @@ class FisherCollector:
                 team=team,
             )
         return self._collection
+
+    def _refuse_another(self, model: nn.Module) -> None:
+        if self._model is not None and self._model() is not model:
+            raise QkovError(
+                "collect_fisher",
+                expected="the model of the first call, in every call",
+                got="another one",
+                remedy="Create a FisherCollector for each model: gradients of two models have no common Fisher.",
+            )
+
+
+def _batch_of(task: str) -> str:
+    return f"batch of task {task!r}"
 
 
 def _are_samples(batch: object) -> bool:

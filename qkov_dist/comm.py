@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .errors import QkovError
 from .failures import Watch
-from .launcher import launched_size, rendezvous
+from .launcher import check_interface, launched_size, rendezvous
+from .notes import ROOT
 from .world import Alone, SharedError, World, keep_own, of_others, same_on_all, together
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "connected_by_mpi",
     "current",
     "same_on_all",
+    "step",
+    "timeout_seconds",
     "together",
 ]
 
@@ -110,7 +113,7 @@ class TorchWorld:
         """The group among ``members`` (lists of ranks) that this rank is in; every rank names all of them."""
         mine = None
         for ranks in members:
-            group = torch.distributed.new_group(list(ranks), timeout=datetime.timedelta(seconds=_timeout()))
+            group = torch.distributed.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_seconds()))
             if self.rank in ranks:
                 mine = group
         if mine is None:
@@ -183,7 +186,7 @@ def connected() -> Iterator[World]:
         yield Alone()
         return
     os.environ.update(rendezvous(os.environ))
-    timeout = datetime.timedelta(seconds=_timeout())
+    timeout = datetime.timedelta(seconds=timeout_seconds())
     with _same_patience(timeout):
         _join(timeout)
         watch = _watch(ends_process=True)
@@ -203,6 +206,49 @@ def current() -> World:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return _default_world()
     return Alone()
+
+
+@contextmanager
+def step() -> Iterator[World]:
+    """A call of the Python API that all ranks make; within another one, a part of it.
+
+    Where a rank fails by its own error, the others raise one that names it, or their processes end with that message
+    where they are in a call that no longer comes to an end. An error that ends a rank's process between two calls is
+    named by the next call of the others.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or _Steps.inside:
+        yield current()
+        return
+    _Steps.tell_uncaught()
+    _Steps.number += 1
+    watch = _watch(f"{ROOT}/step{_Steps.number}", ends_process=True)
+    _Steps.inside = True
+    try:
+        with watch.failures_named():
+            yield _default_world()
+    finally:
+        _Steps.inside = False
+        watch.close()
+
+
+class _Steps:
+    """What a process knows of its calls: how many there were, and whether one is under way."""
+
+    number, inside, told = 0, False, False
+
+    @classmethod
+    def tell_uncaught(cls) -> None:
+        """From now on, leave a note of an error that ends the process."""
+        if cls.told:
+            return
+        cls.told, show = True, sys.excepthook
+
+        def leave_note(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            if torch.distributed.is_initialized():
+                _watch().leave_note(error)
+            show(kind, error, trace)
+
+        sys.excepthook = leave_note
 
 
 @contextmanager
@@ -249,6 +295,8 @@ def _join(timeout: datetime.timedelta) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(_own_gpu())
+    interface = f"{backend.upper()}_SOCKET_IFNAME"
+    check_interface(interface, os.environ)
     try:
         torch.distributed.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
@@ -257,7 +305,8 @@ def _join(timeout: datetime.timedelta) -> None:
             f"rank {os.environ['RANK']}",
             expected=f"{os.environ['WORLD_SIZE']} ranks to meet at one free port of rank 0's node",
             got=f"{str(error).splitlines()[0]} ({', '.join(f'{name}={os.environ.get(name)}' for name in names)})",
-            remedy="Start all ranks, with another MASTER_PORT where this one is in use.",
+            remedy="Start all ranks, with another MASTER_PORT where this one is in use"
+            + (f", and {interface}={os.environ[interface]} left out." if interface in os.environ else "."),
         ) from error
 
 
@@ -298,11 +347,12 @@ def _mpi_of(started: int) -> Any:
     return MPI.COMM_WORLD
 
 
-def _watch(*, ends_process: bool = False) -> Watch:
+def _watch(root: str = ROOT, *, ends_process: bool = False) -> Watch:
     return Watch(
         torch.distributed.distributed_c10d._get_default_store(),
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),
+        root,
         store_is_of_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true",
         ends_process=ends_process,
     )
@@ -322,7 +372,7 @@ def _offsets(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
-def _timeout() -> int:
+def timeout_seconds() -> int:
     """Seconds that a rank waits for the others."""
     text = os.environ.get("QKOV_TIMEOUT_S", str(TIMEOUT_S))
     if not text.isdecimal() or int(text) < 1:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .errors import QkovError
-from .notes import Cause, Notes
+from .notes import ROOT, Cause, Notes
 
 GRACE_S = 5.0  # for a note to turn up
 LINGER_S = 10.0  # for others to read the store of a process that ends, and for a process to end by itself
@@ -36,14 +36,22 @@ class Watch:
         store: The key-value store of the process group.
         rank: This rank.
         size: How many ranks there are.
+        root: Where notes are left.
         store_is_of_rank_0: Whether the store lives in rank 0's process, and not in the launcher's.
         ends_process: Whether to end this process where it does not end by itself.
     """
 
     def __init__(
-        self, store: Any, rank: int, size: int, *, store_is_of_rank_0: bool = False, ends_process: bool = False
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        root: str = ROOT,
+        *,
+        store_is_of_rank_0: bool = False,
+        ends_process: bool = False,
     ) -> None:
-        self._notes = Notes(store, rank, size)
+        self._notes = Notes(store, rank, size, root)
         self._store_is_of_rank_0, self._ends_process = store_is_of_rank_0, ends_process
         self._error: BaseException | None = None
         self._found: Cause | tuple[int, ...] | None = None  # whose fault it is: by its own error, or lost ranks
@@ -52,16 +60,16 @@ class Watch:
     @contextmanager
     def failures_named(self) -> Iterator[None]:
         """Leave a note when this rank fails; when another did, raise an error that names it."""
-        if self._ends_process:
-            arguments = (self._notes.clone(),)
-            threading.Thread(target=self._look_out, args=arguments, name="qkov-failures", daemon=True).start()
         try:
+            if self._ends_process:
+                arguments = (self._notes.clone(),)
+                threading.Thread(target=self._look_out, args=arguments, name="qkov-failures", daemon=True).start()
             yield
         except BaseException as error:
             self._error = error
             if isinstance(error, RuntimeError) and is_broken_call(error):
                 raise self._explained(error) from error
-            self._leave_note(error)
+            self.leave_note(error)
             raise
 
     def close(self) -> None:
@@ -95,7 +103,7 @@ class Watch:
         """Whose fault it is; where nothing was found, it is who holds the store."""
         rank, reason = self._notes.rank, _in_short(error)
         if isinstance(found, Cause):
-            return _failed(found)
+            return failed(found.rank, found.message)
         if found is None:
             return _no_answer("rank 0" if self._store_is_of_rank_0 else "the launcher", rank, reason)
         if others := [str(lost) for lost in found if lost != rank]:
@@ -107,11 +115,10 @@ class Watch:
             remedy="Find out what kept it, or set QKOV_TIMEOUT_S to more seconds. The layers on disk are kept.",
         )
 
-    def _leave_note(self, error: BaseException) -> None:
+    def leave_note(self, error: BaseException) -> None:
         """Tell the others the cause; the first one is passed on."""
-        message = str(error) if isinstance(error, QkovError) else f"{type(error).__name__}: {error}"
         try:
-            self._notes.leave_cause(message)
+            self._notes.leave_cause(in_full(error))
             self._notes.leave_read()
         except RuntimeError:
             return  # whoever holds the store is gone: there is nobody left to tell
@@ -151,13 +158,19 @@ def is_broken_call(error: RuntimeError) -> bool:
     return type(error).__name__.startswith("Dist") or any(sign in text for sign in SIGNS)
 
 
-def _failed(cause: Cause) -> QkovError:
+def failed(rank: int, message: str) -> QkovError:
+    """What the others say of a rank that failed by its own error."""
     return QkovError(
-        f"rank {cause.rank}",
+        f"rank {rank}",
         expected="to finish",
-        got=f"an error ({cause.message})",
+        got=f"an error ({message})",
         remedy="See that rank's own message; the layers on disk are kept.",
     )
+
+
+def in_full(error: BaseException) -> str:
+    """A rank's error, as the others are told it: its kind too, where that says whose mistake it is."""
+    return str(error) if isinstance(error, QkovError) else f"{type(error).__name__}: {error}"
 
 
 def _no_answer(who: str, seen_by: int, reason: str) -> QkovError:

@@ -12,6 +12,7 @@ PALS and Flux give PMI_RANK and PMI_SIZE, and a rank's place on its node under n
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -93,6 +94,25 @@ def first_host(nodes: str) -> str:
     """The first name of Slurm's compressed list of nodes: ``gpu-[03-07,12],login`` -> ``gpu-03``."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
+
+
+def check_interface(variable: str, environment: Mapping[str, str]) -> None:
+    """Refuse a variable that names network interfaces of which this node has none.
+
+    Gloo takes names; NCCL takes the beginnings of names, names after ``=``, and all but some after ``^``.
+    """
+    text, there = environment.get(variable, ""), [name for _, name in socket.if_nameindex()]
+    whole = text.startswith("=") or variable.startswith("GLOO")
+    wanted = [name for name in text.removeprefix("=").split(",") if name]
+    if not wanted or text.startswith("^"):
+        return
+    if not any(name == one if whole else name.startswith(one) for name in there for one in wanted):
+        raise QkovError(
+            variable,
+            expected=f"a network interface of this node ({', '.join(there)})",
+            got=text,
+            remedy="Name one over which the ranks reach each other, or leave it out.",
+        )
 
 
 def _launcher(environment: Mapping[str, str]) -> _Names | None:

@@ -119,6 +119,10 @@ def _logits_of(model: nn.Module, output: Any, batch: Batch) -> Tensor:
     )
 
 
+class ModelError(QkovError):
+    """An error that a model raised inside a pass."""
+
+
 @contextmanager
 def explained_pass(model: nn.Module) -> Iterator[None]:
     """Turn what a model raises inside a pass into one message that names it; a lack of memory, and what other ranks
@@ -132,7 +136,7 @@ def explained_pass(model: nn.Module) -> Iterator[None]:
         if is_shortage(error) or (isinstance(error, RuntimeError) and is_broken_call(error)):
             raise
         flex = "flexattention" in str(error).lower().replace("_", "")
-        raise QkovError(
+        raise ModelError(
             type(model).__name__,
             expected="a forward and a backward pass of token ids [samples, tokens]",
             got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",

@@ -19,11 +19,12 @@ import torch
 from .arguments import choose, wrong_argument
 from .assembly import assemble
 from .collector import FisherCollector, QKOVConfig
+from .comm import step, together
 from .engine import DTYPES, Roles, ScoreSettings
 from .errors import QkovError
 from .exchange import Exchange
 from .fisher import Estimator, Scope, by_task, fisher_weights
-from .frame import frame_layer, make_frame
+from .frame import Frame, frame_layer, make_frame
 from .merge import add_over_ranks, layer_partial
 from .partial_schema import LayerPartial
 from .plan import Plan, Selection, make_plan, tile_bytes
@@ -96,11 +97,15 @@ class QKOVInterferenceMetric:
         Returns:
             Block -> score, for the blocks that the layer has.
         """
-        of_a, of_b = self.collector.samples_of(task_a), self.collector.samples_of(task_b)
-        i, j = _place(of_a, sample_i, task_a, "sample_i"), _place(of_b, sample_j, task_b, "sample_j")
-        roles = self._roles(task_a, task_b, [i], [j], pooled=False)
-        plan = self._plan([layer], [head], len(roles.members))
-        blocks = self._scored(plan, roles)[layer].blocks
+
+        def prepared() -> tuple[Plan, Roles]:
+            of_a, of_b = self.collector.samples_of(task_a), self.collector.samples_of(task_b)
+            i, j = _place(of_a, sample_i, task_a, "sample_i"), _place(of_b, sample_j, task_b, "sample_j")
+            roles = self._roles(task_a, task_b, [i], [j], pooled=False)
+            return self._plan([layer], [head], len(roles.members)), roles
+
+        with step() as world:
+            blocks = self._scored(*together(world, prepared))[layer].blocks
         return {block: float(blocks[block].scores[0, 0, 0]) for block in BLOCKS if block in blocks}
 
     def compute_heatmap(
@@ -127,25 +132,30 @@ class QKOVInterferenceMetric:
         Raises:
             QkovError: for tasks that were not collected, and layers, heads or pairs that do not exist.
         """
-        choose("pairs", pairs, ("cross", "all"))
-        if task_a == task_b:
-            raise wrong_argument("task_b", "another task than task_a", repr(task_b))
-        if max_samples_per_task is not None and not _is_whole(max_samples_per_task, 1):
-            raise wrong_argument("max_samples_per_task", "a whole number of at least 1", max_samples_per_task)
-        of_a, of_b = (self.collector.samples_of(task)[:max_samples_per_task] for task in (task_a, task_b))
-        roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
-        plan = self._plan(layers, heads, len(roles.members))
-        parts = self._scored(plan, roles)
-        records = self.collector.records
-        frame = make_frame(
-            plan,
-            self.config.layout,
-            (task_a, task_b),
-            ([records[n] for n in of_a], [records[n] for n in of_b]),
-            pooled=pairs == "all",
-            attributes=self._attributes(task_a, task_b),
-        )
-        return assemble(frame, parts.items())
+
+        def prepared() -> tuple[Plan, Roles, Frame]:
+            choose("pairs", pairs, ("cross", "all"))
+            if task_a == task_b:
+                raise wrong_argument("task_b", "another task than task_a", repr(task_b))
+            if max_samples_per_task is not None and not _is_whole(max_samples_per_task, 1):
+                raise wrong_argument("max_samples_per_task", "a whole number of at least 1", max_samples_per_task)
+            of_a, of_b = (self.collector.samples_of(task)[:max_samples_per_task] for task in (task_a, task_b))
+            roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
+            plan = self._plan(layers, heads, len(roles.members))
+            records = self.collector.records
+            frame = make_frame(
+                plan,
+                self.config.layout,
+                (task_a, task_b),
+                ([records[n] for n in of_a], [records[n] for n in of_b]),
+                pooled=pairs == "all",
+                attributes=self._attributes(task_a, task_b),
+            )
+            return plan, roles, frame
+
+        with step() as world:
+            plan, roles, frame = together(world, prepared)
+            return assemble(frame, self._scored(plan, roles).items())
 
     def _scored(self, plan: Plan, roles: Roles) -> dict[int, LayerPartial]:
         """Every layer's scores, added up over the ranks."""

@@ -6,6 +6,7 @@ asked about local paths. Weights come from safetensors, or from tensors-only che
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import re
@@ -21,9 +22,11 @@ from urllib.request import getproxies
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -184,6 +187,27 @@ def meta_model(source: str | ModelConfig | transformers.PretrainedConfig) -> Any
     auto = AUTO_CLASSES[_kind(settings, place)]
     with _quiet(), _explained(place, "a configuration that builds a model"), torch.device("meta"):
         return auto.from_config(settings, trust_remote_code=trust).eval()
+
+
+def fill_computed_buffers(model: nn.Module, config: ModelConfig) -> None:
+    """Give buffers that no checkpoint holds the values that the model's own code computes for them.
+
+    A model that is made on the meta device, for each rank to read its shards, may be left with whatever its memory held
+    (transformers does so with the multipliers of falcon_h1).
+
+    Args:
+        model: A loaded model, or this rank's shards of it.
+        config: What it was loaded by.
+    """
+    settings: Any = copy.deepcopy(model.config)
+    settings.__dict__.pop("distributed_config", None)
+    auto = AUTO_CLASSES[_kind(settings, config.path)]
+    with _quiet(), _explained(config.path, "a configuration that builds a model"), init_empty_weights(False):
+        fresh = dict(auto.from_config(settings, trust_remote_code=config.trust_remote_code).named_buffers())
+    held = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name not in held and name in fresh and fresh[name].shape == buffer.shape:
+            buffer.copy_(fresh[name])
 
 
 def _source(path: str, revision: str | None) -> tuple[str, dict[str, Any]]:

@@ -22,12 +22,14 @@ import torch
 
 from .anatomy import style_of
 from .batches import default_batch_tokens
-from .comm import World
+from .builds import locks_end
+from .comm import World, timeout_seconds
 from .config import ComputeConfig, ModelConfig, ParallelConfig
 from .errors import QkovError
 from .layout import resolve
-from .models import LoadedModel, base_config, load_model, meta_model
+from .models import LoadedModel, base_config, fill_computed_buffers, load_model, meta_model
 from .slices import Layout
+from .structure import routed
 
 SHARDED_BY_HOOKS = ("colwise", "rowwise")
 
@@ -110,7 +112,9 @@ def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -
     if parallelism.data == "device_map":
         return load_model(config, device_map="auto")
     if parallelism.tp > 1 or parallelism.data == "fsdp":
-        return load_model(config, distributed=_mesh_settings(parallelism))
+        loaded = load_model(config, distributed=_mesh_settings(parallelism))
+        fill_computed_buffers(loaded.model, config)
+        return loaded
     if parallelism.data == "zero3":
         return _load_zero3(config)
     return load_model(config, device_map={"": _device()} if torch.cuda.is_available() else None)
@@ -175,8 +179,7 @@ def _check_model(config: ModelConfig, tp: int) -> None:
 
 def _load_zero3(config: ModelConfig) -> LoadedModel:
     try:
-        import deepspeed
-        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+        import deepspeed  # noqa: F401
     except ImportError as error:
         raise QkovError(
             "parallel.shard",
@@ -184,6 +187,14 @@ def _load_zero3(config: ModelConfig) -> LoadedModel:
             got=str(error),
             remedy="Run `pip install 'qkov-dist[deepspeed]'`, or use parallel.shard=fsdp.",
         ) from error
+    with locks_end(timeout_seconds()):
+        return _partitioned(config)
+
+
+def _partitioned(config: ModelConfig) -> LoadedModel:
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and meta_model(config).dtype == torch.bfloat16)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -196,6 +207,8 @@ def _load_zero3(config: ModelConfig) -> LoadedModel:
     loaded = load_model(config)  # while ``partition`` lives, each weight is partitioned as it is read
     del partition
     loaded.model.requires_grad_(False)
+    if leaves := sorted({type(module) for module in routed(loaded.model)}, key=lambda kind: kind.__name__):
+        deepspeed.utils.set_z3_leaf_modules(loaded.model, leaves)
     engine, *_ = deepspeed.initialize(model=loaded.model, config=settings)
     return replace(loaded, model=engine.module.eval(), engine=engine, warnings=(*warnings, *loaded.warnings))
 

@@ -23,6 +23,7 @@ from .geometry import Rect, rects_of_flat_interval
 from .slices import Layout, Projection
 
 Held = tuple[Rect, ...]
+Gathered = frozenset[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -113,20 +114,50 @@ def _placement(placement: Any, axis_size: int, coordinate: int, ndim: int) -> Pl
     return Placement(axis_size, coordinate, dim % ndim, late=type(placement).__name__ == "_StridedShard")
 
 
-def tensor_parallel_ranks(model: nn.Module, rank: int) -> tuple[int, ...]:
-    """The ranks, this one among them, whose shards together make one pass: the group of the tensor-parallel axis."""
-    for parameter in model.parameters():
-        axis = _tensor_parallel_axis(parameter, model)
+def gathered_over(model: nn.Module) -> Gathered:
+    """The groups over which FSDP2 gathers weights for a pass, or keeps replicas of its shards."""
+    found = set()
+    for module in model.modules():
+        if not _is_fsdp(module):
+            continue
+        state = module._get_fsdp_state()  # type: ignore[operator]
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            if group is not None:
+                info = group.mesh_info
+                axes = (getattr(info, "shard_mesh_dim", None), getattr(info, "replicate_mesh_dim", None))
+                found |= {_ranks_along(info.mesh, axis) for axis in axes if axis is not None}
+    return frozenset(found)
+
+
+def tensor_parallel_ranks(model: nn.Module, rank: int, gathered: Gathered) -> tuple[int, ...]:
+    """The ranks, this one among them, whose shards together make one pass: the group of the tensor-parallel axis.
+
+    Args:
+        model: The model.
+        rank: This rank.
+        gathered: :func:`gathered_over` of the model.
+
+    Raises:
+        QkovError: for parameters that are cut over different groups.
+    """
+    found: dict[tuple[int, ...], str] = {}
+    for name, parameter in model.named_parameters():
+        axis = _tensor_parallel_axis(parameter, gathered)
         if axis is not None:
-            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-            place = [slice(None) if n == axis else c for n, c in enumerate(mesh.get_coordinate())]
-            return tuple(mesh.mesh[tuple(place)].tolist())
-    return (rank,)
+            found.setdefault(_ranks_along(parameter.device_mesh, axis), name)  # type: ignore[attr-defined]
+    if len(found) > 1:
+        raise QkovError(
+            "tensor parallelism",
+            expected="one group of ranks that shares every layer",
+            got="; ".join(f"ranks {', '.join(map(str, ranks))} for {name}" for ranks, name in found.items()),
+            remedy="Cut all parameters over the same mesh axis, without pipeline, context or expert parallelism.",
+        )
+    return next(iter(found), (rank,))
 
 
-def tensor_parallel_rect(parameter: Any, projection: Projection, model: nn.Module) -> Rect | None:
+def tensor_parallel_rect(parameter: Any, projection: Projection, gathered: Gathered) -> Rect | None:
     """The shard that a tensor-parallel rank works with in a pass, [out, in]; None where there is no such axis."""
-    axis = _tensor_parallel_axis(parameter, model)
+    axis = _tensor_parallel_axis(parameter, gathered)
     if axis is None:
         return None
     mesh = parameter.device_mesh
@@ -140,15 +171,53 @@ def is_cut_between_samples(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in model.parameters()) or _is_fully_sharded(model)
 
 
-def _is_fully_sharded(model: nn.Module) -> bool:
-    return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+def local_part(tensor: Any, num_tokens: int, module: str) -> Tensor:
+    """What a rank has in its memory of an input or an output's gradient that may be a DTensor, or still on its way.
 
-
-def _tensor_parallel_axis(parameter: Any, model: nn.Module) -> int | None:
-    """The mesh axis along which passes work with shards: the one named ``tp``, or the only one without FSDP2.
+    Args:
+        tensor: [..., features]; sums that are spread over ranks are added up first, by all of them.
+        num_tokens: How many tokens there are in the batch.
+        module: The projection, for messages.
 
     Raises:
-        QkovError: for pipeline or expert-parallel axes.
+        QkovError: where a rank has only some of the tokens.
+    """
+    if hasattr(tensor, "placements"):
+        tensor = tensor.detach()
+        partial = any(placement.is_partial() for placement in tensor.placements)
+        tensor = tensor.full_tensor() if partial else tensor.to_local()
+    if type(tensor).__name__ == "AsyncCollectiveTensor":
+        tensor = tensor.wait()
+    if tensor.numel() != num_tokens * tensor.shape[-1]:
+        raise QkovError(
+            module,
+            expected=f"all {num_tokens} tokens of the batch on every rank",
+            got=f"{tensor.numel() // max(tensor.shape[-1], 1)}",
+            remedy="Load the model without sequence or context parallelism: a sample's gradient needs all its tokens.",
+        )
+    local: Tensor = tensor
+    return local
+
+
+def _is_fully_sharded(model: nn.Module) -> bool:
+    return any(map(_is_fsdp, model.modules()))
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _ranks_along(mesh: Any, axis: int) -> tuple[int, ...]:
+    """The ranks that differ from this one along one axis alone, this one among them."""
+    place = [slice(None) if n == axis else c for n, c in enumerate(mesh.get_coordinate())]
+    return tuple(mesh.mesh[tuple(place)].tolist())
+
+
+def _tensor_parallel_axis(parameter: Any, gathered: Gathered) -> int | None:
+    """The mesh axis along which passes work with shards: one that cuts the parameter and is not gathered over.
+
+    Raises:
+        QkovError: for pipeline or expert-parallel axes, and for two such axes.
     """
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
@@ -161,9 +230,19 @@ def _tensor_parallel_axis(parameter: Any, model: nn.Module) -> int | None:
             got=", ".join(other),
             remedy="Load the model without pipeline, context or expert parallelism.",
         )
-    if "tp" in names:
-        return names.index("tp")
-    return None if names or mesh.ndim > 1 or _is_fully_sharded(model) else 0
+    cut = [
+        n
+        for n, placement in enumerate(parameter.placements)
+        if mesh.size(n) > 1 and not placement.is_replicate() and _ranks_along(mesh, n) not in gathered
+    ]
+    if len(cut) > 1:
+        raise QkovError(
+            "device mesh",
+            expected="one axis of tensor parallelism",
+            got=f"{len(cut)} ({parameter.placements})",
+            remedy="Cut each weight along one axis, and use the others for data parallelism.",
+        )
+    return cut[0] if cut else None
 
 
 def parameter_name(projection: Projection, bias: bool) -> str:

@@ -7,13 +7,15 @@ weights, one layer of each kind, a small vocabulary and narrow feed-forwards, is
 from __future__ import annotations
 
 import copy
+import hashlib
+import re
 from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .comm import World
+from .comm import SharedError, World, together
 from .errors import QkovError
 from .layout import resolve
 from .proof import prove, resolve_proved
@@ -22,6 +24,7 @@ from .slices import Layout
 from .structure import is_masked_lm
 
 NARROW, VOCABULARY = 16, 128
+PER_LAYER = re.compile("layer|block|pattern|_types$")  # names of lists with an entry for each layer, in configurations
 FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 TOWER_DEPTHS = ("num_hidden_layers", "depth", "num_layers")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -33,18 +36,34 @@ def proved_layout(model: nn.Module, world: World) -> Layout:
     Raises:
         QkovError: as the proof does; of a sharded model, for an architecture that is not known.
     """
+    refuse_parts(model, world)
     sharded = any(world.gather(any(is_sharded(parameter) for parameter in model.parameters())))
     if not sharded:
-        return resolve_proved(model)
-    layout, refusal = resolve(model), None
-    if world.rank == 0:
-        try:
-            prove_stand_in(model, layout)
-        except QkovError as error:
-            refusal = error.parts
-    if refusal := world.gather(refusal)[0]:
-        raise QkovError(**refusal)
+        return together(world, lambda: resolve_proved(model))
+    layout = together(world, lambda: resolve(model))
+    together(world, lambda: prove_stand_in(model, layout) if world.rank == 0 else None)
     return layout
+
+
+def refuse_parts(model: nn.Module, world: World) -> None:
+    """Refuse a model of which ranks have different modules, such as the stages of a pipeline.
+
+    Raises:
+        QkovError: on every rank; names the first rank that differs from rank 0, and a module.
+    """
+    mine = sorted({name.rpartition(".")[0] for name, _ in model.named_parameters()})
+    if len(set(world.gather(hashlib.sha256(" ".join(mine).encode()).hexdigest()))) == 1:
+        return
+    first, *others = world.gather(mine)
+    for rank, names in enumerate(others, start=1):
+        if only := sorted(set(first) ^ set(names)):
+            raise SharedError(
+                f"rank {rank}: model",
+                expected="the modules that rank 0 has, or shards of them",
+                got=f"others ({', '.join(only[:3])}{', …' if len(only) > 3 else ''}: on one of the two alone)",
+                remedy="Give all ranks the same model, and not the stages of a pipeline: fsdp (parallel.shard=fsdp, or "
+                "DistributedConfig(fsdp_size=N)) spreads any model.",
+            )
 
 
 def prove_stand_in(model: nn.Module, layout: Layout) -> None:
@@ -69,7 +88,7 @@ def stand_in(model: nn.Module, num_layers: int) -> Any:
     config = whole.get_text_config(decoder=True)
     depth = config.num_hidden_layers
     for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == depth:
+        if isinstance(value, list) and len(value) == depth and PER_LAYER.search(name):
             setattr(config, name, value[:num_layers])
     config.num_hidden_layers = num_layers
     config.vocab_size = min(config.vocab_size, VOCABULARY)
@@ -77,7 +96,7 @@ def stand_in(model: nn.Module, num_layers: int) -> Any:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, NARROW)
     for name in TOKEN_IDS:
-        setattr(config, name, 0 if name == "pad_token_id" else None)
+        setattr(config, name, 0)  # the model's own may be beyond the vocabulary
     for part in (whole, config):
         part.__dict__.pop("distributed_config", None)
     auto: Any = AutoModelForMaskedLM if is_masked_lm(model) else AutoModelForCausalLM
@@ -86,7 +105,15 @@ def stand_in(model: nn.Module, num_layers: int) -> Any:
         for name in whole.sub_configs:
             _shrink_tower(getattr(whole, name), config)
         config = whole
-    return auto.from_config(config).float().eval()
+    try:
+        return auto.from_config(config).float().eval()
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        raise QkovError(
+            f"model type {config.model_type!r}",
+            expected="a small copy of its architecture, to prove the layout on while the weights are sharded",
+            got=f"{type(error).__name__} ({error})",
+            remedy="Run it unsharded, in one process or with parallel.shard=ddp.",
+        ) from error
 
 
 def _shrink_tower(tower: Any, text: Any) -> None:

@@ -25,6 +25,7 @@ NOT_TEXT = frozenset(
 ATTENTION_LIKE = re.compile(r"attn|attention|qkv|query|key|value|[qkvo]_proj|mixer", re.IGNORECASE)
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")  # names that a wrapper puts in a path
 OTHER_MIXERS = ("linear_attn", "mamba", "mixer", "conv", "temporal_block", "ssm", "linear_attention", "rwkv")
+EXPERTS = re.compile(r"^(?!.*shared).*experts", re.IGNORECASE)  # a shared expert meets every token
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")
 
@@ -75,6 +76,22 @@ def inner_model(model: nn.Module) -> nn.Module:
             remedy="Shard with FSDP2: torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate.",
         )
     return model
+
+
+def routed(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose children are called as often as tokens are sent to them: experts that are modules of their own.
+
+    All experts' weights in one module are no such case: it is called once a pass, whatever the tokens are.
+    """
+    for name, module in model.named_modules():
+        path, _, own = name.rpartition(".")
+        if not EXPERTS.search(own) or not any(map(_weighs, module.children())):
+            continue
+        yield model.get_submodule(path) if isinstance(module, nn.ModuleList | nn.ModuleDict) else module
+
+
+def _weighs(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def is_masked_lm(model: nn.Module) -> bool:

@@ -13,18 +13,20 @@ from typing import Any
 from torch import nn
 
 from .capture import Site
-from .comm import Alone, TorchWorld, World
+from .comm import Alone, TorchWorld, World, together
 from .errors import QkovError
 from .geometry import Rect
 from .ownership import Ownership, assign
 from .plan import Owned
 from .shards import (
+    gathered_over,
     held_parameters,
     is_cut_between_samples,
     tensor_parallel_ranks,
     tensor_parallel_rect,
 )
 from .slices import Layout, Projection
+from .structure import routed
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,10 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
     Raises:
         QkovError: for tensor-parallel groups that do not fit together, or an element with no owner or two.
     """
-    groups = world.gather(list(tensor_parallel_ranks(model, world.rank)))
-    held = world.gather(held_parameters(model, layout, layers))
+    together(world, lambda: _refuse_routed(model))
+    gathered = together(world, lambda: gathered_over(model))
+    groups = world.gather(together(world, lambda: list(tensor_parallel_ranks(model, world.rank, gathered))))
+    held = world.gather(together(world, lambda: held_parameters(model, layout, layers)))
     lockstep = any(world.gather(is_cut_between_samples(model)))
     distinct = sorted({tuple(group) for group in groups})
     if (
@@ -120,11 +124,28 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
             Site(index, projection.module): rect
             for index in layers
             for projection in layout.layer(index).projections
-            if (rect := tensor_parallel_rect(_weight(model, projection), projection, model)) is not None
+            if (rect := tensor_parallel_rect(_weight(model, projection), projection, gathered)) is not None
         },
         lockstep=lockstep,
         in_a_pass=in_a_pass,
     )
+
+
+def _refuse_routed(model: nn.Module) -> None:
+    """Refuse ZeRO-3 where ranks would gather different experts' weights, as each rank's tokens are sent, and wait."""
+    waiting = {
+        type(module).__name__
+        for module in routed(model)
+        if any(hasattr(p, "ds_id") and not hasattr(p, "ds_z3_leaf_module") for p in module.parameters())
+    }
+    if waiting:
+        classes = ", ".join(f'"{name}"' for name in sorted(waiting))
+        raise QkovError(
+            f"ZeRO-3: {', '.join(sorted(waiting))}",
+            expected="a module whose weights all ranks gather at once, whichever experts their tokens are sent to",
+            got="experts that are modules of their own: ranks would wait for each other",
+            remedy=f"Call deepspeed.utils.set_z3_leaf_modules(model, [{classes}]) before deepspeed.initialize.",
+        )
 
 
 def _weight(model: nn.Module, projection: Projection) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from .errors import QkovError
+from .failures import failed, in_full, is_broken_call
 
 T = TypeVar("T")
 
@@ -88,26 +89,58 @@ class SharedError(QkovError):
     """An error that every rank raises, so that none of them waits for another."""
 
 
-def together(world: World, step: Callable[[], T]) -> T:
-    """Take a step on every rank; where it fails on one, raise its error on all of them.
+def together(world: World, step: Callable[[], T], names: Sequence[int] | None = None) -> T:
+    """Take a step on every rank, in which none needs another; where it fails on one, all of them raise an error.
+
+    Args:
+        world: The ranks.
+        step: What each of them does.
+        names: What they are called; by default their places in this world.
 
     Raises:
         QkovError: that of the first rank that failed; it names the rank unless all failed alike.
+        Exception: on a rank that failed by a mistake, its own error; the others are told of it.
     """
     if world.size == 1:
         return step()
     done: list[T] = []
-    refusal = None
+    mistake, parts = None, None
     try:
         done.append(step())
+    except SharedError:
+        raise  # all ranks raise it
     except QkovError as error:
-        refusal = error.parts
-    refusals = world.gather(refusal)
-    for rank, parts in enumerate(refusals):
-        if parts:
-            place = "" if all(other == parts for other in refusals) else f"rank {rank}: "
-            raise SharedError(**{**parts, "where": f"{place}{parts['where']}"})
+        parts = error.parts
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_broken_call(error):
+            raise  # there is a call in it after all, and another rank is gone
+        mistake, parts = error, failed(_name(world.rank, names), in_full(error)).parts
+    everyone = world.gather(parts)
+    if mistake is not None:
+        raise mistake
+    raise_first(everyone, names)
     return done[0]
+
+
+def raise_first(by_rank: Sequence[Mapping[str, str] | None], names: Sequence[int] | None = None) -> None:
+    """Raise the first error of any rank, as all ranks that know them do; it names the rank unless all failed alike.
+
+    Args:
+        by_rank: ``parts`` of each rank's error, None where there was none.
+        names: What the ranks are called; by default their places in the list.
+
+    Raises:
+        SharedError: where there is one.
+    """
+    for place, parts in enumerate(by_rank):
+        if parts:
+            rank = f"rank {_name(place, names)}"
+            known = parts["where"].startswith(rank) or all(other == parts for other in by_rank)
+            raise SharedError(**{**parts, "where": parts["where"] if known else f"{rank}: {parts['where']}"})
+
+
+def _name(place: int, names: Sequence[int] | None) -> int:
+    return place if names is None else names[place]
 
 
 def same_on_all(world: World, what: str, value: Mapping[str, Any]) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE_S = 200
+PATIENCE_S = 500  # for what comes in the end: a machine may be at work on much else
+TIMEOUT_S = 300  # of ranks that wait for others; tests of that timeout alone set another
+SETTINGS = {"OMP_NUM_THREADS": "1", "QKOV_TIMEOUT_S": str(TIMEOUT_S)}
 SET_BY_MPI = ("PMI", "MPI", "OMPI", "SLURM")
 
 
@@ -41,7 +43,7 @@ class Started:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                env={**plain, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+                env={**plain, "PYTHONPATH": path, **SETTINGS, **environment},
             )
 
     @property

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
-
-TIMEOUT_S = 240
+from processes import PATIENCE_S, TIMEOUT_S
 
 
 class RankError(AssertionError):
@@ -41,7 +40,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-    os.environ["QKOV_TIMEOUT_S"] = "180"
+    os.environ["QKOV_TIMEOUT_S"] = str(TIMEOUT_S)
     import torch
 
     from qkov_dist.comm import connected
@@ -65,7 +64,7 @@ class RankPool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Any, *arguments: Any, timeout: float = TIMEOUT_S) -> list[Any]:
+    def run(self, function: Any, *arguments: Any, timeout: float = PATIENCE_S) -> list[Any]:
         """Run a module-level function on every rank; returns what each returned, by rank.
 
         Raises:

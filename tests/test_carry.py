@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jobs import mixed_samples
+from rounding import PASSES, assert_same_fisher
 from test_distributed import run_quietly, settings
 from test_run import write_task
 from zoo import TINY, VOCAB
@@ -75,8 +76,8 @@ def assert_right(folder: Path, out: str) -> None:
     assert found.run_id == whole.run_id
     for block in whole.blocks:
         largest = np.abs(whole.cross[block]).max()
-        np.testing.assert_allclose(found.cross[block], whole.cross[block], atol=1e-6 * largest, rtol=0)
-        np.testing.assert_allclose(found.fisher[block]["share_a"], whole.fisher[block]["share_a"], rtol=1e-5)
+        np.testing.assert_allclose(found.cross[block], whole.cross[block], atol=PASSES * largest, rtol=0)
+        assert_same_fisher(found.fisher[block], whole.fisher[block], PASSES)
         np.testing.assert_allclose(found.tests[block]["p_value"], whole.tests[block]["p_value"], atol=0.1)
 
 

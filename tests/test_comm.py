@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 from processes import ran, started
 from ranks import _free_port as free_port
+from torch.distributed import distributed_c10d
 
 from qkov_dist import comm
 from qkov_dist.comm import Alone, SharedError, World, connected, connected_by_mpi, current, same_on_all, together
@@ -118,6 +120,13 @@ def disagreement(world: World) -> list[str]:
             told.append("nothing")
         except SharedError as error:
             told.append(str(error))
+    try:
+        together(world, lambda: 1 // 0 if is_last else None)
+    except SharedError as error:
+        told.append(str(error))
+    except ZeroDivisionError:
+        assert is_last
+        told.append("its own mistake")
     assert together(world, lambda: fails_on(False)) == world.rank
     same_on_all(world, "configuration", {"same": [1, None]})
     return told
@@ -125,6 +134,7 @@ def disagreement(world: World) -> list[str]:
 
 def check_disagreement(by_rank: list[list[str]]) -> None:
     last = len(by_rank) - 1
+    mistakes = [told.pop() for told in by_rank]
     assert by_rank == [
         [
             f"rank {last}: configuration: seed: expected what rank 0 has, 0, got 7. "
@@ -133,6 +143,9 @@ def check_disagreement(by_rank: list[list[str]]) -> None:
             "file: expected a, got b. c.",
         ]
     ] * len(by_rank)
+    *others, own = mistakes
+    assert own == "its own mistake"
+    assert all(text.startswith(f"rank {last}: expected to finish, got an error (ZeroDiv") for text in others)
 
 
 def test_one_process_is_a_world():
@@ -260,6 +273,8 @@ def failing(how: str, who: int) -> None:
             world.gather("hello")
             if world.rank == who:
                 _fail(how)
+            if how in ("hangs", "killed, one far away"):  # all have met, however long it took: now a wait is short
+                distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2))
             if how == "far away" or (how == "killed, one far away" and world.rank == 2):
                 time.sleep(1000)
             world.sum(np.ones(3))
@@ -279,17 +294,17 @@ def _fail(how: str) -> None:
         time.sleep(1000)
 
 
-def three_ranks(code: str, **environment: str) -> list[subprocess.CompletedProcess]:
-    """Three processes that no launcher watches over, so that they depend on themselves."""
+def three_ranks(code: str, ends: tuple[int, ...] = (0, 1, 2), **environment: str) -> list[subprocess.CompletedProcess]:
+    """Three processes that no launcher watches over, so that they depend on themselves; waits for some to end."""
     port = free_port()
-    names = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "QKOV_TIMEOUT_S": "8"}
+    names = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-W", "ignore", "-c", f"import test_comm; test_comm.{code}"]
     with contextlib.ExitStack() as stack:
         running = []
         for rank in range(3):
             own = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
             running.append(stack.enter_context(started(*command, **own)))
-        return [process.ended() for process in running]
+        return [running[rank].ended() for rank in ends]
 
 
 def told(process: subprocess.CompletedProcess) -> str:
@@ -324,10 +339,12 @@ def test_the_others_are_told_which_rank_failed_and_why(how, who, message):
 
 @pytest.mark.long
 def test_a_rank_that_hangs_is_named_and_ended():
-    done = three_ranks("failing('hangs', 1)", QKOV_TIMEOUT_S="4")
-    for rank in (0, 2):
-        assert told(done[rank]).startswith(f"rank 1: expected an answer, got none (seen by rank {rank}: Timed out")
-        assert "QKOV_TIMEOUT_S" in told(done[rank])
+    done = three_ranks("failing('hangs', 1)")
+    said = [told(done[rank]) for rank in (0, 2)]
+    for rank, text in zip((0, 2), said, strict=True):
+        assert text.startswith(f"rank 1: expected an answer, got none (seen by rank {rank}: ")
+        assert "QKOV_TIMEOUT_S" in text
+    assert any("Timed out" in text for text in said)  # the second may see that the first has left
     assert done[1].returncode == 2
     assert "qkov: rank 1: expected to answer in time, got other ranks that gave up waiting" in done[1].stderr
 
@@ -357,16 +374,54 @@ def test_ranks_that_do_not_meet_are_told_where_they_looked(monkeypatch, capfd):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.setenv("QKOV_TIMEOUT_S", "1")
-    with pytest.raises(QkovError, match=rf"rank 1: expected 2 ranks to meet .*MASTER_PORT={port}"), connected():
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    message = rf"rank 1: expected 2 ranks to meet .*MASTER_PORT={port}.*GLOO_SOCKET_IFNAME=lo left out"
+    with pytest.raises(QkovError, match=message), connected():
         pass
     capfd.readouterr()  # torch's own trace
+
+
+def step_that_fails(how: str) -> None:
+    """As in a user's own script, without `qkov`: rank 1 fails within a step or before it, the others wait in one."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    with comm.step() as world:
+        world.gather("hello")
+    if rank == 1 and how == "before":
+        raise KeyError("in own code")
+    try:
+        with comm.step() as world:
+            if rank == 1:
+                raise ZeroDivisionError("in a pass")
+            world.gather("hello")
+    except QkovError as error:
+        print(json.dumps([type(error).__name__, str(error)]), flush=True)
+    except ZeroDivisionError:
+        time.sleep(1000)  # the user's code caught it, and does something else
+    sys.exit(2)
+
+
+@pytest.mark.long
+def test_an_error_between_two_calls_is_named_by_the_next_call_of_the_others():
+    done = three_ranks("step_that_fails('before')")
+    for rank in (0, 2):
+        assert told(done[rank]).startswith("rank 1: expected to finish, got an error (KeyError: 'in own code')")
+    assert "Traceback" in done[1].stderr
+
+
+@pytest.mark.long
+def test_ranks_whose_call_no_longer_comes_to_an_end_are_ended_with_the_reason():
+    done = three_ranks("step_that_fails('within')", ends=(0, 2))
+    for process in done:
+        assert process.returncode == 2
+        assert "qkov: rank 1: expected to finish, got an error (ZeroDivisionError: in a pass)" in process.stderr
 
 
 @pytest.mark.parametrize("text", ["", "0", "soon", "1.5", "-3"])
 def test_a_timeout_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("QKOV_TIMEOUT_S", text)
     with pytest.raises(QkovError, match="QKOV_TIMEOUT_S: expected a whole number of seconds"):
-        comm._timeout()
+        comm.timeout_seconds()
 
 
 def test_every_rank_gets_a_gpu_of_its_own(monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from processes import started
+from processes import PATIENCE_S, started
 from test_run import config, entry, model_dir, qkov  # noqa: F401  (fixtures)
 
 from qkov_dist import load_heatmap
@@ -44,7 +44,7 @@ def on_a_disk(folder: Path, script: str) -> str:
         env=ENVIRONMENT | {"DISK": str(disk), "FOLDER": str(folder)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

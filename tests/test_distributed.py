@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jobs import mixed_samples
-from zoo import TINY, VOCAB
+from rounding import PASSES, assert_same_fisher, reordered
+from zoo import RELATIVES, TINY, VOCAB
 
 from qkov_dist.assembly import assemble
 from qkov_dist.config_file import from_dict
@@ -21,9 +22,9 @@ from qkov_dist.partials import list_partials, read_partial
 from qkov_dist.run import run
 from qkov_dist.store import load_heatmap
 
-TOLERANCE = 1e-5  # of the block's largest score, in float32
 MODELS = ("llama", "gpt2", "gpt_neox", "phi3", "olmo2", "qwen3")
 WITHOUT_PLAN = ("gpt2",)
+PLANS_THAT_FAIL = ("cohere", "llama4_text")  # inside transformers, in their own forward
 GATHERED = ("phi3", "olmo2")  # attention runs whole on every tensor-parallel rank: any tp size will do
 DATA = [
     *[(world_size, {"shard": "ddp"}) for world_size in (2, 3)],
@@ -42,6 +43,8 @@ CASES = (
     + [(name, *case) for name in ("llama", "gpt2") for case in FOUR]
     + [(name, *case) for name in ("llama", "phi3") for case in FOUR_TENSOR]
     + [("llama", *case) for case in REPLICAS]
+    + [("falcon_h1", 2, {"shard": "fsdp"})]  # its configuration has lists that are as long as the model is deep
+    + [("dbrx", 2, {"shard": "zero3"})]  # an expert is called as often as tokens are sent to it
 )
 
 
@@ -60,8 +63,8 @@ def folder(tmp_path_factory):
             for s in mixed_samples(num, VOCAB, seed=seed)
         ]
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in MODELS:
-        TINY[name].build().save_pretrained(folder / name)
+    for name in (*MODELS, "falcon_h1", "dbrx", *PLANS_THAT_FAIL):
+        (TINY | RELATIVES)[name].build().save_pretrained(folder / name)
     return folder
 
 
@@ -137,19 +140,18 @@ def test_every_cut_equals_one_process(case, ranks, folder, one_process):
     for scope, out in outs.items():
         expected, place = one_process(model, scope), folder / "out" / out
         merged = load_heatmap(place / "heatmap.h5")
-        assert deviation(merged, expected) < TOLERANCE
+        assert deviation(merged, expected) < PASSES
         assert merged.run_id == expected.run_id
         assert merged.samples_a.ids == expected.samples_a.ids
-        np.testing.assert_allclose(merged.samples_b.losses, expected.samples_b.losses, rtol=1e-5)
+        np.testing.assert_allclose(merged.samples_b.losses, expected.samples_b.losses, rtol=PASSES)
         assert len(list_partials(place)) == world_size
-        assert deviation(from_files(place), merged) < 1e-6
-        for key in ("mean", "ridge_share", "share_a"):  # the minimum is one element: rounding, where a gradient cancels
-            np.testing.assert_allclose(merged.fisher["K"][key], expected.fisher["K"][key], rtol=1e-3)
+        assert deviation(from_files(place), merged) < reordered(world_size)
+        assert_same_fisher(merged.fisher["K"], expected.fisher["K"], PASSES)
         if "O_bias" in expected.shared:
             bias = expected.shared["O_bias"]["cross"]
-            np.testing.assert_allclose(merged.shared["O_bias"]["cross"], bias, atol=TOLERANCE * np.abs(bias).max())
+            np.testing.assert_allclose(merged.shared["O_bias"]["cross"], bias, atol=PASSES * np.abs(bias).max())
         for rank in range(world_size):
-            assert deviation(from_files(place, twice=rank), expected) > 100 * TOLERANCE, "a replica counted twice"
+            assert deviation(from_files(place, twice=rank), expected) > 100 * PASSES, "a replica counted twice"
 
 
 @pytest.mark.long
@@ -165,6 +167,14 @@ def test_kv_heads_that_do_not_divide_are_refused_before_any_work(model, ranks, f
 def test_a_model_without_a_plan_is_refused_under_tensor_parallelism(ranks, folder):
     refusals = ranks(2).run(refusal, settings(folder, "gpt2", "refused", {"tp": 2}))
     assert all("tensor-parallel plan" in message and "parallel.shard=fsdp" in message for message in refusals)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", PLANS_THAT_FAIL)
+def test_a_plan_that_fails_is_named_with_its_model(model, ranks, folder):
+    refusals = ranks(2).run(refusal, settings(folder, model, f"plan-{model}", {"tp": 2}))
+    assert all(f"model type '{model}': expected a forward and a backward pass" in message for message in refusals)
+    assert all("use fsdp" in message for message in refusals)
 
 
 def refusal(raw: dict) -> str:
@@ -203,7 +213,8 @@ def test_a_sample_that_fails_on_one_rank_is_named_on_all(ranks, folder):
     raw["tasks"][0]["path"] = str(folder / "bad.jsonl")
     messages = ranks(3).run(refusal, raw)
     assert all("sample 'bad': expected a finite loss" in message for message in messages)
-    assert sum(message.startswith("rank ") for message in messages) == 2
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("rank ")
 
 
 @pytest.mark.long

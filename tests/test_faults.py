@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,9 +32,9 @@ def config(tmp_path_factory) -> Path:
     return folder / "run.yaml"
 
 
-def launched(config: Path, out: str, *overrides: str) -> AbstractContextManager[Started]:
+def launched(config: Path, out: str, *overrides: str, **environment: str) -> AbstractContextManager[Started]:
     arguments = ["-m", "qkov_dist", "run", config, "--quiet", f"output.dir={config.parent / out}", *overrides]
-    return started(*torchrun(2), *arguments, QKOV_TIMEOUT_S="60")
+    return started(*torchrun(2), *arguments, **environment)
 
 
 def rank_process(launcher: Started, rank: int) -> psutil.Process:
@@ -67,6 +68,19 @@ def test_a_killed_rank_ends_the_job_and_is_named(config, cut):
     assert "layers are on disk" in again.stderr
     assert again.returncode == 0
     assert (out / "heatmap.h5").exists()
+
+
+def test_a_stale_lock_of_an_extensions_build_is_named(config, tmp_path):
+    pytest.importorskip("deepspeed")
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"  # what DeepSpeed builds first on a CPU
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with launched(config, "locked", "parallel.shard=zero3", TORCH_EXTENSIONS_DIR=str(tmp_path)) as launcher:
+        told = launcher.ended()
+    assert told.returncode != 0
+    assert f"{lock}: expected the lock of an extension's build to go" in told.stderr, told.stderr[-2000:]
+    assert not (config.parent / "locked").exists()
 
 
 def test_an_error_on_one_rank_ends_the_job_and_is_named(config):

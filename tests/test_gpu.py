@@ -10,6 +10,7 @@ import pytest
 import torch
 from jobs import Job, closeness, mixed_samples
 from ranks import pools
+from rounding import SCORES
 from test_capture import NanBackward, sites_of
 from test_distributed import deviation, folder, run_quietly, settings  # noqa: F401  (folder is a fixture)
 from zoo import TINY, VOCAB
@@ -72,7 +73,7 @@ def test_a_run_is_the_same_wherever_its_factors_wait(place, folder, monkeypatch)
         "pinned": (False, True, False),
         "disk": (False, True, True),
     }[place]
-    assert deviation(found[1], found[0]) < 1e-6
+    assert deviation(found[1], found[0]) < SCORES
 
 
 def test_a_run_on_a_gpu_is_that_on_the_cpu(folder, monkeypatch):  # noqa: F811

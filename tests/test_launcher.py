@@ -6,7 +6,7 @@ import pytest
 
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
-from qkov_dist.launcher import first_host, launched_size, rendezvous
+from qkov_dist.launcher import check_interface, first_host, launched_size, rendezvous
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "1234"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
@@ -137,3 +137,16 @@ def test_several_nodes_need_an_address(launcher, local_size):
 )
 def test_the_first_of_a_compressed_list_of_nodes(nodes, first):
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(("variable", "text"), [("GLOO", "lo"), ("NCCL", "l"), ("NCCL", "=lo"), ("NCCL", "^none")])
+def test_a_network_interface_that_is_there_is_taken(variable, text):
+    name = f"{variable}_SOCKET_IFNAME"
+    check_interface(name, {name: text})
+
+
+@pytest.mark.parametrize(("variable", "text"), [("GLOO", "bogus0"), ("GLOO", "l"), ("NCCL", "bogus"), ("NCCL", "=l")])
+def test_a_network_interface_that_is_not_there_is_named(variable, text):
+    name = f"{variable}_SOCKET_IFNAME"
+    with pytest.raises(QkovError, match=rf"{name}: expected a network interface .*lo.*, got {text}"):
+        check_interface(name, {name: text})

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import yaml
 from jobs import mixed_samples
+from processes import PATIENCE_S, TIMEOUT_S
 from ranks import _free_port as free_port
+from rounding import PASSES
 from test_run import write_task
 from zoo import TINY, VOCAB
 
@@ -29,8 +31,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 STRATEGIES = {"ddp": "ddp", "fsdp2": "fsdp", "zero3": "zero3"}
-TOLERANCE = 1e-5  # of the block's largest score, in float32
-PATIENCE_S = 170
 SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI", "MPI", "OMPI", "SLURM", "ACCELERATE", "TORCH")
 
 
@@ -64,8 +64,8 @@ def started(*commands: Sequence[object], **environment: object) -> Iterator[list
         environment: Variables for all of them.
     """
     plain = {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_LAUNCHERS)}
-    plain |= {"OMP_NUM_THREADS": "1", "QKOV_TIMEOUT_S": "90", "QKOV_PYTHON": sys.executable, "RANKS": "2"}
-    plain |= {name: str(value) for name, value in environment.items()}
+    plain |= {"OMP_NUM_THREADS": "1", "QKOV_TIMEOUT_S": TIMEOUT_S, "QKOV_PYTHON": sys.executable, "RANKS": "2"}
+    plain = {name: str(value) for name, value in (plain | environment).items()}
     processes = []
     try:
         for command in commands:
@@ -104,7 +104,7 @@ def check(job: Path, out: str, said: str, cut: str = "ddp") -> None:
         float(np.abs(got.cross[block] - one.cross[block]).max() / np.abs(one.cross[block]).max()) for block in one
     )
     print(f"{out}: {deviation:.1e}")
-    assert deviation < TOLERANCE
+    assert deviation < PASSES
     assert got.run_id == one.run_id
     assert sorted(path.name for path in (job / out).glob("partial*")) == [f"partial_rank0000{r}.h5" for r in (0, 1)]
 

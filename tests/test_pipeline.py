@@ -7,6 +7,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from processes import PATIENCE_S
 from test_engine import job_for
 from zoo import TINY
 
@@ -20,7 +21,6 @@ from qkov_dist.layout import resolve
 from qkov_dist.plan import LayerPlan, Selection, in_order_of_work, make_plan
 
 LAYERS = 4
-PATIENCE_S = 30
 
 
 class Case:

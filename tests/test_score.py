@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import PAIRS
+from rounding import reordered
 
 from qkov_dist.score import (
     NO_ELEMENTS,
@@ -94,4 +95,4 @@ def test_what_is_compiled_is_the_fisher_and_the_maps(factors, score):
     assert len(by_task.sum(0).clamp_min(0.5).unique()) > 1
     for form in (fisher_and_maps, compiled("cpu")):
         for got, wanted in zip(form(gradients, weights, floor, score), expected, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+            torch.testing.assert_close(got, wanted, rtol=reordered(30), atol=0)  # three terms, some ten operations

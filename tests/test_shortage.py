@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import closeness, mixed_samples
+from processes import PATIENCE_S
+from rounding import PASSES, SCORES
 from test_engine import job_for
 from zoo import TINY, VOCAB
 
@@ -77,7 +79,7 @@ def test_batches_are_halved_until_they_fit_with_the_same_results(tokens, monkeyp
     assert min(room.sizes) < 3
     for layer, blocks in expected.items():
         for block, part in blocks.items():
-            assert closeness(got[layer][block].scores, part.scores.double()) < 1e-6
+            assert closeness(got[layer][block].scores, part.scores.double()) < PASSES
 
 
 def test_one_sample_that_does_not_fit_is_named(monkeypatch):
@@ -128,7 +130,7 @@ def test_tiles_are_halved_until_they_fit_with_the_same_results(elements, monkeyp
     assert said
     for layer, blocks in expected.items():
         for block, part in blocks.items():
-            assert closeness(got[layer][block].scores, part.scores.double()) < 1e-6
+            assert closeness(got[layer][block].scores, part.scores.double()) < SCORES
 
 
 def test_a_row_that_does_not_fit_is_named(monkeypatch):
@@ -182,7 +184,11 @@ def test_memory_that_really_runs_out(tmp_path):
     (tmp_path / "real.py").write_text(REAL)
     tests = str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "real.py"), tests], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, str(tmp_path / "real.py"), tests],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from jobs import closeness
+from rounding import BLOCKS, SCORES
 from test_engine import job_for
 from zoo import TINY
 
@@ -76,7 +77,7 @@ def test_products_in_parts_are_the_products(monkeypatch):
     assert max(seen) > 1
     for layer, blocks in expected.items():
         for block, part in blocks.items():
-            assert closeness(got[layer][block].scores, part.scores.double()) < 1e-6
+            assert closeness(got[layer][block].scores, part.scores.double()) < SCORES
             for one, other in zip(got[layer][block].fisher, part.fisher, strict=True):
-                assert one.total == pytest.approx(other.total, rel=1e-6)
+                assert one.total == pytest.approx(other.total, rel=BLOCKS)
                 assert torch.isfinite(torch.tensor(one.total))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import xarray
 from heatmaps import ATTRIBUTES, LAYERS, NUM_A, NUM_B, make_heatmap, make_statistics, make_table
+from processes import PATIENCE_S
 
 from qkov_dist.errors import QkovError
 from qkov_dist.hdf5_write import writing
@@ -238,7 +239,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
         env=os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"},
     )
