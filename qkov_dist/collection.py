@@ -120,7 +120,9 @@ class Collection:
             longest = max(samples, key=lambda sample: sample.num_tokens)
             raise self._too_long(_named(task, longest), longest.num_tokens) from error
         except ModelError as error:
-            raise self._explained(model, error) from error
+            if self.team.peers.size == self.team.world.size:
+                raise
+            raise _plan_fails(model, error) from error
         if self.soundness.alone and not before:
             self.say("outputs depend on the length of a batch: samples run uncut, each beside those of its length")
 
@@ -154,7 +156,9 @@ class Collection:
         try:
             return self._losses(model, passes, on_samples)
         except ModelError as error:
-            raise self._explained(model, error) from error
+            if self.team.peers.size == self.team.world.size:
+                raise
+            raise _plan_fails(model, error) from error
 
     def _losses(
         self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
@@ -222,17 +226,16 @@ class Collection:
             name, expected=f"memory for one sample of {num_tokens} tokens", got="too little", remedy=remedy
         )
 
-    def _explained(self, model: nn.Module, error: ModelError) -> QkovError:
-        """An error inside the model; where it is tensor-parallel, its plan may be at fault."""
-        if self.team.peers.size == self.team.world.size:
-            return error
-        config = getattr(model, "config", None)
-        return QkovError(
-            f"model type {getattr(config, 'model_type', type(model).__name__)!r}",
-            expected="a forward and a backward pass under its tensor-parallel plan",
-            got=error.got,
-            remedy="The plan fails, or a hook of yours under it: use fsdp (parallel.shard=fsdp), which cuts any model.",
-        )
+
+def _plan_fails(model: nn.Module, error: ModelError) -> QkovError:
+    """What an error inside a tensor-parallel model may come from."""
+    config = getattr(model, "config", None)
+    return QkovError(
+        f"model type {getattr(config, 'model_type', type(model).__name__)!r}",
+        expected="a forward and a backward pass under its tensor-parallel plan",
+        got=error.got,
+        remedy="The plan fails, or a hook of yours under it: use fsdp (parallel.shard=fsdp), which cuts any model.",
+    )
 
 
 def _named(task: str, sample: Sample) -> str:
