@@ -88,7 +88,7 @@ class MetricConfig(_Section):
 class FisherConfig(_Section):
     """The diagonal empirical Fisher I."""
 
-    estimator: str = _key(one_of("ema", "mean"), "bias-corrected moving average over batches, or plain mean", "ema")
+    estimator: str = _key(one_of("ema", "mean"), "bias-corrected moving average over batches, or plain mean", "mean")
     decay: float = _key(FRACTION, "decay beta of the moving average, per Fisher batch", 0.99)
     scope: str = _key(one_of("pooled", "a", "b"), "samples it is estimated from: both tasks, or one", "pooled")
     batch_size: int = _key(COUNT, "samples in one Fisher batch (one step of the average)", 8)
@@ -98,18 +98,18 @@ class FisherConfig(_Section):
 class RidgeConfig(_Section):
     """What keeps 1 / I finite: max(I, epsilon) + absolute + relative * mean(I)."""
 
-    epsilon: float = _key(NON_NEGATIVE, "floor of I, in units of I (squared gradients)", 1e-10)
-    absolute: float = _key(NON_NEGATIVE, "added to I, in units of I", 1e-8)
-    relative: float = _key(NON_NEGATIVE, "added to I, as a multiple of its mean over the layer's block", 0.0)
+    epsilon: float = _key(NON_NEGATIVE, "floor of I, in units of I (squared gradients)", 0.0)
+    absolute: float = _key(NON_NEGATIVE, "added to I, in units of I", 0.0)
+    relative: float = _key(NON_NEGATIVE, "added to I, as a multiple of its mean over the layer's block", 1e-3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.epsilon + self.absolute + self.relative == 0:
             raise QkovError(
-                "ridge.absolute",
+                "ridge.relative",
                 expected="one of epsilon, absolute and relative above 0",
                 got="0 for all three",
-                remedy="An element with I = 0 would divide by zero; set one of them, for example ridge.absolute=1e-8.",
+                remedy="An element with I = 0 would divide by zero; set one of them, for example ridge.relative=0.001.",
             )
 
 

@@ -33,7 +33,7 @@ class Cost:
         flops_backward: Operations of all backward passes, down to the lowest layer of each.
         flops_kept: Operations of gradients that are formed at capture, of samples kept as gradients.
         flops_scoring: Operations of gradients, Fisher and scores of all pairs.
-        flops_ridge: Operations of the pass over the factors that a relative ridge needs.
+        flops_ridge: Operations of the sums of I over whole blocks that a relative ridge needs.
         flops_statistics: Operations of permutations and resamples.
         elements: Elements of all per-sample gradients that are formed for scores.
         batches: Forward passes.

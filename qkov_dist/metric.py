@@ -43,7 +43,8 @@ class QKOVInterferenceMetric:
         collector: Both tasks' samples.
         epsilon: Floor of I.
         ridge_lambda: Absolute ridge, added to the floored I.
-        ridge_relative: Relative ridge, a multiple of the mean of I over the layer's block.
+        ridge_relative: Relative ridge, a multiple of the mean of I over the layer's block. Where it is the only one of
+            the three, scores scale exactly with the loss.
         score: ``interference``, ``signed`` or ``symmetric``.
         scope: Samples of the Fisher: ``pooled`` (both tasks), ``a`` or ``b`` (as in ``compute_heatmap(a, b)``).
         include_bias: Add the biases of Q, K and V to their heads.
@@ -55,9 +56,9 @@ class QKOVInterferenceMetric:
 
     config: QKOVConfig
     collector: FisherCollector
-    epsilon: float = 1e-10
-    ridge_lambda: float = 1e-8
-    ridge_relative: float = 0.0
+    epsilon: float = 0.0
+    ridge_lambda: float = 0.0
+    ridge_relative: float = 1e-3
     score: Score = "interference"
     scope: Scope = "pooled"
     include_bias: bool = False

@@ -19,9 +19,9 @@ class ScoreSettings:
     """How scores are formed; the meaning of each is in SPEC's metric and in :mod:`qkov_dist.score`."""
 
     score: Score = "interference"
-    epsilon: float = 1e-10
-    ridge_absolute: float = 1e-8
-    ridge_relative: float = 0.0
+    epsilon: float = 0.0
+    ridge_absolute: float = 0.0
+    ridge_relative: float = 1e-3
     dtype: torch.dtype = torch.float32
     matmul_precision: str = "highest"  # torch's, of float32 products
     device: torch.device | str = "cpu"

@@ -8,9 +8,10 @@ import oracle
 import pytest
 import torch
 from jobs import Job, closeness, mixed_samples
+from test_plan import flat_owner
 from zoo import TINY, VOCAB, Tiny
 
-from qkov_dist import engine, kernel
+from qkov_dist import block_totals, engine, kernel
 from qkov_dist.collection import Collection
 from qkov_dist.engine import ScoreSettings, score_layer
 from qkov_dist.factors import FactorStore
@@ -266,3 +267,87 @@ def test_tied_embeddings_equal_the_oracle():
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     job = job_for(entry)
     assert_close(job.run(model), expected_scores(entry, model, job))
+
+
+@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+@pytest.mark.parametrize("loss_factor", [1.0, 1e-6])
+def test_scores_scale_exactly_with_the_loss_at_default_settings(score, loss_factor):
+    """Sum against mean over samples of one length: interference has the dimension of a gradient, the others none."""
+    entry = TINY["llama"]
+    model, length = entry.build(), 8
+    a, b = (mixed_samples(4, VOCAB, seed=seed, lengths=(length + 1, length + 2), mask=False) for seed in (1, 2))
+    job = Job(a, b, settings=ScoreSettings(score=score), loss_factor=loss_factor)
+    mean, total = job.run(model), replace(job, reduction="sum").run(model)
+    some = mean[0]["Q"].fisher[0]
+    assert (some.total / some.count < 1e-13) is (loss_factor < 1)
+    for layer, blocks in mean.items():
+        for block, part in blocks.items():
+            ratio = length if score == "interference" else 1
+            assert closeness(total[layer][block].scores, part.scores.double() * ratio) < 1e-5, (layer, block)
+            assert part.scores.abs().max() > 0
+
+
+def test_the_old_floor_of_the_fisher_would_not_scale():
+    entry = TINY["llama"]
+    a, b = (mixed_samples(4, VOCAB, seed=seed, lengths=(9, 10), mask=False) for seed in (1, 2))
+    floored = ScoreSettings(epsilon=1e-10, ridge_absolute=1e-8, ridge_relative=0.0)
+    job = Job(a, b, settings=floored, loss_factor=1e-3)
+    mean, total = (replace(job, reduction=name).run(entry.build())[0]["Q"].scores for name in ("mean", "sum"))
+    assert closeness(total, mean.double() * 8) > 0.1
+
+
+@pytest.mark.parametrize("setting", ["epsilon", "ridge_absolute"])
+def test_elements_below_epsilon_count_as_those_below_lambda(setting):
+    nothing = {"epsilon": 0.0, "ridge_absolute": 0.0, "ridge_relative": 0.0}
+    job, model = job_for(TINY["llama"]), TINY["llama"].build()
+    shares = []
+    for value in (1e-30, 1e-4, 1e6):
+        scored = replace(job, settings=ScoreSettings(**nothing | {setting: value})).run(model)
+        fisher = scored[0]["Q"].fisher
+        shares.append(sum(f.below_ridge for f in fisher) / sum(f.count for f in fisher))
+    assert shares[0] < shares[1] < shares[2] == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_new", "gpt2"])
+@pytest.mark.parametrize("above", [None, 6])
+def test_sums_of_whole_blocks_are_those_of_the_gradients_themselves(name, above, monkeypatch):
+    """From Gram matrices, from gradients formed for it, and from gradients that were kept."""
+    entry = TINY[name]
+    model, job = entry.build(), job_for(entry, include_bias=True)
+    plan = make_plan(resolve(model), Selection(), include_bias=True, num_samples=8)
+    store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(plan.sites, above))
+    collection = Collection(store, plan.sites)
+    for task, samples in (("a", job.a), ("b", job.b)):
+        collection.run(model, task, samples)
+    roles, layer = job.roles(), plan.layers[1]
+    fisher = {block: part.fisher for block, part in score_layer(layer, store, roles, ScoreSettings()).items()}
+    expected = {block: sum(f.total for f in parts) for block, parts in fisher.items()}
+    for gram in (True, False):
+        monkeypatch.setattr(block_totals, "gram_is_cheaper", lambda *sizes, gram=gram: gram)
+        monkeypatch.setattr(block_totals, "CHUNK_BYTES", 2000)
+        found = block_totals.block_totals(layer, store, roles)
+        assert found.keys() == expected.keys()
+        for block, total in expected.items():
+            assert found[block] == pytest.approx(total, rel=1e-5)  # float32 squares of a few thousand elements
+
+
+def test_sums_of_whole_blocks_add_up_over_any_rectangles():
+    entry = TINY["falcon_new"]  # Q, K and V of each group lie between one another in one projection
+    model, job = entry.build(), job_for(entry)
+    plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=8)
+    store = FactorStore(2**30)
+    Collection(store, plan.sites).run(model, "a", [*job.a, *job.b])
+    layer, roles = plan.layers[0], job.roles()
+    whole = block_totals.block_totals(layer, store, roles)
+    by_name = {projection.module: projection for projection in resolve(model).layer(0).projections}
+
+    def projection(tile):
+        return by_name[tile.site.module]
+
+    parts = [
+        block_totals.block_totals(layer, store, roles, seen=lambda tile, n=n: flat_owner(n, 3)(projection(tile), False))
+        for n in range(3)
+    ]
+    for block, total in whole.items():
+        assert sum(part[block] for part in parts) == pytest.approx(total, rel=1e-6)  # of thin ones in float32
+        assert max(part[block] for part in parts) < total
