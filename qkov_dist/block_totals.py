@@ -20,7 +20,9 @@ from torch import Tensor
 from .capture import Site
 from .geometry import Rect
 from .groups import Group, order_samples
+from .numerics import products_as
 from .plan import LayerPlan, Tile
+from .score_settings import ScoreSettings
 from .site_factors import FactorSource, Roles
 from .windows import Whole, Window
 
@@ -49,7 +51,7 @@ def block_totals(
     plan: LayerPlan,
     source: FactorSource,
     roles: Roles,
-    device: torch.device | str = "cpu",
+    settings: ScoreSettings,
     seen: Seen | None = None,
 ) -> BlockTotals:
     """One layer's sum of I over each whole block, as far as samples are in ``source`` and elements are ``seen``.
@@ -58,7 +60,7 @@ def block_totals(
         plan: The layer.
         source: Factors of all samples, or of some; those that it does not have count nothing.
         roles: The samples and their weights in I.
-        device: Where products are formed.
+        settings: Where products are formed, and how.
         seen: What this process looks at; everything by default.
     """
     parts = {site: block_parts([tile for tile in plan.slices if tile.site == site], seen) for site in plan.sites}
@@ -66,9 +68,10 @@ def block_totals(
     for site in (site for site, of_site in parts.items() if of_site):
         by_input.setdefault(source.x_site(site), []).append(site)
     totals = dict.fromkeys(plan.block_sizes, 0.0)
-    for sites in by_input.values():
-        for block, total in _sums(source, sites, parts, roles, torch.device(device)):
-            totals[block] += total
+    with products_as(settings.matmul_precision, settings.device):
+        for sites in by_input.values():
+            for block, total in _sums(source, sites, parts, roles, torch.device(settings.device)):
+                totals[block] += total
     return totals
 
 
@@ -185,7 +188,8 @@ def _gram(values: Tensor) -> Tensor:
 
 
 def _square_norms(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batches import Batch, Objective, make_batches, sequence
+from .batches import Batch, Objective, content_of, make_batches, sequence
 from .capture import Capture, Nowhere, Site, capture
 from .errors import QkovError
 from .factors import FactorStore
@@ -28,6 +28,7 @@ class SampleRecord:
         text: Its text, for reports.
         num_tokens: Labelled tokens.
         loss: Its own loss, reduced as asked for.
+        content: A hash of what the model was shown and had to predict.
     """
 
     task: str
@@ -35,6 +36,7 @@ class SampleRecord:
     text: str
     num_tokens: int
     loss: float
+    content: str = ""
 
 
 @dataclass
@@ -94,7 +96,8 @@ class Collection:
                 raise QkovError(**error) if peer == self.team.world.rank else QkovError(**error).within(f"rank {peer}")
             found.update({number: (count, loss) for number, count, loss in theirs["losses"]})
         self.records.extend(
-            SampleRecord(task, sample.id, sample.text, *found[first + n]) for n, sample in enumerate(samples)
+            SampleRecord(task, sample.id, sample.text, *found[first + n], content_of(sample, self.objective))
+            for n, sample in enumerate(samples)
         )
         return list(range(first, first + len(samples)))
 

@@ -115,13 +115,19 @@ class RidgeConfig(_Section):
 
 @dataclass(frozen=True)
 class StatisticsConfig(_Section):
-    """Permutation test, bootstrap and multiple testing."""
+    """Permutation test, intervals and multiple testing."""
 
     enabled: bool = _key(FLAG, "test the heatmap; needs scores among all pooled samples", True)
     permutations: int = _key(whole(2), "relabellings K of the samples; the smallest p-value is 1 / (1 + K)", 1000)
-    bootstrap: int = _key(whole(0), "resamplings of the samples for intervals; 0 leaves intervals out", 1000)
+    confidence: float = _key(FRACTION, "of jackknife intervals, and the share of each null that its band holds", 0.95)
     fdr_alpha: float = _key(FRACTION, "level of the false discovery rate", 0.05)
-    seed: int = _key(whole(0), "seed of permutations and bootstrap", 0)
+    seed: int = _key(whole(0), "seed of permutations", 0)
+    allow_shared_samples: bool = _key(
+        FLAG,
+        "go on where more than a tenth of a task's samples occur in the other task too; their pairs are left out",
+        False,
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class ComputeConfig(_Section):
     score_dtype: str = _key(one_of("float32", "float64"), "dtype in which scores are accumulated", "float32")
     matmul_precision: str = _key(
         one_of("highest", "high", "medium"),
-        "torch's float32 matmul precision while scoring: high allows TF32 in products, medium bfloat16, where there is "
+        "float32 products of scoring, whatever the process has set: high allows TF32, medium bfloat16, where there is "
         "hardware for them",
         "highest",
     )
@@ -202,7 +208,7 @@ class RunConfig:
                 "tasks.1.name",
                 expected="two different names",
                 got=f"{self.tasks[0].name!r} twice",
-                remedy="Rename one of the tasks; the same samples may be given under two names.",
+                remedy="Rename one of the tasks.",
             )
 
 
@@ -217,6 +223,10 @@ SECTIONS: dict[str, type[_Section]] = {
     "statistics": StatisticsConfig,
     "compute": ComputeConfig,
     "output": OutputConfig,
+}
+RETIRED = {
+    "statistics.bootstrap": "Intervals are now those of a delete-one jackknife, which draws nothing: leave the key "
+    "out; statistics.confidence sets how often intervals are to cover."
 }
 KEYS: dict[str, Field[Any]] = {f"{name}.{entry.name}": entry for name, cls in SECTIONS.items() for entry in fields(cls)}
 

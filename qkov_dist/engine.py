@@ -142,7 +142,7 @@ def score_layer(
 ) -> dict[str, BlockScores]:
     """Score one layer, as :func:`score_layers` does; a relative ridge is by default of the samples in ``source``."""
     if totals is None and settings.ridge_relative:
-        totals = block_totals(plan, source, roles, settings.device)
+        totals = block_totals(plan, source, roles, settings)
     ((_, blocks),) = score_layers([(plan, source)], roles, settings, {plan.layer: totals or {}})
     return blocks
 

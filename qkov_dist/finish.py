@@ -21,7 +21,7 @@ def statistics_of(config: RunConfig) -> QKOVStatistics | None:
     settings = config.statistics
     if not settings.enabled:
         return None
-    return QKOVStatistics(settings.fdr_alpha, settings.permutations, settings.bootstrap, settings.seed)
+    return QKOVStatistics(settings.fdr_alpha, settings.permutations, seed=settings.seed, confidence=settings.confidence)
 
 
 def finish(frame: Frame, read: Read, config: RunConfig, path: Path, world: World, voice: Voice) -> Heatmap | None:

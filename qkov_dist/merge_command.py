@@ -211,7 +211,7 @@ def _check_output(output: Path, run_id: str) -> None:
 
 def _config_of(frame: Frame) -> RunConfig:
     try:
-        return from_dict(frame.attributes["config"])
+        return from_dict(frame.attributes["config"], stored=True)
     except KeyError:
         remedy = "Use partial files that `qkov run` wrote."
         raise QkovError("partial files", expected="the run's configuration", got="none", remedy=remedy) from None

@@ -120,14 +120,13 @@ def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
         **{name: tests.get(key) for name, key in TESTS.items()},
     }
     packed = {name: _base64(values, "<f4") for name, values in arrays.items() if name == "score" or _is_there(values)}
-    scores = None if heatmap.cross is None else heatmap.cross[block]
     return {
         "name": block,
         "axis": HEAD_DIM[block].replace("_", " "),
         "heads": heatmap.natives(block),
         "values": packed,
         "marks": _marks(heatmap, block) if heatmap.tests else None,
-        "pairs": None if scores is None else _base64(_strongest_pairs(heatmap, scores), "<i4"),
+        "pairs": None if heatmap.cross is None else _base64(_strongest_pairs(heatmap, block), "<i4"),
     }
 
 
@@ -150,10 +149,11 @@ def _finding(heatmap: Heatmap, finding: Finding) -> dict[str, Any]:
     return {"name": finding.name, "side": finding.side, "mark": finding.mark, "glyph": finding.glyph, "number": number}
 
 
-def _strongest_pairs(heatmap: Heatmap, scores: Any) -> Any:
+def _strongest_pairs(heatmap: Heatmap, block: str) -> Any:
     """For each head the place of its strongest pair in [n_a, n_b], flat; 0 where the head is absent."""
     sign = -1 if heatmap.attributes.get("score") == "signed" else 1
-    rows = ((sign * layer).reshape(len(layer), -1) for layer in scores)
+    view = heatmap[block]
+    rows = ((sign * view.of_different(layer)).reshape(len(layer), -1) for layer in heatmap.cross[block])  # type: ignore[index]
     return np.stack([np.argmax(np.where(np.isnan(row), -np.inf, row), axis=-1) for row in rows])
 
 

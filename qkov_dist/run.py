@@ -209,6 +209,7 @@ def _store(job: Job, folder: Path, gpu_room: int) -> FactorStore:
         lengths=job.lengths_here,
         dtype=dtype,
         gradients_above=job.gradients_above(),
+        matmul_precision=compute.matmul_precision,
     )
 
 

@@ -23,7 +23,7 @@ class ScoreSettings:
     ridge_absolute: float = 0.0
     ridge_relative: float = 1e-3
     dtype: torch.dtype = torch.float32
-    matmul_precision: str = "highest"  # torch's, of float32 products
+    matmul_precision: str = "highest"  # of float32 products, whatever the process has set
     device: torch.device | str = "cpu"
     compile: bool = False
     scratch: Path | None = None  # where scores are that are too large for memory

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
+import torch
+
 from .block_totals import BlockTotals, block_totals
 from .engine import LayerSource, Roles, Scored, ScoreSettings, score_layers
 from .exchange import Exchange
+from .kernel import Buffers
 from .plan import LayerPlan, Plan
 from .rounds import Round, layers_of, make_rounds
 from .team import Team
+from .workers import workers
 
 
 def rounds_of(plan: Plan, team: Team, *, done: Callable[[int], bool] = lambda layer: False) -> list[Round]:
@@ -76,10 +80,14 @@ def _totals(
 ) -> dict[int, BlockTotals]:
     """Each layer's sum of I over its whole blocks, over all ranks: of each rank's own samples, before any exchange."""
     wanted, store = layers_of(rounds), exchange.store
-    mine = {}
-    if store.sites:  # of a rank that ran no sample there are none
-        for number in wanted:
-            mine[str(number)] = block_totals(layers[number], store, roles, settings.device, exchange.seen)
+    there = wanted if store.sites else []  # of a rank that ran no sample there is nothing
+
+    def of_layer(number: int, _buffers: Buffers) -> BlockTotals:
+        return block_totals(layers[number], store, roles, settings, exchange.seen)
+
+    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
+        waiting = {str(number): submit(of_layer, number) for number in there}
+        mine = {number: wait() for number, wait in waiting.items()}
     summed = {number: dict.fromkeys(layers[number].block_sizes, 0.0) for number in wanted}
     for theirs in exchange.team.world.gather(mine):
         for number, blocks in theirs.items():

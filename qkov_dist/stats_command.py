@@ -64,7 +64,7 @@ def _last_settings(heatmap: Heatmap) -> dict[str, Any]:
         return {name: value for name, value in heatmap.statistics.get("settings", {}).items() if name in known}
     config = heatmap.attributes.get("config")
     section = config.get("statistics", {}) if isinstance(config, Mapping) else {}
-    names = {"permutations": "n_permutations", "bootstrap": "n_bootstrap", "fdr_alpha": "fdr_alpha", "seed": "seed"}
+    names = {"permutations": "n_permutations"} | {key: key for key in ("fdr_alpha", "seed", "confidence")}
     return {name: section[key] for key, name in names.items() if key in section}
 
 

@@ -95,7 +95,7 @@ class Job:
         sources, roles = [(layer, store) for layer in plan.layers], self.roles()
         totals = {}
         if self.settings.ridge_relative:
-            totals = {layer.layer: block_totals(layer, store, roles, self.settings.device) for layer in plan.layers}
+            totals = {layer.layer: block_totals(layer, store, roles, self.settings) for layer in plan.layers}
         scores = {layer.layer: found for layer, found in score_layers(sources, roles, self.settings, totals)}
         store.close()
         return scores

@@ -12,6 +12,8 @@ from test_plan import flat_owner
 from zoo import TINY, VOCAB, Tiny
 
 from qkov_dist import block_totals, engine, kernel
+from qkov_dist.batches import Batch
+from qkov_dist.capture import Factors, Site
 from qkov_dist.collection import Collection
 from qkov_dist.engine import ScoreSettings, score_layer
 from qkov_dist.factors import FactorStore
@@ -185,19 +187,80 @@ def test_gradients_of_long_samples_equal_the_oracle(name, above):
     assert_close(got, expected_scores(entry, model, job))
 
 
+def precisions() -> list[str]:
+    """What torch is told of float32 products: in one word where there is one, and for each backend."""
+    try:
+        word = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        word = "mixed"
+    return [word, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+
+@pytest.fixture(params=["highest", "medium", "backends"])
+def process_precision(request):
+    """A process that has set nothing, bfloat16 for all in the old way, or each backend in the new one."""
+    if request.param == "backends":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    else:
+        torch.set_float32_matmul_precision(request.param)
+    yield precisions()
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_products_have_the_precision_asked_for(precision, monkeypatch):
+def test_products_have_the_precision_asked_for_whatever_the_process_has_set(precision, process_precision, monkeypatch):
     entry, seen = TINY["llama"], set()
-    form = kernel.tile_gradients
+    form, gram = kernel.tile_gradients, block_totals._gram
 
     def looked_at(*args, **kwargs):
         seen.add(torch.get_float32_matmul_precision())
         return form(*args, **kwargs)
 
+    def gram_looked_at(values):
+        seen.add(torch.get_float32_matmul_precision())
+        return gram(values)
+
     monkeypatch.setattr(engine, "tile_gradients", looked_at)
+    monkeypatch.setattr(block_totals, "_gram", gram_looked_at)
     job_for(entry, settings=ScoreSettings(matmul_precision=precision)).run(entry.build())
     assert seen == {precision}
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert precisions()[1:] == process_precision[1:]
+    assert process_precision[0] in (precisions()[0], "mixed")
+
+
+def test_kept_gradients_have_the_precision_asked_for(process_precision, monkeypatch):
+    seen, bmm = set(), torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: seen.add(torch.get_float32_matmul_precision()) or bmm(a, b))
+    site = Site(0, "q")
+    with FactorStore(2**20, gradients_above={site: 1}).batch(one_sample()) as store:
+        store.add(Factors(site, site, torch.ones(3, 4), torch.ones(3, 2)))
+    assert seen == {"highest"}
+    assert precisions() == process_precision
+
+
+def one_sample() -> Batch:
+    tokens = torch.ones(1, 3, dtype=torch.int64)
+    return Batch((0,), ("one",), tokens, tokens, tokens)
+
+
+@pytest.mark.parametrize("above", [None, 4])
+def test_autocast_and_a_default_device_around_scoring_change_no_bit(above, monkeypatch):
+    entry = TINY["llama"]
+    job = job_for(entry, gradients_above=above)
+    monkeypatch.setattr(block_totals, "gram_is_cheaper", lambda *sizes: False)  # float32, which autocast would narrow
+    plan = make_plan(resolve(model := entry.build()), Selection(), include_bias=False, num_samples=8)
+    store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(plan.sites, above))
+    Collection(store, plan.sites).run(model, "a", [*job.a, *job.b])
+    clean = score_layer(plan.layers[0], store, job.roles(), ScoreSettings())
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert torch.bmm(torch.ones(1, 1, 1, device="cpu"), torch.ones(1, 1, 1, device="cpu")).dtype == torch.bfloat16
+        inside = score_layer(plan.layers[0], store, job.roles(), ScoreSettings())
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_device().type == "meta"
+    for block, part in clean.items():
+        assert torch.equal(inside[block].scores, part.scores)
+        assert inside[block].fisher == part.fisher
 
 
 def test_any_number_of_workers_gives_the_same_bits():
@@ -325,7 +388,7 @@ def test_sums_of_whole_blocks_are_those_of_the_gradients_themselves(name, above,
     for gram in (True, False):
         monkeypatch.setattr(block_totals, "gram_is_cheaper", lambda *sizes, gram=gram: gram)
         monkeypatch.setattr(block_totals, "CHUNK_BYTES", 2000)
-        found = block_totals.block_totals(layer, store, roles)
+        found = block_totals.block_totals(layer, store, roles, ScoreSettings())
         assert found.keys() == expected.keys()
         for block, total in expected.items():
             assert found[block] == pytest.approx(total, rel=1e-5)  # float32 squares of a few thousand elements
@@ -338,14 +401,14 @@ def test_sums_of_whole_blocks_add_up_over_any_rectangles():
     store = FactorStore(2**30)
     Collection(store, plan.sites).run(model, "a", [*job.a, *job.b])
     layer, roles = plan.layers[0], job.roles()
-    whole = block_totals.block_totals(layer, store, roles)
+    whole = block_totals.block_totals(layer, store, roles, ScoreSettings())
     by_name = {projection.module: projection for projection in resolve(model).layer(0).projections}
 
-    def projection(tile):
-        return by_name[tile.site.module]
+    def share(tile, rank):
+        return flat_owner(rank, 3)(by_name[tile.site.module], False)
 
     parts = [
-        block_totals.block_totals(layer, store, roles, seen=lambda tile, n=n: flat_owner(n, 3)(projection(tile), False))
+        block_totals.block_totals(layer, store, roles, ScoreSettings(), lambda tile, n=n: share(tile, n))
         for n in range(3)
     ]
     for block, total in whole.items():

@@ -37,7 +37,7 @@ class Case:
             collection.run(model, task, samples)
 
     def scored(self, layers):
-        totals = {layer.layer: block_totals(layer, self.store, self.roles) for layer in self.plan.layers}
+        totals = {layer.layer: block_totals(layer, self.store, self.roles, self.settings) for layer in self.plan.layers}
         return score_layers(layers, self.roles, self.settings, totals)
 
     def sources(self, said: list[str] | None = None):
@@ -82,7 +82,7 @@ def test_layers_behind_one_another_are_those_scored_one_by_one_bit_for_bit(case)
 
 def test_sums_of_whole_blocks_make_the_ridge():
     case = Case(ridge_relative=0.5)
-    totals = {layer.layer: block_totals(layer, case.store, case.roles) for layer in case.plan.layers}
+    totals = {layer.layer: block_totals(layer, case.store, case.roles, case.settings) for layer in case.plan.layers}
     assert all(total > 0 for of_layer in totals.values() for total in of_layer.values())
     for layer, blocks in case.scored(case.sources()):
         assert_same(blocks, score_layer(layer, case.store, case.roles, case.settings))

@@ -1,0 +1,119 @@
+r"""How far a head's statistics would move with other samples: delete-one jackknife over the samples of both tasks.
+
+    theta_-i       the statistic without sample i;  n, m the numbers of samples of A and B
+    bias           (n - 1) (mean_{i in A} theta_-i - theta) + (m - 1) (mean_{j in B} theta_-j - theta)
+    variance       v_A + v_B,  v_A = (n - 1) / n sum_{i in A} (theta_-i - mean)^2,  v_B alike
+    interval       theta - bias ± t sqrt(variance), t of Satterthwaite's degrees of freedom of v_A + v_B
+
+Pairs share samples, so that samples are left out, never pairs. ``overlap`` is a logarithm of means as it is;
+``cross_mean`` of non-negative scores is taken on the log scale too, where its distribution is less skewed. The interval
+of an effect size is that of its distance from the null, both without the same sample: the null under some of the
+labellings, from all of which sample i is taken; without bias correction, because an effect size grows with the number
+of samples. How often these intervals cover is in tests/studies/results/calibration.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from . import pair_sums
+from .permutation import Labels, PairCounts, mean_of_pairs, overlap_of_pairs
+
+LABELLINGS = 200  # under which the null is looked at again without each sample
+
+
+class Interval(NamedTuple):
+    """Both ends of an interval, each [heads]; NaN where there is none."""
+
+    low: Tensor
+    high: Tensor
+
+
+def left_out_labels(labels: Labels) -> Tensor:
+    """The labellings that are looked at without each sample: the observed one, and some of the others, [N, P]."""
+    others = labels.a.shape[1] - 1
+    chosen = torch.linspace(1, others, min(others, LABELLINGS), dtype=torch.float64).round().long()
+    return labels.a[:, torch.cat([chosen.new_zeros(1), chosen])]
+
+
+def intervals(
+    scores: Tensor, labels: Labels, pairs: Tensor, effects: dict[str, Tensor], confidence: float
+) -> dict[str, tuple[Interval, Interval]]:
+    """By statistic, the interval of its value and that of its effect size.
+
+    Args:
+        scores: [heads, N, N], NaN for an absent head.
+        labels: The labellings; the first is the observed one.
+        pairs: Which pairs are of different samples, bool [N, N].
+        effects: Statistic -> the effect size of each head [heads]; these are the statistics looked at.
+        confidence: Of the intervals.
+    """
+    a = left_out_labels(labels).to(scores.device)
+    counts = _counts(pairs, a)
+    found: dict[str, list[tuple[Interval, Interval]]] = {name: [] for name in effects}
+    for head in range(len(scores)):
+        sums = pair_sums.left_out_sums(scores[head : head + 1], a, pairs)
+        for name, effect in effects.items():
+            values, left_out = (_statistic(name, *part) for part in zip(sums, counts, strict=True))
+            log = name == "cross_mean" and "overlap" in effects
+            of_head = effect[head : head + 1]
+            value = torch.where(of_head.isnan(), torch.nan, values[:, 0])  # undefined under some labelling
+            own = _interval_of_value(value, left_out[..., 0], labels.n_a, confidence, log=log)
+            found[name].append((own, _interval_of_effect(of_head, left_out, labels.n_a, confidence)))
+    return {
+        name: (_joined([own for own, _ in of_heads]), _joined([of_effect for _, of_effect in of_heads]))
+        for name, of_heads in found.items()
+    }
+
+
+def _counts(pairs: Tensor, a: Tensor) -> tuple[PairCounts, PairCounts]:
+    """Pairs under each labelling [1, P], and without each sample [1, N, P]: the sums of a matrix of ones."""
+    whole, left_out = pair_sums.left_out_sums(pairs.unsqueeze(0).double(), a, pairs)
+    return PairCounts(whole.aa, whole.ab, whole.bb), PairCounts(left_out.aa, left_out.ab, left_out.bb)
+
+
+def _statistic(name: str, sums: pair_sums.PairSums, counts: PairCounts) -> Tensor:
+    return mean_of_pairs(sums, counts) if name == "cross_mean" else overlap_of_pairs(sums, counts)
+
+
+def _interval_of_value(value: Tensor, left_out: Tensor, n_a: int, confidence: float, *, log: bool) -> Interval:
+    """Value [heads] and without each sample [heads, N] -> its interval, bias-corrected."""
+    if log:
+        value, left_out = value.log(), left_out.log()
+    bias = sum((part.shape[-1] - 1) * (part.mean(-1) - value) for part in (left_out[..., :n_a], left_out[..., n_a:]))
+    width = _half_width(left_out, n_a, confidence)
+    low, high = value - bias - width, value - bias + width
+    return Interval(low.exp(), high.exp()) if log else Interval(low, high)
+
+
+def _interval_of_effect(effect: Tensor, left_out: Tensor, n_a: int, confidence: float) -> Interval:
+    """The statistic without each sample under every labelling, [heads, N, P], in sd from its mean over these."""
+    null = left_out[..., 1:]
+    effects = (left_out[..., 0] - null.mean(-1)) / null.std(-1, correction=0)
+    width = _half_width(effects, n_a, confidence)
+    return Interval(effect - width, effect + width)
+
+
+def _half_width(left_out: Tensor, n_a: int, confidence: float) -> Tensor:
+    parts = left_out[..., :n_a], left_out[..., n_a:]
+    sizes = [part.shape[-1] for part in parts]
+    if min(sizes) < 3:  # without one of two samples a task has no pair
+        return left_out.new_full(left_out.shape[:-1], torch.nan)
+    variances = [
+        (n - 1) / n * (part - part.mean(-1, keepdim=True)).square().sum(-1)
+        for n, part in zip(sizes, parts, strict=True)
+    ]
+    total = variances[0] + variances[1]
+    spread = sum(v.square() / (n - 1) for n, v in zip(sizes, variances, strict=True))
+    freedom = torch.where(total > 0, total.square() / spread, torch.where(total.isnan(), torch.nan, 1.0))
+    quantile = student.ppf(0.5 + confidence / 2, freedom.numpy(force=True))
+    return torch.as_tensor(quantile, dtype=total.dtype, device=total.device) * total.sqrt()
+
+
+def _joined(parts: Sequence[Interval]) -> Interval:
+    return Interval(*(torch.cat(ends) for ends in zip(*parts, strict=True)))
