@@ -48,6 +48,11 @@ class Design:
         """Pairs of different samples under every labelling."""
         return permutation.pair_counts(self.labels, self.pairs)
 
+    @cached_property
+    def left_out(self) -> jackknife.LeftOut:
+        """What the intervals of all heads share."""
+        return jackknife.LeftOut.of(self.labels, self.pairs)
+
 
 @dataclass(frozen=True)
 class HeadTests:
@@ -81,7 +86,7 @@ def head_tests(scores: Mapping[str, Tensor], design: Design) -> tuple[dict[str, 
         Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
     """
     chunk = max(_CHUNK_BYTES // (8 * design.labels.a.shape[1]), 1)
-    _ = design.counts  # once, before threads ask for it
+    _ = design.counts, design.left_out  # once, before threads ask for them
     parts = [(group, part) for group, heads in scores.items() for part in torch.split(heads, chunk)]
     with _one_core_each(torch.get_num_threads()) as pool:
         done = list(pool.map(lambda part: _chunk_tests(part[1], design), parts))
@@ -113,7 +118,7 @@ def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTe
     standardised = {name: permutation.standardise(nulls[name]) for name in design.names}
     effects = {name: permutation.effect_size(nulls[name], labels.exhaustive) for name in design.names}
     found = jackknife.intervals(
-        scores, labels, design.pairs, {name: effect for name, (effect, _) in effects.items()}, design.confidence
+        scores, design.left_out, {name: effect for name, (effect, _) in effects.items()}, design.confidence
     )
     tests = {
         name: _statistic_tests(nulls[name], standardised[name], effects[name], found[name], design)

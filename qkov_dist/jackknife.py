@@ -9,13 +9,14 @@ Pairs share samples, so that samples are left out, never pairs. ``overlap`` is a
 ``cross_mean`` of non-negative scores is taken on the log scale too, where its distribution is less skewed. The interval
 of an effect size is that of its distance from the null, both without the same sample: the null under some of the
 labellings, from all of which sample i is taken; without bias correction, because an effect size grows with the number
-of samples. How often these intervals cover is in tests/studies/results/calibration.md.
+of samples. How often these intervals cover is in tests/studies/results/coverage.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import t as student
@@ -34,47 +35,59 @@ class Interval(NamedTuple):
     high: Tensor
 
 
-def left_out_labels(labels: Labels) -> Tensor:
-    """The labellings that are looked at without each sample: the observed one, and some of the others, [N, P]."""
-    others = labels.a.shape[1] - 1
-    chosen = torch.linspace(1, others, min(others, LABELLINGS), dtype=torch.float64).round().long()
-    return labels.a[:, torch.cat([chosen.new_zeros(1), chosen])]
+@dataclass(frozen=True)
+class LeftOut:
+    """What the intervals of all heads share.
+
+    Attributes:
+        a: The labellings that are looked at without each sample [N, P], the observed one first.
+        pairs: Which pairs are of different samples, bool [N, N].
+        counts: How many these are under each labelling [1, P], and without each sample [1, N, P].
+        n_a: Samples of A.
+    """
+
+    a: Tensor
+    pairs: Tensor
+    counts: tuple[PairCounts, PairCounts]
+    n_a: int
+
+    @staticmethod
+    def of(labels: Labels, pairs: Tensor) -> LeftOut:
+        """The observed labelling and some of the others."""
+        others = labels.a.shape[1] - 1
+        chosen = torch.linspace(1, others, min(others, LABELLINGS), dtype=torch.float64).round().long()
+        a = labels.a[:, torch.cat([chosen.new_zeros(1), chosen])]
+        sums = pair_sums.left_out_sums(pairs.unsqueeze(0).double(), a, pairs)  # of a matrix of ones
+        whole, left_out = (PairCounts(part.aa, part.ab, part.bb) for part in sums)
+        return LeftOut(a, pairs, (whole, left_out), labels.n_a)
 
 
 def intervals(
-    scores: Tensor, labels: Labels, pairs: Tensor, effects: dict[str, Tensor], confidence: float
-) -> dict[str, tuple[Interval, Interval]]:
+    scores: Tensor, shared: LeftOut, effects: Mapping[Any, Tensor], confidence: float
+) -> dict[Any, tuple[Interval, Interval]]:
     """By statistic, the interval of its value and that of its effect size.
 
     Args:
         scores: [heads, N, N], NaN for an absent head.
-        labels: The labellings; the first is the observed one.
-        pairs: Which pairs are of different samples, bool [N, N].
+        shared: Labellings and pairs.
         effects: Statistic -> the effect size of each head [heads]; these are the statistics looked at.
         confidence: Of the intervals.
     """
-    a = left_out_labels(labels).to(scores.device)
-    counts = _counts(pairs, a)
-    found: dict[str, list[tuple[Interval, Interval]]] = {name: [] for name in effects}
+    a = shared.a.to(scores.device)
+    found: dict[Any, list[tuple[Interval, Interval]]] = {name: [] for name in effects}
     for head in range(len(scores)):
-        sums = pair_sums.left_out_sums(scores[head : head + 1], a, pairs)
+        sums = pair_sums.left_out_sums(scores[head : head + 1], a, shared.pairs)
         for name, effect in effects.items():
-            values, left_out = (_statistic(name, *part) for part in zip(sums, counts, strict=True))
+            values, left_out = (_statistic(name, *part) for part in zip(sums, shared.counts, strict=True))
             log = name == "cross_mean" and "overlap" in effects
             of_head = effect[head : head + 1]
             value = torch.where(of_head.isnan(), torch.nan, values[:, 0])  # undefined under some labelling
-            own = _interval_of_value(value, left_out[..., 0], labels.n_a, confidence, log=log)
-            found[name].append((own, _interval_of_effect(of_head, left_out, labels.n_a, confidence)))
+            own = _interval_of_value(value, left_out[..., 0], shared.n_a, confidence, log=log)
+            found[name].append((own, _interval_of_effect(of_head, left_out, shared.n_a, confidence)))
     return {
         name: (_joined([own for own, _ in of_heads]), _joined([of_effect for _, of_effect in of_heads]))
         for name, of_heads in found.items()
     }
-
-
-def _counts(pairs: Tensor, a: Tensor) -> tuple[PairCounts, PairCounts]:
-    """Pairs under each labelling [1, P], and without each sample [1, N, P]: the sums of a matrix of ones."""
-    whole, left_out = pair_sums.left_out_sums(pairs.unsqueeze(0).double(), a, pairs)
-    return PairCounts(whole.aa, whole.ab, whole.bb), PairCounts(left_out.aa, left_out.ab, left_out.bb)
 
 
 def _statistic(name: str, sums: pair_sums.PairSums, counts: PairCounts) -> Tensor:

@@ -30,6 +30,8 @@ SCRIPT = ("core.js", "marks.js", "heatmaps.js", "charts.js", "conflicts.js", "pa
 TEXT_BYTES = 1_500_000  # of all samples together, so that a page stays small
 LONGEST_TEXT, SHORTEST_TEXT = 4000, 60
 TESTS = {"p": "p_value", "q": "q_value", "p_max": "p_max", "effect": "effect_size"}
+TESTS |= {"effect_low": "effect_low", "effect_high": "effect_high"}
+BESIDE = {"low": "ci_low", "high": "ci_high", "null": "null_mean", "null_low": "null_low", "null_high": "null_high"}
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 _MARKER = '<meta name="qkov-run" content="{}">'
@@ -110,11 +112,9 @@ def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
     tests = test_arrays(heatmap, heatmap.deciding, block)
     arrays = {
         "score": heatmap.mean[block],
-        "score_low": means.get("ci_low"),
-        "score_high": means.get("ci_high"),
+        **{f"score_{name}": means.get(key) for name, key in BESIDE.items()},
         "stat": overlap.get("statistic"),
-        "stat_low": overlap.get("ci_low"),
-        "stat_high": overlap.get("ci_high"),
+        **{f"stat_{name}": overlap.get(key) for name, key in BESIDE.items()},
         "ridge": heatmap.fisher[block].get("ridge_share"),
         "share": heatmap.fisher[block].get("share_a"),
         **{name: tests.get(key) for name, key in TESTS.items()},

@@ -133,7 +133,7 @@ def test_how_heads_were_tested_in_words(settings, attributes, parts):
 def test_findings_are_the_records_of_the_statistics(score):
     attributes = {"run_id": "r", "score": score, "estimator": "mean", "scope": "pooled"}
     heatmap = make_heatmap(attributes=attributes)
-    results = QKOVStatistics(fdr_alpha=0.9, n_permutations=40, n_bootstrap=0).test_heatmap(heatmap)
+    results = QKOVStatistics(fdr_alpha=0.9, n_permutations=40).test_heatmap(heatmap)
     heatmap = heatmap.with_statistics(results)
     sides = set()
     for block in heatmap.blocks:

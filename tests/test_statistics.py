@@ -377,7 +377,8 @@ def test_the_interval_of_an_effect_size_is_that_of_its_distance_from_the_null_wi
     for name in STATISTICS:
         effect, _ = permutation.effect_size(head_nulls(scores, labels)[name], labels.exhaustive)
         effects = dict.fromkeys(STATISTICS, effect)
-        _, (low, high) = jackknife.intervals(torch.from_numpy(scores), labels, pairs, effects, 0.9)[name]
+        shared = jackknife.LeftOut.of(labels, pairs)
+        _, (low, high) = jackknife.intervals(torch.from_numpy(scores), shared, effects, 0.9)[name]
         for head in range(2):
             left_out = []
             for out in range(11):
@@ -398,12 +399,12 @@ def test_the_interval_of_an_effect_size_is_that_of_its_distance_from_the_null_wi
 
 def test_the_null_is_looked_at_under_some_of_the_labellings_without_each_sample():
     labels = permutation.draw_labels(0, 10, 10, 1000)
-    some = jackknife.left_out_labels(labels)
+    some = jackknife.LeftOut.of(labels, different(20)).a
     assert some.shape == (20, 1 + jackknife.LABELLINGS)
     assert torch.equal(some[:, 0], labels.a[:, 0])
     assert len({tuple(column) for column in some.T.tolist()}) > jackknife.LABELLINGS - 5
     few = permutation.draw_labels(0, 3, 3, 30)
-    assert torch.equal(jackknife.left_out_labels(few), few.a)
+    assert torch.equal(jackknife.LeftOut.of(few, different(6)).a, few.a)
 
 
 def slow_detectable(reference, alternative, alpha):

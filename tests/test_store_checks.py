@@ -29,7 +29,7 @@ Lie = Callable[[h5py.File], None]
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     heatmap = make_heatmap(attributes={**ATTRIBUTES, "estimator": "mean", "scope": "pooled"})
-    tests = QKOVStatistics(n_permutations=9, n_bootstrap=2).test_heatmap(heatmap)
+    tests = QKOVStatistics(n_permutations=9).test_heatmap(heatmap)
     heatmap.with_statistics(tests).save(tmp_path / "heatmap.h5")
     return tmp_path
 

@@ -109,9 +109,7 @@ def run_condition(
         order = rng.permutation(pool.num_samples).tolist()
         scores = split(once, order) if once else pool.scores(condition.rule, order, condition.num_a)
         for alternative in ALTERNATIVES:
-            tests = QKOVStatistics(
-                n_permutations=condition.permutations, n_bootstrap=0, seed=number, alternative=alternative
-            )
+            tests = QKOVStatistics(n_permutations=condition.permutations, seed=number, alternative=alternative)
             design = tests.design(*counts)
             for name, blocks in tested(scores, design).items():
                 outcome = outcomes.setdefault(name, {}).setdefault(alternative, Outcome())
