@@ -1,10 +1,10 @@
 """How often do the intervals of a test hold the true value, where samples' gradients differ in size?
 
-Gradients of one head's weights are drawn for two tasks, g = s x w: s the sample's size (log-normal, log-sd 0, 0.6 or 1.0),
-x standard normal, w the task's own scale of each weight (log-normal, log-sd 1; the other task's differs from it by
-another log-normal factor). Scores are those of ``interference``; tests and intervals are the product's. The true overlap
-and cross_mean are those of infinitely many pairs of samples, known in closed form; the true effect size is the mean over
-draws of as many samples, since an effect size grows with their number.
+Gradients of one head's weights are drawn for two tasks, g = s x w: s the sample's size (log-normal, log-sd 0, 0.6 or
+1.0), x standard normal, w the task's own scale of each weight (log-normal, log-sd 1; the other task's differs from it
+by another log-normal factor). Scores are those of ``interference``; tests and intervals are the product's. The true
+overlap and cross_mean are those of infinitely many pairs of samples, known in closed form; the true effect size (of
+overlap) is the mean over draws of as many samples, since an effect size grows with their number.
 
     tasks differ, Fisher given     I is that of the two tasks themselves: what the intervals are made for
     more weights                   the same with 256 weights in place of 64: overlap varies less than its bias
@@ -55,7 +55,9 @@ WORLDS_STUDIED = (
 )
 
 
-def draw(world: World, size: int, spread: float, draws: int, seed: Sequence[int]) -> tuple[np.ndarray, dict[str, float]]:
+def draw(
+    world: World, size: int, spread: float, draws: int, seed: Sequence[int]
+) -> tuple[np.ndarray, dict[str, float]]:
     """Scores [draws, 2 size, 2 size] of one head, and the true values of overlap and cross_mean."""
     rng = np.random.default_rng(seed)
     first = np.exp(rng.normal(size=world.num_weights))
@@ -111,7 +113,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             | {name: f"{row['coverage'][name]:.1%} ± {row['error'][name]:.1%}" for name in ENDS}
             for row in chosen
         ]
-        parts += [f"## {world.title}", "", tabulate(table, headers="keys", tablefmt="github", disable_numparse=True), ""]
+        parts += [
+            f"## {world.title}",
+            "",
+            tabulate(table, headers="keys", tablefmt="github", disable_numparse=True),
+            "",
+        ]
     parts.append(f"±: standard error over {WORLDS} heads with weights of their own, {DRAWS} draws of samples each.")
     return "\n".join([*parts, ""])
 
