@@ -46,11 +46,21 @@ class Labels:
 
 
 class PairCounts(NamedTuple):
-    """How many pairs of different samples each sum runs over, each [..., P]; (b, a) has as many as (a, b)."""
+    """How many pairs of different samples each sum runs over, each [..., P]; (b, a) has as many as (a, b).
+
+    ``log`` is what the numbers of pairs add to the logarithm of sums in ``overlap``.
+    """
 
     aa: Tensor
     ab: Tensor
     bb: Tensor
+    log: Tensor
+
+    @staticmethod
+    def of(sums: PairSums) -> PairCounts:
+        """From the sums of a matrix of ones."""
+        aa, ab, bb = (part.round() for part in (sums.aa, sums.ab, sums.bb))
+        return PairCounts(aa, ab, bb, 0.5 * (aa.log() + bb.log()) - ab.log())
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,7 @@ def draw_labels(seed: int, n_a: int, n_b: int, num_permutations: int) -> Labels:
 
 def pair_counts(labels: Labels, pairs: Tensor) -> PairCounts:
     """Pairs under every labelling, each [P]: the sums of a matrix of ones."""
-    sums = pair_sums.relabelled_sums(pairs.double(), labels.a, pairs)
-    return PairCounts(sums.aa.round(), sums.ab.round(), sums.bb.round())
+    return PairCounts.of(pair_sums.relabelled_sums(pairs.double(), labels.a, pairs))
 
 
 def head_nulls(
@@ -131,10 +140,9 @@ def mean_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
 
 def overlap_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
     """``overlap`` [..., P]; NaN where a sum is not above its rounding: its logarithm would be noise."""
-    log_counts = 0.5 * (counts.aa.log() + counts.bb.log()) - counts.ab.log()
-    log_sums = 0.5 * (sums.ab.log() + sums.ba.log() - sums.aa.log() - sums.bb.log())
-    smallest = torch.stack(sums[:4]).amin(0)
-    return torch.where(smallest > sums.rounding.unsqueeze(-1), log_sums + log_counts.to(log_sums), torch.nan)
+    log_sums = ((sums.ab / sums.aa) * (sums.ba / sums.bb)).log() * 0.5
+    smallest = torch.minimum(torch.minimum(sums.aa, sums.ab), torch.minimum(sums.ba, sums.bb))
+    return torch.where(smallest > sums.rounding.unsqueeze(-1), log_sums + counts.log.to(log_sums), torch.nan)
 
 
 def standardise(null: Null) -> Standardised:

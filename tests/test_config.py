@@ -374,6 +374,7 @@ def test_identity_leaves_out_where_and_how(minimal: Path) -> None:
         "compute.compile=false",
         "parallel.tp=4",
         "parallel.shard=fsdp",
+        "statistics.allow_shared_samples=true",
     ]
     assert canonical_json(load_config(minimal, neutral)) == canonical_json(base)
     assert {override.split("=")[0] for override in neutral} == {

@@ -362,7 +362,7 @@ def slow_interval(name, M, n_a, confidence=0.95):
     for part in (left_out[:n_a], left_out[n_a:]):
         n = len(part)
         bias += (n - 1) * (part.mean() - theta)
-        of_task = (n - 1) ** 2 / n * part.var(ddof=1)
+        of_task = (n - 1) ** 2 / n * part.var(ddof=1) * ((n - 1) / n if name == "overlap" else 1)
         variance += of_task
         spread += of_task**2 / (n - 1)
     width = stats.t.ppf(0.5 + confidence / 2, variance**2 / spread) * math.sqrt(variance)
@@ -391,6 +391,8 @@ def test_the_interval_of_an_effect_size_is_that_of_its_distance_from_the_null_wi
                 left_out.append((values[0] - values[1:].mean()) / values[1:].std())
             parts = np.array(left_out[:n_a]), np.array(left_out[n_a:])
             variances = [(len(part) - 1) ** 2 / len(part) * part.var(ddof=1) for part in parts]
+            if name == "overlap":
+                variances = [v * (len(part) - 1) / len(part) for v, part in zip(variances, parts, strict=True)]
             freedom = sum(variances) ** 2 / sum(v**2 / (len(p) - 1) for v, p in zip(variances, parts, strict=True))
             width = stats.t.ppf(0.95, freedom) * math.sqrt(sum(variances))
             assert low[head].item() == pytest.approx(effect[head].item() - width, rel=1e-8)

@@ -113,7 +113,6 @@ SHOWN: dict[str, Lie] = {  # lies that break what shows a heatmap, or tests it a
     "confidence": put_inside("settings", "confidence", value=float("nan")),
     "power": put_inside("settings", "power", value="high"),
     "permutations": put_inside("settings", "n_permutations", value="many"),
-    "resamples": put_inside("settings", "n_bootstrap", value=2**62),
     "seed": put_inside("settings", "seed", value="s"),
     "labellings": put_inside("settings", "n_labellings", value=0),
     "no tests of a block": without(OVERLAP),

@@ -11,6 +11,8 @@ overlap) is the mean over draws of as many samples, since an effect size grows w
     tasks alike                    the other task's scales are the same: the true overlap is 0, and what the samples'
                                    sizes do to it is all there is, of second order: there the jackknife is conservative
     Fisher of the pool             I is the mean over the very samples that are scored, as in a run
+    ... many weights               the same with 1024 weights: each sample's own share of I moves overlap off the value
+                                   that it has under the Fisher of the tasks; intervals do not know of that
 
 bash launch/calibrate.sh           # writes tests/studies/results/coverage.{json,md}, too
 """
@@ -52,6 +54,7 @@ WORLDS_STUDIED = (
     World("more weights", num_weights=256),
     World("tasks alike", difference=0.0),
     World("Fisher of the pool", pooled_fisher=True),
+    World("Fisher of the pool, many weights", num_weights=1024, pooled_fisher=True),
 )
 
 
