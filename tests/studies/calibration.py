@@ -134,8 +134,8 @@ def conditions() -> Iterator[tuple[list[Condition], Callable[[], Any]]]:
         "llama",
         Condition("tiny llama", MEAN, 12, 12, 400, 399, False),
         Condition("tiny llama", MEAN, 18, 6, 400, 399, False),
-        Condition("tiny llama", EMA, 12, 12, 400, 399, True, "the default Fisher"),
-        Condition("tiny llama", EMA, 18, 6, 400, 399, True, "the default Fisher, unequal tasks"),
+        Condition("tiny llama", EMA, 12, 12, 400, 399, True, "a moving average"),
+        Condition("tiny llama", EMA, 18, 6, 400, 399, True, "a moving average, unequal tasks"),
         Condition("tiny llama", fast_ema, 12, 12, 400, 399, True, "a moving average that forgets"),
         *(Condition("tiny llama", FisherRule("mean", x), 12, 12, 400, 399, True, "one task's Fisher") for x in "ab"),
     )
@@ -148,8 +148,8 @@ def conditions() -> Iterator[tuple[list[Condition], Callable[[], Any]]]:
     )
     yield (
         [
-            Condition(one_kind, EMA, 16, 16, 200, 399, True, "the default Fisher"),
-            Condition(one_kind, EMA, 24, 8, 200, 399, True, "the default Fisher, unequal tasks"),
+            Condition(one_kind, EMA, 16, 16, 200, 399, True, "a moving average"),
+            Condition(one_kind, EMA, 24, 8, 200, 399, True, "a moving average, unequal tasks"),
             *(Condition(one_kind, FisherRule("mean", x), 16, 16, 200, 399, True, "one task's Fisher") for x in "ab"),
         ],
         lambda: pooled(loaded.model, samples, (15,)),
