@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Are the p-values right, and how many samples do they take? Halves of one task, then arithmetic against Python code.
+# Are the p-values right, do the intervals cover, and how many samples does it take? Halves of one task, gradients whose
+# true overlap is known, then arithmetic against Python code.
 # Writes tests/studies/results/*.{json,md} and .github/images/{calibration,power}.png.
 # Usage: bash launch/calibrate.sh
 set -euo pipefail
@@ -8,4 +9,5 @@ ensure_environment dev
 ensure_demo_model
 export PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" tests/studies/calibration_page.py
+"$PYTHON" tests/studies/intervals.py
 exec "$PYTHON" tests/studies/power.py

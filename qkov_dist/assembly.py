@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from .copies import different
 from .errors import QkovError
+from .fisher_warnings import warnings_of
 from .frame import Frame, FrameLayer
 from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
 from .plan import SHARED_O_BIAS
 from .results import FISHER_KEYS, Heatmap, cross_of_pooled, mean_over_pairs
 from .sample_checks import WithoutGradient
 from .scratch import scratch_array
-
-LOUD = 0.9  # from this share of I on, one task decides what the other is measured against
 
 
 class _Block:
@@ -71,6 +71,7 @@ def assemble(
     sums = {block: blocks[block].sums for block in frame.blocks}
     num_a = len(frame.samples[0])
     cross = cross_of_pooled(scores, num_a) if pooled else scores
+    pairs = different(*(table.contents for table in frame.samples))
     fisher = {block: _fisher(part) for block, part in sums.items()}
     return Heatmap(
         *frame.tasks,
@@ -80,12 +81,12 @@ def assemble(
         groups=np.array([layer.group for layer in frame.layers], np.int64),
         samples_a=frame.samples[0],
         samples_b=frame.samples[1],
-        mean=mean_over_pairs(cross),
+        mean=mean_over_pairs(cross, pairs),
         present={block: ~np.isnan(part[..., FISHER_COLUMNS.index("count")]) for block, part in sums.items()},
         fisher=fisher,
         cross=cross,
         pooled=scores if pooled else None,
-        shared=_shared(shared, len(places), num_a if pooled else None),
+        shared=_shared(shared, len(places), num_a if pooled else None, pairs),
         attributes={
             **frame.attributes,
             "warnings": [
@@ -95,43 +96,6 @@ def assemble(
             ],
         },
     )
-
-
-def warnings_of(frame: Frame, fisher: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """What a reader of the scores must know: heads under a dominant ridge or without gradient, and a loud task."""
-    found = []
-    for block, parts in fisher.items():
-        ridged = np.argwhere(parts["ridge_share"] > 0.5)
-        if len(ridged):
-            worst = tuple(ridged[np.argmax(parts["ridge_share"][tuple(ridged.T)])])
-            found.append(
-                f"{block}: lambda exceeds I on more than half of the elements of {len(ridged)} heads (most in layer "
-                f"{frame.layers[worst[0]].layer}, head {frame.axis(block)[worst[1]]}: "
-                f"{parts['ridge_share'][worst]:.0%}); scores there are those of an unweighted product. "
-                "Try ridge.absolute=0 with a ridge.relative of 0.001 or less."
-            )
-        still = np.argwhere(parts["mean"] == 0)
-        if len(still):
-            names = ", ".join(f"{frame.layers[i].layer}.{frame.axis(block)[h]}" for i, h in still[:5])
-            found.append(f"{block}: every gradient of {len(still)} heads is zero (layer.head {names}).")
-    return found + _loud_task(frame, fisher)
-
-
-def _loud_task(frame: Frame, fisher: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """A sentence where a pooled Fisher is nearly that of one task: said once, with each block's median."""
-    if frame.attributes.get("scope", "pooled") != "pooled":
-        return []
-    shares = {block: parts["share_a"][np.isfinite(parts["share_a"])] for block, parts in fisher.items()}
-    medians = {block: float(np.median(share)) for block, share in shares.items() if len(share)}
-    for task in (0, 1):
-        of_task = {block: median if task == 0 else 1 - median for block, median in medians.items()}
-        if loud := {block: share for block, share in of_task.items() if share > LOUD}:
-            listed = ", ".join(f"{block} {share:.0%}" for block, share in loud.items())
-            return [
-                f"task {frame.tasks[task]!r} is loud: its gradients make up most of the pooled Fisher (median over "
-                f"heads: {listed}). Scores and cross_mean depend on that; overlap compares the tasks free of it."
-            ]
-    return []
 
 
 def _take(
@@ -178,7 +142,9 @@ def _fisher(sums: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(FISHER_KEYS, (total / count, minimum, below / count, share_a), strict=True))
 
 
-def _shared(found: Mapping[int, Floats], num_layers: int, num_a: int | None) -> dict[str, dict[str, np.ndarray]]:
+def _shared(
+    found: Mapping[int, Floats], num_layers: int, num_a: int | None, pairs: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
     """O's bias of each layer (NaN where a layer has none), which belongs to no head."""
     if not found:
         return {}
@@ -187,4 +153,5 @@ def _shared(found: Mapping[int, Floats], num_layers: int, num_a: int | None) -> 
     cross = np.stack(stacked)
     if num_a is not None:
         cross = cross[:, :num_a, num_a:]
-    return {SHARED_O_BIAS: {"cross": cross, "mean": cross.mean(axis=(1, 2), dtype=np.float64)}}
+    (mean,) = mean_over_pairs({SHARED_O_BIAS: cross[:, None]}, pairs).values()
+    return {SHARED_O_BIAS: {"cross": cross, "mean": mean[:, 0]}}

@@ -11,6 +11,7 @@ beside samples of exactly their own length, so that nothing is padded.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -108,6 +109,15 @@ def sequence(sample: Sample, objective: Objective, *, uncut: bool = False) -> Se
     num_kept = int(np.flatnonzero(targets != IGNORED)[-1]) + 1
     end = len(targets) if uncut else num_kept
     return Sequenced(sample.input_ids[:end], targets[:end], num_kept)
+
+
+def content_of(sample: Sample, objective: Objective) -> str:
+    """A hash of what the model is shown and has to predict: samples of one content have one gradient."""
+    seen = sequence(sample, objective)
+    digest = hashlib.sha256(len(seen.input_ids).to_bytes(8, "little"))
+    for array in (seen.input_ids, seen.targets):
+        digest.update(np.asarray(array).astype("<i8").tobytes())
+    return digest.hexdigest()[:32]
 
 
 def num_targets(sample: Sample, objective: Objective) -> int:

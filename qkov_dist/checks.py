@@ -12,7 +12,7 @@ Scores use no ridge and no floor where a property needs it. Deviations are share
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from .capture import Site
-from .engine import ScoreSettings
+from .engine import Roles, ScoreSettings
 from .errors import QkovError
 from .families import NORM_NOTE
 from .geometry import Rect, rects_of_flat_interval
@@ -32,7 +32,7 @@ from .slices import BLOCKS, AttentionLayer, Projection
 from .subject import Captured, Scores, Subject
 
 PLAIN = ScoreSettings()
-EXACT = ScoreSettings(epsilon=1e-300, ridge_absolute=0.0, dtype=torch.float64)
+EXACT = ScoreSettings(epsilon=1e-300, ridge_relative=0.0, dtype=torch.float64)
 ADDITIVE, CLOSE, TRANSPOSED = 1e-4, 1e-4, 1e-6
 # A batch changes the order of sums in the model's own kernels: float32 eps times depth, or the type's own precision.
 BATCHED = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -246,7 +246,7 @@ def _unsliced(captured: Captured, layer: AttentionLayer) -> dict[str, Tensor]:
     """Each block scored as one set of elements: no slice is looped over, none can be counted twice."""
     roles = captured.subject.roles()
     weights = torch.as_tensor(roles.weights.sum(0))
-    total: dict[str, Tensor] = {}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for projection in layer.projections:
         gradients = _whole_gradients(captured, layer, projection)
         for block in projection.blocks:
@@ -255,11 +255,27 @@ def _unsliced(captured: Captured, layer: AttentionLayer) -> dict[str, Tensor]:
                 if piece.block == block:
                     mask[piece.rect.rows, piece.rect.cols] = True
             of_block = gradients[:, mask]
-            fisher = diagonal_fisher(of_block, weights)
-            settings = {"score": PLAIN.score, "epsilon": PLAIN.epsilon, "ridge": PLAIN.ridge_absolute}
-            part = pair_scores(of_block, fisher, left=roles.left, right=roles.right, **settings)  # type: ignore[arg-type]
-            total[block] = total[block] + part if block in total else part
-    return total
+            found.setdefault(block, []).append((of_block, diagonal_fisher(of_block, weights)))
+    return {block: _whole_scores(parts, roles) for block, parts in found.items()}
+
+
+def _whole_scores(parts: Sequence[tuple[Tensor, Tensor]], roles: Roles) -> Tensor:
+    """The score of a block from its gradients and I in each projection."""
+    mean = torch.cat([fisher for _, fisher in parts]).mean()
+    ridge = PLAIN.ridge_absolute + PLAIN.ridge_relative * float(mean)
+    of_parts = [
+        pair_scores(
+            gradients,
+            fisher,
+            left=roles.left,
+            right=roles.right,
+            score=PLAIN.score,
+            epsilon=PLAIN.epsilon,
+            ridge=ridge,
+        )
+        for gradients, fisher in parts
+    ]
+    return torch.stack(of_parts).sum(0)
 
 
 def _whole_gradients(captured: Captured, layer: AttentionLayer, projection: Projection) -> Tensor:

@@ -158,6 +158,12 @@ def _add_merge(group: Commands) -> None:
     )
     parser.add_argument("folder", metavar="DIR", help="output folder of `qkov run` with output.partials=true")
     parser.add_argument("--output", metavar="FILE", help="the file to write (default: DIR/heatmap.h5)")
+    parser.add_argument(
+        "--tests",
+        choices=("run", "keep"),
+        help="where the file holds tests with other settings than the run's (`qkov stats`): test as the run says, or "
+        "keep those settings (default: refuse)",
+    )
 
 
 def _add_inspect(group: Commands) -> None:
@@ -196,11 +202,13 @@ def _add_stats(group: Commands) -> None:
     )
     parser.add_argument("folder", metavar="DIR", help="output folder of the run, or heatmap.h5 in it")
     parser.add_argument("--permutations", dest="n_permutations", type=int, metavar="K", help="relabellings")
-    parser.add_argument("--bootstrap", dest="n_bootstrap", type=int, metavar="B", help="resamples; 0: no intervals")
+    parser.add_argument("--bootstrap", help=argparse.SUPPRESS)  # given up: says what took its place
+    parser.add_argument("--confidence", type=float, help="of intervals, and of the null's band")
     parser.add_argument("--alpha", dest="fdr_alpha", type=float, help="level of the false discovery rate")
-    parser.add_argument("--seed", type=int, help="of relabellings and resamples")
+    parser.add_argument("--seed", type=int, help="of relabellings")
     parser.add_argument("--statistic", choices=("overlap", "cross_mean"), help="which one decides what is significant")
     parser.add_argument("--alternative", choices=("greater", "less", "two-sided"), help="direction of the test")
+    parser.add_argument("--output", metavar="FILE", help="write here and leave DIR/heatmap.h5 as it is")
 
 
 def _add_report(group: Commands) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from .batches import Batch, Objective, make_batches, sequence
+from .batches import Batch, Objective, content_of, make_batches, sequence
 from .capture import Capture, Nowhere, Site, capture
 from .errors import QkovError
 from .factors import FactorStore
@@ -30,6 +30,7 @@ class SampleRecord:
         text: Its text, for reports.
         num_tokens: Labelled tokens.
         loss: Its own loss, reduced as asked for.
+        content: A hash of what the model was shown and had to predict.
     """
 
     task: str
@@ -37,6 +38,7 @@ class SampleRecord:
     text: str
     num_tokens: int
     loss: float
+    content: str = ""
 
 
 @dataclass
@@ -104,7 +106,8 @@ class Collection:
             here = together(team.peers, lambda: self._run_here(model, passes, on_samples), team.peer_ranks)
         found = {number: (count, loss) for theirs in team.peers.gather(here) for number, count, loss in theirs}
         self.records.extend(
-            SampleRecord(task, sample.id, sample.text, *found[first + n]) for n, sample in enumerate(samples)
+            SampleRecord(task, sample.id, sample.text, *found[first + n], content_of(sample, self.objective))
+            for n, sample in enumerate(samples)
         )
         return list(range(first, first + len(samples)))
 

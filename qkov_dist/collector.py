@@ -141,7 +141,7 @@ class FisherCollector:
         return self._device
 
     def collect_fisher(
-        self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str, mode: str = "ema"
+        self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str, mode: str = "mean"
     ) -> np.ndarray:
         """Run one batch of a task: one step of the Fisher average.
 
@@ -153,7 +153,8 @@ class FisherCollector:
             batch: ``input_ids`` [N, T], and optionally ``attention_mask`` (padding on either side) and ``labels``
                 (-100 ignored; by default every real token), as tensors or nested lists; or a list of ``Sample``.
             task: The task that these samples belong to.
-            mode: ``ema`` (bias-corrected moving average, one step a call) or ``mean`` (plain mean over samples).
+            mode: ``mean`` (plain mean over samples) or ``ema`` (bias-corrected moving average, one step a call: calls
+                of unequal size give their samples unequal weight).
 
         Returns:
             Each sample's own loss, float64 [N].

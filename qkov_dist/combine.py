@@ -56,7 +56,8 @@ def combine(
     design = None
     if statistics is not None:
         num_a, num_b = map(len, frame.samples)
-        design = statistics.design(num_a, num_b, statistics.names(str(frame.attributes["score"])))
+        contents = [content for table in frame.samples for content in table.contents]
+        design = statistics.design(num_a, num_b, statistics.names(str(frame.attributes["score"])), contents)
     tested: list[LayerTests] = []
 
     def summed() -> Iterator[tuple[int, LayerPartial]]:

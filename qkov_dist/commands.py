@@ -80,7 +80,10 @@ def merge_command(options: argparse.Namespace) -> None:
     output = Path(options.output or folder / HEATMAP_FILE)
     try:
         with connected_by_mpi() as world:
-            heatmap = merge_folder(folder, output, world=world, say=say, show_progress=not options.quiet)
+            keep = {"keep": True, "run": False, None: None}[options.tests]
+            heatmap = merge_folder(
+                folder, output, world=world, say=say, show_progress=not options.quiet, keep_tests=keep
+            )
     except SharedError:
         if world.rank:
             sys.exit(2)  # rank 0 says what is wrong
@@ -110,13 +113,20 @@ def check_command(options: argparse.Namespace) -> None:
 
 def stats_command(options: argparse.Namespace) -> None:
     """Test a finished run again."""
+    from .finish import HEATMAP_FILE
     from .stats_command import retest
 
-    names = ("n_permutations", "n_bootstrap", "fdr_alpha", "seed", "statistic", "alternative")
+    if options.bootstrap is not None:
+        from .config import RETIRED
+
+        remedy = RETIRED["statistics.bootstrap"].replace("statistics.confidence", "--confidence")
+        raise QkovError("--bootstrap", expected="no such option any more", got=options.bootstrap, remedy=remedy)
+    names = ("n_permutations", "confidence", "fdr_alpha", "seed", "statistic", "alternative")
     chosen = {name: getattr(options, name) for name in names}
     changes = {name: value for name, value in chosen.items() if value is not None}
     folder = _run_folder(options.folder)
-    _show(retest(folder, changes, say), folder)
+    output = Path(options.output or folder / HEATMAP_FILE)
+    _show(retest(folder, changes, say, output), output.parent, output.name)
 
 
 def report_command(options: argparse.Namespace) -> None:

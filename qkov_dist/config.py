@@ -88,7 +88,7 @@ class MetricConfig(_Section):
 class FisherConfig(_Section):
     """The diagonal empirical Fisher I."""
 
-    estimator: str = _key(one_of("ema", "mean"), "bias-corrected moving average over batches, or plain mean", "ema")
+    estimator: str = _key(one_of("ema", "mean"), "bias-corrected moving average over batches, or plain mean", "mean")
     decay: float = _key(FRACTION, "decay beta of the moving average, per Fisher batch", 0.99)
     scope: str = _key(one_of("pooled", "a", "b"), "samples it is estimated from: both tasks, or one", "pooled")
     batch_size: int = _key(COUNT, "samples in one Fisher batch (one step of the average)", 8)
@@ -98,30 +98,36 @@ class FisherConfig(_Section):
 class RidgeConfig(_Section):
     """What keeps 1 / I finite: max(I, epsilon) + absolute + relative * mean(I)."""
 
-    epsilon: float = _key(NON_NEGATIVE, "floor of I, in units of I (squared gradients)", 1e-10)
-    absolute: float = _key(NON_NEGATIVE, "added to I, in units of I", 1e-8)
-    relative: float = _key(NON_NEGATIVE, "added to I, as a multiple of its mean over the layer's block", 0.0)
+    epsilon: float = _key(NON_NEGATIVE, "floor of I, in units of I (squared gradients)", 0.0)
+    absolute: float = _key(NON_NEGATIVE, "added to I, in units of I", 0.0)
+    relative: float = _key(NON_NEGATIVE, "added to I, as a multiple of its mean over the layer's block", 1e-3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.epsilon + self.absolute + self.relative == 0:
             raise QkovError(
-                "ridge.absolute",
+                "ridge.relative",
                 expected="one of epsilon, absolute and relative above 0",
                 got="0 for all three",
-                remedy="An element with I = 0 would divide by zero; set one of them, for example ridge.absolute=1e-8.",
+                remedy="An element with I = 0 would divide by zero; set one of them, for example ridge.relative=0.001.",
             )
 
 
 @dataclass(frozen=True)
 class StatisticsConfig(_Section):
-    """Permutation test, bootstrap and multiple testing."""
+    """Permutation test, intervals and multiple testing."""
 
     enabled: bool = _key(FLAG, "test the heatmap; needs scores among all pooled samples", True)
     permutations: int = _key(whole(2), "relabellings K of the samples; the smallest p-value is 1 / (1 + K)", 1000)
-    bootstrap: int = _key(whole(0), "resamplings of the samples for intervals; 0 leaves intervals out", 1000)
+    confidence: float = _key(FRACTION, "of jackknife intervals, and the share of each null that its band holds", 0.95)
     fdr_alpha: float = _key(FRACTION, "level of the false discovery rate", 0.05)
-    seed: int = _key(whole(0), "seed of permutations and bootstrap", 0)
+    seed: int = _key(whole(0), "seed of permutations", 0)
+    allow_shared_samples: bool = _key(
+        FLAG,
+        "go on where more than a tenth of a task's samples occur in the other task too; their pairs are left out",
+        False,
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class ComputeConfig(_Section):
     score_dtype: str = _key(one_of("float32", "float64"), "dtype in which scores are accumulated", "float32")
     matmul_precision: str = _key(
         one_of("highest", "high", "medium"),
-        "torch's float32 matmul precision while scoring: high allows TF32 in products, medium bfloat16, where there is "
+        "float32 products of scoring, whatever the process has set: high allows TF32, medium bfloat16, where there is "
         "hardware for them",
         "highest",
     )
@@ -202,7 +208,7 @@ class RunConfig:
                 "tasks.1.name",
                 expected="two different names",
                 got=f"{self.tasks[0].name!r} twice",
-                remedy="Rename one of the tasks; the same samples may be given under two names.",
+                remedy="Rename one of the tasks.",
             )
 
 
@@ -217,6 +223,10 @@ SECTIONS: dict[str, type[_Section]] = {
     "statistics": StatisticsConfig,
     "compute": ComputeConfig,
     "output": OutputConfig,
+}
+RETIRED = {
+    "statistics.bootstrap": "Intervals are now those of a delete-one jackknife, which draws nothing: leave the key "
+    "out; statistics.confidence sets how often intervals are to cover."
 }
 KEYS: dict[str, Field[Any]] = {f"{name}.{entry.name}": entry for name, cls in SECTIONS.items() for entry in fields(cls)}
 

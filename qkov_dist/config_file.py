@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from .config import KEYS, SECTIONS, RunConfig, read_value
+from .config import KEYS, RETIRED, SECTIONS, RunConfig, read_value
 from .errors import QkovError
 from .kinds import named, nearest, shown
 
@@ -50,9 +50,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise QkovError(f"{path}: {place}", expected=error.expected, got=error.got, remedy=error.remedy) from error
 
 
-def from_dict(raw: Mapping[str, Any]) -> RunConfig:
-    """Build the configuration from the nested plain values of `config.to_dict`; the same checks as `load_config`."""
-    return _build(_flatten(raw))
+def from_dict(raw: Mapping[str, Any], *, stored: bool = False) -> RunConfig:
+    """Build the configuration from the nested plain values of `config.to_dict`; the same checks as `load_config`.
+
+    Args:
+        raw: Sections of keys.
+        stored: Whether a file of results holds them: keys that have been given up since are then passed over.
+    """
+    values = _flatten(raw)
+    return _build({key: value for key, value in values.items() if not (stored and key in RETIRED)})
 
 
 def _flatten(raw: object) -> dict[str, object]:
@@ -88,7 +94,9 @@ def _mapping(raw: object, place: str) -> Mapping[Any, Any]:
 
 
 def _build(values: Mapping[str, object]) -> RunConfig:
-    for key in values:
+    for key, value in values.items():
+        if key in RETIRED:
+            raise QkovError(key, expected="no such key any more", got=shown(value), remedy=RETIRED[key])
         if key not in KEYS:
             raise _unknown(key)
     for key, entry in KEYS.items():

@@ -23,7 +23,7 @@ class Cost:
         exchange: Bytes of factors that are held while those of one layer are sent and received, at most.
         buffers: Bytes of the tiles in work (gradients, their squares) and of the padded factors that they are made of.
         scores: Bytes of one layer's scores, at most.
-        statistics: Bytes of labels, resamples and scores while heads are tested; on rank 0 also of the heatmap.
+        statistics: Bytes of labels and scores while heads are tested; on rank 0 also of the heatmap.
         sent_factors: Bytes of factors sent to other ranks.
         sent_scores: Bytes of partial scores sent to other ranks.
         moved_weights: Bytes that come over this rank's link while weights are gathered for its passes.
@@ -33,8 +33,8 @@ class Cost:
         flops_backward: Operations of all backward passes, down to the lowest layer of each.
         flops_kept: Operations of gradients that are formed at capture, of samples kept as gradients.
         flops_scoring: Operations of gradients, Fisher and scores of all pairs.
-        flops_ridge: Operations of the pass over the factors that a relative ridge needs.
-        flops_statistics: Operations of permutations and resamples.
+        flops_ridge: Operations of the sums of I over whole blocks that a relative ridge needs.
+        flops_statistics: Operations of permutations and intervals.
         elements: Elements of all per-sample gradients that are formed for scores.
         batches: Forward passes.
     """

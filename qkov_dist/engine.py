@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .block_totals import BlockTotals, block_totals
 from .kernel import Buffers, Rule, add_tile, tile_flops, tile_gradients
 from .pipeline import Turn, through_workers
 from .plan import LayerPlan, Tile
@@ -28,18 +29,15 @@ from .stacks import Stack
 __all__ = [
     "DTYPES",
     "BlockScores",
-    "BlockTotals",
     "FactorSource",
     "LayerSource",
     "Roles",
     "ScoreSettings",
     "Scored",
-    "layer_totals",
     "score_layer",
     "score_layers",
 ]
 
-BlockTotals = dict[str, float]
 LayerSource = tuple[LayerPlan, FactorSource] | None  # None: no layer now, but maybe later
 
 
@@ -86,7 +84,8 @@ def score_layers(
             asked for before they are.
         roles: The samples.
         settings: The metric.
-        totals: By layer, each whole block's sum of I over all ranks (:func:`layer_totals`), for a relative ridge.
+        totals: By layer, each whole block's sum of I over all ranks (:mod:`qkov_dist.block_totals`), for a relative
+            ridge.
 
     Yields:
         A layer's tiles, and its partial scores by block (Q, K, V, O, and O_bias where biases are included); additive
@@ -113,12 +112,12 @@ def score_layers(
         tile, sums = stack.first, [NO_ELEMENTS] * len(stack.heads)
         ridge = ridges[tile.site.layer, tile.block]
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, fused)
-        weights = site.weights.to(settings.device, settings.dtype)
+        weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
         scores = torch.zeros((len(stack.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
         for band in stack.bands:
             gradients = _gradients(band, site, buffers)
             by_task = add_tile(scores, gradients, weights, rule, buffers)
-            sums = [known + more for known, more in zip(sums, fisher_sums(by_task, ridge), strict=True)]
+            sums = [known + more for known, more in zip(sums, fisher_sums(by_task, least), strict=True)]
         flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in stack.heads[0])
         found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
         return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
@@ -141,36 +140,11 @@ def score_layers(
 def score_layer(
     plan: LayerPlan, source: FactorSource, roles: Roles, settings: ScoreSettings, totals: BlockTotals | None = None
 ) -> dict[str, BlockScores]:
-    """Score one layer, as :func:`score_layers` does; a relative ridge is of this process's own sums by default."""
+    """Score one layer, as :func:`score_layers` does; a relative ridge is by default of the samples in ``source``."""
     if totals is None and settings.ridge_relative:
-        (totals,) = (found for _, found in layer_totals([(plan, source)], roles, settings))
+        totals = block_totals(plan, source, roles, settings)
     ((_, blocks),) = score_layers([(plan, source)], roles, settings, {plan.layer: totals or {}})
     return blocks
-
-
-def layer_totals(
-    layers: Iterable[LayerSource], roles: Roles, settings: ScoreSettings
-) -> Iterator[tuple[LayerPlan, BlockTotals]]:
-    """By layer, the sum of I over each whole block, as far as this rank owns it; additive over ranks.
-
-    Arguments are those of :func:`score_layers`.
-    """
-
-    def total(stack: Stack, site: SiteFactors, buffers: Buffers) -> list[float]:
-        found, weights = torch.zeros(len(stack.heads), dtype=torch.float64), site.weights.sum(0)
-        for band in stack.bands:
-            norms = torch.linalg.vector_norm(_gradients(band, site, buffers), dim=2, dtype=torch.float64)
-            found += weights @ norms.cpu().square()
-        return list(map(float, found))
-
-    totals: BlockTotals = {}
-    turns = (layer and Turn(layer[0], layer[0].block_tiles, layer[1]) for layer in layers)
-    for done in through_workers(turns, roles, settings, total):
-        for tile, found in done.results:
-            totals[tile.block] = totals.get(tile.block, 0.0) + found
-        if done.is_last:
-            yield done.plan, dict.fromkeys(done.plan.block_sizes, 0.0) | totals
-            totals = {}
 
 
 def _gradients(band: tuple[Tile, ...], site: SiteFactors, buffers: Buffers) -> Tensor:

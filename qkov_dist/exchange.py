@@ -19,7 +19,7 @@ from .capture import Site
 from .engine import FactorSource
 from .factors import FactorStore
 from .geometry import Rect
-from .plan import Owned
+from .plan import Owned, Tile
 from .rounds import Round
 from .slices import AttentionLayer, Layout, Projection
 from .team import Team
@@ -92,7 +92,7 @@ class Exchange:
     """
 
     def __init__(self, team: Team, store: FactorStore, layout: Layout, sites: Sequence[Site]) -> None:
-        self._team, self._store, self._layout, self._sites = team, store, layout, frozenset(sites)
+        self.team, self.store, self._layout, self._sites = team, store, layout, frozenset(sites)
         self.bytes_sent = 0
         if team.peers.size == 1:
             return
@@ -111,16 +111,24 @@ class Exchange:
         Args:
             turn: The layer that each rank scores now.
         """
-        has_layer = turn[self._team.world.rank] is not None
-        if self._team.peers.size == 1:
-            yield self._store if has_layer else None
+        has_layer = turn[self.team.world.rank] is not None
+        if self.team.peers.size == 1:
+            yield self.store if has_layer else None
             return
         received = self._collect(turn)
         yield received if has_layer else None
         received.series.clear()
 
+    def seen(self, tile: Tile) -> tuple[Rect, ...]:
+        """What this rank and its peers own of a tile's parameter: of its own samples, what it counts for all peers."""
+        if self.team.peers.size == self.team.world.size:
+            return (tile.rect,)
+        projection = next(p for p in self._layout.layer(tile.site.layer).projections if p.module == tile.site.module)
+        owned = (self.team.owned_by(rank)(projection, tile.bias) for rank in self.team.peer_ranks)
+        return tuple(rect for rects in owned for rect in rects)
+
     def _collect(self, turn: Round) -> _Received:
-        team = self._team
+        team = self.team
         by_peer = [self._needs(turn[rank], rank) for rank in team.peer_ranks]
         sent = [self._held_of(needs, to_other=r != team.peers.rank) for r, needs in enumerate(by_peer)]
         places = [(need, self._place(need)) for need in by_peer[team.peers.rank]]
@@ -129,15 +137,15 @@ class Exchange:
         self.bytes_sent += sum(part.nbytes for r, parts in enumerate(sent) if r != team.peers.rank for part in parts)
         team.peers.pass_on(sent, received)
         series = {(need.kind, need.site): (need, place) for need, place in places}
-        return _Received(self._tables, self._store.threshold, self._sharing, series)
+        return _Received(self._tables, self.store.threshold, self._sharing, series)
 
     def _needs(self, layer: int | None, rank: int) -> list[Need]:
         """What a rank needs; series that no sample is in are left out."""
         if layer is None:
             return []
         sites = [site for site in self._sites if site.layer == layer]
-        needs = needs_of(self._layout.layer(layer), sites, self._team.owned_by(rank), self._sharing)
-        return [need for need in needs if need.kind != "g" or self._tables[self._store.threshold(need.site)].whole]
+        needs = needs_of(self._layout.layer(layer), sites, self.team.owned_by(rank), self._sharing)
+        return [need for need in needs if need.kind != "g" or self._tables[self.store.threshold(need.site)].whole]
 
     def _place(self, need: Need) -> Tensor:
         """Where a series of all peers' samples comes to lie, one peer after another."""
@@ -150,7 +158,7 @@ class Exchange:
 
     def _held_of(self, needs: Sequence[Need], *, to_other: bool) -> list[Tensor]:
         """This rank's samples at the features that a rank needs: X and D in memory as they lie, where it needs all."""
-        mine = self._by_peer[self._team.peers.rank]
+        mine = self._by_peer[self.team.peers.rank]
         held = [self._held(need) if self._num_rows(need, mine) else torch.empty(0, *need.shape) for need in needs]
         return [part.contiguous() for part in held] if to_other else held
 
@@ -158,15 +166,15 @@ class Exchange:
         """What a rank needs, of this rank's samples."""
         rows, cols = slice(*need.rows), slice(*need.cols)
         if need.kind == "x":
-            return self._store.x(need.site).features(cols)
+            return self.store.x(need.site).features(cols)
         if need.kind == "d":
-            return self._store.d(need.site).features(rows)
-        whole = self._store.g(need.site)
+            return self.store.d(need.site).features(rows)
+        whole = self.store.g(need.site)
         assert whole is not None  # there are rows of it
         return torch.cat([whole.rect(rows, cols), whole.bias(rows)], dim=-1)
 
     def _num_rows(self, need: Need, tables: Mapping[int | None, Table]) -> int:
-        table = tables[self._store.threshold(need.site)]
+        table = tables[self.store.threshold(need.site)]
         return len(table.whole) if need.kind == "g" else table.num_rows
 
 

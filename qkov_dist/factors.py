@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,12 @@ from .batches import Batch
 from .capture import Factors, Site
 from .errors import QkovError
 from .geometry import Rect
+from .numerics import products_as
 from .series import Series, Spilled
 from .shortage import is_shortage
 from .windows import Span, Table, Whole, Window
+
+_FORMING = threading.Lock()  # backward passes of several devices run in threads; how products are formed is one for all
 
 
 class FactorStore:
@@ -43,6 +47,7 @@ class FactorStore:
         dtype: In which factors are kept; as they come by default. Gradients are kept in float32 or better.
         gradients_above: By site, the number of tokens above which a sample is kept as its gradient; all samples are
             kept as factors by default. Sites that share an input share the number.
+        matmul_precision: Of the float32 products that form kept gradients.
 
     Attributes:
         bytes_on_gpu: Size of what has its place on a GPU.
@@ -61,11 +66,12 @@ class FactorStore:
         lengths: Sequence[int] = (),
         dtype: torch.dtype | None = None,
         gradients_above: Mapping[Site, int] | None = None,
+        matmul_precision: str = "highest",
     ) -> None:
         self.budget_bytes, self.gpu_budget_bytes = budget_bytes, gpu_budget_bytes
         self.bytes_on_gpu = self.bytes_in_memory = self.bytes_on_disk = self.flops = 0
         self._local, self._above = dict(local or {}), dict(gradients_above or {})
-        self._lengths, self._dtype = tuple(lengths), dtype
+        self._lengths, self._dtype, self._precision = tuple(lengths), dtype, matmul_precision
         self._tables: dict[int | None, Table] = {above: Table() for above in (None, *self._above.values())}
         self._series: dict[tuple[str, Site], Series] = {}
         self._x_site: dict[Site, Site] = {}
@@ -165,7 +171,8 @@ class FactorStore:
                 kept.append(part)
                 continue
             x, d = (_at_least_float32(values[part]).view(num, length, -1) for values in (factors.x, factors.d))
-            gradients = torch.cat([torch.bmm(d.mT, x), d.sum(1).unsqueeze(2)], dim=2)
+            with _FORMING, products_as(self._precision, d.device):
+                gradients = torch.cat([torch.bmm(d.mT, x), d.sum(1).unsqueeze(2)], dim=2)
             self.flops += 2 * num * length * x.shape[2] * d.shape[2]
             self._append("g", factors.site, gradients.flatten(1))
         if not kept:

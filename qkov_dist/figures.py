@@ -8,7 +8,7 @@ side of the null; coloured ones also hold over all heads of all blocks. Text in 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,7 @@ def _colors(values: Floats, is_signed: bool) -> dict[str, Any]:
 
 
 def draw_blocks(heatmap: Heatmap) -> Any:
-    """Every head with its bootstrap interval, sorted within its block."""
+    """Every head with its interval and the band of its null, sorted within its block."""
     rows, blocks = _quantities(heatmap), heatmap.blocks
     figure = _figure(1.9 * len(blocks), 2.2 * len(rows))
     grid = figure.subplots(len(rows), len(blocks), squeeze=False)
@@ -130,17 +130,31 @@ def draw_blocks(heatmap: Heatmap) -> Any:
             values = _values(heatmap, block, key)
             order = np.argsort(values, axis=None)[: int(np.isfinite(values).sum())]
             tests = test_arrays(heatmap, "cross_mean" if key == "score" else key, block)
+            bands = []
+            if "null_mean" in tests:
+                bands.append(_draw_null(axis, tests, order))
             if "ci_low" in tests:
                 low, high = tests["ci_low"].flat[order], tests["ci_high"].flat[order]
                 axis.vlines(np.arange(len(order)), low, high, color=BLOCK_COLORS[block], alpha=0.35, linewidth=0.6)
-                axis.set_ylim(*_frame(values.flat[order], low, high))
+                bands.append((low, high))
+            if bands and len(order):
+                axis.set_ylim(*_frame(values.flat[order], bands))
             _draw_heads(axis, heatmap, block, values, order)
             if key != "score":
                 axis.axhline(0, color="0.4", linewidth=0.6)
             axis.set(title=block, xlabel="heads, sorted")
         axes[0].set_ylabel(title)
-    _legend(figure, heatmap)
+    share = (heatmap.statistics or {}).get("settings", {}).get("confidence", 0.95)
+    _legend(figure, heatmap, f"; grey: middle {share:.0%} of each head's null, exchanged labels, and its mean")
     return figure
+
+
+def _draw_null(axis: Any, tests: Mapping[str, Floats], order: Ints) -> tuple[Floats, Floats]:
+    """Where each head lies under exchanged labels: a grey bar with a tick at the mean; returns the bars' ends."""
+    mean, low, high = (tests[key].flat[order] for key in ("null_mean", "null_low", "null_high"))
+    axis.vlines(np.arange(len(order)), low, high, color="0.8", linewidth=1.4)
+    axis.plot(np.arange(len(order)), mean, "_", color="0.45", markersize=2, markeredgewidth=0.5)
+    return low, high
 
 
 def _draw_heads(axis: Any, heatmap: Heatmap, block: str, values: Floats, order: Ints) -> None:
@@ -154,9 +168,11 @@ def _draw_heads(axis: Any, heatmap: Heatmap, block: str, values: Floats, order: 
         axis.plot(places, values.flat[order][places], marker, color=color, markersize=2)
 
 
-def _frame(values: Floats, low: Floats, high: Floats) -> tuple[float, float]:
-    """All values and most of the intervals: a single wild one must not flatten the rest."""
-    ends = np.concatenate([values, [np.nanquantile(low, 0.02), np.nanquantile(high, 0.98)]])
+def _frame(values: Floats, bands: Sequence[tuple[Floats, Floats]]) -> tuple[float, float]:
+    """All values and most of the bands: a single wild one must not flatten the rest."""
+    drawn = [(end, share) for band in bands for end, share in zip(band, (0.02, 0.98), strict=True)]
+    most = [np.nanquantile(end, share) for end, share in drawn if not np.isnan(end).all()]
+    ends = np.concatenate([values, most])
     margin = 0.05 * float(np.nanmax(ends) - np.nanmin(ends)) or 1.0
     return float(np.nanmin(ends)) - margin, float(np.nanmax(ends)) + margin
 

@@ -5,8 +5,10 @@
     cross_mean, signed    synergy (milder: mean below 0)      conflict (weaker: mean not below 0)
     cross_mean            higher                              lower
 
-The side is the sign of the effect size: the observed statistic against the mean of its null. Page, tables, figures and
-terminal all take words and marks from here; which side was looked for at all is ``sidedness``.
+The side is the sign of the effect size: the observed statistic against the mean of its null, which is what was tested.
+It is not the sign of the statistic: the null of ``overlap`` lies above 0, so that a head may be apart and above 0.
+Page, tables, figures and terminal all take words and marks from here; which side was looked for at all is
+``sidedness``.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ class Finding:
 
 _NO_SIDE = Finding("unlike", None, "dot", "●", "the file does not say on which side of its null", is_rare=True)
 _OVERLAP = (
-    Finding("contested", "above", "up", "▲", "the tasks press on each other more than on themselves"),
-    Finding("apart", "below", "down", "▼", "the tasks press on each other less than on themselves"),
+    Finding("contested", "above", "up", "▲", "the tasks use the same weights more than random halves of the pool do"),
+    Finding("apart", "below", "down", "▼", "they do so less than random halves of the pool; overlap may be above 0"),
 )
 _SIGNED = (
     Finding("synergy", "above", "up", "▲", "gradients of the two tasks agree, more than under exchanged labels", False),
@@ -155,8 +157,33 @@ def how_tested(heatmap: Heatmap) -> Iterator[str]:
     yield "q: Benjamini-Hochberg over the native heads of one block; family-wise p: over all heads of all blocks."
     if "exactly_exchangeable" in settings:
         yield _exchangeability(heatmap, exactly=settings["exactly_exchangeable"])
+    yield from _beside_zero(heatmap)
     if heatmap.deciding == "overlap" and settings.get("alternative") in ("two-sided", "less"):
         yield "Gradients of unequal scale raise the null of overlap and can, alone, put a head below it."
+
+
+def _beside_zero(heatmap: Heatmap) -> Iterator[str]:
+    """That the null, not 0, is what heads are compared with; how many lie on one side of it and on the other of 0."""
+    if heatmap.deciding != "overlap":
+        return
+    below = above = 0
+    for block in heatmap.blocks:
+        tests = heatmap.tests[block]
+        is_below = (found(heatmap, block) > 0) & (sides(tests) < 0)
+        below += int(is_below.sum())
+        above += int((is_below & (tests["statistic"] > 0)).sum())
+    yield (
+        "Compared with its null, not with 0: self-pairs being left out, the null lies above 0, the more so the more "
+        f"samples' norms vary. Of {below:,} significant heads below their null {above:,} have an overlap above 0."
+    )
+
+
+def null_of(tests: Mapping[str, Floats], layer: int, head: int) -> tuple[float, float, float] | None:
+    """A head's null, as stored: its mean, and both ends of its band; None where the file does not say."""
+    if "null_mean" not in tests:
+        return None
+    mean, low, high = (float(tests[key][layer, head]) for key in ("null_mean", "null_low", "null_high"))
+    return None if np.isnan(mean) else (mean, low, high)
 
 
 def _exchangeability(heatmap: Heatmap, *, exactly: bool) -> str:

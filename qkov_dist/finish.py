@@ -21,24 +21,33 @@ def statistics_of(config: RunConfig) -> QKOVStatistics | None:
     settings = config.statistics
     if not settings.enabled:
         return None
-    return QKOVStatistics(settings.fdr_alpha, settings.permutations, settings.bootstrap, settings.seed)
+    return QKOVStatistics(settings.fdr_alpha, settings.permutations, seed=settings.seed, confidence=settings.confidence)
 
 
-def finish(frame: Frame, read: Read, config: RunConfig, path: Path, world: World, voice: Voice) -> Heatmap | None:
+def finish(
+    frame: Frame,
+    read: Read,
+    config: RunConfig,
+    path: Path,
+    world: World,
+    voice: Voice,
+    statistics: QKOVStatistics | None,
+) -> Heatmap | None:
     """Add up, test and write as a configuration says, and pass on warnings and notes.
 
     Args:
         frame: Axes, samples and provenance.
         read: This rank's partial of a layer.
-        config: Whose statistics and output these are.
+        config: Whose output this is.
         path: The heatmap's file.
         world: The ranks; all of them call this alike.
         voice: Takes warnings and notes, and shows progress.
+        statistics: The tests; None leaves them out.
 
     Returns:
         On rank 0 the heatmap as written; None elsewhere.
     """
-    statistics, pairs = statistics_of(config), cast(Pairs, config.output.pairs)
+    pairs = cast(Pairs, config.output.pairs)
     what = "adding up" if statistics is None else "testing"
     with progress_bar(what, len(frame.layers), "layer", show=voice.show_progress) as advance:
         heatmap = combine(frame, read, world, statistics=statistics, pairs=pairs, folder=path.parent, on_layer=advance)

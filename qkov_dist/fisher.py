@@ -10,7 +10,7 @@ so I depends on nothing but the order of the samples: not on compute batches, ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,9 @@ Scope = Literal["pooled", "a", "b"]
 def fisher_steps(num_a: int, num_b: int, *, batch_size: int, scope: Scope) -> list[list[int]]:
     """Pooled sample numbers of each Fisher batch, in order: samples of A come first in the pooled order.
 
-    A batch of A and a batch of B alternate until both are used up; with scope ``a`` or ``b`` only that task counts.
+    A batch of A and a batch of B alternate until both are used up; with scope ``a`` or ``b`` only that task counts. A
+    task's batches are of nearly equal size and no larger than ``batch_size``: every step has one weight, which its
+    samples share, so that a last batch of one sample would give it the weight of a whole batch.
     """
     of_a = _chunks(0, num_a, batch_size) if scope != "b" else []
     of_b = _chunks(num_a, num_a + num_b, batch_size) if scope != "a" else []
@@ -54,4 +56,6 @@ def by_task(weights: np.ndarray, in_a: Sequence[bool] | np.ndarray) -> np.ndarra
 
 
 def _chunks(start: int, stop: int, size: int) -> list[list[int]]:
-    return [list(range(s, min(s + size, stop))) for s in range(start, stop, size)]
+    num = -(-(stop - start) // size)
+    cuts = [start + ((stop - start) * n + num - 1) // num for n in range(num + 1)] if num else [start]
+    return [list(range(low, high)) for low, high in pairwise(cuts)]

@@ -100,6 +100,7 @@ def to_json(frame: Frame) -> dict[str, Any]:
                 "num_tokens": table.num_tokens.tolist(),
                 "losses": table.losses.tolist(),
                 "texts": list(table.texts),
+                "contents": list(table.contents),
             }
             for table in frame.samples
         ],
@@ -141,7 +142,8 @@ def _layer_from(raw: Mapping[str, Any]) -> FrameLayer:
 
 def _table_from(raw: Mapping[str, Any]) -> SampleTable:
     counts, losses = np.array(raw["num_tokens"], np.int64), np.array(raw["losses"], np.float64)
-    return SampleTable(tuple(map(str, raw["ids"])), counts, losses, tuple(map(str, raw["texts"])))
+    texts, contents = (tuple(map(str, raw.get(key, ()))) for key in ("texts", "contents"))
+    return SampleTable(tuple(map(str, raw["ids"])), counts, losses, texts, contents)
 
 
 def _number(raw: object) -> int:
@@ -156,4 +158,5 @@ def _table(records: Sequence[SampleRecord]) -> SampleTable:
         num_tokens=np.array([record.num_tokens for record in records], np.int64),
         losses=np.array([record.loss for record in records], np.float64),
         texts=tuple(record.text for record in records),
+        contents=tuple(record.content for record in records),
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from . import permutation
+from . import jackknife, permutation
 from .permutation import Alternative, Standardised
 
 Floats = NDArray[np.float64]
@@ -35,12 +36,22 @@ class Design:
     """All that the tests of different heads share: drawn once, the same on every rank."""
 
     labels: permutation.Labels
-    resamples: Tensor
+    pairs: Tensor  # which are of different samples, bool [N, N]
     names: tuple[Statistic, ...]
     alternative: Alternative
     alpha: float
     power: float
     confidence: float
+
+    @cached_property
+    def counts(self) -> permutation.PairCounts:
+        """Pairs of different samples under every labelling."""
+        return permutation.pair_counts(self.labels, self.pairs)
+
+    @cached_property
+    def left_out(self) -> jackknife.LeftOut:
+        """What the intervals of all heads share."""
+        return jackknife.LeftOut.of(self.labels, self.pairs)
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,8 @@ def head_tests(scores: Mapping[str, Tensor], design: Design) -> tuple[dict[str, 
     Returns:
         Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
     """
-    num_columns = max(design.labels.a.shape[1], design.resamples.shape[1])
-    chunk = max(_CHUNK_BYTES // (8 * num_columns), 1)
+    chunk = max(_CHUNK_BYTES // (8 * design.labels.a.shape[1]), 1)
+    _ = design.counts, design.left_out  # once, before threads ask for them
     parts = [(group, part) for group, heads in scores.items() for part in torch.split(heads, chunk)]
     with _one_core_each(torch.get_num_threads()) as pool:
         done = list(pool.map(lambda part: _chunk_tests(part[1], design), parts))
@@ -102,11 +113,17 @@ def _one_core_each(num_threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
-    with_overlap = "overlap" in design.names
-    nulls = permutation.head_nulls(scores, design.labels, with_overlap=with_overlap)
-    resampled = permutation.resampled_statistics(scores, design.resamples, design.labels.n_a, with_overlap=with_overlap)
+    with_overlap, labels = "overlap" in design.names, design.labels
+    nulls = permutation.head_nulls(scores, labels, design.pairs, design.counts, with_overlap=with_overlap)
     standardised = {name: permutation.standardise(nulls[name]) for name in design.names}
-    tests = {name: _statistic_tests(nulls[name], standardised[name], resampled[name], design) for name in design.names}
+    effects = {name: permutation.effect_size(nulls[name], labels.exhaustive) for name in design.names}
+    found = jackknife.intervals(
+        scores, design.left_out, {name: effect for name, (effect, _) in effects.items()}, design.confidence
+    )
+    tests = {
+        name: _statistic_tests(nulls[name], standardised[name], effects[name], found[name], design)
+        for name in design.names
+    }
     max_z = {
         name: permutation.max_over_heads(z, design.alternative).numpy(force=True) for name, z in standardised.items()
     }
@@ -114,20 +131,29 @@ def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTe
 
 
 def _statistic_tests(
-    null: permutation.Null, standardised: Standardised, resampled: Tensor, design: Design
+    null: permutation.Null,
+    standardised: Standardised,
+    effect_and_sd: tuple[Tensor, Tensor],
+    found: tuple[jackknife.Interval, jackknife.Interval],
+    design: Design,
 ) -> HeadTests:
     labels, alternative = design.labels, design.alternative
-    effect, sd = permutation.effect_size(null, labels.exhaustive)
+    effect, sd = effect_and_sd
     shift = permutation.detectable_shift(null, labels, alternative, design.alpha, design.power)
-    ci_low, ci_high = permutation.percentile_interval(resampled, labels, design.confidence)
+    null_mean, null_low, null_high = permutation.null_band(null, labels.exhaustive, design.confidence)
     arrays = {
         "statistic": null.values[..., 0],
         "p_value": permutation.p_value(standardised, alternative),
         "p_greater": permutation.p_value(standardised, "greater"),
         "p_less": permutation.p_value(standardised, "less"),
+        "null_mean": null_mean,
+        "null_low": null_low,
+        "null_high": null_high,
+        "ci_low": found[0].low,
+        "ci_high": found[0].high,
         "effect_size": effect,
-        "ci_low": ci_low,
-        "ci_high": ci_high,
+        "effect_low": found[1].low,
+        "effect_high": found[1].high,
         "detectable": shift,
         "detectable_sd": shift / sd,
     }

@@ -13,10 +13,11 @@ from typing import cast
 import numpy as np
 import torch
 
-from .batches import Objective, sequence
+from .batches import Objective, content_of, sequence
 from .capture import Site
 from .comm import World, same_on_all
 from .config import RunConfig, canonical_json, to_dict
+from .copies import look_for_copies
 from .engine import DTYPES, Roles, ScoreSettings
 from .errors import QkovError
 from .fingerprint import fingerprint
@@ -178,6 +179,12 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     loaded = load_parallel(config.model, parallelism, world)
     layout = proved_layout(loaded.model, world)
     tasks = _tasks(config, loaded)
+    copies = look_for_copies(
+        [task.name for task in tasks],
+        [[content_of(sample, cast(Objective, loaded.objective)) for sample in task.samples] for task in tasks],
+        [[sample.id for sample in task.samples] for task in tasks],
+        allowed=config.statistics.allow_shared_samples,
+    )
     device_type = next(loaded.model.parameters()).device.type
     selection = Selection(config.metric.layers, config.metric.heads)
     layers = [layer.index for layer in selection.layers_of(layout)]
@@ -198,7 +205,7 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     batch_tokens = parallelism.batch_tokens(
         config.compute, on_gpu=device_type != "cpu", num_parameters=num_parameters(loaded.model)
     )
-    warnings = (*loaded.warnings, *(warning for task in tasks for warning in task.warnings))
+    warnings = (*loaded.warnings, *(warning for task in tasks for warning in task.warnings), *copies)
     notes = (*loaded.notes, *(note for task in tasks for note in task.notes))
     for note in notes:
         say(f"note: {note}")

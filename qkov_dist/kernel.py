@@ -9,14 +9,14 @@ worker keeps its buffers from tile to tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .geometry import Rect
 from .groups import Group
-from .score import Fused, Score
+from .score import Fused, Score, maps
 from .windows import Whole, Window
 
 CHUNK_BYTES = 2 * 2**20  # of gradients; with their squares this is what a core's second-level cache holds, or nearly
@@ -77,6 +77,10 @@ class Rule:
     right: slice
     fused: Fused | None = None
 
+    def may_vanish(self, dtype: torch.dtype) -> bool:
+        """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
+        return max(self.epsilon, self.ridge) * torch.finfo(dtype).max <= 1
+
 
 def tile_gradients(factors: Sequence[Padded], rects: Sequence[Rect], *, bias: bool, buffers: Buffers) -> Tensor:
     """Per-sample gradients D^T X of tiles of one shape, side by side; of a bias, the sums of D over tokens.
@@ -111,6 +115,8 @@ def add_tile(scores: Tensor, gradients: Tensor, weights: Tensor, rule: Rule, buf
     flat = gradients.view(num, heads * size)
     by_task = flat.new_empty(2, heads * size)
     in_cache = heads == 1 and flat.device.type == "cpu" and not rule.fused
+    if rule.may_vanish(flat.dtype):
+        rule = replace(rule, fused=None)
     step = max(CHUNK_BYTES // (num * flat.element_size()), 1) if in_cache else heads * size
     for start in range(0, heads * size, step):
         of_tasks = by_task[:, start : start + step]
@@ -130,6 +136,8 @@ def _maps(part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: B
     torch.mul(part, part, out=squares)
     torch.mm(weights, squares, out=by_task)
     inverse = by_task.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
+    if rule.may_vanish(part.dtype):
+        return maps(part, inverse, rule.score)
     return _mapped(part, squares, inverse, rule.score)
 
 
@@ -156,7 +164,7 @@ def num_parts(heads: int, left: int, right: int, size: int) -> int:
 
 
 def _mapped(gradients: Tensor, squares: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """:func:`qkov_dist.score.maps`, in place."""
+    """:func:`qkov_dist.score.maps`, in place, where no 1 / R is infinite."""
     if score == "interference":
         return squares.mul_(inverse), gradients.abs_()
     gradients.mul_(inverse.sqrt_())

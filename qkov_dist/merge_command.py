@@ -16,7 +16,7 @@ from .combine import Read
 from .config import RunConfig
 from .config_file import from_dict
 from .errors import QkovError
-from .finish import HEATMAP_FILE, finish
+from .finish import HEATMAP_FILE, finish, statistics_of
 from .frame import Frame, FrameLayer, from_json
 from .hdf5_write import refuse_other_run
 from .job import Say
@@ -26,6 +26,7 @@ from .partial_schema import LayerPartial, PartialHeader
 from .partials import Partial, list_partials, read_partial
 from .progress import Voice
 from .results import Heatmap
+from .stored_tests import tests_to_keep
 from .world import Alone, World, same_on_all, together
 
 NUM_LISTED = 8
@@ -82,6 +83,7 @@ def merge_folder(
     world: World | None = None,
     say: Say = print,
     show_progress: bool = True,
+    keep_tests: bool | None = None,
 ) -> Heatmap | None:
     """Add up the partial files of a folder, test the sum as its run would have, and write it.
 
@@ -91,6 +93,8 @@ def merge_folder(
         world: The processes that share the files; all of them call this alike.
         say: Takes one line about each stage, on rank 0.
         show_progress: Show a progress bar on stderr, on rank 0.
+        keep_tests: Where the file holds tests with other settings than the run's, test with these (True), with the
+            run's (False), or refuse (None).
 
     Returns:
         On rank 0 the heatmap as written; None elsewhere.
@@ -106,7 +110,9 @@ def merge_folder(
     voice = Voice.of_rank(world.rank, world.size, say, show_progress=show_progress)
     voice.say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
     config = together(world, lambda: _config_of(gathered.frame))
-    return finish(gathered.frame, gathered.reader(world), config, output, world, voice)
+    asked, score = statistics_of(config), str(gathered.frame.attributes["score"])
+    tests = together(world, lambda: tests_to_keep(output, asked, score, keep_tests))
+    return finish(gathered.frame, gathered.reader(world), config, output, world, voice, tests)
 
 
 def gather_partials(folder: Path, world: World) -> Gathered:
@@ -211,7 +217,7 @@ def _check_output(output: Path, run_id: str) -> None:
 
 def _config_of(frame: Frame) -> RunConfig:
     try:
-        return from_dict(frame.attributes["config"])
+        return from_dict(frame.attributes["config"], stored=True)
     except KeyError:
         remedy = "Use partial files that `qkov run` wrote."
         raise QkovError("partial files", expected="the run's configuration", got="none", remedy=remedy) from None

@@ -7,7 +7,7 @@ heatmap = metric.compute_heatmap("math", "code", layers=[3, 4, 5])
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,6 +20,7 @@ from .arguments import choose, wrong_argument
 from .assembly import assemble
 from .collector import FisherCollector, QKOVConfig
 from .comm import step, together
+from .copies import look_for_copies
 from .engine import DTYPES, Roles, ScoreSettings
 from .errors import QkovError
 from .exchange import Exchange
@@ -44,7 +45,8 @@ class QKOVInterferenceMetric:
         collector: Both tasks' samples.
         epsilon: Floor of I.
         ridge_lambda: Absolute ridge, added to the floored I.
-        ridge_relative: Relative ridge, a multiple of the mean of I over the layer's block.
+        ridge_relative: Relative ridge, a multiple of the mean of I over the layer's block. Where it is the only one of
+            the three, scores scale exactly with the loss.
         score: ``interference``, ``signed`` or ``symmetric``.
         scope: Samples of the Fisher: ``pooled`` (both tasks), ``a`` or ``b`` (as in ``compute_heatmap(a, b)``).
         include_bias: Add the biases of Q, K and V to their heads.
@@ -56,9 +58,9 @@ class QKOVInterferenceMetric:
 
     config: QKOVConfig
     collector: FisherCollector
-    epsilon: float = 1e-10
-    ridge_lambda: float = 1e-8
-    ridge_relative: float = 0.0
+    epsilon: float = 0.0
+    ridge_lambda: float = 0.0
+    ridge_relative: float = 1e-3
     score: Score = "interference"
     scope: Scope = "pooled"
     include_bias: bool = False
@@ -116,6 +118,8 @@ class QKOVInterferenceMetric:
         heads: Iterable[int] | None = None,
         max_samples_per_task: int | None = None,
         pairs: str = "all",
+        *,
+        allow_shared_samples: bool = False,
     ) -> Heatmap:
         """Scores of all pairs, all selected layers and heads.
 
@@ -128,9 +132,11 @@ class QKOVInterferenceMetric:
             heads: Query heads, ascending; all by default. Kv heads follow.
             max_samples_per_task: Score pairs of the first so many samples of each task. The Fisher takes all.
             pairs: ``cross`` (A x B), or ``all`` pooled samples in both roles, which tests need.
+            allow_shared_samples: Go on where more than a tenth of a task's samples occur in the other task too.
 
         Raises:
-            QkovError: for tasks that were not collected, and layers, heads or pairs that do not exist.
+            QkovError: for tasks that were not collected, layers, heads or pairs that do not exist, and tasks that
+                share samples.
         """
 
         def prepared() -> tuple[Plan, Roles, Frame]:
@@ -140,16 +146,24 @@ class QKOVInterferenceMetric:
             if max_samples_per_task is not None and not _is_whole(max_samples_per_task, 1):
                 raise wrong_argument("max_samples_per_task", "a whole number of at least 1", max_samples_per_task)
             of_a, of_b = (self.collector.samples_of(task)[:max_samples_per_task] for task in (task_a, task_b))
+            records = self.collector.records
+            both = [[records[n] for n in of_task] for of_task in (of_a, of_b)]
+            copies = look_for_copies(
+                (task_a, task_b),
+                [[record.content for record in of_task] for of_task in both],
+                [[record.id for record in of_task] for of_task in both],
+                allowed=allow_shared_samples,
+                name="allow_shared_samples",
+            )
             roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
             plan = self._plan(layers, heads, len(roles.members))
-            records = self.collector.records
             frame = make_frame(
                 plan,
                 self.config.layout,
                 (task_a, task_b),
-                ([records[n] for n in of_a], [records[n] for n in of_b]),
+                (both[0], both[1]),
                 pooled=pairs == "all",
-                attributes=self._attributes(task_a, task_b),
+                attributes=self._attributes(task_a, task_b, copies),
             )
             return plan, roles, frame
 
@@ -175,7 +189,8 @@ class QKOVInterferenceMetric:
             for layer in plan.layers
         }
 
-    def _attributes(self, task_a: str, task_b: str) -> dict[str, Any]:
+    def _attributes(self, task_a: str, task_b: str, warnings: Sequence[str]) -> dict[str, Any]:
+        settings = self._settings()
         return {
             "model_type": self.config.layout.model_type,
             "score": self.score,
@@ -187,7 +202,21 @@ class QKOVInterferenceMetric:
             "ridge_absolute": self.ridge_lambda,
             "ridge_relative": self.ridge_relative,
             "include_bias": self.include_bias,
+            "dtype": self.dtype,
+            "matmul_precision": settings.matmul_precision,
+            "warnings": [*warnings, *self._warnings(task_a, task_b)],
         }
+
+    def _warnings(self, task_a: str, task_b: str) -> list[str]:
+        """What is known of the steps: under a moving average, samples of a small step outweigh the others."""
+        sizes = [len(step.numbers) for step in self.collector.steps if step.task in (task_a, task_b)]
+        if self._estimator(task_a, task_b) == "mean" or max(sizes) < 2 * min(sizes):
+            return []
+        return [
+            f"under mode='ema' each call of collect_fisher is one step: a sample of the smallest ({min(sizes)} "
+            f"samples) has about {max(sizes) / min(sizes):.0f} times the weight of one of the largest ({max(sizes)}). "
+            "Collect in batches of nearly equal size, or with mode='mean'."
+        ]
 
     def _settings(self) -> ScoreSettings:
         return ScoreSettings(

@@ -1,15 +1,15 @@
 """Sums of a head's scores over pairs of groups of samples, for many ways to form the groups: the work of the tests.
 
-M [N, N] holds one head's scores among all samples, the n_a samples of task A first. A group is a vector that says how
-often each sample is in it, and x'My is the sum of M over pairs (left role in x, right role in y). A sample paired with
-itself says nothing about its task: the diagonal of M counts as zero throughout.
+M [N, N] holds one head's scores among all samples, the n_a samples of task A first. A group is a vector of zeros and
+ones, and x'My is the sum of M over pairs (left role in x, right role in y). A sample paired with itself, or with a copy
+of itself, says nothing about its task: M counts as zero there throughout.
 
 Relabelled, the groups are a and b = 1 - a. With r = M 1, c = M' 1, and U the part of M + M' above the diagonal:
 
     a'Ma = a'Ua      a'Mb = a'r - a'Ma      b'Ma = a'c - a'Ma      b'Mb = 1'r - a'r - a'c + a'Ma
 
-so that P labellings cost one product U @ a, a [N, P]. Resampled, a and b stay within their task: two products of
-triangles, and two of the rectangles between the tasks.
+so that P labellings cost one product U @ a, a [N, P]. Without sample i, each sum loses that sample's row and column:
+a'Ma loses a_i ((M + M') a)_i, and so on, from two products M a and M' a.
 
 Sums are float64 because b'Mb is a difference: where task A's gradients are r times larger, it is about r^-3 of the
 total, which leaves no digit in float32 at r = 200 and eight in float64. A sum is off by at most about N eps sum|M| for
@@ -32,7 +32,7 @@ _CACHED_BYTES = 2 << 20
 
 
 class PairSums(NamedTuple):
-    """Sums of M over the pairs (left role, right role) of two groups without self-pairs, each [..., P].
+    """Sums of M over the pairs (left role, right role) of two groups of different samples, each [..., P].
 
     ``rounding`` [...] bounds the error of a sum: 2 N eps sum|M| for each of the at most four terms that make it up.
     """
@@ -44,71 +44,70 @@ class PairSums(NamedTuple):
     rounding: Tensor
 
 
-def relabelled_sums(scores: Tensor, a: Tensor) -> PairSums:
-    """The sums when the samples with a one in ``a`` [N, P] are called A, the others B; scores [..., N, N]."""
+def relabelled_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> PairSums:
+    """The sums when the samples with a one in ``a`` [N, P] are called A, the others B.
 
-    def of(off_diagonal: Tensor) -> PairSums:
-        aa = _within(off_diagonal, a)
-        left, right = off_diagonal.sum(-1) @ a, off_diagonal.sum(-2) @ a  # a'r, a'c
-        total = off_diagonal.sum((-2, -1)).unsqueeze(-1)
-        return PairSums(aa, left - aa, right - aa, total - left - right + aa, _rounding(off_diagonal))
+    Args:
+        scores: [..., N, N].
+        a: The labellings.
+        pairs: Which pairs are of different samples, bool [N, N]; the others count as zero.
+    """
 
-    return PairSums(*_by_heads(scores, a.shape[1], of))
+    def of(counted: Tensor) -> PairSums:
+        aa = _within(counted, a)
+        left, right = counted.sum(-1) @ a, counted.sum(-2) @ a  # a'r, a'c
+        total = counted.sum((-2, -1)).unsqueeze(-1)
+        return PairSums(aa, left - aa, right - aa, total - left - right + aa, _rounding(counted))
 
-
-def resampled_sums(scores: Tensor, weights: Tensor, n_a: int) -> PairSums:
-    """The sums when sample i is taken ``weights[i]`` times (weights [N, P], A's samples first); scores [..., N, N]."""
-    in_a, in_b = weights[:n_a], weights[n_a:]
-
-    def of(off_diagonal: Tensor) -> PairSums:
-        ab, ba = off_diagonal[:, :n_a, n_a:], off_diagonal[:, n_a:, :n_a]
-        ab, ba = _bilinear(torch.cat([ab, ba.mT]), in_a, in_b).chunk(2)
-        aa, bb = (_within(off_diagonal[:, part, part], weights[part]) for part in (slice(n_a), slice(n_a, None)))
-        return PairSums(aa, ab, ba, bb, _rounding(off_diagonal))
-
-    return PairSums(*_by_heads(scores, weights.shape[1], of))
+    return PairSums(*_by_heads(scores, a.shape[1], pairs, of))
 
 
-def resampled_ab(scores: Tensor, weights: Tensor, n_a: int) -> Tensor:
-    """The sum over pairs (A, B) alone, a third of the work of ``resampled_sums``."""
-    in_a, in_b = weights[:n_a], weights[n_a:]
-    (ab,) = _by_heads(scores, weights.shape[1], lambda part: (_bilinear(part[:, :n_a, n_a:], in_a, in_b),))
-    return ab
+def left_out_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> tuple[PairSums, PairSums]:
+    """The same sums [heads, P] of scores [heads, N, N], and those without each sample [heads, N, P]."""
+    counted, b = _counted(scores, pairs), 1 - a
+    heads, num = counted.shape[:2]
+    of_a, to_a = (torch.mm(m.reshape(-1, num), a).view(heads, num, -1) for m in (counted, counted.mT))  # M a, M' a
+    of_b, to_b = counted.sum(-1).unsqueeze(-1) - of_a, counted.sum(-2).unsqueeze(-1) - to_a
+    rounding = _rounding(counted)
+    whole = ((of_a * a).sum(-2), (of_b * a).sum(-2), (of_a * b).sum(-2), (of_b * b).sum(-2))
+    lost = (a * (of_a + to_a), a * of_b + b * to_a, b * of_a + a * to_b, b * (of_b + to_b))
+    aa, ab, ba, bb = (total.unsqueeze(-2) - of_sample for total, of_sample in zip(whole, lost, strict=True))
+    return PairSums(*whole, rounding), PairSums(aa, ab, ba, bb, rounding.unsqueeze(-1))
 
 
-def _rounding(off_diagonal: Tensor) -> Tensor:
-    return 8 * off_diagonal.shape[-1] * torch.finfo(torch.float64).eps * off_diagonal.abs().sum((-2, -1))
+def _rounding(counted: Tensor) -> Tensor:
+    return 8 * counted.shape[-1] * torch.finfo(torch.float64).eps * counted.abs().sum((-2, -1))
 
 
-def _by_heads(scores: Tensor, num_columns: int, sums: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
-    """Sums of a few heads at a time, each from a float64 copy [heads, N, N] with a diagonal of zeros."""
+def _by_heads(
+    scores: Tensor, num_columns: int, pairs: Tensor, sums: Callable[[Tensor], tuple[Tensor, ...]]
+) -> list[Tensor]:
+    """Sums of a few heads at a time, each from a float64 copy [heads, N, N], zero where no pair is counted."""
     num_samples = scores.shape[-1]
     chunk = max(_CACHED_BYTES // (8 * max(num_columns, 1) * min(num_samples, _ROWS)), 1)
     flat = scores.reshape(-1, num_samples, num_samples)
-    parts = [sums(_off_diagonal(part)) for part in torch.split(flat, chunk)]
+    parts = [sums(_counted(part, pairs)) for part in torch.split(flat, chunk)]
     joined = (torch.cat(part) for part in zip(*parts, strict=True))
     return [part.reshape(scores.shape[:-2] + part.shape[1:]) for part in joined]
 
 
-def _off_diagonal(scores: Tensor) -> Tensor:
-    copied = scores.to(torch.float64, copy=True)
-    copied.diagonal(dim1=-2, dim2=-1).zero_()
-    return copied
+def _counted(scores: Tensor, pairs: Tensor) -> Tensor:
+    return scores.to(torch.float64, copy=True).masked_fill_(~pairs.to(scores.device), 0.0)
 
 
-def _within(off_diagonal: Tensor, group: Tensor) -> Tensor:
+def _within(counted: Tensor, group: Tensor) -> Tensor:
     """X'Mx [heads, P], from M's elements above and below the diagonal folded into one triangle."""
-    return _bilinear((off_diagonal + off_diagonal.mT).triu_(1), group, group, upper=True)
+    return _bilinear((counted + counted.mT).triu_(1), group, group)
 
 
-def _bilinear(matrices: Tensor, left: Tensor, right: Tensor, *, upper: bool = False) -> Tensor:
-    """X'My [heads, P] of matrices [heads, n, m], left [n, P], right [m, P]; ``upper``: M is zero below its diagonal."""
+def _bilinear(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """X'My [heads, P] of matrices [heads, n, n] that are zero below their diagonal, left and right [n, P]."""
     num_rows = matrices.shape[1]
     step = -(-num_rows // -(-num_rows // _ROWS))  # as many rows each time
     total = matrices.new_zeros(len(matrices), left.shape[1])
     for start in range(0, num_rows, step):
-        rows, first = slice(start, start + step), start if upper else 0
-        part = matrices[:, rows, first:]
-        product = torch.mm(part.flatten(0, 1), right[first:])  # of all heads: faster than bmm
+        rows = slice(start, start + step)
+        part = matrices[:, rows, start:]
+        product = torch.mm(part.flatten(0, 1), right[start:])  # of all heads: faster than bmm
         total += product.view(*part.shape[:2], right.shape[1]).mul_(left[rows]).sum(-2)
     return total

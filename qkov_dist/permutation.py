@@ -1,9 +1,9 @@
-"""What a head's statistics become when samples are relabelled or resampled.
+"""What a head's statistics become when samples are relabelled.
 
 M [N, N] holds one head's scores among all pooled samples: the n_a samples of task A first, M[i, j] with i in the left
 role and j in the right. A labelling is a vector a of zeros and ones with n_a ones, b = 1 - a, and m_xy is the mean of
-M over pairs (x, y) of different samples (a sample against itself says nothing about its task, so the diagonal is
-excluded throughout):
+M over pairs (x, y) of different samples. A sample against itself or a copy of itself says nothing about its task: such
+pairs are left out wherever a labelling puts them, and the numbers of pairs follow the labelling:
 
     cross_mean = m_ab                    overlap = 1/2 log(m_ab m_ba / (m_aa m_bb))
 
@@ -26,7 +26,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import pair_sums
@@ -47,17 +46,21 @@ class Labels:
 
 
 class PairCounts(NamedTuple):
-    """How many pairs each sum runs over, each a scalar or [P]; (b, a) has as many as (a, b)."""
+    """How many pairs of different samples each sum runs over, each [..., P]; (b, a) has as many as (a, b).
+
+    ``log`` is what the numbers of pairs add to the logarithm of sums in ``overlap``.
+    """
 
     aa: Tensor
     ab: Tensor
     bb: Tensor
+    log: Tensor
 
     @staticmethod
-    def of_groups(n_a: int, n_b: int) -> PairCounts:
-        """The pairs of different samples among n_a and n_b of them."""
-        numbers = (n_a * (n_a - 1), n_a * n_b, n_b * (n_b - 1))
-        return PairCounts(*(torch.tensor(number, dtype=torch.float64) for number in numbers))
+    def of(sums: PairSums) -> PairCounts:
+        """From the sums of a matrix of ones."""
+        aa, ab, bb = (part.round() for part in (sums.aa, sums.ab, sums.bb))
+        return PairCounts(aa, ab, bb, 0.5 * (aa.log() + bb.log()) - ab.log())
 
 
 @dataclass(frozen=True)
@@ -100,25 +103,14 @@ def draw_labels(seed: int, n_a: int, n_b: int, num_permutations: int) -> Labels:
     return Labels(torch.from_numpy(np.vstack([observed, drawn]).T.copy()), n_a, n_b, exhaustive=False)
 
 
-def draw_resamples(seed: int, n_a: int, n_b: int, num_resamples: int) -> Tensor:
-    """How often each sample is drawn, [N, num_resamples] float64, when each task is resampled with replacement.
-
-    Resamples with fewer than two different samples of a task are drawn again: they have no pair of different samples.
-    """
-    rng = np.random.default_rng((seed, n_a, n_b, 1))
-    counts = np.hstack([_draw_counts(rng, n_a, num_resamples), _draw_counts(rng, n_b, num_resamples)])
-    return torch.from_numpy(counts.T.astype(np.float64).copy())
+def pair_counts(labels: Labels, pairs: Tensor) -> PairCounts:
+    """Pairs under every labelling, each [P]: the sums of a matrix of ones."""
+    return PairCounts.of(pair_sums.relabelled_sums(pairs.double(), labels.a, pairs))
 
 
-def _draw_counts(rng: np.random.Generator, num_samples: int, num_resamples: int) -> NDArray[np.int64]:
-    probability = np.full(num_samples, 1 / num_samples)
-    counts = rng.multinomial(num_samples, probability, size=num_resamples)
-    while (alone := (counts > 0).sum(axis=1) < 2).any():
-        counts[alone] = rng.multinomial(num_samples, probability, size=int(alone.sum()))
-    return counts
-
-
-def head_nulls(scores: Tensor, labels: Labels, *, with_overlap: bool = True) -> dict[str, Null]:
+def head_nulls(
+    scores: Tensor, labels: Labels, pairs: Tensor, counts: PairCounts, *, with_overlap: bool = True
+) -> dict[str, Null]:
     """``cross_mean`` and, on request, ``overlap`` of each head under every labelling.
 
     An overlap whose four means are not all above rounding in *every* labelling is NaN in all of them. That rule treats
@@ -127,44 +119,30 @@ def head_nulls(scores: Tensor, labels: Labels, *, with_overlap: bool = True) -> 
     Args:
         scores: [..., N, N], heads leading, any float dtype, on any device with float64; NaN for an absent head.
         labels: The labellings, the same for all heads of all blocks and on all ranks.
+        pairs: Which pairs are of different samples, bool [N, N].
+        counts: How many these are under every labelling.
         with_overlap: False for signed scores, whose means may be negative.
     """
-    sums = pair_sums.relabelled_sums(scores, labels.a.to(scores.device))
-    counts = PairCounts.of_groups(labels.n_a, labels.n_b)
-    nulls = {"cross_mean": Null(_cross_mean(sums, counts), sums.rounding / float(counts.ab))}
+    sums = pair_sums.relabelled_sums(scores, labels.a.to(scores.device), pairs)
+    nulls = {"cross_mean": Null(mean_of_pairs(sums, counts), sums.rounding / float(counts.ab.min()))}
     if with_overlap:
-        values = _overlap(sums, counts)
+        values = overlap_of_pairs(sums, counts)
         values = torch.where(values.isfinite().all(-1, keepdim=True), values, torch.nan)
         slope = sum((1 / part[..., 0] for part in sums[:4]), start=torch.zeros_like(sums.rounding))  # of log(sum)
         nulls["overlap"] = Null(values, 0.5 * sums.rounding * slope)
     return nulls
 
 
-def resampled_statistics(scores: Tensor, weights: Tensor, n_a: int, *, with_overlap: bool = True) -> dict[str, Tensor]:
-    """The statistics [..., R] when sample i is counted ``weights[i]`` times (weights [N, R], scores [..., N, N]).
-
-    Two copies of one sample are still a self-pair and are excluded: means run over the weight of different samples.
-    """
-    weights = weights.to(scores.device)
-    in_a, in_b = weights[:n_a], weights[n_a:]
-    sum_a, sum_b = in_a.sum(0), in_b.sum(0)
-    if not with_overlap:
-        return {"cross_mean": pair_sums.resampled_ab(scores, weights, n_a) / (sum_a * sum_b)}
-    sums = pair_sums.resampled_sums(scores, weights, n_a)
-    counts = PairCounts(sum_a**2 - (in_a**2).sum(0), sum_a * sum_b, sum_b**2 - (in_b**2).sum(0))
-    return {"cross_mean": _cross_mean(sums, counts), "overlap": _overlap(sums, counts)}
-
-
-def _cross_mean(sums: PairSums, counts: PairCounts) -> Tensor:
+def mean_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
+    """``cross_mean`` [..., P]."""
     return sums.ab / counts.ab.to(sums.ab)
 
 
-def _overlap(sums: PairSums, counts: PairCounts) -> Tensor:
-    """NaN where a sum is not above its rounding: its logarithm would be noise."""
-    log_counts = 0.5 * (counts.aa.log() + counts.bb.log()) - counts.ab.log()
-    log_sums = 0.5 * (sums.ab.log() + sums.ba.log() - sums.aa.log() - sums.bb.log())
-    smallest = torch.stack(sums[:4]).amin(0)
-    return torch.where(smallest > sums.rounding.unsqueeze(-1), log_sums + log_counts.to(log_sums), torch.nan)
+def overlap_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
+    """``overlap`` [..., P]; NaN where a sum is not above its rounding: its logarithm would be noise."""
+    log_sums = ((sums.ab / sums.aa) * (sums.ba / sums.bb)).log() * 0.5
+    smallest = torch.minimum(torch.minimum(sums.aa, sums.ab), torch.minimum(sums.ba, sums.bb))
+    return torch.where(smallest > sums.rounding.unsqueeze(-1), log_sums + counts.log.to(log_sums), torch.nan)
 
 
 def standardise(null: Null) -> Standardised:
@@ -241,20 +219,10 @@ def detectable_shift(null: Null, labels: Labels, alternative: Alternative, alpha
     return torch.where(deviation.square().mean(-1).sqrt() <= null.rounding, torch.nan, shift)
 
 
-def percentile_interval(resampled: Tensor, labels: Labels, confidence: float) -> tuple[Tensor, Tensor]:
-    """Low and high ends [...] of the middle ``confidence`` of the resampled values [..., R] that are defined.
-
-    NaN below three samples a task: with two, the only resample that has a pair of different samples is the task itself.
-    """
-    if min(labels.n_a, labels.n_b) < 3 or not resampled.shape[-1]:
-        nothing = resampled.new_full(resampled.shape[:-1], torch.nan)
-        return nothing, nothing
-    tail = (1 - confidence) / 2
-    ends = torch.stack([_quantile(resampled, tail), _quantile(resampled, 1 - tail)])
-    partly = resampled.isnan().any(-1)
-    if partly.any():
-        ends[:, partly] = torch.nanquantile(resampled[partly], resampled.new_tensor([tail, 1 - tail]), dim=-1)
-    return ends[0], ends[1]
+def null_band(null: Null, exhaustive: bool, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the null distribution and both ends of its middle ``share``, each [...]."""
+    reference, tail = null.reference(exhaustive), (1 - share) / 2
+    return reference.mean(-1), _quantile(reference, tail), _quantile(reference, 1 - tail)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

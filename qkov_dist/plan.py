@@ -48,7 +48,8 @@ class LayerPlan:
         query_heads: The query heads selected.
         heads: The native heads scored in each block, whether or not this rank owns a part of them.
         tiles: What this rank scores, site by site.
-        block_tiles: What this rank owns of whole blocks, selected heads or not: lambda is relative to their mean I.
+        slices: Every head's slices at these projections, selected or not, owned or not: lambda is relative to the mean
+            of I over them.
         block_sizes: Elements of each whole block over all ranks.
     """
 
@@ -57,7 +58,7 @@ class LayerPlan:
     query_heads: tuple[int, ...]
     heads: dict[str, tuple[int, ...]]
     tiles: tuple[Tile, ...]
-    block_tiles: tuple[Tile, ...]
+    slices: tuple[Tile, ...]
     block_sizes: dict[str, int]
 
 
@@ -198,7 +199,7 @@ def _plan_layer(
         query_heads=query_heads,
         heads={block: chosen for block, chosen in heads.items() if chosen},
         tiles=tuple(tile for tile in mine if tile.head in heads[tile.block]),
-        block_tiles=tuple(mine),
+        slices=tuple(slices),
         block_sizes=sizes,
     )
 

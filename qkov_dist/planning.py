@@ -239,11 +239,7 @@ class _Scene:
         mine = [turn[rank] for window in windows for turn in window]
         scored = [layer for layer in mine if layer is not None]
         every = [layer for window in windows for layer in layers_of(window)]
-        scoring, _ = self.scoring.flops(rank, scored)
-        _, ridge = self.scoring.flops(rank, every)
         sent = [self.scoring.sent(team, window) for window in windows]
-        if self.work.config.ridge.relative:
-            sent += [self.scoring.sent(team, self._rounds_of_blocks(window), whole_blocks=True) for window in windows]
         return Cost(
             weights=self.capture.weights(rank) if weights is None else weights,
             gathered=self.capture.gathered,
@@ -263,17 +259,12 @@ class _Scene:
             flops_forward=sum(one.forward for one in passes),
             flops_backward=sum(one.backward for one in passes),
             flops_kept=self.scoring.flops_kept(team, every),
-            flops_scoring=scoring,
-            flops_ridge=ridge,
+            flops_scoring=self.scoring.flops(rank, scored),
+            flops_ridge=self.scoring.flops_ridge(team, every),
             flops_statistics=self.statistics.flops(rank),
             elements=self.scoring.elements(rank, scored),
             batches=len(batches) * len(windows),
         )
-
-    def _rounds_of_blocks(self, window: Sequence[Round]) -> list[Round]:
-        """The rounds in which whole blocks are summed up, before the window's scores."""
-        wanted = layers_of(window)
-        return make_rounds([[n for n in wanted if of[n].block_area] for of in self.scoring.shares])
 
 
 def _most(numbers: Any) -> int:

@@ -30,6 +30,8 @@ SCRIPT = ("core.js", "marks.js", "heatmaps.js", "charts.js", "conflicts.js", "pa
 TEXT_BYTES = 1_500_000  # of all samples together, so that a page stays small
 LONGEST_TEXT, SHORTEST_TEXT = 4000, 60
 TESTS = {"p": "p_value", "q": "q_value", "p_max": "p_max", "effect": "effect_size"}
+TESTS |= {"effect_low": "effect_low", "effect_high": "effect_high"}
+BESIDE = {"low": "ci_low", "high": "ci_high", "null": "null_mean", "null_low": "null_low", "null_high": "null_high"}
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 _MARKER = '<meta name="qkov-run" content="{}">'
@@ -110,24 +112,21 @@ def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
     tests = test_arrays(heatmap, heatmap.deciding, block)
     arrays = {
         "score": heatmap.mean[block],
-        "score_low": means.get("ci_low"),
-        "score_high": means.get("ci_high"),
+        **{f"score_{name}": means.get(key) for name, key in BESIDE.items()},
         "stat": overlap.get("statistic"),
-        "stat_low": overlap.get("ci_low"),
-        "stat_high": overlap.get("ci_high"),
+        **{f"stat_{name}": overlap.get(key) for name, key in BESIDE.items()},
         "ridge": heatmap.fisher[block].get("ridge_share"),
         "share": heatmap.fisher[block].get("share_a"),
         **{name: tests.get(key) for name, key in TESTS.items()},
     }
     packed = {name: _base64(values, "<f4") for name, values in arrays.items() if name == "score" or _is_there(values)}
-    scores = None if heatmap.cross is None else heatmap.cross[block]
     return {
         "name": block,
         "axis": HEAD_DIM[block].replace("_", " "),
         "heads": heatmap.natives(block),
         "values": packed,
         "marks": _marks(heatmap, block) if heatmap.tests else None,
-        "pairs": None if scores is None else _base64(_strongest_pairs(heatmap, scores), "<i4"),
+        "pairs": None if heatmap.cross is None else _base64(_strongest_pairs(heatmap, block), "<i4"),
     }
 
 
@@ -150,10 +149,11 @@ def _finding(heatmap: Heatmap, finding: Finding) -> dict[str, Any]:
     return {"name": finding.name, "side": finding.side, "mark": finding.mark, "glyph": finding.glyph, "number": number}
 
 
-def _strongest_pairs(heatmap: Heatmap, scores: Any) -> Any:
+def _strongest_pairs(heatmap: Heatmap, block: str) -> Any:
     """For each head the place of its strongest pair in [n_a, n_b], flat; 0 where the head is absent."""
     sign = -1 if heatmap.attributes.get("score") == "signed" else 1
-    rows = ((sign * layer).reshape(len(layer), -1) for layer in scores)
+    view = heatmap[block]
+    rows = ((sign * view.of_different(layer)).reshape(len(layer), -1) for layer in heatmap.cross[block])  # type: ignore[index]
     return np.stack([np.argmax(np.where(np.isnan(row), -np.inf, row), axis=-1) for row in rows])
 
 

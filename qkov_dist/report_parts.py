@@ -96,7 +96,8 @@ def _block_cells(
         yield (_text(row[f"{name}_median"]),)
         for key in (f"{name}_{which}" for which in EXTREMES):
             interval = f"[{_text(row[f'{key}_ci_low'])}, {_text(row[f'{key}_ci_high'])}]"
-            yield f"{_text(row[key])} {interval}", _place(row, key)
+            mean, low, high = (_text(row[f"{key}_null_{end}"]) for end in ("mean", "low", "high"))
+            yield f"{_text(row[key])} {interval}", f"its null {mean} [{low}, {high}]", _place(row, key)
         yield (_text(row["q_smallest"]),)
         yield from ((_text(row[finding]),) for finding in names)
     if has_share:

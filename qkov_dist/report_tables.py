@@ -22,7 +22,12 @@ TEST_COLUMNS = (
     "statistic",
     "ci_low",
     "ci_high",
+    "null_mean",
+    "null_low",
+    "null_high",
     "effect_size",
+    "effect_low",
+    "effect_high",
     "direction",
     "p_value",
     "p_greater",
@@ -31,6 +36,7 @@ TEST_COLUMNS = (
     "q_value_by",
     "p_max",
 )
+BESIDE = ("ci_low", "ci_high", "null_mean", "null_low", "null_high")  # what stands beside a block's extreme values
 EXTREMES = {"largest": np.nanargmax, "lowest": np.nanargmin}
 
 
@@ -75,7 +81,7 @@ def blocks_table(heatmap: Heatmap) -> Table:
     columns = ["block", "heads", "layers", "share_a_median", "share_a_lowest", "share_a_highest", "score_mean"]
     columns += ["score_largest", "score_largest_layer", "score_largest_head"]
     if heatmap.tests:
-        name, parts = heatmap.deciding, ("", "_layer", "_head", "_ci_low", "_ci_high")
+        name, parts = heatmap.deciding, ("", "_layer", "_head", *(f"_{key}" for key in BESIDE))
         columns += [f"{name}_median", *(f"{name}_{which}{part}" for which in EXTREMES for part in parts)]
         columns += ["q_smallest", "significant", *(finding.name for finding in counts(heatmap))]
     return Table("blocks", tuple(columns), tuple(_block_row(heatmap, block) for block in heatmap.blocks))
@@ -91,7 +97,7 @@ def _block_row(heatmap: Heatmap, block: str) -> tuple[Cell, ...]:
         tests = heatmap.tests[block]
         row.append(_over(np.nanmedian, tests["statistic"]))
         for which in EXTREMES:
-            row += _extreme(heatmap, block, which, tests["statistic"], tests.get("ci_low"), tests.get("ci_high"))
+            row += _extreme(heatmap, block, which, tests["statistic"], *map(tests.get, BESIDE))
         row += [_over(np.nanmin, tests["q_value"]), *_significant(heatmap, found(heatmap, block))]
     return tuple(row)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .copies import different
 from .errors import QkovError
 from .labelled import Labelled, Variable, split_arrays
 from .slices import BLOCKS
@@ -35,15 +36,19 @@ class SampleTable:
         num_tokens: Labelled tokens, int64 [n].
         losses: Their own losses, float64 [n].
         texts: Their text, for reports ("" where there is none).
+        contents: Hashes of their tokens and labels (``copies``), by which a sample is known again; "" where unknown.
     """
 
     ids: tuple[str, ...]
     num_tokens: Ints
     losses: npt.NDArray[np.float64]
     texts: tuple[str, ...]
+    contents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "losses", "texts"):
+        if not self.contents:
+            object.__setattr__(self, "contents", ("",) * len(self.ids))
+        for name in ("num_tokens", "losses", "texts", "contents"):
             _check(f"samples: {name}", (len(self.ids),), np.shape(getattr(self, name)))
 
     def __len__(self) -> int:
@@ -142,6 +147,11 @@ class Heatmap(Mapping[str, BlockView]):
         found: Mapping[str, Any] = (self.statistics or {}).get(self.deciding, {})
         return found
 
+    @property
+    def different(self) -> npt.NDArray[np.bool_]:
+        """Which pairs of A x B are of different samples, bool [n_a, n_b]: not a sample and its copy."""
+        return different(self.samples_a.contents, self.samples_b.contents)
+
     def natives(self, block: str) -> tuple[int, ...]:
         """Head numbers along a block's native axis."""
         return self.heads if HEAD_DIM[block] == "head" else self.kv_heads
@@ -163,6 +173,7 @@ class Heatmap(Mapping[str, BlockView]):
             self.samples_b.ids,
             tests and tests["p_value"],
             conflict_is_low=self.attributes.get("score") == "signed",
+            different=self.different,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -219,6 +230,7 @@ class Heatmap(Mapping[str, BlockView]):
                 "num_tokens": table.num_tokens,
                 "loss": table.losses,
                 "text": table.texts,
+                "content": table.contents,
             }
             for name, values in columns.items():
                 yield Variable(f"samples/{task}/{name}", (f"sample_{task}",), values)
@@ -280,9 +292,19 @@ def cross_of_pooled(pooled: Mapping[str, Floats], num_a: int) -> dict[str, Float
     return {block: scores[..., :num_a, num_a:] for block, scores in pooled.items()}
 
 
-def mean_over_pairs(cross: Mapping[str, Floats]) -> dict[str, Floats]:
-    """Mean score over pairs in float64, [layer, native head]; NaN stays NaN."""
-    return {block: scores.mean(axis=(-2, -1), dtype=np.float64) for block, scores in cross.items()}
+def mean_over_pairs(
+    cross: Mapping[str, Floats], pairs: npt.NDArray[np.bool_] | None = None
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Mean score over pairs (of different samples, bool [n_a, n_b]; all by default), float64 [layer, native head].
+
+    NaN stays NaN, and is what there is where no pair is of different samples.
+    """
+    if pairs is None or pairs.all():
+        return {block: scores.mean(axis=(-2, -1), dtype=np.float64) for block, scores in cross.items()}
+    kept = {block: np.stack([layer[..., pairs] for layer in scores]) for block, scores in cross.items()}
+    if not pairs.any():
+        return {block: np.full(scores.shape[:2], np.nan) for block, scores in kept.items()}
+    return {block: scores.mean(axis=-1, dtype=np.float64) for block, scores in kept.items()}
 
 
 def _check(where: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:

@@ -23,7 +23,7 @@ from .engine import BlockScores
 from .exchange import Exchange
 from .expected_time import Phase, assumptions, expected
 from .factors import FactorStore
-from .finish import HEATMAP_FILE, finish
+from .finish import HEATMAP_FILE, finish, statistics_of
 from .frame import Frame, from_json, make_frame, to_json
 from .hardware import this_hardware
 from .hdf5_write import refuse_other_run
@@ -93,7 +93,8 @@ def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
     partial = read_partial(writer.path)
     frame = from_json(world.gather(partial.header.extra if world.rank == 0 else None)[0], str(writer.path))
     with measured.phase("combining"):
-        heatmap = finish(frame, lambda layer: partial.read_layer(layer.layer), config, path, world, voice)
+        read, tests = (lambda layer: partial.read_layer(layer.layer)), statistics_of(config)
+        heatmap = finish(frame, read, config, path, world, voice, tests)
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
     everyone = [Measured(**found) for found in world.gather(dataclasses.asdict(measured))]
@@ -211,6 +212,7 @@ def _store(job: Job, folder: Path, gpu_room: int) -> FactorStore:
         lengths=job.lengths_here,
         dtype=dtype,
         gradients_above=job.gradients_above(),
+        matmul_precision=compute.matmul_precision,
     )
 
 

@@ -7,6 +7,9 @@ R = max(I, epsilon) + lambda, every score is a matrix product of elementwise map
     signed         M_ij = sum_p g_i g_j / R
     symmetric      M_ij = sum_p |g_i| |g_j| / R
 
+A term with g = 0 is 0, also where R = 0: an element without any gradient adds nothing. Where R = 0 and some g is not 0
+(a Fisher of one task alone does not see the other's) the score is infinite, and refused as such.
+
 Contributions of disjoint tiles add up, so nothing here needs to know which head, layer or rank a tile belongs to. The
 two symmetric scores put 1/sqrt(R) on both sides, which makes M_AB and M_BA transposes of each other.
 """
@@ -37,7 +40,7 @@ class FisherSums:
         from_a: The part of it that task A's samples contribute.
         count: Number of elements.
         minimum: Smallest I.
-        below_ridge: Number of elements whose I is smaller than lambda.
+        below_ridge: Number of elements whose I is smaller than epsilon or lambda.
     """
 
     total: float
@@ -83,14 +86,17 @@ def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
     return weights @ gradients.square()
 
 
-def fisher_sums(by_task: Tensor, ridge: float) -> list[FisherSums]:
-    """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [2, heads, P]."""
+def fisher_sums(by_task: Tensor, least: float) -> list[FisherSums]:
+    """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [2, heads, P].
+
+    ``least`` is what I must exceed to have a say: the larger of epsilon and lambda.
+    """
     fisher = by_task.sum(0)
     found = [
         fisher.sum(1, dtype=torch.float64),
         by_task[0].sum(1, dtype=torch.float64),
         fisher.amin(1).double(),
-        (fisher < ridge).sum(1).double(),
+        (fisher < least).sum(1).double(),
     ]
     numbers = torch.stack(found, dim=1).tolist()  # all at once: each transfer from a GPU waits for it
     count = fisher.shape[1]
@@ -106,10 +112,15 @@ def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tens
         score: Which score.
     """
     if score == "interference":
-        return gradients.square() * inverse, gradients.abs()
-    scaled = gradients * inverse.sqrt()
+        return _product(gradients.square(), inverse), gradients.abs()
+    scaled = _product(gradients, inverse.sqrt())
     scaled = scaled.abs() if score == "symmetric" else scaled
     return scaled, scaled
+
+
+def _product(values: Tensor, factor: Tensor) -> Tensor:
+    """The product, 0 where a value is 0 though its factor is infinite."""
+    return torch.where(values == 0, values, values * factor)
 
 
 def fisher_and_maps(gradients: Tensor, weights: Tensor, floor: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,11 +19,11 @@ class ScoreSettings:
     """How scores are formed; the meaning of each is in SPEC's metric and in :mod:`qkov_dist.score`."""
 
     score: Score = "interference"
-    epsilon: float = 1e-10
-    ridge_absolute: float = 1e-8
-    ridge_relative: float = 0.0
+    epsilon: float = 0.0
+    ridge_absolute: float = 0.0
+    ridge_relative: float = 1e-3
     dtype: torch.dtype = torch.float32
-    matmul_precision: str = "highest"  # torch's, of float32 products
+    matmul_precision: str = "highest"  # of float32 products, whatever the process has set
     device: torch.device | str = "cpu"
     compile: bool = False
     scratch: Path | None = None  # where scores are that are too large for memory

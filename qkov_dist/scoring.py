@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
-from .engine import BlockTotals, LayerSource, Roles, Scored, ScoreSettings, layer_totals, score_layers
+import torch
+
+from .block_totals import BlockTotals, block_totals
+from .engine import LayerSource, Roles, Scored, ScoreSettings, score_layers
 from .exchange import Exchange
+from .kernel import Buffers
 from .plan import LayerPlan, Plan
 from .rounds import Round, layers_of, make_rounds
 from .team import Team
+from .workers import workers
 
 
 def rounds_of(plan: Plan, team: Team, *, done: Callable[[int], bool] = lambda layer: False) -> list[Round]:
@@ -52,7 +57,7 @@ def score_rounds(
     layers = {layer.layer: layer for layer in plan.layers}
     totals: Mapping[int, BlockTotals] = {}
     if settings.ridge_relative:
-        totals = _totals(layers, rounds, exchange, roles, settings, team)
+        totals = _totals(layers, rounds, exchange, roles, settings)
     yield from score_layers(_sources(layers, rounds, exchange, team, before_round), roles, settings, totals)
 
 
@@ -71,25 +76,21 @@ def _sources(
 
 
 def _totals(
-    layers: Mapping[int, LayerPlan],
-    rounds: Sequence[Round],
-    exchange: Exchange,
-    roles: Roles,
-    settings: ScoreSettings,
-    team: Team,
+    layers: Mapping[int, LayerPlan], rounds: Sequence[Round], exchange: Exchange, roles: Roles, settings: ScoreSettings
 ) -> dict[int, BlockTotals]:
-    """Each layer's sum of I over its whole blocks, over all ranks; a pass of its own over the factors.
+    """Each layer's sum of I over its whole blocks, over all ranks: of each rank's own samples, before any exchange."""
+    wanted, store = layers_of(rounds), exchange.store
+    there = wanted if store.sites else []  # of a rank that ran no sample there is nothing
 
-    A rank takes part with what it owns of a block, also where the heads to be scored are another's.
-    """
-    wanted = layers_of(rounds)
-    owned = [number for number in wanted if number in layers and layers[number].block_tiles]
-    sources = _sources(layers, make_rounds(team.world.gather(owned)), exchange, team)
-    mine = {str(layer.layer): found for layer, found in layer_totals(sources, roles, settings)}
-    summed: dict[int, BlockTotals] = {}
-    for theirs in team.world.gather(mine):
+    def of_layer(number: int, _buffers: Buffers) -> BlockTotals:
+        return block_totals(layers[number], store, roles, settings, exchange.seen)
+
+    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
+        waiting = {str(number): submit(of_layer, number) for number in there}
+        mine = {number: wait() for number, wait in waiting.items()}
+    summed = {number: dict.fromkeys(layers[number].block_sizes, 0.0) for number in wanted}
+    for theirs in exchange.team.world.gather(mine):
         for number, blocks in theirs.items():
-            known = summed.setdefault(int(number), {})
             for block, total in blocks.items():
-                known[block] = known.get(block, 0.0) + total
+                summed[int(number)][block] += total
     return summed

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from .block_totals import norm_flops
 from .capture import Site
 from .forms import GRADIENT_BYTES, factor_bytes
 from .frame import FrameLayer
@@ -99,17 +100,31 @@ class ScoringCost:
                 flops += 2 * area * sum(length for length in lengths if length > share.above)
         return flops
 
-    def flops(self, rank: int, layers: Sequence[int]) -> tuple[int, int]:
-        """Operations of a rank's scores, and of the sums of I that a relative ridge needs."""
+    def flops_ridge(self, team: Team, layers: Sequence[int]) -> int:
+        """Operations of the sums of I that a relative ridge needs, of the samples that a rank runs."""
+        if not self.work.config.ridge.relative:
+            return 0
+        lengths, flops = self.dealt.lengths[team.peers.rank], 0
+        for layer in layers:
+            captured = self._captured(layer)
+            readers = Counter(share.input for _, _, share in captured)
+            for site, projection, share in captured:
+                rect = team.local.get(site) if self._is_cut_by_hooks(site) else None
+                shape = (rect or Rect.of_shape(*projection.shape)).shape
+                factored = (length for length in lengths if length <= share.above)
+                flops += sum(norm_flops(length, *shape, readers[share.input]) for length in factored)
+        return flops
+
+    def flops(self, rank: int, layers: Sequence[int]) -> int:
+        """Operations of a rank's scores."""
         (left, right), num = self.work.pairs, sum(self.work.num_samples)
-        scoring, ridge = 0, 0
+        scoring = 0
         for share, times in self._counted(rank, layers):
             for site in share.sites:
                 tokens = self.work.padded_tokens(site.above)
                 scoring += times * 2 * site.area * (tokens + 2 * num + left * right)
                 scoring += times * 2 * site.bias_area * (2 * num + left * right)
-                ridge += times * 2 * site.block_area * tokens
-        return scoring, ridge if self.work.config.ridge.relative else 0
+        return scoring
 
     def elements(self, rank: int, layers: Sequence[int]) -> int:
         """Elements of all gradients that a rank forms for its scores."""
@@ -118,11 +133,8 @@ class ScoringCost:
         )
         return self.work.scoring.num_samples * sum(areas)
 
-    def sent(self, team: Team, rounds: Sequence[Round], *, whole_blocks: bool = False) -> Sent:
-        """Bytes of factors of a rank's samples that go to the owners of each round's layers, and what comes here.
-
-        ``whole_blocks``: the rounds are those in which I is summed over whole blocks.
-        """
+    def sent(self, team: Team, rounds: Sequence[Round]) -> Sent:
+        """Bytes of factors of a rank's samples that go to the owners of each round's layers, and what comes here."""
         if team.peers.size == 1:
             return Sent()
         rank, to_others, largest, in_work = team.world.rank, 0, 0, 0
@@ -133,7 +145,7 @@ class ScoringCost:
             others = self._bytes(self._needs_of_all(team.peer_ranks, turn), held) - self._bytes(mine, held)
             to_others += others
             largest = max(largest, others + self._bytes(mine, self._held) + in_work)
-            in_work = self._received_last(rank, turn[rank], whole_blocks=whole_blocks)
+            in_work = self._received_last(rank, turn[rank])
         return Sent(to_others, largest)
 
     @cached_property
@@ -164,9 +176,9 @@ class ScoringCost:
             return ()
         return tuple((site.above, site.cols + site.rows, site.whole) for site in self.shares[rank][layer].sites)
 
-    def _received_last(self, rank: int, layer: int | None, *, whole_blocks: bool) -> int:
+    def _received_last(self, rank: int, layer: int | None) -> int:
         """What was sent for the projection that is still in work when the next round begins."""
-        if layer is None or not (order := self.shares[rank][layer].in_order(whole_blocks=whole_blocks)):
+        if layer is None or not (order := self.shares[rank][layer].in_order()):
             return 0
         sites = {site.place: site for site in self.shares[rank][layer].sites}
         last = order[-1]
@@ -186,8 +198,7 @@ class ScoringCost:
         shares = [(share, times) for share, times in self._counted(rank, layers) if share.heads]
         compiled = self._compiles(rank)
         tiles = max((self._tiles(share, compiled) for share, _ in shares), default=0)
-        both = (False, True) if self.work.config.ridge.relative else (False,)
-        return tiles + max(self._padded_factors(shares, whole_blocks=blocks) for blocks in both)
+        return tiles + self._padded_factors(shares)
 
     def _compiles(self, rank: int) -> bool:
         """Whether the elementwise part of a rank's scores is compiled."""
@@ -277,11 +288,11 @@ class ScoringCost:
         together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
         return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
-    def _padded_factors(self, shares: Sequence[tuple[LayerShare, int]], *, whole_blocks: bool) -> int:
+    def _padded_factors(self, shares: Sequence[tuple[LayerShare, int]]) -> int:
         """Bytes of two projections' factors in the type of scores, one in work and one on its way."""
         within, firsts, lasts = [0], [0], [0]
         for share, _ in shares:
-            order = share.in_order(whole_blocks=whole_blocks)
+            order = share.in_order()
             pairs: list[Sequence[SiteShare]] = [*pairwise(order)] or [order]
             within += [self._copies_of(share, pair) for pair in pairs]
             firsts.append(self._copies_of(share, order[:1]))

@@ -31,7 +31,6 @@ class SiteShare:
         input: Place of the projection whose X it reads.
         area: Elements of selected heads of its weight.
         bias_area: Elements of selected heads of its bias, and those that no head owns.
-        block_area: Elements of its weight in whole blocks, selected heads or not.
         cols: Features of X that have to come with this site; 0 where another site's X is read.
         rows: Features of D.
         whole: Elements of a gradient that is kept as such.
@@ -42,7 +41,6 @@ class SiteShare:
     input: int
     area: int = 0
     bias_area: int = 0
-    block_area: int = 0
     cols: int = 0
     rows: int = 0
     whole: int = 0
@@ -57,18 +55,16 @@ class LayerShare:
         heads: By block, the heads of which the rank owns an element.
         every_head: By block, the heads that are scored by any rank.
         tile: Elements of the rank's largest tile, or of those that it works on together.
-        block_area: Elements that it owns of whole blocks, selected heads or not.
     """
 
     sites: tuple[SiteShare, ...]
     heads: Mapping[str, tuple[int, ...]]
     every_head: Mapping[str, tuple[int, ...]]
     tile: int
-    block_area: int
 
-    def in_order(self, *, whole_blocks: bool) -> list[SiteShare]:
-        """The projections of which the rank scores an element, or sums one up, in the order in which it does."""
-        areas = {site: site.block_area if whole_blocks else site.area + site.bias_area for site in self.sites}
+    def in_order(self) -> list[SiteShare]:
+        """The projections of which the rank scores an element, in the order in which it does."""
+        areas = {site: site.area + site.bias_area for site in self.sites}
         sites = {site.place: site for site, area in areas.items() if area}
         work = {place: (site.input, areas[site]) for place, site in sites.items()}
         return [sites[place] for place in in_order_of_work(work)]
@@ -138,7 +134,6 @@ def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerShare:
         {block: tuple(sorted(found)) for block, found in heads.items()},
         plan.heads,
         _largest_tile(plan, scoring),
-        sum(tile.rect.area for tile in plan.block_tiles),
     )
 
 
@@ -162,7 +157,6 @@ def _site_shares(layer: AttentionLayer, plan: LayerPlan, owned: Owned, scoring: 
             input=places[sharing[site]],
             area=count(plan.tiles, site, False),
             bias_area=count(plan.tiles, site, True),
-            block_area=count(plan.block_tiles, site, False),
             cols=width("x", site),
             rows=width("d", site),
             whole=width("g", site),

@@ -8,8 +8,9 @@ Two statistics are tested; one, ``overlap`` where it is defined, decides ``resul
 test is two-sided: it finds every head in which the labels matter, and ``direction``, the sign of the effect size, says
 how. One-sided p-values are stored beside it.
 
-    overlap               above its null   the tasks press on each other more than on themselves: contested
-                          below            less than on themselves: they use the head's weights differently
+    overlap               above its null   contested: gradients of one task are large where the other's are, more than
+                                           for random halves of the pool
+                          below            apart: less than for random halves, which may still be above 0
     cross_mean of signed  above            their gradients agree more than those of random halves: synergy
                           below            less; conflict where the mean itself is negative
 
@@ -25,15 +26,16 @@ a factor, the ``interference`` m_ab exceeds its mean over labellings whenever A'
 ``symmetric`` it never does, as r <= (1 + r)^2 / 4. The observed ``overlap`` has no such factor in it: m_ab m_ba and
 m_aa m_bb scale alike. Unequal scales still widen and raise its *null* (mixed groups are more varied), which makes
 ``greater`` conservative but lets ``less`` and ``two-sided`` find scale alone: a head below its null may be one that the
-tasks merely use at another scale. Self-pairs being excluded, the null mean is slightly above 0: compare with the null
-(``effect_size``), not with 0. For ``signed``, whose means may be negative, only ``cross_mean`` exists.
+tasks merely use at another scale. Self-pairs being excluded, the null lies above 0, the more the samples' norms vary:
+what is tested is the distance from it (``null_mean`` with its band ``null_low`` to ``null_high``, ``effect_size``), not
+from 0. A head below its null may lie above 0. For ``signed``, whose means may be negative, only ``cross_mean`` exists.
 
 Ranks that hold the scores of different layers test them there (``layer_tests``) and ask ``results`` together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -42,6 +44,7 @@ import torch
 from torch import Tensor
 
 from . import permutation
+from .copies import different_pairs
 from .errors import QkovError
 from .head_tests import Design, Statistic
 from .layer_tests import LayerTests, layer_tests
@@ -65,11 +68,10 @@ class QKOVStatistics:
     Args:
         fdr_alpha: A head is significant where its Benjamini-Hochberg q-value is at most this.
         n_permutations: Labellings to draw; where no more than these exist, all are enumerated instead.
-        n_bootstrap: Resamples for the intervals; 0 leaves these NaN.
-        seed: Of labellings and resamples.
+        seed: Of labellings.
         alternative: ``two-sided`` (distance from the null mean), ``greater`` or ``less``.
         statistic: Which one decides ``fdr_corrected``; None is ``overlap``, or ``cross_mean`` for signed scores.
-        confidence: Of the percentile bootstrap intervals.
+        confidence: Of the jackknife's intervals, and the share of the null that its band holds.
         power: At which the smallest detectable effect is given, for one head tested alone at ``fdr_alpha``.
 
     Raises:
@@ -78,7 +80,6 @@ class QKOVStatistics:
 
     fdr_alpha: float = 0.05
     n_permutations: int = 1000
-    n_bootstrap: int = 1000
     seed: int = 0
     alternative: Alternative = "two-sided"
     statistic: Statistic | None = None
@@ -87,7 +88,7 @@ class QKOVStatistics:
 
     def __post_init__(self) -> None:
         between = {name: 0 < getattr(self, name) < 1 for name in ("fdr_alpha", "confidence", "power")}
-        at_least = {"n_permutations": 2, "n_bootstrap": 0, "seed": 0}
+        at_least = {"n_permutations": 2, "seed": 0}
         choices = {"alternative": get_args(Alternative), "statistic": (None, *get_args(Statistic))}
         wrong = (
             [(name, "a number between 0 and 1") for name, is_right in between.items() if not is_right]
@@ -113,8 +114,20 @@ class QKOVStatistics:
             )
         return ("cross_mean",)
 
-    def design(self, n_a: int, n_b: int, names: tuple[Statistic, ...] = ("cross_mean", "overlap")) -> Design:
-        """What the tests of all heads share: a function of the settings and the sample counts alone.
+    def design(
+        self,
+        n_a: int,
+        n_b: int,
+        names: tuple[Statistic, ...] = ("cross_mean", "overlap"),
+        contents: Sequence[str] | None = None,
+    ) -> Design:
+        """What the tests of all heads share: a function of the settings and the samples alone.
+
+        Args:
+            n_a: Samples of A.
+            n_b: Samples of B.
+            names: The statistics.
+            contents: Of all samples, A's first (``SampleTable.contents``), by which copies are known; None: no copies.
 
         Raises:
             QkovError: for fewer than two samples of a task.
@@ -126,8 +139,8 @@ class QKOVStatistics:
                     f"statistics, task {task}", expected="at least 2 samples", got=f"{num_samples}", remedy=remedy
                 )
         labels = permutation.draw_labels(self.seed, n_a, n_b, self.n_permutations)
-        resamples = permutation.draw_resamples(self.seed, n_a, n_b, self.n_bootstrap)
-        return Design(labels, resamples, names, self.alternative, self.fdr_alpha, self.power, self.confidence)
+        pairs = torch.from_numpy(different_pairs([""] * (n_a + n_b) if contents is None else contents))
+        return Design(labels, pairs, names, self.alternative, self.fdr_alpha, self.power, self.confidence)
 
     def test_heatmap(self, heatmap: Heatmap) -> StatisticsResult:
         """Test every native head of every block.
@@ -139,7 +152,8 @@ class QKOVStatistics:
         names = self.names(str(heatmap.attributes["score"]))
         pooled = _pooled_scores(heatmap)
         ids_a, ids_b = heatmap.samples_a.ids, heatmap.samples_b.ids
-        design = self.design(len(ids_a), len(ids_b), names)
+        contents = (*heatmap.samples_a.contents, *heatmap.samples_b.contents)
+        design = self.design(len(ids_a), len(ids_b), names, contents)
         heads = {block: heatmap.natives(block) for block in pooled}
         tests = LayerTests.joined(
             layer_tests(design, layer, _layer_scores(pooled, place), heads, (*ids_a, *ids_b))

@@ -1,10 +1,10 @@
-"""What tests cost a rank: operations of its heads' permutations and resamples, and the bytes that adding up takes.
+"""What tests cost a rank: operations of its heads' permutations and intervals, and the bytes that adding up takes.
 
 Operations are those of the matrix products, which nearly all of the time goes to.
 
     relabelled   2 P operations for each element of a head's scores from its block of rows' diagonal to the right, for P
                  labellings
-    resampled    the same in a triangle of each task and in two rectangles between them; of signed scores in one
+    jackknife    4 N^2 operations for each of the labellings that are looked at without each sample
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import comb
 
+from .jackknife import LABELLINGS
 from .scoring_cost import ScoringCost
 from .scratch import IN_MEMORY_BYTES
 from .slices import BLOCKS
@@ -36,7 +37,7 @@ class StatisticsCost:
         heatmap = 0 if rank else self._heatmap
         if not self.scoring.work.config.statistics.enabled:
             return self._layer + heatmap
-        labels = 8 * sum(self.scoring.work.num_samples) * (self._labellings + self._resamples)
+        labels = 8 * sum(self.scoring.work.num_samples) * (self._labellings + self._left_out)
         return labels + TEST_BYTES + self._layer + heatmap
 
     @cached_property
@@ -45,10 +46,8 @@ class StatisticsCost:
         config, (num_a, num_b) = self.scoring.work.config, self.scoring.work.num_samples
         if not config.statistics.enabled:
             return 0
-        resampled = num_a * num_b
-        if config.metric.score != "signed":
-            resampled = triangle(num_a) + triangle(num_b) + 2 * num_a * num_b
-        return 2 * (triangle(num_a + num_b) * self._labellings + resampled * self._resamples)
+        num = num_a + num_b
+        return 2 * triangle(num) * self._labellings + 4 * num * num * self._left_out
 
     @property
     def _labellings(self) -> int:
@@ -58,8 +57,8 @@ class StatisticsCost:
         return every if every <= drawn else drawn + 1
 
     @property
-    def _resamples(self) -> int:
-        return self.scoring.work.config.statistics.bootstrap
+    def _left_out(self) -> int:
+        return 1 + min(self._labellings - 1, LABELLINGS)
 
     @cached_property
     def _layer(self) -> int:

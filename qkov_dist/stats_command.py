@@ -1,7 +1,8 @@
 """``qkov stats``: a finished run tested again with other settings, from the scores that are on disk.
 
 The tests need scores among all pooled samples. They are in ``heatmap.h5`` with ``output.pairs: all``, and are the sum
-of the ranks' partial files otherwise. Scores in ``heatmap.h5`` stay as they are; only the tests are replaced.
+of the ranks' partial files otherwise. Scores in ``heatmap.h5`` stay as they are; only the tests are replaced, and what
+they replace is said.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ from typing import Any
 from .combine import combine
 from .errors import QkovError
 from .finish import HEATMAP_FILE
+from .hdf5_write import refuse_other_run
 from .merge_command import gather_partials
 from .partials import list_partials
 from .results import Heatmap
 from .statistics import QKOVStatistics
 from .store import load_heatmap
+from .stored_tests import changes, settings_of, stored_settings
 from .world import Alone
 
 Say = Callable[[str], object]
 
 
-def retest(folder: Path, changes: Mapping[str, Any], say: Say) -> Heatmap:
+def retest(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | None = None) -> Heatmap:
     """Test a finished run again and write the tests into its ``heatmap.h5``, which is replaced whole or not at all.
 
     Args:
         folder: The run's output folder.
-        changes: Settings of ``QKOVStatistics`` that replace those of the last test.
+        settings: Of ``QKOVStatistics``; they replace those of the last test.
         say: Takes one line about each stage.
+        output: Another file to write, with the same scores; ``heatmap.h5`` then stays as it is.
 
     Returns:
         The heatmap as written.
@@ -42,8 +46,11 @@ def retest(folder: Path, changes: Mapping[str, Any], say: Say) -> Heatmap:
     if not path.exists():
         remedy = "Finish the run with `qkov run`, or name its output.dir."
         raise QkovError(str(path), expected="the heatmap of a finished run", got="no such file", remedy=remedy)
-    stored = load_heatmap(path)
-    tests = QKOVStatistics(**{**_last_settings(stored), **changes})
+    stored, output = load_heatmap(path), output or path
+    last = settings_of(stored.attributes, stored.statistics)
+    tests = QKOVStatistics(**{**last, **settings})
+    refuse_other_run(output, stored.run_id)
+    _say_what_is_replaced(output, tests, str(stored.attributes["score"]), say)
     if stored.pooled is not None:
         say("testing heads")
         results: Mapping[str, Any] = tests.test_heatmap(stored)
@@ -51,21 +58,19 @@ def retest(folder: Path, changes: Mapping[str, Any], say: Say) -> Heatmap:
         results = _tested_partials(folder, stored.run_id, tests, say)
     seeds = {**stored.attributes.get("seeds", {}), "statistics": tests.seed}
     tested = dataclasses.replace(stored, attributes={**stored.attributes, "seeds": seeds}).with_statistics(results)
-    tested.save(path)  # with the scores that it had: those that are not in the file are not in ``stored``
+    tested.save(output)  # with the scores that it had: those that are not in the file are not in ``stored``
     for note in results["notes"]:
         say(f"note: {note}")
     return tested
 
 
-def _last_settings(heatmap: Heatmap) -> dict[str, Any]:
-    """The settings of the last test; of a run that was never tested, those of its configuration."""
-    known = {entry.name for entry in dataclasses.fields(QKOVStatistics)}
-    if heatmap.statistics is not None:
-        return {name: value for name, value in heatmap.statistics.get("settings", {}).items() if name in known}
-    config = heatmap.attributes.get("config")
-    section = config.get("statistics", {}) if isinstance(config, Mapping) else {}
-    names = {"permutations": "n_permutations", "bootstrap": "n_bootstrap", "fdr_alpha": "fdr_alpha", "seed": "seed"}
-    return {name: section[key] for key, name in names.items() if key in section}
+def _say_what_is_replaced(output: Path, tests: QKOVStatistics, score: str, say: Say) -> None:
+    before = stored_settings(output)
+    if before is None:
+        say(f"writing tests into {output}")
+        return
+    changed = ", ".join(changes(before, tests, score)) or "the same settings"
+    say(f"replacing the tests in {output} ({changed})")
 
 
 def _tested_partials(folder: Path, run_id: str, tests: QKOVStatistics, say: Say) -> Mapping[str, Any]:

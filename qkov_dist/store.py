@@ -8,7 +8,7 @@
     /fisher/{B}/{mean,min,ridge_share,share_a}          [layer, head] float64
     /shared/O_bias/{scores,heatmap}                     [layer, a, b], [layer]: O's bias belongs to no head
     /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
-    /samples/{a,b}/{id,num_tokens,loss,text}            [a] or [b]
+    /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
     /group                 [layer]                      query heads of one kv head
 
 ``head`` is ``kv_head`` for K and V. How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
@@ -107,6 +107,7 @@ def _samples(reader: Reader, task: str) -> SampleTable:
         reader.array(f"{group}/num_tokens", (count,), "iu"),
         reader.array(f"{group}/loss", (count,)),
         reader.strings(f"{group}/text", count),
+        reader.strings(f"{group}/content", count) if reader.has(f"{group}/content") else (),
     )
 
 

@@ -18,11 +18,11 @@ from .kinds import FRACTION, Kind, as_it_is, one_of, whole, written
 from .results import Heatmap
 
 ABOVE_ALL = 2**31  # numbers of layers and heads
-_MOST_DRAWN = 10**7  # labellings or resamples, which testing again would draw
+_MOST_DRAWN = 10**7  # labellings, which testing again would draw
 _STATISTICS = ("cross_mean", "overlap")
 _ALWAYS = {"statistic", "p_value", "q_value"}
-_INTERVAL = {"ci_low", "ci_high"}
-_BY_HEAD = _ALWAYS | _INTERVAL | {"effect_size", "p_greater", "p_less", "p_max", "q_value_by"}
+_PAIRED = ({"ci_low", "ci_high"}, {"effect_low", "effect_high"}, {"null_mean", "null_low", "null_high"})
+_BY_HEAD = _ALWAYS.union(*_PAIRED, {"effect_size", "p_greater", "p_less", "p_max", "q_value_by"})
 
 _STRING = as_it_is("text", lambda value: isinstance(value, str))
 _STRINGS = as_it_is(
@@ -45,10 +45,14 @@ _ATTRIBUTES: Mapping[str, Kind] = {
     "warnings": _STRINGS,
     "notes": _STRINGS,
 }
-_CONFIGURED: Mapping[str, Kind] = {"permutations": _DRAWN, "bootstrap": _DRAWN, "fdr_alpha": FRACTION, "seed": whole(0)}
+_CONFIGURED: Mapping[str, Kind] = {
+    "permutations": _DRAWN,
+    **dict.fromkeys(("fdr_alpha", "confidence"), FRACTION),
+    "seed": whole(0),
+}
 _SETTINGS: Mapping[str, Kind] = {
     **dict.fromkeys(("fdr_alpha", "confidence", "power"), FRACTION),
-    **dict.fromkeys(("n_permutations", "n_bootstrap"), _DRAWN),
+    "n_permutations": _DRAWN,
     "seed": whole(0),
     "n_labellings": whole(1),
     "statistic": one_of(*_STATISTICS),
@@ -97,8 +101,9 @@ def _check_tests(place: str, tests: object, shape: tuple[int, ...]) -> None:
     """One statistic of one block: what every test has, what comes in pairs, and a number for each head in each."""
     if not isinstance(tests, Mapping) or not tests.keys() >= _ALWAYS:
         raise _wrong(place, f"arrays {', '.join(sorted(_ALWAYS))}", "none, or not all")
-    if len(_INTERVAL & tests.keys()) == 1:
-        raise _wrong(place, "both ends of an interval", "one")
+    for together in _PAIRED:
+        if (found := together & tests.keys()) and found != together:
+            raise _wrong(place, f"all of {', '.join(sorted(together))}", ", ".join(sorted(found)))
     for name in sorted(_BY_HEAD & tests.keys()):
         if np.shape(tests[name]) != shape or np.asarray(tests[name]).dtype.kind != "f":
             raise _wrong(f"{place}/{name}", f"numbers of shape {shape}", written(tests[name]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from .findings import found, name_of, significance
+from .findings import found, name_of, null_of, significance
 from .results import Heatmap
 
 NUM_SHOWN = 5
@@ -17,9 +17,9 @@ def print_summary(heatmap: Heatmap, folder: str | Path, file: str = "heatmap.h5"
     """Print each block's strongest heads and the path of the file, to stdout."""
     score = heatmap.attributes["score"]
     rows = [row for block in heatmap.blocks for row in _strongest(heatmap, block)]
-    headers = ["block", "layer", "head", f"mean {score}"] + (
-        [heatmap.deciding, "q", "finding"] if heatmap.tests else []
-    )
+    headers = ["block", "layer", "head", f"mean {score}"]
+    if heatmap.tests:
+        headers += [heatmap.deciding, *(["its null"] if _knows_null(heatmap) else []), "q", "finding"]
     print(f"\n{heatmap.task_a} x {heatmap.task_b}: strongest heads of each block (K, V: kv heads)\n")
     print(tabulate(rows, headers=headers, floatfmt=".4g"))
     print(f"\nsignificant: {significance(heatmap)}")
@@ -44,6 +44,15 @@ def _strongest(heatmap: Heatmap, block: str) -> list[list[object]]:
         row: list[object] = [block, heatmap.layers[at[0]], heatmap.natives(block)[at[1]], float(mean[at])]
         if codes is not None:
             tests = heatmap.tests[block]
-            row += [float(tests["statistic"][at]), float(tests["q_value"][at]), name_of(heatmap, int(codes[at])) or "-"]
+            row.append(float(tests["statistic"][at]))
+            if _knows_null(heatmap):
+                null = null_of(tests, int(at[0]), int(at[1]))
+                row.append("-" if null is None else "{:.3g} [{:.3g}, {:.3g}]".format(*null))
+            row += [float(tests["q_value"][at]), name_of(heatmap, int(codes[at])) or "-"]
         rows.append(row)
     return rows
+
+
+def _knows_null(heatmap: Heatmap) -> bool:
+    """Whether the file says where heads lie under exchanged labels; files of before do not."""
+    return any("null_mean" in heatmap.tests[block] for block in heatmap.blocks)

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from .batches import Batch, make_batches
 from .capture import Site
+from .copies import different_pairs
 from .engine import Roles, ScoreSettings, score_layer
 from .errors import QkovError
 from .losses import sample_losses
 from .modes import evaluating, input_device
-from .permutation import resampled_statistics
+from .permutation import draw_labels, head_nulls, pair_counts
 from .samples import Sample
 from .score import Score, sample_gradients
 from .slices import BLOCKS, HeadSlice, Projection
@@ -241,14 +242,17 @@ def _pooled_statistics(captured: Captured, score: Score) -> dict[Target, dict[st
     """``cross_mean`` and, but for signed scores, ``overlap`` of every head examined."""
     subject, num = captured.subject, captured.subject.num_samples
     roles = Roles(tuple(range(num)), subject.roles().weights, slice(0, num), slice(0, num))
-    once = torch.ones((num, 1), dtype=torch.float64)
+    observed = draw_labels(0, len(subject.a), len(subject.b), 0)
+    pairs = torch.from_numpy(different_pairs([""] * num))
+    counts = pair_counts(observed, pairs)
     device = next(subject.model.parameters()).device
     found = {}
     for layer in subject.plan().layers:
         for block, part in score_layer(layer, captured.store, roles, ScoreSettings(score=score, device=device)).items():
-            values = resampled_statistics(part.scores.cpu(), once, len(subject.a), with_overlap=score != "signed")
+            nulls = head_nulls(part.scores.cpu(), observed, pairs, counts, with_overlap=score != "signed")
             for place, head in enumerate(part.heads):
-                found[Target(layer.layer, block, head)] = {k: float(v[place, 0]) for k, v in values.items()}
+                values = {name: float(null.values[place, 0]) for name, null in nulls.items()}
+                found[Target(layer.layer, block, head)] = values
     return found
 
 

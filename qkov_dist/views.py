@@ -49,6 +49,7 @@ class BlockView(Mapping[str, Any]):
         ids_b: Ids of B's samples.
         p_values: Of each head by the statistic that decides, [layer, native head], or None before a test.
         conflict_is_low: Whether conflict means a low score (``signed``: gradients point against each other).
+        different: Which pairs are of different samples, bool [n_a, n_b]; others are no conflict. None: all.
     """
 
     block: str
@@ -62,6 +63,7 @@ class BlockView(Mapping[str, Any]):
     ids_b: tuple[str, ...]
     p_values: Floats | None = None
     conflict_is_low: bool = False
+    different: npt.NDArray[np.bool_] | None = None
 
     def __getitem__(self, name: str) -> Any:
         if name not in tuple(self):
@@ -110,9 +112,16 @@ class BlockView(Mapping[str, Any]):
         found = [
             (-sign * float(layer_scores.flat[place]), layer, int(place))
             for layer, layer_scores in enumerate(pairs)
-            for place in _largest(sign * layer_scores.ravel(), count)
+            for place in _largest(sign * self.of_different(layer_scores).ravel(), count)
         ]
         return [self._conflict(layer, place) for _, layer, place in sorted(found)[: max(count, 0)]]
+
+    def of_different(self, scores: Floats) -> Floats:
+        """Scores [..., n_a, n_b], NaN for a sample and its copy."""
+        if self.different is None or self.different.all():
+            return scores
+        kept: Floats = np.where(self.different, scores, np.array(np.nan, scores.dtype))
+        return kept
 
     def _conflict(self, layer: int, place: int) -> dict[str, Any]:
         pairs = self._pairs()

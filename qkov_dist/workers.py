@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .kernel import Buffers
+from .numerics import products_as
 
 Submit = Callable[..., Callable[[], Any]]
 
@@ -27,7 +28,7 @@ def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator
 
     Args:
         device: Where they compute.
-        matmul_precision: Torch's float32 matmul precision in the meantime; ``highest`` leaves it as it is.
+        matmul_precision: Of float32 products in the meantime, whatever the process has set.
 
     Yields:
         ``submit(work, *arguments)``: has a worker call ``work(*arguments, buffers)`` with its own buffers; returns what
@@ -49,13 +50,9 @@ def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator
     pool = ThreadPoolExecutor(num_workers, "qkov-worker", start)
     if num_workers > 1:
         torch.set_num_threads(1)
-    precision = None if matmul_precision == "highest" else torch.get_float32_matmul_precision()
     try:
-        if precision:
-            torch.set_float32_matmul_precision(matmul_precision)
-        yield lambda work, *arguments: pool.submit(lambda: work(*arguments, own.buffers)).result
+        with products_as(matmul_precision, device):
+            yield lambda work, *arguments: pool.submit(lambda: work(*arguments, own.buffers)).result
     finally:
-        if precision:
-            torch.set_float32_matmul_precision(precision)
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)  # what new threads begin with is what was set last

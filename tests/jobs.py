@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from qkov_dist.batches import sequence
+from qkov_dist.block_totals import block_totals
 from qkov_dist.collection import Collection
-from qkov_dist.engine import BlockScores, Roles, ScoreSettings, layer_totals, score_layers
+from qkov_dist.engine import BlockScores, Roles, ScoreSettings, score_layers
 from qkov_dist.factors import FactorStore
 from qkov_dist.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.layout import Layout, resolve
@@ -94,7 +95,7 @@ class Job:
         sources, roles = [(layer, store) for layer in plan.layers], self.roles()
         totals = {}
         if self.settings.ridge_relative:
-            totals = {layer.layer: found for layer, found in layer_totals(sources, roles, self.settings)}
+            totals = {layer.layer: block_totals(layer, store, roles, self.settings) for layer in plan.layers}
         scores = {layer.layer: found for layer, found in score_layers(sources, roles, self.settings, totals)}
         store.close()
         return scores

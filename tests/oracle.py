@@ -131,9 +131,9 @@ def block_scores(
     left: list[int],
     right: list[int],
     score: str = "interference",
-    epsilon: float = 1e-10,
-    absolute: float = 1e-8,
-    relative: float = 0.0,
+    epsilon: float = 0.0,
+    absolute: float = 0.0,
+    relative: float = 1e-3,
 ) -> Tensor:
     """One block's scores [heads, left, right] by the definition, pair by pair; ``heads`` holds one dict a sample."""
     num_heads = len(heads[0][block])

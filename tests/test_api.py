@@ -123,7 +123,7 @@ def test_turned_around_the_symmetric_score_is_transposed(llama):
 def test_tests_saving_and_loading(llama, tmp_path):
     _, _, _, config, collector = llama
     heatmap = QKOVInterferenceMetric(config, collector).compute_heatmap("math", "code")
-    results = QKOVStatistics(fdr_alpha=0.05, n_permutations=50, n_bootstrap=20).test_heatmap(heatmap)
+    results = QKOVStatistics(fdr_alpha=0.05, n_permutations=50).test_heatmap(heatmap)
     assert set(results["fdr_corrected"]) == {"Q", "K", "V", "O"}
     heatmap.with_statistics(results).save(tmp_path / "heatmap.h5")
     loaded = load_heatmap(tmp_path / "heatmap.h5")
@@ -186,7 +186,7 @@ def test_arguments_out_of_range_are_named(llama):
     with refused("score: expected one of interference, signed, symmetric"):
         QKOVInterferenceMetric(config, collector, score="loud")
     with refused("epsilon: expected one of epsilon, ridge_lambda and ridge_relative above 0"):
-        QKOVInterferenceMetric(config, collector, epsilon=0, ridge_lambda=0)
+        QKOVInterferenceMetric(config, collector, ridge_relative=0)
     with refused("device: expected cpu, cuda or cuda:N, got 'mps'"):
         QKOVInterferenceMetric(config, collector, device="mps")
     if not torch.cuda.is_available():

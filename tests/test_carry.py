@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def resumed(folder: Path, out: str, shard: str = "none") -> dict:
-    raw = settings(folder, "llama", out, {"shard": shard}, statistics={"permutations": 30, "bootstrap": 5})
+    raw = settings(folder, "llama", out, {"shard": shard}, statistics={"permutations": 30})
     raw["output"]["resume"] = True
     return raw
 

@@ -30,7 +30,7 @@ from qkov_dist.run import run
 from qkov_dist.statistics import QKOVStatistics
 
 TESTED = {
-    "statistics": {"permutations": 200, "bootstrap": 30},
+    "statistics": {"permutations": 200},
     "compute": {"score_dtype": "float64"},
     "metric": {"include_bias": True},
 }
@@ -125,7 +125,7 @@ def scored(scope: str, factor: float):
     attributes = {"score": "interference", "scope": scope, "estimator": "mean"}
     frame = make_frame(plan, layout, ("a", "b"), records, pooled=True, attributes=attributes)
     parts = {layer.layer: layer_partial(score_layer(layer, store, roles, numbers)) for layer in plan.layers}
-    tests = QKOVStatistics(n_permutations=50, n_bootstrap=0)
+    tests = QKOVStatistics(n_permutations=50)
     return combine(frame, lambda layer: parts[layer.layer], current(), statistics=tests, pairs="all")
 
 

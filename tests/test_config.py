@@ -81,9 +81,16 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
             "layers": None,
             "heads": None,
         },
-        "fisher": {"estimator": "ema", "decay": 0.99, "scope": "pooled", "batch_size": 8},
-        "ridge": {"epsilon": 1e-10, "absolute": 1e-8, "relative": 0.0},
-        "statistics": {"enabled": True, "permutations": 1000, "bootstrap": 1000, "fdr_alpha": 0.05, "seed": 0},
+        "fisher": {"estimator": "mean", "decay": 0.99, "scope": "pooled", "batch_size": 8},
+        "ridge": {"epsilon": 0.0, "absolute": 0.0, "relative": 0.001},
+        "statistics": {
+            "enabled": True,
+            "permutations": 1000,
+            "confidence": 0.95,
+            "fdr_alpha": 0.05,
+            "seed": 0,
+            "allow_shared_samples": False,
+        },
         "compute": {
             "batch_tokens": None,
             "factor_gpu_mb": None,
@@ -112,7 +119,7 @@ def test_shipped_configurations_load(name: str) -> None:
 
 @pytest.mark.parametrize("number", ["1e-8", "1E-8", "1.0e-8", "+1e-8", ".1e-7", "1.e-8", "0.00000001"])
 def test_floats_that_yaml_1_1_reads_as_text(tmp_path: Path, number: str) -> None:
-    path = written(tmp_path, f"{MINIMAL}ridge: {{absolute: {number}, epsilon: 0}}\n")
+    path = written(tmp_path, f"{MINIMAL}ridge: {{absolute: {number}, relative: 0}}\n")
     assert load_config(path).ridge == RidgeConfig(epsilon=0.0, absolute=1e-8, relative=0.0)
     assert load_config(path, [f"ridge.relative={number}"]).ridge.relative == 1e-8
 
@@ -178,7 +185,8 @@ def test_bad_selections(minimal: Path, text: str) -> None:
         ("ridge.relative", "-0.1", "a finite number of at least 0"),
         ("statistics.enabled", "null", "true or false"),
         ("statistics.permutations", "1", "a whole number of at least 2"),
-        ("statistics.bootstrap", "-1", "a whole number of at least 0"),
+        ("statistics.confidence", "1", "a number above 0 and below 1"),
+        ("statistics.allow_shared_samples", "some", "true or false"),
         ("statistics.fdr_alpha", "1", "a number above 0 and below 1"),
         ("statistics.seed", "-1", "a whole number of at least 0"),
         ("compute.batch_tokens", "0", "a whole number of at least 1, or null"),
@@ -279,7 +287,7 @@ def test_unknown_key_inside_a_task(tmp_path: Path) -> None:
         ("model:\ntasks: [{name: a, path: b}, {name: b, path: b}]", "model.path", "nothing"),
         ("model: {path: m}\ntasks: [{name: a, path: b}, {name: b}]", "tasks.1.path", "nothing"),
         ("model: {path: m}\ntasks: [{name: a, path: b}, {name: a, path: c}]", "tasks.1.name", "'a' twice"),
-        (f"{MINIMAL}ridge: {{epsilon: 0, absolute: 0}}", "ridge.absolute", "0 for all three"),
+        (f"{MINIMAL}ridge: {{relative: 0}}", "ridge.relative", "0 for all three"),
     ],
 )
 def test_wrong_shapes(tmp_path: Path, text: str, where: str, got: str) -> None:
@@ -377,6 +385,7 @@ def test_identity_leaves_out_where_and_how(minimal: Path) -> None:
         "compute.compile=false",
         "parallel.tp=4",
         "parallel.shard=fsdp",
+        "statistics.allow_shared_samples=true",
     ]
     assert canonical_json(load_config(minimal, neutral)) == canonical_json(base)
     assert {override.split("=")[0] for override in neutral} == {
@@ -402,6 +411,22 @@ def test_equal_spellings_have_one_identity(minimal: Path) -> None:
     assert canonical_json(first) == canonical_json(second)
 
 
+@pytest.mark.parametrize("value", [0, 1000])
+def test_a_key_that_was_given_up_is_refused_by_what_took_its_place(tmp_path: Path, value: int) -> None:
+    path = written(tmp_path, f"{MINIMAL}statistics: {{bootstrap: {value}}}\n")
+    with pytest.raises(QkovError, match=r"statistics\.bootstrap: .*jackknife.*statistics\.confidence"):
+        load_config(path)
+
+
+def test_a_configuration_stored_with_results_may_hold_keys_that_were_given_up(minimal: Path) -> None:
+    config = load_config(minimal)
+    stored = to_dict(config)
+    stored["statistics"]["bootstrap"] = 1000
+    assert from_dict(stored, stored=True) == config
+    with pytest.raises(QkovError, match="jackknife"):
+        from_dict(stored)
+
+
 def test_describe_lists_every_key_with_its_default() -> None:
     lines = [line.strip() for line in describe().splitlines()]
     for cls in SECTIONS.values():
@@ -410,7 +435,7 @@ def test_describe_lists_every_key_with_its_default() -> None:
             (line,) = {line for line in lines if line.endswith(entry.metadata["meaning"])}
             assert line.split()[0] == entry.name
             assert (line.split()[1] == "required") == (entry.default is dataclasses.MISSING)
-    assert any(line.split()[:2] == ["absolute", "1e-08"] for line in lines)
+    assert any(line.split()[:2] == ["relative", "0.001"] for line in lines)
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)

@@ -9,9 +9,12 @@ import pytest
 import torch
 from jobs import Job, closeness, mixed_samples
 from rounding import PASSES
+from test_plan import flat_owner
 from zoo import TINY, VOCAB, Tiny
 
-from qkov_dist import engine, kernel
+from qkov_dist import block_totals, engine, kernel
+from qkov_dist.batches import Batch
+from qkov_dist.capture import Factors, Site
 from qkov_dist.collection import Collection
 from qkov_dist.engine import ScoreSettings, score_layer
 from qkov_dist.factors import FactorStore
@@ -185,19 +188,80 @@ def test_gradients_of_long_samples_equal_the_oracle(name, above):
     assert_close(got, expected_scores(entry, model, job))
 
 
+def precisions() -> list[str]:
+    """What torch is told of float32 products: in one word where there is one, and for each backend."""
+    try:
+        word = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        word = "mixed"
+    return [word, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+
+@pytest.fixture(params=["highest", "medium", "backends"])
+def process_precision(request):
+    """A process that has set nothing, bfloat16 for all in the old way, or each backend in the new one."""
+    if request.param == "backends":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    else:
+        torch.set_float32_matmul_precision(request.param)
+    yield precisions()
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_products_have_the_precision_asked_for(precision, monkeypatch):
+def test_products_have_the_precision_asked_for_whatever_the_process_has_set(precision, process_precision, monkeypatch):
     entry, seen = TINY["llama"], set()
-    form = kernel.tile_gradients
+    form, gram = kernel.tile_gradients, block_totals._gram
 
     def looked_at(*args, **kwargs):
         seen.add(torch.get_float32_matmul_precision())
         return form(*args, **kwargs)
 
+    def gram_looked_at(values):
+        seen.add(torch.get_float32_matmul_precision())
+        return gram(values)
+
     monkeypatch.setattr(engine, "tile_gradients", looked_at)
+    monkeypatch.setattr(block_totals, "_gram", gram_looked_at)
     job_for(entry, settings=ScoreSettings(matmul_precision=precision)).run(entry.build())
     assert seen == {precision}
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert precisions()[1:] == process_precision[1:]
+    assert process_precision[0] in (precisions()[0], "mixed")
+
+
+def test_kept_gradients_have_the_precision_asked_for(process_precision, monkeypatch):
+    seen, bmm = set(), torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: seen.add(torch.get_float32_matmul_precision()) or bmm(a, b))
+    site = Site(0, "q")
+    with FactorStore(2**20, gradients_above={site: 1}).batch(one_sample()) as store:
+        store.add(Factors(site, site, torch.ones(3, 4), torch.ones(3, 2)))
+    assert seen == {"highest"}
+    assert precisions() == process_precision
+
+
+def one_sample() -> Batch:
+    tokens = torch.ones(1, 3, dtype=torch.int64)
+    return Batch((0,), ("one",), tokens, tokens, tokens)
+
+
+@pytest.mark.parametrize("above", [None, 4])
+def test_autocast_and_a_default_device_around_scoring_change_no_bit(above, monkeypatch):
+    entry = TINY["llama"]
+    job = job_for(entry, gradients_above=above)
+    monkeypatch.setattr(block_totals, "gram_is_cheaper", lambda *sizes: False)  # float32, which autocast would narrow
+    plan = make_plan(resolve(model := entry.build()), Selection(), include_bias=False, num_samples=8)
+    store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(plan.sites, above))
+    Collection(store, plan.sites).run(model, "a", [*job.a, *job.b])
+    clean = score_layer(plan.layers[0], store, job.roles(), ScoreSettings())
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert torch.bmm(torch.ones(1, 1, 1, device="cpu"), torch.ones(1, 1, 1, device="cpu")).dtype == torch.bfloat16
+        inside = score_layer(plan.layers[0], store, job.roles(), ScoreSettings())
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_device().type == "meta"
+    for block, part in clean.items():
+        assert torch.equal(inside[block].scores, part.scores)
+        assert inside[block].fisher == part.fisher
 
 
 def test_any_number_of_workers_gives_the_same_bits():
@@ -267,3 +331,87 @@ def test_tied_embeddings_equal_the_oracle():
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     job = job_for(entry)
     assert_close(job.run(model), expected_scores(entry, model, job))
+
+
+@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+@pytest.mark.parametrize("loss_factor", [1.0, 1e-6])
+def test_scores_scale_exactly_with_the_loss_at_default_settings(score, loss_factor):
+    """Sum against mean over samples of one length: interference has the dimension of a gradient, the others none."""
+    entry = TINY["llama"]
+    model, length = entry.build(), 8
+    a, b = (mixed_samples(4, VOCAB, seed=seed, lengths=(length + 1, length + 2), mask=False) for seed in (1, 2))
+    job = Job(a, b, settings=ScoreSettings(score=score), loss_factor=loss_factor)
+    mean, total = job.run(model), replace(job, reduction="sum").run(model)
+    some = mean[0]["Q"].fisher[0]
+    assert (some.total / some.count < 1e-13) is (loss_factor < 1)
+    for layer, blocks in mean.items():
+        for block, part in blocks.items():
+            ratio = length if score == "interference" else 1
+            assert closeness(total[layer][block].scores, part.scores.double() * ratio) < 1e-5, (layer, block)
+            assert part.scores.abs().max() > 0
+
+
+def test_the_old_floor_of_the_fisher_would_not_scale():
+    entry = TINY["llama"]
+    a, b = (mixed_samples(4, VOCAB, seed=seed, lengths=(9, 10), mask=False) for seed in (1, 2))
+    floored = ScoreSettings(epsilon=1e-10, ridge_absolute=1e-8, ridge_relative=0.0)
+    job = Job(a, b, settings=floored, loss_factor=1e-3)
+    mean, total = (replace(job, reduction=name).run(entry.build())[0]["Q"].scores for name in ("mean", "sum"))
+    assert closeness(total, mean.double() * 8) > 0.1
+
+
+@pytest.mark.parametrize("setting", ["epsilon", "ridge_absolute"])
+def test_elements_below_epsilon_count_as_those_below_lambda(setting):
+    nothing = {"epsilon": 0.0, "ridge_absolute": 0.0, "ridge_relative": 0.0}
+    job, model = job_for(TINY["llama"]), TINY["llama"].build()
+    shares = []
+    for value in (1e-30, 1e-4, 1e6):
+        scored = replace(job, settings=ScoreSettings(**nothing | {setting: value})).run(model)
+        fisher = scored[0]["Q"].fisher
+        shares.append(sum(f.below_ridge for f in fisher) / sum(f.count for f in fisher))
+    assert shares[0] < shares[1] < shares[2] == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_new", "gpt2"])
+@pytest.mark.parametrize("above", [None, 6])
+def test_sums_of_whole_blocks_are_those_of_the_gradients_themselves(name, above, monkeypatch):
+    """From Gram matrices, from gradients formed for it, and from gradients that were kept."""
+    entry = TINY[name]
+    model, job = entry.build(), job_for(entry, include_bias=True)
+    plan = make_plan(resolve(model), Selection(), include_bias=True, num_samples=8)
+    store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(plan.sites, above))
+    collection = Collection(store, plan.sites)
+    for task, samples in (("a", job.a), ("b", job.b)):
+        collection.run(model, task, samples)
+    roles, layer = job.roles(), plan.layers[1]
+    fisher = {block: part.fisher for block, part in score_layer(layer, store, roles, ScoreSettings()).items()}
+    expected = {block: sum(f.total for f in parts) for block, parts in fisher.items()}
+    for gram in (True, False):
+        monkeypatch.setattr(block_totals, "gram_is_cheaper", lambda *sizes, gram=gram: gram)
+        monkeypatch.setattr(block_totals, "CHUNK_BYTES", 2000)
+        found = block_totals.block_totals(layer, store, roles, ScoreSettings())
+        assert found.keys() == expected.keys()
+        for block, total in expected.items():
+            assert found[block] == pytest.approx(total, rel=1e-5)  # float32 squares of a few thousand elements
+
+
+def test_sums_of_whole_blocks_add_up_over_any_rectangles():
+    entry = TINY["falcon_new"]  # Q, K and V of each group lie between one another in one projection
+    model, job = entry.build(), job_for(entry)
+    plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=8)
+    store = FactorStore(2**30)
+    Collection(store, plan.sites).run(model, "a", [*job.a, *job.b])
+    layer, roles = plan.layers[0], job.roles()
+    whole = block_totals.block_totals(layer, store, roles, ScoreSettings())
+    by_name = {projection.module: projection for projection in resolve(model).layer(0).projections}
+
+    def share(tile, rank):
+        return flat_owner(rank, 3)(by_name[tile.site.module], False)
+
+    parts = [
+        block_totals.block_totals(layer, store, roles, ScoreSettings(), lambda tile, n=n: share(tile, n))
+        for n in range(3)
+    ]
+    for block, total in whole.items():
+        assert sum(part[block] for part in parts) == pytest.approx(total, rel=1e-6)  # of thin ones in float32
+        assert max(part[block] for part in parts) < total

@@ -129,11 +129,26 @@ def test_how_heads_were_tested_in_words(settings, attributes, parts):
     assert "two-sided" in said
 
 
+def test_apart_is_below_the_null_and_may_be_above_zero():
+    """The words say what is tested, and how many heads below their null lie above 0."""
+    heatmap = one_head(-2.0)
+    statistic = heatmap.statistics["overlap"]["Q"]["statistic"]
+    statistic[...] = np.where(present("Q"), -0.5, np.nan)
+    statistic[0, :3] = 0.25
+    said = " ".join(how_tested(heatmap))
+    assert "Compared with its null, not with 0" in said
+    assert f"Of {present('Q').sum()} significant heads below their null 3 have an overlap above 0." in said
+    meanings = {finding.name: finding.meaning for finding in findings(heatmap)}
+    assert all("themselves" not in meaning for meaning in meanings.values())
+    assert "may be above 0" in meanings["apart"]
+    assert "not with 0" not in " ".join(how_tested(one_head(1.0, score="signed", statistic="cross_mean")))
+
+
 @pytest.mark.parametrize("score", ["interference", "signed"])
 def test_findings_are_the_records_of_the_statistics(score):
     attributes = {"run_id": "r", "score": score, "estimator": "mean", "scope": "pooled"}
     heatmap = make_heatmap(attributes=attributes)
-    results = QKOVStatistics(fdr_alpha=0.9, n_permutations=40, n_bootstrap=0).test_heatmap(heatmap)
+    results = QKOVStatistics(fdr_alpha=0.9, n_permutations=40).test_heatmap(heatmap)
     heatmap = heatmap.with_statistics(results)
     sides = set()
     for block in heatmap.blocks:

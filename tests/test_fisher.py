@@ -15,6 +15,18 @@ def test_batches_alternate_until_both_tasks_are_used_up():
     assert fisher_steps(3, 3, batch_size=2, scope="b") == [[3, 4], [5]]
 
 
+@pytest.mark.parametrize(("num", "size"), [(9, 8), (17, 8), (16, 8), (5, 4), (1, 8), (100, 7)])
+def test_a_tasks_batches_are_of_nearly_one_size_so_that_no_sample_outweighs_the_others(num, size):
+    steps = fisher_steps(num, 0, batch_size=size, scope="pooled")
+    assert [n for step in steps for n in step] == list(range(num))
+    sizes = [len(step) for step in steps]
+    assert len(steps) == -(-num // size)
+    assert max(sizes) <= size
+    assert max(sizes) - min(sizes) <= 1
+    weights = fisher_weights(steps, num, estimator="ema", decay=1 - 1e-9)  # but for forgetting
+    assert weights.max() / weights.min() <= max(sizes) / min(sizes) * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 1 - 1e-9])
 def test_weights_equal_the_recursion(decay: float):
     squares = torch.from_numpy(np.random.default_rng(0).random((7, 11)))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from qkov_dist.collection import Collection
 from qkov_dist.engine import score_layer
 from qkov_dist.errors import QkovError
 from qkov_dist.factors import FactorStore
+from qkov_dist.fisher_warnings import warnings_of
 from qkov_dist.frame import from_json, make_frame, to_json
 from qkov_dist.layout import resolve
 from qkov_dist.merge import add_layers, layer_partial
@@ -111,7 +113,51 @@ def test_a_dominant_ridge_is_a_warning():
     assert warning.startswith(
         "K: lambda exceeds I on more than half of the elements of 1 heads (most in layer 0, head 1"
     )
-    assert "ridge.relative" in warning
+
+
+@pytest.mark.parametrize("in_python", [False, True])
+@pytest.mark.parametrize(
+    ("now", "what", "advice"),
+    [
+        ((0.0, 0.0, 1e-3), "lambda", {"relative": 1e-5}),
+        ((1e-10, 1e-8, 0.0), "lambda", {"epsilon": 0, "absolute": 0, "relative": 1e-3}),
+        ((1e-10, 0.0, 1e-3), "epsilon", {"epsilon": 0}),
+        ((1e-10, 0.0, 0.5), "epsilon", {"epsilon": 0, "relative": 1e-3}),
+        ((1e-30, 1e-8, 1e-4), "lambda", {"absolute": 0}),
+    ],
+)
+def test_the_advice_of_a_warning_depends_on_what_is_set_now(now, what, advice, in_python):
+    """The mean of I is 1e-12; following the advice leaves something above 0, and nothing above a thousandth of I."""
+    keys = ("epsilon", "absolute", "relative")
+    names = ("epsilon", "ridge_lambda", "ridge_relative") if in_python else tuple(f"ridge.{key}" for key in keys)
+    if in_python:
+        attributes = dict(zip(("epsilon", "ridge_absolute", "ridge_relative"), now, strict=True))
+    else:
+        attributes = {"config": {"ridge": dict(zip(keys, now, strict=True))}}
+    frame, _ = scored("llama")
+    frame = replace(frame, attributes=attributes)
+    shape = (len(frame.layers), 4)
+    fisher = {"mean": np.full(shape, 1e-12), "ridge_share": np.full(shape, 0.9), "share_a": np.full(shape, 0.5)}
+    (warning,) = warnings_of(frame, {"Q": fisher})
+    assert warning.startswith(f"Q: {what} exceeds I")
+    said = warning.partition("Set ")[2].rstrip(".").replace(" and ", ", ")
+    assert dict(part.split("=") for part in said.split(", ")) == {
+        names[keys.index(key)]: f"{value:g}" for key, value in advice.items()
+    }
+    after = dict(zip(keys, now, strict=True)) | advice
+    assert max(after.values()) > 0
+    assert max(after["epsilon"], after["absolute"] + after["relative"] * 1e-12) <= 1e-15
+
+
+def test_gradients_whose_squares_float32_cannot_hold_are_a_warning():
+    frame, _ = scored("llama")
+    shape = (len(frame.layers), 4)
+    fisher = {"mean": np.full(shape, 1e-33), "ridge_share": np.zeros(shape), "share_a": np.full(shape, 0.5)}
+    (warning,) = warnings_of(frame, {"Q": fisher})
+    assert "float32 loses digits" in warning
+    wide = replace(frame, attributes={**frame.attributes, "dtype": "float64"})
+    assert warnings_of(wide, {"Q": fisher}) == []
+    assert warnings_of(frame, {"Q": {**fisher, "mean": np.full(shape, 1e-14)}}) == []
 
 
 def test_tensors_are_not_copied_needlessly():

@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
         "model": {"path": str(folder / "model")},
         "tasks": [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("a", "b")],
         "metric": {"include_bias": True},
-        "statistics": {"permutations": 50, "bootstrap": 20},
+        "statistics": {"permutations": 50},
         "output": {"dir": str(folder / "one"), "pairs": "all"},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
@@ -120,6 +120,29 @@ def test_three_ranks_add_up_to_one_process(finished, three, capsys):
         assert_same_tests(merged.statistics["overlap"][block], one.statistics["overlap"][block], "overlap", SCORES)
     assert merged.run_id == one.run_id
     assert merged.samples_a.ids == one.samples_a.ids
+
+
+def test_tests_with_other_settings_are_not_lost_without_a_word(finished, tmp_path, capsys):
+    """`qkov stats`, then `qkov merge` into the same file: refused, or one of the two by name."""
+    folder = Path(shutil.copytree(finished / "one", tmp_path / "one"))
+    assert qkov("merge", folder, "--quiet") == 0  # the run's own tests are no loss
+    assert qkov("stats", folder, "--permutations", 70, "--alternative", "less") == 0
+    content = (folder / "heatmap.h5").read_bytes()
+    capsys.readouterr()
+    assert qkov("merge", folder, "--quiet") == 2
+    told = capsys.readouterr().err
+    assert "permutations 70 -> 50" in told
+    assert "alternative less -> two-sided" in told
+    assert "--tests keep" in told
+    assert (folder / "heatmap.h5").read_bytes() == content
+    assert qkov("merge", folder, "--quiet", "--output", tmp_path / "else.h5") == 0
+    before = load_heatmap(folder / "heatmap.h5")
+    assert qkov("merge", folder, "--quiet", "--tests", "keep") == 0
+    kept = load_heatmap(folder / "heatmap.h5").statistics
+    assert kept["settings"] == before.statistics["settings"]
+    np.testing.assert_array_equal(kept["overlap"]["Q"]["p_value"], before.statistics["overlap"]["Q"]["p_value"])
+    assert qkov("merge", folder, "--quiet", "--tests", "run") == 0
+    assert load_heatmap(folder / "heatmap.h5").statistics["settings"]["n_permutations"] == 50
 
 
 def test_a_rank_counted_twice_would_be_far_out_of_tolerance(finished, three):

@@ -12,9 +12,10 @@ from test_engine import job_for
 from zoo import TINY
 
 from qkov_dist import engine
+from qkov_dist.block_totals import block_totals
 from qkov_dist.capture import Site
 from qkov_dist.collection import Collection
-from qkov_dist.engine import ScoreSettings, layer_totals, score_layer, score_layers
+from qkov_dist.engine import ScoreSettings, score_layer, score_layers
 from qkov_dist.errors import QkovError
 from qkov_dist.factors import FactorStore
 from qkov_dist.layout import resolve
@@ -35,8 +36,9 @@ class Case:
         for task, samples in (("a", job.a), ("b", job.b)):
             collection.run(model, task, samples)
 
-    def scored(self, layers, **more):
-        return score_layers(layers, self.roles, self.settings, **more)
+    def scored(self, layers):
+        totals = {layer.layer: block_totals(layer, self.store, self.roles, self.settings) for layer in self.plan.layers}
+        return score_layers(layers, self.roles, self.settings, totals)
 
     def sources(self, said: list[str] | None = None):
         for layer in self.plan.layers:
@@ -78,11 +80,11 @@ def test_layers_behind_one_another_are_those_scored_one_by_one_bit_for_bit(case)
         assert_same(blocks, score_layer(layer, case.store, case.roles, case.settings))
 
 
-def test_sums_of_whole_blocks_come_layer_by_layer_and_make_the_ridge():
+def test_sums_of_whole_blocks_make_the_ridge():
     case = Case(ridge_relative=0.5)
-    totals = {layer.layer: found for layer, found in layer_totals(case.sources(), case.roles, case.settings)}
+    totals = {layer.layer: block_totals(layer, case.store, case.roles, case.settings) for layer in case.plan.layers}
     assert all(total > 0 for of_layer in totals.values() for total in of_layer.values())
-    for layer, blocks in case.scored(case.sources(), totals=totals):
+    for layer, blocks in case.scored(case.sources()):
         assert_same(blocks, score_layer(layer, case.store, case.roles, case.settings))
         assert_same(blocks, score_layer(layer, case.store, case.roles, case.settings, totals[layer.layer]))
 
@@ -186,9 +188,7 @@ def test_the_caller_has_one_thread_while_workers_compute_and_its_own_again_howev
 
 def test_a_layer_of_which_nothing_is_owned_has_no_scores(case):
     layer = case.plan.layers[1]
-    nothing = LayerPlan(
-        layer.layer, layer.sites, layer.query_heads, layer.heads, (), layer.block_tiles, layer.block_sizes
-    )
+    nothing = LayerPlan(layer.layer, layer.sites, layer.query_heads, layer.heads, (), layer.slices, layer.block_sizes)
     blocks = score_layer(nothing, case.store, case.roles, case.settings)
     assert {block: part.flops for block, part in blocks.items()} == dict.fromkeys(layer.heads, 0)
     assert all(not part.scores.any() for part in blocks.values())

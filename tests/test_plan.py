@@ -68,7 +68,8 @@ def test_block_sizes_are_those_of_whole_blocks_whatever_is_selected_or_owned():
     layout = layout_of("llama")
     whole, part = plan_of(layout), plan_of(layout, Selection(heads=(0,)), owned=flat_owner(1, 3))
     assert part.layers[0].block_sizes == whole.layers[0].block_sizes == {"Q": 2048, "K": 1024, "V": 1024, "O": 2048}
-    assert sum(tile.rect.area for tile in whole.layers[0].block_tiles) == 6144
+    for plan in (whole, part):  # of a rank's share too: a relative ridge is relative to whole blocks
+        assert sum(tile.rect.area for tile in plan.layers[0].slices) == 6144
 
 
 def test_tiles_fit_their_budget_and_a_row_is_the_least():

@@ -17,7 +17,7 @@ from test_distributed import settings
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import TINY, VOCAB
 
-from qkov_dist import permutation
+from qkov_dist import head_tests
 from qkov_dist.anatomy import anatomy_of
 from qkov_dist.batches import make_batches
 from qkov_dist.capture import Site, capture
@@ -49,6 +49,7 @@ from qkov_dist.run import run
 from qkov_dist.scoring import rounds_of, score_rounds
 from qkov_dist.shares import layer_shares
 from qkov_dist.stacks import stacks_of
+from qkov_dist.statistics import QKOVStatistics
 from qkov_dist.workload import Dealt, PretendedWorld, Workload, made_up_task
 
 UNCOUNTED = ("qwen3_next", "qwen3_5")  # their linear attention pads these few tokens to a chunk of 64
@@ -272,14 +273,13 @@ def test_operations_of_tests_are_those_of_their_products(score, monkeypatch):
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: counted.append(2 * a.numel() * b.shape[1]) or product(a, b))
     scores, with_overlap = torch.rand(3, num_a + num_b, num_a + num_b), score != "signed"
-    labels = permutation.draw_labels(0, num_a, num_b, 40)
-    permutation.head_nulls(scores, labels, with_overlap=with_overlap)
-    resamples = permutation.draw_resamples(0, num_a, num_b, 20)
-    permutation.resampled_statistics(scores, resamples, num_a, with_overlap=with_overlap)
+    names = ("cross_mean", "overlap") if with_overlap else ("cross_mean",)
+    design = QKOVStatistics(n_permutations=400).design(num_a, num_b, names)
+    _ = design.counts, design.left_out  # of the pairs themselves, once for all heads
+    counted.clear()
+    head_tests.head_tests({"Q": scores}, design)
     work = replace(
-        work_of(
-            TINY["llama"].build(), "llama", statistics={"permutations": 40, "bootstrap": 20}, metric={"score": score}
-        ),
+        work_of(TINY["llama"].build(), "llama", statistics={"permutations": 400}, metric={"score": score}),
         tasks=(made_up_task("a", num_a, 5), made_up_task("b", num_b, 5)),
     )
     (cost,) = plan_pretended(work, Parallelism(1, "none", 1)).costs
@@ -450,7 +450,7 @@ def test_measured_figures_stand_beside_planned_ones(folder, tmp_path):
 def test_files_are_planned_as_they_are_written(pairs, folder, tmp_path):
     for task, seed in (("more_a", 5), ("more_b", 6)):
         write(folder / f"{task}.jsonl", mixed_samples(24, VOCAB, seed=seed))
-    sections = {"statistics": {"permutations": 50, "bootstrap": 20}, "output": {"dir": str(tmp_path), "pairs": pairs}}
+    sections = {"statistics": {"permutations": 50}, "output": {"dir": str(tmp_path), "pairs": pairs}}
     raw = settings(folder, "llama", "x", {}, **sections)
     raw["tasks"] = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("more_a", "more_b")]
     with warnings.catch_warnings():

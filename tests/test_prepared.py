@@ -135,7 +135,7 @@ def heatmap_of(prepare: str, folder: str = "") -> dict[str, dict[str, np.ndarray
         metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collected(model, job), ridge_relative=0.01)
         heatmap = metric.compute_heatmap("math", "code", layers=[1])
         pair = metric.compute_sample_pair("math", 2, "code", 1, layer=1, head=3)
-        results = QKOVStatistics(n_permutations=20, n_bootstrap=0).test_heatmap(heatmap)
+        results = QKOVStatistics(n_permutations=20).test_heatmap(heatmap)
     return {
         "scores": {block: np.array(scores) for block, scores in heatmap.cross.items()},
         "pair": {block: np.array(score) for block, score in pair.items()},

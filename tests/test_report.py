@@ -20,7 +20,7 @@ from heatmaps import HEADS, KV_HEADS, LAYERS, NUM_A, NUM_B, make_heatmap, make_s
 
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
-from qkov_dist.figures import draw_heatmaps
+from qkov_dist.figures import draw_blocks, draw_heatmaps
 from qkov_dist.report import write_page, write_report
 from qkov_dist.report_page import make_page, page_data, round_to_float32
 from qkov_dist.report_tables import Table, all_tables, blocks_table, conflicts_table, heads_table, layers_table
@@ -36,6 +36,8 @@ def heatmap_with_tests(**changes) -> Heatmap:
         for block in "QKVO":
             arrays = statistics[name][block]
             arrays |= {"ci_low": arrays["statistic"] - 0.1, "ci_high": arrays["statistic"] + 0.1}
+            there = np.where(np.isnan(arrays["statistic"]), np.nan, 1.0)
+            arrays |= {"null_mean": 0.0625 * there, "null_low": -0.5 * there, "null_high": 0.75 * there}
             shape = present(block).shape
             drawn = {
                 "effect_size": rng.normal(size=shape),
@@ -134,7 +136,8 @@ def test_the_page_holds_the_heatmap_at_native_resolution():
         assert block["heads"] == list(HEADS if name in "QO" else KV_HEADS)
         np.testing.assert_array_equal(numbers(block["values"]["score"]), heatmap.mean[name].ravel().astype("f4"))
         tests = heatmap.statistics["overlap"][name]
-        for key, stored in {"stat": "statistic", "q": "q_value", "stat_low": "ci_low", "p_max": "p_max"}.items():
+        keys = {"stat": "statistic", "q": "q_value", "stat_low": "ci_low", "p_max": "p_max"}
+        for key, stored in (keys | {f"stat_{key}": key for key in ("null_low", "null_high")}).items():
             np.testing.assert_array_equal(numbers(block["values"][key]), tests[stored].ravel().astype("f4"))
     assert data["layers"] == list(LAYERS)
     assert data["alpha"] == 0.3
@@ -164,6 +167,27 @@ def test_for_signed_scores_the_strongest_pair_is_the_lowest():
     places = np.frombuffer(base64.b64decode(block["pairs"]), "<i4")
     there = present("Q").ravel()
     np.testing.assert_array_equal(places[there], np.nanargmin(heatmap.cross["Q"].reshape(-1, 12)[there], axis=1))
+
+
+def test_the_null_is_shown_beside_every_observed_value():
+    """In the page's data, its table of blocks, the table of heads, and as grey bars in the figure."""
+    heatmap = heatmap_with_tests()
+    page = make_page(heatmap)
+    for block in data_of(page)["blocks"]:
+        for name, value in (("null", 0.0625), ("null_low", -0.5), ("null_high", 0.75)):
+            for key in (f"score_{name}", f"stat_{name}"):
+                found = numbers(block["values"][key])
+                assert set(found[~np.isnan(found)]) == {np.float32(value)}
+    assert "its null 0.0625 [−0.5, 0.75]" in text_of(page, "blocks")
+    assert "Compared with its null, not with 0" in text_of(page, "tested")
+    rows = records(heads_table(heatmap))
+    assert {(row["overlap_null_mean"], row["cross_mean_null_high"]) for row in rows} == {(0.0625, 0.75)}
+    pytest.importorskip("matplotlib")
+    figure = draw_blocks(heatmap)
+    assert "null" in figure.legends[0].get_title().get_text()
+    for axis in figure.axes:
+        ends = {tuple(path.vertices[:, 1]) for lines in axis.collections for path in lines.get_paths() if len(path)}
+        assert (-0.5, 0.75) in ends
 
 
 def test_text_of_samples_tasks_and_warnings_is_never_markup():

@@ -59,8 +59,8 @@ def config(entry, model_dir, tmp_path):
             {"name": "math", "path": str(tmp_path / "a.jsonl")},
             {"name": "code", "path": str(tmp_path / "b.jsonl")},
         ],
-        "fisher": {"decay": job.decay, "batch_size": job.fisher_batch},
-        "statistics": {"permutations": 50, "bootstrap": 20},
+        "fisher": {"estimator": "ema", "decay": job.decay, "batch_size": job.fisher_batch},
+        "statistics": {"permutations": 50},
         "output": {"dir": str(tmp_path / "out")},
     }
     path = tmp_path / "run.yaml"

@@ -5,6 +5,7 @@ import torch
 from oracle import PAIRS
 from rounding import reordered
 
+from qkov_dist.kernel import Buffers, Rule, add_tile
 from qkov_dist.score import (
     NO_ELEMENTS,
     compiled,
@@ -96,3 +97,35 @@ def test_what_is_compiled_is_the_fisher_and_the_maps(factors, score):
     for form in (fisher_and_maps, compiled("cpu")):
         for got, wanted in zip(form(gradients, weights, floor, score), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=reordered(30), atol=0)  # three terms, some ten operations
+
+
+@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+@pytest.mark.parametrize("floor", [0.0, 1e-60])
+@pytest.mark.parametrize("fused", [None, fisher_and_maps])
+def test_a_term_without_gradient_is_zero_also_where_nothing_keeps_r_above_zero(score, floor, fused):
+    """Elements that no sample has a gradient at: 0 / 0, and in float32 also 0 / 1e-60, must add nothing."""
+    rng = torch.Generator().manual_seed(0)
+    gradients = torch.randn(5, 1, 12, generator=rng)
+    silent = torch.arange(12) % 3 == 0
+    gradients[..., silent] = 0.0
+    weights = torch.full((2, 5), 0.1)
+
+    def scored(part, ridge):
+        rule = Rule(score, floor, ridge, slice(0, 2), slice(2, 5), fused)
+        scores = torch.zeros(1, 2, 3)
+        add_tile(scores, part.clone(), weights, rule, Buffers())
+        return scores
+
+    found = scored(gradients, 0.0)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, scored(gradients[..., ~silent], 0.0), rtol=1e-5, atol=1e-6)
+    assert not scored(torch.zeros(5, 1, 12), 0.0).any()  # a block that the loss does not depend on at all
+
+
+def test_a_gradient_where_the_fisher_of_the_other_task_is_zero_is_infinite_not_zero():
+    gradients = torch.ones(2, 1, 3)
+    gradients[0] = 0.0  # the only sample of the Fisher
+    scores = torch.zeros(1, 2, 2)
+    rule = Rule("signed", 0.0, 0.0, slice(0, 2), slice(0, 2))
+    add_tile(scores, gradients, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), rule, Buffers())
+    assert not scores[0, 1, 1].isfinite()

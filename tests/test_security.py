@@ -54,7 +54,7 @@ def finished(tmp_path_factory) -> Path:
     raw = {
         "model": {"path": str(folder / "model")},
         "tasks": [{"name": name, "path": str(folder / f"{t}.jsonl")} for name, t in zip(NAMES, "ab", strict=True)],
-        "statistics": {"permutations": 20, "bootstrap": 5},
+        "statistics": {"permutations": 20},
         "output": {"dir": str(folder / "run")},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))

@@ -23,7 +23,7 @@ from qkov_dist.run import run
 from qkov_dist.statistics import QKOVStatistics
 from qkov_dist.store import write_heatmap
 
-CONFIG = {"statistics": {"permutations": 30, "bootstrap": 10, "fdr_alpha": 0.1, "seed": 4}}
+CONFIG = {"statistics": {"permutations": 30, "fdr_alpha": 0.1, "seed": 4}}
 
 
 def heatmap(score: str = "interference") -> Heatmap:
@@ -88,7 +88,7 @@ def test_the_tests_are_replaced_and_nothing_else(pairs, tmp_path, capsys):
     assert "strongest heads" in capsys.readouterr().out
     after = load_heatmap(tmp_path / "heatmap.h5")
     tests = QKOVStatistics(
-        fdr_alpha=0.1, n_permutations=20, n_bootstrap=10, seed=7, alternative="two-sided"
+        fdr_alpha=0.1, n_permutations=20, seed=7, alternative="two-sided"
     )  # the configuration's, where nothing was given
     assert_same_tests(after, tests.test_heatmap(made))
     assert after.run_id == before.run_id
@@ -113,7 +113,7 @@ def test_a_run_tested_again_as_it_was_gives_what_it_had(tmp_path, capsys):
         RunConfig(
             model=ModelConfig(path=str(model)),
             tasks=(first, second),
-            statistics=StatisticsConfig(permutations=40, bootstrap=10, seed=5),
+            statistics=StatisticsConfig(permutations=40, seed=5),
             output=OutputConfig(dir=str(tmp_path / "out")),
         ),
         say=lambda line: None,
@@ -132,7 +132,7 @@ def test_a_run_tested_again_as_it_was_gives_what_it_had(tmp_path, capsys):
 
 
 def test_settings_that_are_not_given_are_those_of_the_last_test(tmp_path):
-    tests = QKOVStatistics(n_permutations=20, n_bootstrap=0, seed=3, statistic="cross_mean", confidence=0.8)
+    tests = QKOVStatistics(n_permutations=20, seed=3, statistic="cross_mean", confidence=0.8)
     made = heatmap()
     write_heatmap(tmp_path / "heatmap.h5", made.with_statistics(tests.test_heatmap(made)))
     assert qkov(tmp_path, "--alpha", 0.5) == 0
@@ -199,3 +199,36 @@ def test_settings_out_of_range_are_refused(setting, tmp_path, capsys):
     write_heatmap(tmp_path / "heatmap.h5", heatmap())
     assert qkov(tmp_path, *setting) == 2
     assert "statistics." in capsys.readouterr().err
+
+
+def test_another_file_is_written_where_one_is_named_and_what_is_replaced_is_said(tmp_path, capsys):
+    made = heatmap()
+    write_heatmap(tmp_path / "heatmap.h5", made, "all")
+    assert qkov(tmp_path, "--permutations", 20) == 0
+    assert f"writing tests into {tmp_path / 'heatmap.h5'}" in capsys.readouterr().err
+    content = (tmp_path / "heatmap.h5").read_bytes()
+    other = tmp_path / "other.h5"
+    assert qkov(tmp_path, "--permutations", 25, "--alternative", "less", "--output", other) == 0
+    printed = capsys.readouterr()
+    assert f"writing tests into {other}" in printed.err
+    assert str(other) in printed.out
+    assert (tmp_path / "heatmap.h5").read_bytes() == content
+    assert load_heatmap(other).statistics["settings"]["n_permutations"] == 25
+    np.testing.assert_array_equal(load_heatmap(other).pooled["Q"], load_heatmap(tmp_path / "heatmap.h5").pooled["Q"])
+    assert qkov(tmp_path, "--seed", 9) == 0
+    assert f"replacing the tests in {tmp_path / 'heatmap.h5'} (seed 4 -> 9)" in capsys.readouterr().err
+
+
+def test_another_runs_file_is_not_written_over(tmp_path, capsys):
+    write_heatmap(tmp_path / "heatmap.h5", heatmap())
+    other = tmp_path / "other.h5"
+    write_heatmap(other, dataclasses.replace(heatmap(), attributes={**heatmap().attributes, "run_id": "run-9"}))
+    content = other.read_bytes()
+    assert qkov(tmp_path, "--output", other) == 2
+    assert "run-9" in capsys.readouterr().err
+    assert other.read_bytes() == content
+
+
+def test_the_option_that_was_given_up_says_what_took_its_place(tmp_path, capsys):
+    assert qkov(tmp_path, "--bootstrap", 100) == 2
+    assert "--confidence" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(saved: Path) -> None:
 @pytest.mark.parametrize(("score", "deciding"), [("interference", "overlap"), ("signed", "cross_mean")])
 def test_the_statistic_that_decides_still_decides_after_loading(tmp_path: Path, score: str, deciding: str) -> None:
     heatmap = make_heatmap(attributes=ATTRIBUTES | {"score": score, "estimator": "mean", "scope": "pooled"})
-    result = QKOVStatistics(fdr_alpha=0.9, n_permutations=30, n_bootstrap=2).test_heatmap(heatmap)
+    result = QKOVStatistics(fdr_alpha=0.9, n_permutations=30).test_heatmap(heatmap)
     heatmap.with_statistics(result).save(tmp_path / "h.h5", "cross")
     loaded = load_heatmap(tmp_path / "h.h5")
     assert loaded.deciding == deciding

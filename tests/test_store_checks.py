@@ -29,7 +29,7 @@ Lie = Callable[[h5py.File], None]
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     heatmap = make_heatmap(attributes={**ATTRIBUTES, "estimator": "mean", "scope": "pooled"})
-    tests = QKOVStatistics(n_permutations=9, n_bootstrap=2).test_heatmap(heatmap)
+    tests = QKOVStatistics(n_permutations=9).test_heatmap(heatmap)
     heatmap.with_statistics(tests).save(tmp_path / "heatmap.h5")
     return tmp_path
 
@@ -113,7 +113,6 @@ SHOWN: dict[str, Lie] = {  # lies that break what shows a heatmap, or tests it a
     "confidence": put_inside("settings", "confidence", value=float("nan")),
     "power": put_inside("settings", "power", value="high"),
     "permutations": put_inside("settings", "n_permutations", value="many"),
-    "resamples": put_inside("settings", "n_bootstrap", value=2**62),
     "seed": put_inside("settings", "seed", value="s"),
     "labellings": put_inside("settings", "n_labellings", value=0),
     "no tests of a block": without(OVERLAP),

@@ -41,6 +41,17 @@ def test_the_strongest_heads_come_with_the_statistic_that_decides(deciding: str,
     assert str(tmp_path / "heatmap.h5") in lines[-2]
 
 
+def test_beside_the_statistic_stands_its_null(capsys, tmp_path) -> None:
+    tests = make_statistics() | {"settings": {"statistic": "overlap", "fdr_alpha": 0.6}}
+    for arrays in (tests["overlap"][block] for block in "QKVO"):
+        for name, value in (("null_mean", 0.125), ("null_low", -0.25), ("null_high", 0.5)):
+            arrays[name] = np.where(np.isnan(arrays["statistic"]), np.nan, value)
+    print_summary(make_heatmap().with_statistics(tests), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("block")).split()[5:8] == ["overlap", "its", "null"]
+    assert all("0.125 [-0.25, 0.5]" in line for line in lines if line[:2] in ("Q ", "K ", "V ", "O "))
+
+
 def test_without_tests_there_are_scores_alone(capsys, tmp_path) -> None:
     print_summary(make_heatmap(), tmp_path)
     lines = capsys.readouterr().out.splitlines()

@@ -18,7 +18,7 @@ function quantile(numbers, share) {
 
 /** Lowest and highest value, and most of the intervals: a single wild one must not flatten the rest. */
 function range(block, value) {
-  const ends = [[value.low, 0.02], [value.high, 0.98]].map(([key, share]) => quantile(block.values[key] || new Float32Array(), share));
+  const ends = [[value.low, 0.02], [value.high, 0.98], [`${value.null}_low`, 0.02], [`${value.null}_high`, 0.98]].map(([key, share]) => quantile(block.values[key] || new Float32Array(), share));
   return [...(block.values[value.key] || []), ...ends];
 }
 
@@ -56,8 +56,10 @@ function drawBlocks() {
   const common = STATE.value !== "score" || STATE.range === "shared" ? axisOver(DATA.blocks.map((block) => range(block, value))) : null;
   const { width, left, right } = CHART;
   const hasIntervals = DATA.blocks.some((block) => !Number.isNaN(quantile(block.values[value.low] || new Float32Array(), 0.5)));
+  const hasNulls = DATA.blocks.some((block) => block.values[value.null]);
   document.getElementById("intervals-hint").textContent = `Every head's ${value.title}, lowest to highest within its block` +
-    (hasIntervals ? `, with its ${show(100 * DATA.confidence)} % bootstrap interval over samples (cut at the frame).` : ".") +
+    (hasIntervals ? `, with its ${show(100 * DATA.confidence)} % jackknife interval over samples (cut at the frame).` : ".") +
+    (hasNulls ? ` Grey: the middle ${show(100 * DATA.confidence)} % of its null, under exchanged labels, with a tick at the mean.` : "") +
     (common ? " One axis for all blocks." : " Each block has its own axis: sizes of slices differ.");
   box.replaceChildren(...DATA.blocks.map((block) => {
     const axis = common || axisOver([range(block, value)]);
@@ -68,6 +70,11 @@ function drawBlocks() {
     const bars = order.map((at, rank) => [x(rank), block.value(value.low, at), block.value(value.high, at)])
       .filter(([, low]) => !Number.isNaN(low))
       .map(([at, low, high]) => `M${fixed(at)} ${fixed(axis.y(low))}V${fixed(axis.y(high))}`);
+    const nulls = order.map((at, rank) => [x(rank), ...["_low", "_high", ""].map((end) => block.value(value.null + end, at))])
+      .filter(([, low]) => !Number.isNaN(low))
+      .map(([at, low, high, mean]) => [`M${fixed(at)} ${fixed(axis.y(low))}V${fixed(axis.y(high))}`, `M${fixed(at - 1.5)} ${fixed(axis.y(mean))}h3`]);
+    svg.append(makeSvg("path", { class: "null-band", d: nulls.map(([band]) => band).join("") }));
+    svg.append(makeSvg("path", { class: "null-mean", d: nulls.map(([, mean]) => mean).join("") }));
     svg.append(makeSvg("path", { class: "mark interval", d: bars.join(""), "stroke-width": Math.min(4, Math.max(0.6, 150 / order.length)) }));
     drawHeads(svg, block, new Map(order.map((at, rank) => [at, [x(rank), axis.y(numbers[at])]])));
     return element;

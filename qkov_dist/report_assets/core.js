@@ -105,19 +105,20 @@ const isTested = DATA.statistic !== null;
 /** What can be shown: its name, where it lies, its interval, and what it means. */
 const VALUES = {
   score: {
-    label: "score", title: `mean ${DATA.score}`, key: "score", low: "score_low", high: "score_high", centred: isSigned,
+    label: "score", title: `mean ${DATA.score}`, key: "score", low: "score_low", high: "score_high", null: "score_null", centred: isSigned,
     there: true,
     hint: `Mean ${DATA.score} over all pairs of one sample of ${DATA.tasks[0]} and one of ${DATA.tasks[1]}. It grows with the loss ` +
       "and with the size of a head's slice: compare heads within one block, not blocks with each other." +
       (isSigned ? " Below 0 the tasks' gradients conflict, above 0 they agree." : ""),
   },
   overlap: {
-    label: "overlap", title: "overlap", key: "stat", low: "stat_low", high: "stat_high", centred: true, there: hasStatistic,
-    hint: "Above 0 the tasks press on each other more than on themselves, whatever the scale of their gradients. Very negative: " +
-      "both use the head, each with weights of its own. Under exchanged labels it is near 0, not at 0: effect compares with that.",
+    label: "overlap", title: "overlap", key: "stat", low: "stat_low", high: "stat_high", null: "stat_null", centred: true, there: hasStatistic,
+    hint: "Whether the tasks use the same weights, whatever the scale of their gradients. Very negative: both use the head, each with " +
+      "weights of its own. Under exchanged labels it lies above 0, the more so the more samples' norms vary: marks and effect compare " +
+      "with that null, not with 0.",
   },
   effect: {
-    label: "effect", title: "effect size", key: "effect", centred: true, there: isTested,
+    label: "effect", title: "effect size", key: "effect", low: "effect_low", high: "effect_high", centred: true, there: isTested,
     hint: `Distance of ${DATA.statistic} from its mean under exchanged task labels, in standard deviations (Cohen's d). Its sign is the side of the null.`,
   },
   q: {

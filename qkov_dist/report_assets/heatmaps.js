@@ -213,10 +213,16 @@ function numbersOf(block, at) {
     const [from, to] = [block.value(low, at), block.value(high, at)];
     return Number.isNaN(from) ? "" : ` [${show(from)}, ${show(to)}]`;
   };
-  const rows = [[VALUES.score.title, show(block.value("score", at)) + interval("score_low", "score_high")]];
-  if (hasStatistic) rows.push(["overlap", show(block.value("stat", at)) + interval("stat_low", "stat_high")]);
+  const withNull = ({ title, key, low, high, null: name }) => {
+    rows.push([title, show(block.value(key, at)) + interval(low, high)]);
+    const mean = block.value(name, at);
+    if (!Number.isNaN(mean)) rows.push([`its null`, show(mean) + interval(`${name}_low`, `${name}_high`)]);
+  };
+  const rows = [];
+  withNull(VALUES.score);
+  if (hasStatistic) withNull(VALUES.overlap);
   if (isTested) {
-    rows.push(["effect size", show(block.value("effect", at))], ["p", show(block.value("p", at))]);
+    rows.push(["effect size", show(block.value("effect", at)) + interval("effect_low", "effect_high")], ["p", show(block.value("p", at))]);
     rows.push(["q", show(block.value("q", at))], ["family-wise p", show(block.value("p_max", at))]);
     rows.push(["finding", findingText(block.finding(at))]);
   }

@@ -49,7 +49,7 @@ def kronfluence_deviation(subject: Subject) -> float:
 
 def same_metric(config: RunConfig) -> RunConfig:
     """The configuration under which the product's scores are those of the per-pair loop."""
-    ridge = RidgeConfig(epsilon=0.0, absolute=RIDGE)
+    ridge = RidgeConfig(epsilon=0.0, absolute=RIDGE, relative=0.0)
     return replace(config, fisher=FisherConfig(estimator="mean"), ridge=ridge)
 
 

@@ -131,7 +131,7 @@ def _product_config(subject: Subject, order: Order, number: int) -> RunConfig:
 def _statistics(permutations: int) -> StatisticsConfig:
     if not permutations:
         return StatisticsConfig(enabled=False)
-    return StatisticsConfig(permutations=permutations, bootstrap=permutations)
+    return StatisticsConfig(permutations=permutations)
 
 
 def pair_loop(subject: Subject, order: Order) -> Work:

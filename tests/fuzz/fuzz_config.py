@@ -21,7 +21,7 @@ VALID: dict[str, Any] = {
     ],
     "metric": {"score": "signed", "include_bias": True, "layers": [0, 3], "heads": "0-3,7"},
     "fisher": {"estimator": "ema", "decay": 0.9, "scope": "pooled", "batch_size": 8},
-    "ridge": {"epsilon": 1e-10, "absolute": 1e-8, "relative": 0.0},
+    "ridge": {"epsilon": 1e-10, "absolute": 1e-8, "relative": 0.001},
     "statistics": {"enabled": True, "permutations": 100, "seed": 0},
     "compute": {"batch_tokens": 512, "score_dtype": "float64", "compile": "auto"},
     "output": {"dir": "runs/x", "pairs": "all", "resume": False},

@@ -111,7 +111,7 @@ def _report(folder: Path) -> None:
 
 
 def _stats(folder: Path) -> None:
-    changes: Mapping[str, Any] = {"n_permutations": 9, "n_bootstrap": 3}
+    changes: Mapping[str, Any] = {"n_permutations": 9}
     retest(folder, changes, lambda _: None)
 
 

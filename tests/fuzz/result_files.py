@@ -32,7 +32,7 @@ LAYER_FILE = "partial_rank00000.layers/layer_0001.h5"  # of a run that goes on
 
 def _config() -> dict[str, Any]:
     tasks = [{"name": name, "path": f"{name}.jsonl"} for name in ("math", "code")]
-    statistics = {"permutations": 9, "bootstrap": 3}
+    statistics = {"permutations": 9}
     output = {"pairs": "all"}
     return to_dict(from_dict({"model": {"path": "m"}, "tasks": tasks, "statistics": statistics, "output": output}))
 

@@ -55,7 +55,7 @@ class Scene:
             "model": {"path": str(self.folder / "model")},
             "tasks": tasks,
             "fisher": {"batch_size": 2},
-            "statistics": {"permutations": 30, "bootstrap": 5},
+            "statistics": {"permutations": 30},
             "compute": {"batch_tokens": 80, "factor_memory_mb": 1},  # of which one process needs more: it spills
         }
         self.config.write_text(json.dumps(settings))

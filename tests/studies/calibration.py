@@ -109,9 +109,7 @@ def run_condition(
         order = rng.permutation(pool.num_samples).tolist()
         scores = split(once, order) if once else pool.scores(condition.rule, order, condition.num_a)
         for alternative in ALTERNATIVES:
-            tests = QKOVStatistics(
-                n_permutations=condition.permutations, n_bootstrap=0, seed=number, alternative=alternative
-            )
+            tests = QKOVStatistics(n_permutations=condition.permutations, seed=number, alternative=alternative)
             design = tests.design(*counts)
             for name, blocks in tested(scores, design).items():
                 outcome = outcomes.setdefault(name, {}).setdefault(alternative, Outcome())
@@ -136,8 +134,8 @@ def conditions() -> Iterator[tuple[list[Condition], Callable[[], Any]]]:
         "llama",
         Condition("tiny llama", MEAN, 12, 12, 400, 399, False),
         Condition("tiny llama", MEAN, 18, 6, 400, 399, False),
-        Condition("tiny llama", EMA, 12, 12, 400, 399, True, "the default Fisher"),
-        Condition("tiny llama", EMA, 18, 6, 400, 399, True, "the default Fisher, unequal tasks"),
+        Condition("tiny llama", EMA, 12, 12, 400, 399, True, "a moving average"),
+        Condition("tiny llama", EMA, 18, 6, 400, 399, True, "a moving average, unequal tasks"),
         Condition("tiny llama", fast_ema, 12, 12, 400, 399, True, "a moving average that forgets"),
         *(Condition("tiny llama", FisherRule("mean", x), 12, 12, 400, 399, True, "one task's Fisher") for x in "ab"),
     )
@@ -150,8 +148,8 @@ def conditions() -> Iterator[tuple[list[Condition], Callable[[], Any]]]:
     )
     yield (
         [
-            Condition(one_kind, EMA, 16, 16, 200, 399, True, "the default Fisher"),
-            Condition(one_kind, EMA, 24, 8, 200, 399, True, "the default Fisher, unequal tasks"),
+            Condition(one_kind, EMA, 16, 16, 200, 399, True, "a moving average"),
+            Condition(one_kind, EMA, 24, 8, 200, 399, True, "a moving average, unequal tasks"),
             *(Condition(one_kind, FisherRule("mean", x), 16, 16, 200, 399, True, "one task's Fisher") for x in "ab"),
         ],
         lambda: pooled(loaded.model, samples, (15,)),

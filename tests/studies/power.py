@@ -74,7 +74,7 @@ def study() -> list[dict[str, Any]]:
 
 def count_found(scores: Scores, size: int, question: Question, permutations: int = PERMUTATIONS) -> dict[str, Any]:
     """Heads that one test of ``size`` + ``size`` samples finds: by q in each block, and by p_max over all."""
-    tests = QKOVStatistics(n_permutations=permutations, n_bootstrap=0, alternative=question.alternative)
+    tests = QKOVStatistics(n_permutations=permutations, alternative=question.alternative)
     blocks = tested(scores, tests.design(size, size, (question.statistic,)))[question.statistic]
     above = {block: arrays["effect_size"] > 0 for block, arrays in blocks.items()}
     by_q = {block: arrays["q_value"] <= ALPHA for block, arrays in blocks.items()}

@@ -59,15 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--samples", type=int, default=100, help="samples of each task")
     parser.add_argument("--permutations", type=int, default=1000)
-    parser.add_argument("--bootstrap", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args(arguments)
-    tests = QKOVStatistics(n_permutations=given.permutations, n_bootstrap=given.bootstrap)
+    tests = QKOVStatistics(n_permutations=given.permutations)
     times = [seconds(given.layers, given.samples, tests) for _ in range(given.repeats)]
     print(
         f"{given.layers * sum(HEADS.values())} heads, {given.samples} + {given.samples} samples, {given.permutations} "
-        f"relabellings, {given.bootstrap} resamples, {torch.get_num_threads()} threads: "
+        f"relabellings, {torch.get_num_threads()} threads: "
         f"{', '.join(f'{t:.2f}' for t in times)} s"
     )
 
