@@ -36,11 +36,11 @@ from .team import Team
 from .workload import Dealt, Held, Workload
 
 FISHER_BYTES = 8 * len(FISHER_COLUMNS)
-TABLE_BYTES = 8 * (4 + 2 * 13)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests
+TABLE_BYTES = 8 * (4 + 2 * 18)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests
 RECORD_BYTES = 250  # of a head's record, where it is significant
 MATRIX_BYTES = 24  # of each head's scores in heatmap.h5: checksum and index
 DATASET_BYTES, FILE_BYTES = 350, 16 * 2**10  # what HDF5 and names add in a partial file, to a dataset and in all
-TABLES_BYTES = 158 * 2**10  # the same of the 140 small datasets and the attributes of heatmap.h5
+TABLES_BYTES = 252 * 2**10  # the same of the 182 small datasets and the attributes of heatmap.h5
 
 Needs = tuple[tuple[int, int, int], ...]  # by threshold, numbers for each token of a factor, and for each gradient
 

@@ -21,10 +21,10 @@ _NEARLY_EXCHANGEABLE = (
 _NOT_EXCHANGEABLE = (
     "With fisher.scope: {scope} labels are not exchangeable: the Fisher is that of one task. p-values of cross_mean "
     "are not valid: on halves of one task a level of 5% rejected {rejected}. Those of overlap are valid for "
-    "alternative: greater alone, where they are conservative; two-sided rejected 9 to 21%. "
+    "alternative: greater alone, where they are conservative; two-sided rejected 10 to 20%. "
     "Use fisher.scope: pooled for tests."
 )
-_CROSS_MEAN_REJECTED = {"a": "16 to 43% (two-sided)", "b": "22 to 23% (greater)"}
+_CROSS_MEAN_REJECTED = {"a": "18 to 42% (two-sided)", "b": "23 to 24% (greater)"}
 
 
 class StatisticsResult(dict[str, Any]):

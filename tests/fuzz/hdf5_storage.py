@@ -83,12 +83,14 @@ def elsewhere(file: h5py.File, random: Random, _: Any) -> None:
     shape, dtype = file[path].shape, file[path].dtype
     del file[path]
     if random.random() < 0.5:
-        where = random.choice((file.filename, f"{file.filename}.raw", "/dev/zero"))
+        where = random.choice(("file.h5", "file.h5.raw", "/dev/zero"))  # no name of a temporary folder
         file.create_dataset(path, shape, dtype, external=[(where, random.choice((0, 1 << 40)), h5py.h5f.UNLIMITED)])
         return
-    layout = h5py.VirtualLayout(shape, dtype)
-    layout[...] = h5py.VirtualSource(random.choice((".", "absent.h5", "/dev/zero")), path, shape)
-    file.create_virtual_dataset(path, layout)
+    plist, space = h5py.h5p.create(h5py.h5p.DATASET_CREATE), h5py.h5s.create_simple(shape)
+    source = random.choice((".", "absent.h5", "/dev/zero")).encode()
+    plist.set_virtual(space, source, path.encode(), h5py.h5s.create_simple(shape))
+    _created(file, shape, dtype, plist)
+    file.move("made", path)
 
 
 def unchecked(file: h5py.File, random: Random, _: Any) -> None:
@@ -108,6 +110,7 @@ def unchecked(file: h5py.File, random: Random, _: Any) -> None:
 
 def _created(file: h5py.File, shape: tuple[int, ...], dtype: Any, plist: Any) -> h5py.Dataset:
     space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype, logical=True)
+    plist.set_obj_track_times(False)  # as h5py does: no clock in what a seed draws
     return h5py.Dataset(h5py.h5d.create(file.id, b"made", kind, space, plist))
 
 

@@ -2,8 +2,8 @@
 
 One run of 32 + 32 samples is scored once, under the plain mean Fisher of all 64. Smaller studies are random subsets of
 its samples, the same number of each task, tested with as many relabellings as one head among 270 needs. The default
-test, two-sided on ``overlap``, comes first. A head found above its null is one where the tasks press on each other more
-than on themselves; below it they use the head's weights differently, or at another scale.
+test, two-sided on ``overlap``, comes first. A head found above its null is one whose weights the tasks share more than
+random halves of the pool do; below it, less, be it by another scale alone: such a head may be above 0.
 
     bash launch/calibrate.sh            # writes tests/studies/results/power.{json,md} and the figure
 """
