@@ -211,9 +211,11 @@ class Capture:
     def see(self, site: Site, module: nn.Module, forward: Forward, x: Tensor, y: Tensor) -> Tensor | None:
         """Note X, and attach to Y what will see D; returns what goes on in place of a Y that begins the graph."""
         state = self._current
-        if state is None or not torch.is_grad_enabled():
+        if state is None:
             return None
-        state.is_half |= torch.float16 in (x.dtype, y.dtype)
+        state.is_half |= torch.float16 in (x.dtype, y.dtype)  # also where a reentrant checkpoint runs without a graph
+        if not torch.is_grad_enabled():
+            return None
         if site not in state.inputs:
             x = local_part(x, state.num_tokens, site.module)
             state.inputs[site] = _input_of(site, x, state.inputs)

@@ -15,7 +15,7 @@ from .losses import ModelError
 from .modes import input_device
 from .samples import Sample
 from .shortage import is_shortage
-from .soundness import Soundness
+from .soundness import Soundness, richest
 from .team import Team
 from .world import together
 
@@ -115,7 +115,8 @@ class Collection:
         """Check what was not checked before, on all ranks alike; say where samples have to run alone."""
         before = self.soundness.alone
         try:
-            self.soundness.prove(model, self.sites, self.objective, samples[0], _named(task, samples[0]))
+            first = richest(samples)
+            self.soundness.prove(model, self.sites, self.objective, first, _named(task, first))
             self.soundness.see(model, samples, self.objective)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):

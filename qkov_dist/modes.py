@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .errors import QkovError
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode; restore each module's flag afterwards.
 
+    What the user had compiled runs as it is written: compiled code does not look at the hooks inside it again.
     Four-bit linears of bitsandbytes stay in training mode, which changes nothing but the kernel: on CPUs their
     evaluation mode repacks the weights for one that no gradient can pass.
     """
@@ -32,10 +33,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             if type(module).__name__ == "Linear4bit":
                 _unpack(module)
                 module.training = True
-        yield
+        with torch.compiler.set_stance("force_eager") if _has_compiled(model) else nullcontext():
+            yield
     finally:
         for module, mode in training:
             module.training = mode
+
+
+def _has_compiled(model: nn.Module) -> bool:
+    """Whether modules of a model were compiled: in place, by a wrapper, or their ``forward`` alone."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 @contextmanager

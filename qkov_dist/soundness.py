@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ from .structure import is_transposed
 MOVED = {torch.float64: 1e-7, torch.float32: 1e-3}
 MOVED_HALF = 0.1
 NUM_TOKENS = 16  # of a sample, which are enough for all but lengths
+LEAST_TOKENS = 4  # of these a labelled one has earlier ones to attend to
 LEAST_HALF = 2.0**-10  # 16 times the least normal float16
 PROOF_BYTES = 2**30  # of weight gradients at a time
 
@@ -63,7 +66,7 @@ class Soundness:
         if not new:
             return
         check_weights(model, new)
-        ids = torch.from_numpy(sample.input_ids[:NUM_TOKENS]).unsqueeze(0)
+        ids = torch.from_numpy(_first_tokens(sample)).unsqueeze(0)
         if not self.proved and objective == "causal":
             check_causal(model, ids)
         check_gradients(model, new, _labelled(ids, objective, f"{name} (its first tokens)"))
@@ -79,6 +82,16 @@ class Soundness:
             return
         self.alone = depends_on_length(model, shortest, longest)
         self.lengths = min(known[0], len(shortest.input_ids)), max(known[1], longest)
+
+
+def richest(samples: Sequence[Sample]) -> Sample:
+    """The sample to check a model on: where all tokens are alike, no gradient reaches a query or a key."""
+    return max(samples, key=lambda sample: len({*sample.input_ids[:NUM_TOKENS].tolist()}))
+
+
+def _first_tokens(sample: Sample) -> npt.NDArray[np.int64]:
+    """The first tokens of a sample; those of a shorter one again and again, as a first token attends to itself only."""
+    return np.resize(sample.input_ids[:NUM_TOKENS], min(max(sample.num_tokens, LEAST_TOKENS), NUM_TOKENS))
 
 
 def check_weights(model: nn.Module, sites: Sequence[Site]) -> None:
@@ -113,7 +126,7 @@ def check_weights(model: nn.Module, sites: Sequence[Site]) -> None:
 
 def _sharing(model: nn.Module) -> dict[str, list[str]]:
     """By name, the other parameters (or other names) whose numbers lie at the same place, where there are any."""
-    places = sorted((*_place(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False))
+    places = sorted((*_place(parameter), name) for name, parameter in _named_once(model))
     groups: list[list[str]] = []
     on, end = "", 0
     for where, start, stop, name in places:
@@ -123,6 +136,20 @@ def _sharing(model: nn.Module) -> dict[str, list[str]]:
         groups[-1].append(name)
         end = max(end, stop)
     return {name: [other for other in group if other != name] for group in groups if len(group) > 1 for name in group}
+
+
+def _named_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter by each of its names, but those by which a wrapper calls the same module of the same layer.
+
+    A module under the numbers of two layers is used by both.
+    """
+    known: set[tuple[int, str, tuple[str, ...]]] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            key = (id(module), name, tuple(part for part in path.split(".") if part.isdigit()))
+            if parameter is not None and key not in known:
+                known.add(key)
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def _place(parameter: nn.Parameter) -> tuple[str, int, int]:

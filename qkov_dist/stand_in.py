@@ -11,6 +11,7 @@ import hashlib
 import re
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -106,7 +107,8 @@ def stand_in(model: nn.Module, num_layers: int) -> Any:
             _shrink_tower(getattr(whole, name), config)
         config = whole
     try:
-        return auto.from_config(config).float().eval()
+        with torch.random.fork_rng(devices=[]):  # one rank makes it: its generator would leave those of the others
+            return auto.from_config(config).float().eval()
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise QkovError(
             f"model type {config.model_type!r}",

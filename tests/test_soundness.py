@@ -13,6 +13,7 @@ from jobs import Job, closeness, mixed_samples
 from test_engine import assert_close, expected_scores, job_for
 from test_proof import wrong_layouts
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, prune
 from zoo import COMMON, GROUPED, TINY, VOCAB, randomize
@@ -24,6 +25,7 @@ from qkov_dist.modes import HOOKS, bare
 from qkov_dist.plan import Selection
 from qkov_dist.proof import prove, resolve_proved
 from qkov_dist.ropes import ropes_by_length
+from qkov_dist.samples import Sample
 
 LLAMA = TINY["llama"]
 BLOCK_OF = {"q_proj": "Q", "k_proj": "K", "v_proj": "V", "o_proj": "O"}
@@ -607,3 +609,63 @@ def test_the_float16_of_a_policy_keeps_weak_gradients(ranks):
         for block, scores in found.items():
             assert np.abs(scores - exact[block]).max() / np.abs(exact[block]).max() < 0.3, block
             assert np.mean(scores == 0) < 0.01, block
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
+def test_a_weight_in_use_elsewhere_is_found_whichever_sample_comes_first(projection):
+    """A first token attends to itself alone: where it is the only one with a target, no gradient reaches Q and K."""
+    model = LLAMA.build()
+    linear = getattr(attention(model), projection)
+    linear.register_forward_hook(lambda m, args, out: out + 0.5 * nn.functional.linear(args[0].tanh(), m.weight))
+    short = Sample("short", np.array([5, 9]), np.array([-100, 9]), "")
+    for samples in ([short], [short, *mixed_samples(2, VOCAB, seed=3)]):
+        with pytest.raises(QkovError, match=rf"{projection}\.weight\): expected a gradient D\^T X"):
+            FisherCollector().collect_fisher(model, samples, "a")
+
+
+def test_other_names_of_a_layer_are_no_other_uses():
+    model, job = LLAMA.build(), job_for(LLAMA)
+    expected = expected_scores(LLAMA, model, job)
+    model.backbone, model.blocks = model.model, model.model.layers
+    assert_close(job.run(model), expected)
+
+
+def compiled_layers(model):
+    for n, layer in enumerate(model.model.layers):
+        model.model.layers[n] = torch.compile(layer, backend="eager")
+
+
+def compiled_in_place(model):
+    for layer in model.model.layers:
+        layer.self_attn.compile(backend="eager")
+
+
+def compiled_forwards(model):
+    for layer in model.model.layers:
+        layer.self_attn.forward = torch.compile(layer.self_attn.forward, backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [compiled_layers, compiled_in_place, compiled_forwards])
+def test_compiled_parts_are_scored_though_they_ran_before(compiled):
+    model, job = LLAMA.build(), job_for(LLAMA)
+    expected = expected_scores(LLAMA, model, job)
+    compiled(model)
+    with torch.no_grad():
+        model(input_ids=torch.arange(8)[None], use_cache=False)  # from here on no hook inside is looked at
+    assert_close(job.run(model, layout=resolve_proved(model)), expected)
+
+
+def test_the_float16_inside_a_reentrant_checkpoint_is_seen():
+    """Its forward pass has no graph, and only in the backward pass do projections see gradients."""
+    model, job = LLAMA.build(), job_for(LLAMA)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-6)
+    exact = expected_scores(LLAMA, model, job)
+    for n, layer in enumerate(model.model.layers):
+        model.model.layers[n] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.REENTRANT)
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = job.run(model)
+    for layer, blocks in exact.items():
+        for block, scores in blocks.items():
+            assert closeness(got[layer][block].scores, scores) < 0.3, (layer, block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from zoo import RELATIVES, TINY
 
 from qkov_dist.errors import QkovError
@@ -29,3 +30,11 @@ def test_an_architecture_that_cannot_be_built_small_is_named():
     model.config.hidden_act = "none of these"
     with pytest.raises(QkovError, match="model type 'llama': expected a small copy of its architecture"):
         prove_stand_in(model, resolve(model))
+
+
+def test_the_global_generator_is_left_alone():
+    """One rank makes the copy: its generator must not leave those of the others behind."""
+    model = TINY["llama"].build()
+    before = torch.get_rng_state()
+    stand_in(model, num_layers=1)
+    assert torch.equal(before, torch.get_rng_state())
