@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .errors import QkovError
 from .geometry import Rect
+from .losses import explained_pass
 from .modes import evaluating, input_device, plain_outputs, without_graph
 from .slices import AttentionLayer, Projection
 from .structure import text_config
@@ -85,7 +86,8 @@ def record_calls(model: nn.Module, layers: Sequence[AttentionLayer], tokens: Ten
         for layer in layers:
             module = model.get_submodule(layer.module)
             stack.enter_context(_removing(module.register_forward_pre_hook(keep(layer.index), with_kwargs=True)))
-        model(tokens)
+        with explained_pass(model):
+            model(tokens)
     for layer in layers:
         if layer.index not in calls:
             raise QkovError(

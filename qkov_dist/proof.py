@@ -16,6 +16,7 @@ from torch import nn
 
 from .errors import QkovError
 from .layout import candidates, known_family, resolve, unresolved
+from .losses import ModelError
 from .modes import bare
 from .probe import (
     Call,
@@ -139,6 +140,8 @@ def prove_candidates(model: nn.Module, layouts: Sequence[Layout], *, seed: int =
         try:
             prove(model, layout, layers=[layout.layers[0].index], seed=seed)  # most wrong guesses fail on one layer
             prove(model, layout, seed=seed)
+        except ModelError:  # it says nothing of a layout
+            raise
         except QkovError as refusal:
             refusals.append(f"{refusal.where}: {refusal.got}")
         else:

@@ -104,8 +104,14 @@ def without_overlap(heatmap: Heatmap, block: str, result: StatisticsResult) -> l
     return [(heatmap.layers[layer], heatmap.natives(block)[head]) for layer, head in np.argwhere(without)]
 
 
-def notes_on(result: StatisticsResult, scope: str) -> tuple[str, ...]:
-    """What a reader of the p-values should know; ``scope`` is the Fisher's."""
+def notes_on(result: StatisticsResult, scope: str, *, without_pairs: bool = False) -> tuple[str, ...]:
+    """What a reader of the p-values should know.
+
+    Args:
+        result: The tests.
+        scope: The Fisher's.
+        without_pairs: Whether copies of a sample leave some group of some labelling without a pair.
+    """
     settings, notes = result["settings"], []
     if not settings["exactly_exchangeable"]:
         notes.append(_not_exactly_exchangeable(scope))
@@ -119,5 +125,7 @@ def notes_on(result: StatisticsResult, scope: str) -> tuple[str, ...]:
             f"single head among {most} cannot pass the FDR correction on its own; that takes {remedy}."
         )
     if missing := sum(map(len, result["undefined"].values())):
-        notes.append(f"{missing} heads have no overlap, as a mean score of theirs is zero; they are not tested for it.")
+        of_copies, of_zero = "some labelling makes a task of copies alone", "a mean score of theirs is zero"
+        why = of_copies if without_pairs else of_zero
+        notes.append(f"{missing} heads have no overlap, as {why}; they are not tested for it.")
     return tuple(notes)

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import yaml
+from heatmaps import make_heatmap
 from jobs import mixed_samples
 from test_run import write_task
 from zoo import TINY, VOCAB
@@ -150,3 +151,15 @@ def test_a_step_of_few_samples_under_a_moving_average_is_warned_of(llama):
     collector.collect_fisher(llama, mixed_samples(1, VOCAB, seed=3), "math", mode="ema")
     (warning,) = metric.compute_heatmap("math", "code", layers=[0]).attributes["warnings"]
     assert "about 4 times the weight" in warning
+
+
+@pytest.mark.parametrize(("second", "reason"), [("xde", "of copies alone"), ("cde", None)])
+def test_heads_without_overlap_are_told_of_copies_where_these_leave_no_pair(second, reason):
+    """Of 4 + 3 samples, three are one: where a labelling puts them together, that task has no pair."""
+    heatmap = make_heatmap()
+    first = dataclasses.replace(heatmap.samples_a, contents=tuple("xxyz"))
+    other = dataclasses.replace(heatmap.samples_b, contents=tuple(second))
+    settings = {**heatmap.attributes, "estimator": "mean", "scope": "pooled"}
+    heatmap = dataclasses.replace(heatmap, samples_a=first, samples_b=other, attributes=settings)
+    notes = [note for note in QKOVStatistics().test_heatmap(heatmap)["notes"] if "no overlap" in note]
+    assert [reason in note for note in notes] == ([True] if reason else [])

@@ -669,3 +669,17 @@ def test_the_float16_inside_a_reentrant_checkpoint_is_seen():
     for layer, blocks in exact.items():
         for block, scores in blocks.items():
             assert closeness(got[layer][block].scores, scores) < 0.3, (layer, block)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_an_error_inside_the_model_is_one_message_of_the_proof_too(is_known):
+    model = LLAMA.build()
+    if not is_known:
+        model.config.model_type = "unheard_of"
+
+    def fail(*_):
+        raise ValueError("a hook of the user's")
+
+    model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(QkovError, match=r"LlamaForCausalLM: expected a forward .*ValueError: a hook of the user's"):
+        resolve_proved(model)
