@@ -28,7 +28,7 @@ from .models import LoadedModel
 from .parallel import load_parallel, resolve_parallelism
 from .plan import Plan, Selection, make_plan, tile_bytes
 from .samples import Task, task_fingerprint
-from .score import Score, compiled, worth_compiling
+from .score import MEANING, Score, compiled, worth_compiling
 from .slices import Layout
 from .soundness import Soundness
 from .stand_in import proved_layout
@@ -198,7 +198,12 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
         owned=team.owned(),
         tile_bytes=tile_bytes(device_type),
     )
-    content = [canonical_json(config), fingerprint(loaded.model, world), *map(task_fingerprint, tasks)]
+    content = [
+        f"scores of meaning {MEANING}",
+        canonical_json(config),
+        fingerprint(loaded.model, world),
+        *map(task_fingerprint, tasks),
+    ]
     run_id = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
     same_on_all(world, "model and samples", {"run_id": run_id})
     say(_summary(layout, plan, tasks))

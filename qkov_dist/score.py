@@ -27,6 +27,7 @@ from torch import Tensor
 from .errors import QkovError
 
 Score = Literal["interference", "signed", "symmetric"]
+MEANING = 2  # of a score, as a number that grows when it changes: part of a run's id, so that files are never mixed
 COMPILED_FROM = 10**12  # elements of gradients: fewer are mapped in less time than compiling takes, on a GPU
 Fused = Callable[[Tensor, Tensor, Tensor, Score], tuple[Tensor, Tensor, Tensor]]
 

@@ -88,6 +88,8 @@ def stand_in(model: nn.Module, num_layers: int) -> Any:
     whole: Any = copy.deepcopy(next(config for config in configs if getattr(config, "model_type", None)))
     config = whole.get_text_config(decoder=True)
     depth = config.num_hidden_layers
+    if getattr(config, "num_kv_shared_layers", 0):
+        num_layers = depth  # which layers lend their keys and values to which follows from all of them
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == depth and PER_LAYER.search(name):
             setattr(config, name, value[:num_layers])

@@ -128,7 +128,8 @@ def test_a_warning_of_the_model_reaches_file_page_and_terminal(
     path = saved(tmp_path / "model", "llama", OTHERS)
     rows = "".join(json.dumps({"input_ids": [5, 6 + n, 7, VOCAB - 1]}) + "\n" for n in range(3))
     (tmp_path / "a.jsonl").write_text(rows)
-    tasks = [{"name": name, "path": str(tmp_path / "a.jsonl")} for name in "ab"]
+    (tmp_path / "b.jsonl").write_text(rows.replace("[5,", "[9,"))
+    tasks = [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in "ab"]
     raw = {"model": {"path": str(path)}, "tasks": tasks, "output": {"dir": str(tmp_path / "out")}}
     raw["statistics"] = {"enabled": False}
     (tmp_path / "run.yaml").write_text(json.dumps(raw))
@@ -152,9 +153,10 @@ def refusal_of(raw: dict[str, Any]) -> str:
 @pytest.mark.parametrize("cut", [{"tp": 2}, {"shard": "fsdp"}, {"shard": "zero3"}], ids=str)
 def test_every_way_of_loading_refuses_and_warns(tmp_path: Path, ranks: Any, cut: dict[str, Any]) -> None:
     (tmp_path / "a.jsonl").write_text('{"input_ids": [5, 6, 7]}\n{"input_ids": [5, 6, 8]}\n')
+    (tmp_path / "b.jsonl").write_text('{"input_ids": [9, 6, 7]}\n{"input_ids": [9, 6, 8]}\n')
 
     def settings(name: str, more: dict[str, torch.Tensor]) -> dict[str, Any]:
-        tasks = [{"name": task, "path": str(tmp_path / "a.jsonl")} for task in "ab"]
+        tasks = [{"name": task, "path": str(tmp_path / f"{task}.jsonl")} for task in "ab"]
         out = {"dir": str(tmp_path / f"out-{name}")}
         model = {"path": str(saved(tmp_path / name, "llama", more))}
         return {"model": model, "parallel": cut, "tasks": tasks, "output": out, "statistics": {"enabled": False}}

@@ -242,7 +242,7 @@ def test_kept_gradients_have_the_precision_asked_for(process_precision, monkeypa
 
 def one_sample() -> Batch:
     tokens = torch.ones(1, 3, dtype=torch.int64)
-    return Batch((0,), ("one",), tokens, tokens, tokens)
+    return Batch((0,), ("one",), tokens, tokens, tokens, tokens)
 
 
 @pytest.mark.parametrize("above", [None, 4])
