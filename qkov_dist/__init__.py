@@ -5,13 +5,15 @@
 The engine from Python is :mod:`qkov_dist.collector` and :mod:`qkov_dist.metric`; the command line is ``qkov --help``.
 """
 
+from __future__ import annotations
+
 from .collector import FisherCollector, QKOVConfig
 from .errors import QkovError
-from .layout import register_layout
+from .layout.resolve import register_layout
 from .metric import QKOVInterferenceMetric
-from .results import Heatmap
-from .statistics import QKOVStatistics
-from .store import load_heatmap
+from .results.heatmap import Heatmap
+from .results.heatmap_file import load_heatmap
+from .stats.statistics import QKOVStatistics
 
 __all__ = [
     "FisherCollector",

@@ -20,23 +20,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from .arguments import choose, wrong_argument
-from .batches import Objective, default_batch_tokens
-from .collection import Collection, SampleRecord
-from .comm import World, same_on_all, step, together
-from .errors import QkovError
-from .factors import FactorStore
-from .fisher import Estimator
-from .forms import gradients_above
+from .capture.collect import Collection, SampleRecord
+from .capture.factors import gradients_above
+from .capture.store import FactorStore
+from .data.batches import Objective, default_batch_tokens, samples_of_batch
+from .data.samples import Sample, Task, task_fingerprint
+from .distributed.connect import step
+from .distributed.sharded_proof import proved_layout
+from .distributed.topology import make_team
+from .distributed.world import World, same_on_all, together
+from .errors import QkovError, choose, wrong_argument
+from .layout.heads import Layout
+from .layout.modules import inner_model, is_masked_lm, text_config
+from .loading.positions import has_rope, max_positions
 from .memory import num_parameters
-from .padded import samples_of_batch
-from .plan import Selection, make_plan
-from .positions import has_rope, max_positions
-from .samples import Sample, Task, task_fingerprint
-from .slices import Layout
-from .stand_in import proved_layout
-from .structure import inner_model, is_masked_lm, text_config
-from .team import make_team
+from .scoring.fisher import Estimator
+from .scoring.tiles import Selection, make_plan
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from .errors import QkovError
-from .kinds import COUNT, FLAG, FRACTION, NON_NEGATIVE, SELECTION, TEXT, Kind, one_of, optional, shown, whole
+from .values import COUNT, FLAG, FRACTION, NON_NEGATIVE, SELECTION, TEXT, Kind, one_of, optional, shown, whole
 
 
 def _key(kind: Kind, meaning: str, default: Any = MISSING, *, identity: bool = True) -> Any:

@@ -18,7 +18,7 @@ import yaml
 
 from .config import KEYS, RETIRED, SECTIONS, RunConfig, read_value
 from .errors import QkovError
-from .kinds import named, nearest, shown
+from .values import named, nearest, shown
 
 MAX_BYTES = 256 << 10  # of YAML; as many values, once its aliases are written out
 _LONGEST_KEY = 200  # that is compared with known ones

@@ -2,9 +2,13 @@
 
 Every message answers four questions: where it happened, what was expected, what was found, and what to do about it.
 The command line prints it without a traceback and exits with code 2.
+
+Checks of the arguments of public functions: one message, naming the argument.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class QkovError(ValueError):
@@ -34,3 +38,23 @@ class QkovError(ValueError):
     def within(self, outer: str) -> QkovError:
         """Return the same error with an outer place put before its own (``outer: where: ...``)."""
         return QkovError(f"{outer}: {self.where}", expected=self.expected, got=self.got, remedy=self.remedy)
+
+
+def choose(name: str, value: str, options: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of the options."""
+    if value not in options:
+        raise wrong_argument(name, f"one of {', '.join(options)}", repr(value))
+
+
+def wrong_argument(name: str, expected: str, got: object) -> QkovError:
+    """The error for an argument out of range."""
+    return QkovError(name, expected=expected, got=str(got), remedy="Change this argument.")
+
+
+SIGNS = ("connection", "timed out", "timeout", "gloo", "nccl", "peer", "socket")
+
+
+def is_broken_call(error: RuntimeError) -> bool:
+    """Whether a call failed because of another rank, by its type or text."""
+    text = str(error).lower()
+    return type(error).__name__.startswith("Dist") or any(sign in text for sign in SIGNS)

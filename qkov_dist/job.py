@@ -13,27 +13,26 @@ from typing import cast
 import numpy as np
 import torch
 
-from .batches import Objective, content_of, sequence
-from .capture import Site
-from .comm import World, same_on_all
+from .capture.factors import gradients_above
+from .capture.soundness import Soundness
 from .config import RunConfig, canonical_json, to_dict
-from .copies import look_for_copies
-from .engine import DTYPES, Roles, ScoreSettings
+from .data.batches import Objective, content_of, sequence
+from .data.copies import look_for_copies
+from .data.samples import Task, task_fingerprint
+from .data.tasks import load_task
+from .distributed.fingerprint import fingerprint
+from .distributed.parallelism import load_parallel, resolve_parallelism
+from .distributed.sharded_proof import proved_layout
+from .distributed.topology import Team, make_team
+from .distributed.world import World, same_on_all
 from .errors import QkovError
-from .fingerprint import fingerprint
-from .fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
-from .forms import gradients_above
+from .layout.heads import Layout, Site
+from .loading.models import LoadedModel
 from .memory import num_parameters
-from .models import LoadedModel
-from .parallel import load_parallel, resolve_parallelism
-from .plan import Plan, Selection, make_plan, tile_bytes
-from .samples import Task, task_fingerprint
-from .score import MEANING, Score, compiled, worth_compiling
-from .slices import Layout
-from .soundness import Soundness
-from .stand_in import proved_layout
-from .tasks import load_task
-from .team import Team, make_team
+from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
+from .scoring.score import MEANING, Score, compiled, worth_compiling
+from .scoring.settings import DTYPES, Roles, ScoreSettings
+from .scoring.tiles import Plan, Selection, make_plan, tile_bytes
 
 Say = Callable[[str], object]
 

@@ -16,24 +16,24 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from .arguments import choose, wrong_argument
-from .assembly import assemble
 from .collector import FisherCollector, QKOVConfig
-from .comm import step, together
-from .copies import look_for_copies
-from .engine import DTYPES, Roles, ScoreSettings
-from .errors import QkovError
-from .exchange import Exchange
-from .fisher import Estimator, Scope, by_task, fisher_weights
-from .frame import Frame, frame_layer, make_frame
-from .merge import add_over_ranks, layer_partial
-from .partial_schema import LayerPartial
-from .plan import Plan, Selection, make_plan, tile_bytes
-from .progress import progress_bar
-from .results import Heatmap
-from .score import Score
-from .scoring import rounds_of, score_rounds
-from .slices import BLOCKS
+from .console import progress_bar
+from .data.copies import look_for_copies
+from .distributed.connect import step
+from .distributed.world import together
+from .errors import QkovError, choose, wrong_argument
+from .layout.heads import BLOCKS
+from .results.assemble import assemble
+from .results.heatmap import Heatmap
+from .results.metadata import Frame, frame_layer, make_frame
+from .results.partial_schema import LayerPartial
+from .results.reduce import add_over_ranks, layer_partial
+from .scoring.engine import rounds_of, score_rounds
+from .scoring.exchange import Exchange
+from .scoring.fisher import Estimator, Scope, by_task, fisher_weights
+from .scoring.score import Score
+from .scoring.settings import DTYPES, Roles, ScoreSettings
+from .scoring.tiles import Plan, Selection, make_plan, tile_bytes
 
 
 @dataclass

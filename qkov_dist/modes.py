@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .errors import QkovError
+from .errors import QkovError, is_broken_call
+from .memory import is_shortage
 
 
 @contextmanager
@@ -142,3 +143,34 @@ def _unpack(linear: Any) -> None:
     """Undo the repacking of an earlier evaluation: making a state dict does that."""
     if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
         linear.state_dict()
+
+
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+
+
+class ModelError(QkovError):
+    """An error that a model raised inside a pass."""
+
+
+@contextmanager
+def explained_pass(model: nn.Module) -> Iterator[None]:
+    """Turn what a model raises inside a pass into one message that names it; a lack of memory, and what other ranks
+    caused, pass through.
+    """
+    try:
+        yield
+    except QkovError:
+        raise
+    except MODEL_ERRORS as error:
+        if is_shortage(error) or (isinstance(error, RuntimeError) and is_broken_call(error)):
+            raise
+        flex = "flexattention" in str(error).lower().replace("_", "")
+        raise ModelError(
+            type(model).__name__,
+            expected="a forward and a backward pass of token ids [samples, tokens]",
+            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            remedy="Choose another attention: model.set_attn_implementation('sdpa') or 'eager' "
+            "(model.attn_implementation of a configuration)."
+            if flex
+            else "The error comes from inside the model (--debug shows where): does it train on this input?",
+        ) from error

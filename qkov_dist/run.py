@@ -14,36 +14,35 @@ from pathlib import Path
 
 import torch
 
-from .carry import carry_over, forget, remove_run, take_over
-from .collection import Collection
-from .comm import current, together
+from .capture.collect import Collection
+from .capture.finite import refuse_not_finite
+from .capture.store import FactorStore
 from .config import RunConfig
-from .disk import file_errors
-from .engine import BlockScores
-from .exchange import Exchange
-from .expected_time import Phase, assumptions, expected
-from .factors import FactorStore
+from .console import Voice, progress_bar
+from .distributed.connect import current
+from .distributed.preemption import stoppable
+from .distributed.world import together
 from .finish import HEATMAP_FILE, finish, statistics_of
-from .frame import Frame, from_json, make_frame, to_json
-from .hardware import this_hardware
-from .hdf5_write import refuse_other_run
 from .job import Job, Say, prepare
-from .measured import Measured, comparison_lines
-from .merge import layer_partial
-from .pages import kept_heap
-from .partial_schema import PartialHeader
-from .partials import PartialWriter, locked, partial_path, read_partial
-from .plan import Plan
-from .plan_table import plan_lines, size_notes
-from .planning import RunPlan, plan_of_job
-from .progress import Voice, progress_bar
-from .provenance import run_attributes
-from .results import Heatmap
-from .rounds import Round, layers_of
-from .sample_checks import refuse_not_finite
-from .scoring import rounds_of, score_rounds
-from .stopping import stoppable
-from .store import load_heatmap
+from .memory import kept_heap
+from .planning.hardware import this_hardware
+from .planning.measured import Measured, comparison_lines
+from .planning.run_plan import RunPlan, plan_of_job
+from .planning.table import plan_lines, size_notes
+from .planning.time_model import Phase, assumptions, expected
+from .results.disk import file_errors
+from .results.hdf5_write import refuse_other_run
+from .results.heatmap import Heatmap
+from .results.heatmap_file import load_heatmap
+from .results.metadata import Frame, from_json, make_frame, run_attributes, to_json
+from .results.partial_schema import PartialHeader
+from .results.partials import PartialWriter, locked, partial_path, read_partial
+from .results.reduce import layer_partial
+from .results.resume import carry_over, forget, remove_run, take_over
+from .scoring.engine import BlockScores, rounds_of, score_rounds
+from .scoring.exchange import Exchange
+from .scoring.schedule import Round, layers_of
+from .scoring.tiles import Plan
 
 Planned = tuple[RunPlan, list[Phase]]
 

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from qkov_dist.batches import sequence
-from qkov_dist.block_totals import block_totals
-from qkov_dist.collection import Collection
-from qkov_dist.engine import BlockScores, Roles, ScoreSettings, score_layers
-from qkov_dist.factors import FactorStore
-from qkov_dist.fisher import by_task, fisher_steps, fisher_weights
-from qkov_dist.layout import Layout, resolve
-from qkov_dist.plan import Selection, make_plan
-from qkov_dist.samples import Sample
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.data.batches import sequence
+from qkov_dist.data.samples import Sample
+from qkov_dist.layout.heads import Layout
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring.block_totals import block_totals
+from qkov_dist.scoring.engine import BlockScores, score_layers
+from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
+from qkov_dist.scoring.settings import Roles, ScoreSettings
+from qkov_dist.scoring.tiles import Selection, make_plan
 
 
 def mixed_samples(num: int, vocab: int, *, seed: int, lengths: tuple[int, int] = (3, 12), mask: bool = True):

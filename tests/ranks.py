@@ -43,7 +43,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     os.environ["QKOV_TIMEOUT_S"] = str(TIMEOUT_S)
     import torch
 
-    from qkov_dist.comm import connected
+    from qkov_dist.distributed.connect import connected
 
     torch.set_num_threads(1)
     with connected():

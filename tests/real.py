@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from qkov_dist.builtin_tasks import builtin_samples
+from qkov_dist.commands.demo import demo_model
 from qkov_dist.config import ModelConfig
-from qkov_dist.demo import demo_model
-from qkov_dist.models import LoadedModel, load_model
-from qkov_dist.samples import Sample
+from qkov_dist.data.builtin import builtin_samples
+from qkov_dist.data.samples import Sample
+from qkov_dist.loading.models import LoadedModel, load_model
 
 SHARED_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

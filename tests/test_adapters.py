@@ -21,11 +21,11 @@ from zoo import TINY, VOCAB, randomize
 
 from qkov_dist import load_heatmap
 from qkov_dist.config import ModelConfig
+from qkov_dist.distributed.fingerprint import fingerprint
+from qkov_dist.distributed.parallelism import Parallelism, load_parallel
+from qkov_dist.distributed.world import Alone
 from qkov_dist.errors import QkovError
-from qkov_dist.fingerprint import fingerprint
-from qkov_dist.models import base_config, load_model, meta_model
-from qkov_dist.parallel import Parallelism, load_parallel
-from qkov_dist.world import Alone
+from qkov_dist.loading.models import base_config, load_model, meta_model
 
 SAMPLES = {"a": mixed_samples(3, VOCAB, seed=1), "b": mixed_samples(2, VOCAB, seed=2)}
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]}

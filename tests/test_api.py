@@ -11,7 +11,7 @@ from test_engine import TOLERANCE, assert_close, expected_scores, job_for
 from zoo import TINY, VOCAB
 
 from qkov_dist import FisherCollector, QKOVConfig, QkovError, QKOVInterferenceMetric, QKOVStatistics, load_heatmap
-from qkov_dist.engine import BlockScores
+from qkov_dist.scoring.engine import BlockScores
 
 
 def padded(samples, side: str):

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jobs import mixed_samples
 
-from qkov_dist.batches import make_batches, num_targets, sequence
-from qkov_dist.samples import IGNORED, Sample
+from qkov_dist.data.batches import make_batches, num_targets, sequence
+from qkov_dist.data.samples import IGNORED, Sample
 
 
 def sample(ids, labels) -> Sample:

@@ -11,7 +11,7 @@ import pytest
 from processes import PATIENCE_S
 from torch.utils.file_baton import FileBaton
 
-from qkov_dist.builds import locks_end
+from qkov_dist.distributed.builds import locks_end
 from qkov_dist.errors import QkovError
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from zoo import TINY, VOCAB
 
-from qkov_dist.batches import make_batches
-from qkov_dist.capture import Factors, Site, capture
+from qkov_dist.capture.hooks import Factors, capture
+from qkov_dist.data.batches import make_batches
 from qkov_dist.errors import QkovError
-from qkov_dist.layout import resolve
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.resolve import resolve
 from qkov_dist.modes import evaluating
 
 

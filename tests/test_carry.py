@@ -15,12 +15,13 @@ from test_run import write_task
 from zoo import TINY, VOCAB
 
 import qkov_dist.run
-import qkov_dist.scoring
-from qkov_dist import QkovError, carry, load_heatmap
-from qkov_dist.carry import CARRIED, carry_over
-from qkov_dist.comm import current
+import qkov_dist.scoring.engine
+from qkov_dist import QkovError, load_heatmap
 from qkov_dist.config_file import from_dict
-from qkov_dist.partials import list_partials, read_partial
+from qkov_dist.distributed.connect import current
+from qkov_dist.results import resume as carry
+from qkov_dist.results.partials import list_partials, read_partial
+from qkov_dist.results.resume import CARRIED, carry_over
 from qkov_dist.run import run
 
 LAYERS = 5
@@ -44,7 +45,7 @@ def resumed(folder: Path, out: str, shard: str = "none") -> dict:
 
 def stop_before(layer: int):
     """Make scoring fail at a layer, as a kill would between two layers."""
-    score_layers = qkov_dist.scoring.score_layers
+    score_layers = qkov_dist.scoring.engine.score_layers
 
     def until(layers):
         for source in layers:
@@ -57,8 +58,8 @@ def stop_before(layer: int):
 
 def run_until(raw: dict, layer: int) -> str:
     """Run until a layer, which fails on the rank that owns it."""
-    kept = qkov_dist.scoring.score_layers
-    qkov_dist.scoring.score_layers = stop_before(layer)
+    kept = qkov_dist.scoring.engine.score_layers
+    qkov_dist.scoring.engine.score_layers = stop_before(layer)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -67,7 +68,7 @@ def run_until(raw: dict, layer: int) -> str:
         current().gather(None)  # every rank owns a part of every layer: each has recorded what it finished
         return str(error)
     finally:
-        qkov_dist.scoring.score_layers = kept
+        qkov_dist.scoring.engine.score_layers = kept
     return ""
 
 
@@ -140,7 +141,7 @@ def half(folder, tmp_path, request):
 
 def header_of(copy: Path, world_size: int):
     header = read_partial(list_partials(copy)[0]).header
-    return qkov_dist.partials.PartialHeader(
+    return qkov_dist.results.partials.PartialHeader(
         header.run_id, 0, world_size, header.n_left, header.n_right, header.layers, header.pooled
     )
 
@@ -191,7 +192,7 @@ def test_what_a_killed_rank_left_behind_goes(half, folder):
 
 def test_files_of_another_run_are_left_alone(half):
     header = header_of(half, 2)
-    other = qkov_dist.partials.PartialHeader("another", 0, 2, header.n_left, header.n_right, header.layers)
+    other = qkov_dist.results.partials.PartialHeader("another", 0, 2, header.n_left, header.n_right, header.layers)
     before = {path: path.stat().st_mtime_ns for path in half.rglob("*")}
     assert carry_over(half, other, lambda line: None) == []
     assert {path: path.stat().st_mtime_ns for path in half.rglob("*")} == before

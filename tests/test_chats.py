@@ -12,7 +12,7 @@ import pytest
 from test_tasks import CHAT, CHATTER, CONVERSATION, TAGGED_CHAT, byte_tokenizer, file, labelled_text, load, refused
 from transformers.utils import chat_template_utils
 
-from qkov_dist.samples import Task, task_fingerprint
+from qkov_dist.data.samples import Task, task_fingerprint
 
 __all__ = ["file"]
 

@@ -16,12 +16,13 @@ from test_distributed import run_quietly
 from test_models import refused, write_gguf
 from zoo import TINY, VOCAB
 
-from qkov_dist import checkpoint, load_heatmap
+from qkov_dist import load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig
 from qkov_dist.errors import QkovError
-from qkov_dist.models import load_model
-from qkov_dist.report_page import make_page
+from qkov_dist.loading import checkpoint
+from qkov_dist.loading.models import load_model
+from qkov_dist.report.page import make_page
 
 
 def saved(folder: Path, name: str, more: dict[str, torch.Tensor], **settings: Any) -> Path:

@@ -9,17 +9,17 @@ import torch
 from jobs import mixed_samples
 from zoo import TINY, VOCAB
 
-import qkov_dist.batches
-import qkov_dist.checks
-import qkov_dist.subject
-from qkov_dist.batches import Batch
-from qkov_dist.checks import Finding, run_checks
-from qkov_dist.engine import ScoreSettings
-from qkov_dist.geometry import Rect
-from qkov_dist.layout import resolve
-from qkov_dist.samples import IGNORED
-from qkov_dist.slices import HeadSlice, Layout
-from qkov_dist.subject import Subject
+import qkov_dist.data.batches
+import qkov_dist.verification.examined_model
+import qkov_dist.verification.properties
+from qkov_dist.data.batches import Batch
+from qkov_dist.data.samples import IGNORED
+from qkov_dist.layout.heads import HeadSlice, Layout
+from qkov_dist.layout.rects import Rect
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.verification.examined_model import Subject
+from qkov_dist.verification.properties import Finding, run_checks
 
 SIX = {"layout", "additivity", "symmetry", "batch invariance", "scale", "ablation"}
 
@@ -116,8 +116,8 @@ def test_a_head_counted_twice_breaks_additivity(monkeypatch):
         plan = make_plan(*args, **kwargs)
         return replace(plan, layers=tuple(replace(x, tiles=(*x.tiles, x.tiles[0])) for x in plan.layers))
 
-    make_plan = qkov_dist.subject.make_plan
-    monkeypatch.setattr(qkov_dist.subject, "make_plan", doubled)
+    make_plan = qkov_dist.verification.examined_model.make_plan
+    monkeypatch.setattr(qkov_dist.verification.examined_model, "make_plan", doubled)
     assert broken(list(run_checks(subject_of("llama")))) == {"additivity"}
 
 
@@ -130,12 +130,12 @@ def test_a_leaking_pad_breaks_batch_invariance(monkeypatch):
             targets[n, width - len(s.input_ids) :] = torch.from_numpy(s.targets)
         return Batch(tuple(numbers), tuple(names), ids, torch.ones_like(ids), targets, torch.ones_like(ids))
 
-    monkeypatch.setattr(qkov_dist.batches, "make_batch", padded_on_the_left_and_seen)
+    monkeypatch.setattr(qkov_dist.data.batches, "make_batch", padded_on_the_left_and_seen)
     assert "batch invariance" in broken(list(run_checks(subject_of("llama"))))
 
 
 def test_a_fixed_ridge_breaks_scale(monkeypatch):
-    monkeypatch.setattr(qkov_dist.checks, "EXACT", ScoreSettings(ridge_absolute=1.0))
+    monkeypatch.setattr(qkov_dist.verification.properties, "EXACT", ScoreSettings(ridge_absolute=1.0))
     assert broken(list(run_checks(subject_of("llama")))) == {"scale"}
 
 

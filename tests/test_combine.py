@@ -13,21 +13,23 @@ from test_distributed import run_quietly, settings
 from test_run import write_task
 from zoo import TINY, VOCAB
 
-from qkov_dist import load_heatmap, scratch
-from qkov_dist.collection import Collection
-from qkov_dist.combine import combine
-from qkov_dist.comm import current
+from qkov_dist import load_heatmap
+from qkov_dist import memory as scratch
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.commands.merge import merge_folder
 from qkov_dist.config_file import from_dict
-from qkov_dist.engine import Roles, ScoreSettings, score_layer
-from qkov_dist.factors import FactorStore
-from qkov_dist.fisher import by_task, fisher_steps, fisher_weights
-from qkov_dist.frame import FrameLayer, make_frame
-from qkov_dist.layout import resolve
-from qkov_dist.merge import deal_heads, layer_partial
-from qkov_dist.merge_command import merge_folder
-from qkov_dist.plan import Selection, make_plan
+from qkov_dist.distributed.connect import current
+from qkov_dist.finish import combine
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.results.metadata import FrameLayer, make_frame
+from qkov_dist.results.reduce import deal_heads, layer_partial
 from qkov_dist.run import run
-from qkov_dist.statistics import QKOVStatistics
+from qkov_dist.scoring.engine import score_layer
+from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
+from qkov_dist.scoring.settings import Roles, ScoreSettings
+from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.stats.statistics import QKOVStatistics
 
 TESTED = {
     "statistics": {"permutations": 200},

@@ -21,8 +21,9 @@ from processes import ran, started
 from ranks import _free_port as free_port
 from torch.distributed import distributed_c10d
 
-from qkov_dist import comm
-from qkov_dist.comm import Alone, SharedError, World, connected, connected_by_mpi, current, same_on_all, together
+from qkov_dist.distributed import connect as comm
+from qkov_dist.distributed.connect import connected, connected_by_mpi, current
+from qkov_dist.distributed.world import Alone, SharedError, World, same_on_all, together
 from qkov_dist.errors import QkovError
 
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"

@@ -13,12 +13,12 @@ from test_run import write_task
 from zoo import TINY, VOCAB
 
 from qkov_dist import FisherCollector, QKOVConfig, QKOVInterferenceMetric, QKOVStatistics, load_heatmap
-from qkov_dist.batches import content_of
 from qkov_dist.cli import main
-from qkov_dist.copies import different, different_pairs, look_for_copies
+from qkov_dist.data.batches import content_of
+from qkov_dist.data.copies import different, different_pairs, look_for_copies
+from qkov_dist.data.samples import Sample
 from qkov_dist.errors import QkovError
-from qkov_dist.results import mean_over_pairs
-from qkov_dist.samples import Sample
+from qkov_dist.results.heatmap import mean_over_pairs
 
 
 def sample(ids: list[int], labels: list[int] | None = None, name: str = "x", text: str = "") -> Sample:

@@ -16,7 +16,7 @@ from processes import PATIENCE_S, started
 from test_run import config, entry, model_dir, qkov  # noqa: F401  (fixtures)
 
 from qkov_dist import load_heatmap
-from qkov_dist.partials import list_partials, read_partial
+from qkov_dist.results.partials import list_partials, read_partial
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[1]

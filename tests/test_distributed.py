@@ -12,15 +12,15 @@ from jobs import mixed_samples
 from rounding import PASSES, assert_same_fisher, reordered
 from zoo import RELATIVES, TINY, VOCAB
 
-from qkov_dist.assembly import assemble
 from qkov_dist.config_file import from_dict
 from qkov_dist.errors import QkovError
-from qkov_dist.frame import from_json
-from qkov_dist.measured import Measured
-from qkov_dist.merge import add_layers
-from qkov_dist.partials import list_partials, read_partial
+from qkov_dist.planning.measured import Measured
+from qkov_dist.results.assemble import assemble
+from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.results.metadata import from_json
+from qkov_dist.results.partials import list_partials, read_partial
+from qkov_dist.results.reduce import add_layers
 from qkov_dist.run import run
-from qkov_dist.store import load_heatmap
 
 MODELS = ("llama", "gpt2", "gpt_neox", "phi3", "olmo2", "qwen3")
 WITHOUT_PLAN = ("gpt2",)

@@ -12,14 +12,16 @@ from rounding import PASSES
 from test_plan import flat_owner
 from zoo import TINY, VOCAB, Tiny
 
-from qkov_dist import block_totals, engine, kernel
-from qkov_dist.batches import Batch
-from qkov_dist.capture import Factors, Site
-from qkov_dist.collection import Collection
-from qkov_dist.engine import ScoreSettings, score_layer
-from qkov_dist.factors import FactorStore
-from qkov_dist.layout import resolve
-from qkov_dist.plan import Selection, make_plan
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.hooks import Factors
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.data.batches import Batch
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring import block_totals, engine, kernel
+from qkov_dist.scoring.engine import score_layer
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.scoring.tiles import Selection, make_plan
 
 TOLERANCE = 1e-3  # the bar for float32: a share of the block's largest score
 

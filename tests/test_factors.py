@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qkov_dist.batches import Batch
-from qkov_dist.capture import Factors, Site
+from qkov_dist.capture.hooks import Factors
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.data.batches import Batch
 from qkov_dist.errors import QkovError
-from qkov_dist.factors import FactorStore
+from qkov_dist.layout.heads import Site
 
 Q, K = Site(0, "q"), Site(0, "k")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from heatmaps import make_heatmap, make_statistics, present
 
-from qkov_dist.findings import counts, findings, found, how_tested, is_family_wise, name_of, significance
-from qkov_dist.results import Heatmap
-from qkov_dist.statistics import QKOVStatistics
+from qkov_dist.report.findings import counts, findings, found, how_tested, is_family_wise, name_of, significance
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.stats.statistics import QKOVStatistics
 
 
 def one_head(

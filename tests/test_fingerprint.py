@@ -15,11 +15,11 @@ from test_models import LLAMA, llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from qkov_dist import fingerprint as fingerprint_module
 from qkov_dist.config import ModelConfig
+from qkov_dist.distributed import fingerprint as fingerprint_module
+from qkov_dist.distributed.fingerprint import checksum, fingerprint
 from qkov_dist.errors import QkovError
-from qkov_dist.fingerprint import checksum, fingerprint
-from qkov_dist.models import load_model, meta_model
+from qkov_dist.loading.models import load_model, meta_model
 
 
 def parts(matrix: torch.Tensor, rows: list[int], cols: list[int]) -> list[tuple[int, int]]:

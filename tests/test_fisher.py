@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle import ema_fisher
 
-from qkov_dist.fisher import fisher_steps, fisher_weights
+from qkov_dist.scoring.fisher import fisher_steps, fisher_weights
 
 
 def test_batches_alternate_until_both_tasks_are_used_up():

@@ -6,12 +6,12 @@ import pytest
 from jobs import mixed_samples
 from zoo import TINY, VOCAB
 
-from qkov_dist.batches import sequence
-from qkov_dist.collection import Collection
-from qkov_dist.factors import FactorStore
-from qkov_dist.forms import factor_bytes, gradients_above, shared_inputs
-from qkov_dist.layout import resolve
-from qkov_dist.plan import Selection, make_plan
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.factors import factor_bytes, gradients_above, shared_inputs
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.data.batches import sequence
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring.tiles import Selection, make_plan
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "falcon_new"])

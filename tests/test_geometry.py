@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkov_dist.errors import QkovError
-from qkov_dist.geometry import Rect, check_exact_cover, first_overlap, rects_of_flat_interval
+from qkov_dist.layout.rects import Rect, check_exact_cover, first_overlap, rects_of_flat_interval
 
 sizes = st.integers(1, 7)
 

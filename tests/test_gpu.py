@@ -16,12 +16,12 @@ from test_distributed import deviation, folder, run_quietly, settings  # noqa: F
 from zoo import TINY, VOCAB
 
 from qkov_dist import FisherCollector, QKOVConfig, QKOVInterferenceMetric
-from qkov_dist.collection import Collection
-from qkov_dist.engine import ScoreSettings
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
 from qkov_dist.errors import QkovError
-from qkov_dist.factors import FactorStore
-from qkov_dist.measured import Measured
-from qkov_dist.store import load_heatmap
+from qkov_dist.planning.measured import Measured
+from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.scoring.settings import ScoreSettings
 
 pytestmark = pytest.mark.gpu
 

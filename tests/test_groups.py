@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkov_dist.groups import order_samples
-from qkov_dist.windows import Table, Whole
+from qkov_dist.capture.factors import Table, Whole
+from qkov_dist.scoring.padded_groups import order_samples
 
 
 def table_of(lengths: list[int], above: int) -> Table:

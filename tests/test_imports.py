@@ -1,4 +1,4 @@
-"""Who may import whom, as a table. Imports inside functions and under TYPE_CHECKING count like any other."""
+"""Which room may know which, as a table. Imports inside functions and under TYPE_CHECKING count like any other."""
 
 from __future__ import annotations
 
@@ -12,57 +12,50 @@ import pytest
 import qkov_dist
 
 PACKAGE = Path(qkov_dist.__file__).parent
-MODULES = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
-
-# Libraries with one home; no other module imports them.
-HOMES = {"torch.distributed": "comm", "mpi4py": "comm", "deepspeed": "parallel"}
-
-# All that a module may import of the package.
-ONLY = {"errors": set(), "geometry": {"errors"}, "score": {"errors"}}
-
-# Modules that a module must not know, be it through others.
-PLACEMENT = {"shards", "plan", "capture"}
-RUNNING = {"capture", "engine", "run"}
-COMPUTING = {"capture", "engine", "run", "score", "fisher", "permutation"} | {
-    "pair_sums",
-    "head_tests",
-    "layer_tests",
-    "significance",
-    "statistics",
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for path in PACKAGE.rglob("*.py")
 }
-STRANGERS = {
-    "layout": PLACEMENT,
-    "slices": PLACEMENT,
-    "rows": PLACEMENT,
-    "families": PLACEMENT,
-    "shards": {"layout", "plan"},
-    "statistics": RUNNING,
-    "head_tests": RUNNING,
-    "layer_tests": RUNNING,
-    "pair_sums": RUNNING,
-    "significance": RUNNING,
-    "permutation": RUNNING,
-    "summary": COMPUTING,
-    "report": COMPUTING,
-}
+
+# Rooms and files of the root that stand above the rooms, from the top down; modules in one line know those below it.
+ORDER = (
+    ("__main__",),
+    ("cli",),
+    ("commands",),
+    ("verification",),
+    ("run", "metric"),
+    ("finish", "collector"),
+    ("planning",),
+    ("stats", "report", "job"),
+    ("results",),
+    ("scoring",),
+    ("capture",),
+    ("distributed",),
+    ("loading",),
+    ("layout", "data"),
+)
+BELOW_ALL = {"config", "config_file", "console", "errors", "memory", "modes", "values"}
+FACE = "__init__"  # hands on names of all rooms; nobody in them asks it
+
+# Libraries with one home; no other room imports them.
+HOMES = {"torch.distributed": "distributed", "mpi4py": "distributed", "deepspeed": "distributed"}
 
 # Libraries that a module does without.
-WITHOUT = {"geometry": {"torch", "numpy"}, "summary": {"torch", "scipy"}, "report": {"torch", "scipy"}}
+WITHOUT = {"layout.rects": {"torch", "numpy"}, "report.summary": {"torch", "scipy"}, "report.write": {"torch", "scipy"}}
 
-# Modules that the tables speak of before they are there.
-PLANNED = {"comm", "shards", "report"}
-
+MOST_AT_THE_ROOT = 15
 NAMES_THAT_SAY_NOTHING = {"utils", "helpers", "misc", "common"}
 
 
-def imported(source: str) -> Iterator[str]:
+def imported(source: str, module: str = "module") -> Iterator[str]:
     """Absolute dotted names of all that a module imports, or reaches as an attribute of what it imports."""
+    inside = [PACKAGE.name, *module.split(".")]
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
                 yield from (alias.name for alias in names)
-            case ast.ImportFrom(module=module, names=names, level=level):
-                base = ".".join(part for part in (PACKAGE.name if level else "", module) if part)
+            case ast.ImportFrom(module=name, names=names, level=level):
+                base = ".".join([*(inside[:-level] if level else []), *([name] if name else [])])
                 yield from (f"{base}.{alias.name}" for alias in names)
             case ast.Call(func=ast.Name("import_module") | ast.Attribute(attr="import_module")):
                 yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
@@ -70,11 +63,19 @@ def imported(source: str) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
-def own(source: str) -> set[str]:
-    """Modules of the package that a module imports; a name that is no module comes from ``__init__``."""
-    parts = [name.split(".") for name in imported(source)]
-    names = {part[1] for part in parts if part[0] == PACKAGE.name and len(part) > 1}
-    return {name if name in MODULES else "__init__" for name in names}
+def own(source: str, module: str = "module") -> dict[str, set[str]]:
+    """Modules of the package that a module imports, each with the names that are taken from it."""
+    found: dict[str, set[str]] = {}
+    for name in imported(source, module):
+        parts = name.split(".")
+        if parts[0] != PACKAGE.name or len(parts) == 1:
+            continue
+        place = next(
+            (".".join(parts[1:end]) for end in range(len(parts), 1, -1) if ".".join(parts[1:end]) in MODULES), FACE
+        )
+        rest = parts[1 + len(place.split(".")) :] if place != FACE else parts[1:]
+        found.setdefault(place, set()).update(rest[:1])
+    return found
 
 
 def uses(source: str, library: str) -> bool:
@@ -82,55 +83,96 @@ def uses(source: str, library: str) -> bool:
     return any(f"{name}.".startswith(f"{library}.") for name in imported(source))
 
 
-GRAPH = {module: own(source) for module, source in MODULES.items()}
+def defined(source: str) -> set[str]:
+    """What a module makes itself, at its top."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names
 
 
-def reached(module: str, graph: Mapping[str, set[str]]) -> set[str]:
-    """Every module that is imported along with a module."""
-    found: set[str] = set()
-    todo = [module]
-    while todo:
-        new = graph[todo.pop()] - found
-        found |= new
-        todo += new
-    return found
+def room(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def there(table: Mapping[str, object]) -> list[str]:
-    return sorted(table.keys() & MODULES.keys())
+FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names} | dict.fromkeys(BELOW_ALL, len(ORDER))
+OWN = {module: own(source, module) for module, source in MODULES.items()}
+GRAPH = {module: set(found) for module, found in OWN.items()}
+
+
+def upward(graph: Mapping[str, set[str]]) -> list[str]:
+    """Imports that do not lead downward, or to a module of the same room."""
+    return [
+        f"{module} -> {other}"
+        for module, others in graph.items()
+        for other in others
+        if module != FACE
+        and room(module) != room(other)
+        and not FLOOR[room(module)] < FLOOR.get(room(other), -1)
+        and not {room(module), room(other)} <= BELOW_ALL
+    ]
+
+
+def test_rooms_know_only_what_lies_below_them() -> None:
+    assert upward(GRAPH) == []
+
+
+def test_an_arrow_upward_is_found() -> None:
+    wrong = {
+        "layout.heads": {"capture.hooks"},
+        "scoring.score": {"results.heatmap"},
+        "errors": {"job"},
+        "data.tasks": {"layout.rects"},
+    }
+    assert upward(wrong) == [f"{module} -> {other}" for module, (other,) in wrong.items()]
+    assert upward({"results.gather": {"scoring.score", "results.partials", "errors"}, "values": {"errors"}}) == []
+
+
+def test_every_room_has_its_floor_and_the_root_is_small() -> None:
+    assert {room(module) for module in MODULES} - {FACE} == FLOOR.keys()
+    assert len([module for module in MODULES if "." not in module]) <= MOST_AT_THE_ROOT
 
 
 def test_no_imports_form_a_circle() -> None:
     TopologicalSorter(GRAPH).prepare()  # a CycleError names the circle
+    with pytest.raises(CycleError):
+        TopologicalSorter(GRAPH | {"errors": {"job"}}).prepare()
 
 
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_is_imported_in_its_home_alone(library: str) -> None:
-    assert {module for module, source in MODULES.items() if uses(source, library)} <= {HOMES[library]}
+    assert {room(module) for module, source in MODULES.items() if uses(source, library)} <= {HOMES[library]}
 
 
-@pytest.mark.parametrize("module", there(ONLY))
-def test_a_module_imports_nothing_else_of_the_package(module: str) -> None:
-    assert GRAPH[module] <= ONLY[module]
+def test_a_name_is_imported_from_where_it_is_defined() -> None:
+    made = {module: defined(source) for module, source in MODULES.items()}
+    elsewhere = [
+        f"{module}: {name} of {other}"
+        for module, found in OWN.items()
+        for other, names in found.items()
+        for name in names
+        if name not in made[other] and not any(f"{other}.{name}" == known for known in MODULES)
+    ]
+    assert elsewhere == []
 
 
-@pytest.mark.parametrize("module", there(STRANGERS))
-def test_a_module_does_not_know_strangers(module: str) -> None:
-    assert not reached(module, GRAPH) & STRANGERS[module]
+@pytest.mark.parametrize("module", [module for module in MODULES if module.endswith(".__init__")])
+def test_a_room_says_what_it_is_and_hands_on_nothing(module: str) -> None:
+    (only,) = ast.parse(MODULES[module]).body
+    assert isinstance(only, ast.Expr)
 
 
-@pytest.mark.parametrize("module", there(WITHOUT))
+@pytest.mark.parametrize("module", WITHOUT)
 def test_a_module_does_without_libraries(module: str) -> None:
     assert not {library for library in WITHOUT[module] if uses(MODULES[module], library)}
 
 
 def test_every_module_is_named_after_its_idea() -> None:
-    assert not NAMES_THAT_SAY_NOTHING & MODULES.keys()
-
-
-def test_the_tables_speak_of_modules_that_are_there_or_planned() -> None:
-    named = {*HOMES.values(), *ONLY, *STRANGERS, *WITHOUT}.union(*ONLY.values(), *STRANGERS.values())
-    assert named <= MODULES.keys() | PLANNED
+    assert not NAMES_THAT_SAY_NOTHING & {module.rpartition(".")[2] for module in MODULES}
 
 
 @pytest.mark.parametrize(
@@ -150,25 +192,17 @@ def test_every_way_of_importing_a_library_is_seen(source: str, library: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("source", "module"),
+    ("source", "found"),
     [
-        ("from .plan import Tile", "plan"),
-        ("from . import plan", "plan"),
-        ("import qkov_dist.plan", "plan"),
-        ("from qkov_dist.plan import Tile", "plan"),
-        ("from qkov_dist import plan", "plan"),
-        ("from qkov_dist import QkovError", "__init__"),
-        ("if TYPE_CHECKING:\n    from .plan import Tile", "plan"),
+        ("from .tiles import Tile", {"scoring.tiles": {"Tile"}}),
+        ("from . import tiles", {"scoring.tiles": set()}),
+        ("import qkov_dist.scoring.tiles", {"scoring.tiles": set()}),
+        ("from qkov_dist.scoring.tiles import Tile", {"scoring.tiles": {"Tile"}}),
+        ("from qkov_dist.scoring import tiles", {"scoring.tiles": set()}),
+        ("from qkov_dist import QkovError", {"__init__": {"QkovError"}}),
+        ("if TYPE_CHECKING:\n    from ..errors import QkovError", {"errors": {"QkovError"}}),
     ],
 )
-def test_every_way_of_importing_a_module_is_seen(source: str, module: str) -> None:
-    assert own(source) == {module}
-    assert own("import json\nfrom planning import plan") == set()
-
-
-def test_circles_and_strangers_behind_others_are_found() -> None:
-    graph = {"layout": {"families"}, "families": {"rows"}, "rows": {"plan"}, "plan": set()}
-    TopologicalSorter(graph).prepare()
-    assert reached("layout", graph) == {"families", "rows", "plan"}
-    with pytest.raises(CycleError):
-        TopologicalSorter(graph | {"plan": {"layout"}}).prepare()
+def test_every_way_of_importing_a_module_is_seen(source: str, found: dict[str, set[str]]) -> None:
+    assert own(source, "scoring.kernel") == found
+    assert own("import json\nfrom planning import plan") == {}

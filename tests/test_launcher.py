@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qkov_dist.cli import main
+from qkov_dist.distributed.connect import check_interface, first_host, launched_size, rendezvous
 from qkov_dist.errors import QkovError
-from qkov_dist.launcher import check_interface, first_host, launched_size, rendezvous
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "1234"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}

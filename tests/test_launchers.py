@@ -24,8 +24,8 @@ from zoo import TINY, VOCAB
 
 from qkov_dist.cli import main
 from qkov_dist.config_file import from_dict, load_config
+from qkov_dist.results.heatmap_file import load_heatmap
 from qkov_dist.run import run
-from qkov_dist.store import load_heatmap
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))

@@ -23,12 +23,12 @@ from transformers import (
 )
 from zoo import COMMON, HEADS, HIDDEN, LLAMA, RELATIVES, TINY, VOCAB, Stranger, Tiny
 
-from qkov_dist import layout as layout_module
 from qkov_dist.errors import QkovError
-from qkov_dist.geometry import Rect, check_exact_cover, first_overlap
-from qkov_dist.layout import candidates, layout_table, register_layout, resolve, unresolved
-from qkov_dist.proof import resolve_proved
-from qkov_dist.slices import AttentionLayer, Layout, Projection
+from qkov_dist.layout import resolve as layout_module
+from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, layout_table
+from qkov_dist.layout.proof import resolve_proved
+from qkov_dist.layout.rects import Rect, check_exact_cover, first_overlap
+from qkov_dist.layout.resolve import candidates, register_layout, resolve, unresolved
 
 ALL = {**TINY, **RELATIVES}
 

@@ -10,16 +10,16 @@ from rounding import SCORES, assert_same_fisher
 from test_plan import flat_owner
 from zoo import TINY, VOCAB
 
-from qkov_dist.assembly import assemble
-from qkov_dist.collection import Collection
-from qkov_dist.engine import score_layer
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
 from qkov_dist.errors import QkovError
-from qkov_dist.factors import FactorStore
-from qkov_dist.fisher_warnings import warnings_of
-from qkov_dist.frame import from_json, make_frame, to_json
-from qkov_dist.layout import resolve
-from qkov_dist.merge import add_layers, layer_partial
-from qkov_dist.plan import Selection, make_plan
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.results.assemble import assemble
+from qkov_dist.results.fisher_warnings import warnings_of
+from qkov_dist.results.metadata import from_json, make_frame, to_json
+from qkov_dist.results.reduce import add_layers, layer_partial
+from qkov_dist.scoring.engine import score_layer
+from qkov_dist.scoring.tiles import Selection, make_plan
 
 
 def scored(name: str, world_sizes=(1,), *, include_bias=False, heads=None):

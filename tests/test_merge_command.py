@@ -21,17 +21,17 @@ from test_plan import flat_owner
 from test_run import assert_identical, write_task
 from zoo import TINY
 
-import qkov_dist.team
+import qkov_dist.distributed.topology
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.config_file import from_dict
+from qkov_dist.distributed.world import Alone
 from qkov_dist.errors import QkovError
 from qkov_dist.job import prepare
-from qkov_dist.merge_command import NUM_LISTED, Source, check_sources
-from qkov_dist.partial_schema import PartialHeader
-from qkov_dist.partials import Partial, PartialWriter, partial_path, read_partial
+from qkov_dist.results.gather import NUM_LISTED, Source, check_sources
+from qkov_dist.results.partial_schema import PartialHeader
+from qkov_dist.results.partials import Partial, PartialWriter, partial_path, read_partial
 from qkov_dist.run import run
-from qkov_dist.world import Alone
 
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
 
@@ -66,7 +66,7 @@ def _write_as_three_ranks(raw: dict, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(3):
             owner = flat_owner(rank, 3)
-            patch.setattr(qkov_dist.team.Team, "owned", lambda self, owner=owner: owner)
+            patch.setattr(qkov_dist.distributed.topology.Team, "owned", lambda self, owner=owner: owner)
             place = {"dir": str(folder / f"third-{rank}"), "pairs": "all"}
             with contextlib.suppress(QkovError):  # a third of the scores is no heatmap
                 run(from_dict({**raw, "output": place}), say=lambda _: None, show_progress=False)

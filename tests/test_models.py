@@ -34,11 +34,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from zoo import TINY
 
-from qkov_dist import models
 from qkov_dist.config import ModelConfig
+from qkov_dist.distributed.fingerprint import fingerprint
 from qkov_dist.errors import QkovError
-from qkov_dist.fingerprint import fingerprint
-from qkov_dist.models import LoadedModel, load_model, meta_model
+from qkov_dist.loading import models
+from qkov_dist.loading.models import LoadedModel, load_model, meta_model
 
 LLAMA = LlamaConfig(
     vocab_size=40,

@@ -9,7 +9,7 @@ from test_engine import job_for
 from test_run import config, entry, model_dir, qkov, write_task  # noqa: F401  (fixtures)
 
 from qkov_dist import load_heatmap
-from qkov_dist.samples import Sample
+from qkov_dist.data.samples import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from qkov_dist.data.batches import samples_of_batch
 from qkov_dist.errors import QkovError
-from qkov_dist.padded import samples_of_batch
 
 IDS = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 9]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from qkov_dist import pages
-from qkov_dist.pages import kept_heap
+from qkov_dist import memory as pages
+from qkov_dist.memory import kept_heap
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ GLIBC = pages._glibc() is not None
 
 FAULTS = """
 import resource, sys, torch
-from qkov_dist.pages import kept_heap
+from qkov_dist.memory import kept_heap
 
 def passes():
     for _ in range(20):

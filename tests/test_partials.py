@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from processes import PATIENCE_S
 
-from qkov_dist import hdf5_write
 from qkov_dist.errors import QkovError
-from qkov_dist.partial_schema import FISHER_COLUMNS
-from qkov_dist.partials import PartialHeader, PartialWriter, list_partials, partial_path, read_partial
+from qkov_dist.results import hdf5_write
+from qkov_dist.results.partial_schema import FISHER_COLUMNS, PartialHeader
+from qkov_dist.results.partials import PartialWriter, list_partials, partial_path, read_partial
 
 HEADER = PartialHeader("run-1", 0, 2, 3, 4, (1, 4, 12), extra={"ids": ["é", "b"], "losses": [0.5, float("inf")]})
 
@@ -303,7 +303,7 @@ KILL_HEADER = PartialHeader("run-1", 0, 1, 48, 48, tuple(range(8)))
 
 
 def fork(target: Callable[..., None], *arguments: Any) -> Any:
-    FORKS.set_forkserver_preload(["numpy", "h5py", "pytest", "qkov_dist.partials"])
+    FORKS.set_forkserver_preload(["numpy", "h5py", "pytest", "qkov_dist.results.partials"])
     process = FORKS.Process(target=target, args=arguments)
     process.start()
     return process

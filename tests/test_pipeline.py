@@ -11,15 +11,16 @@ from processes import PATIENCE_S
 from test_engine import job_for
 from zoo import TINY
 
-from qkov_dist import engine
-from qkov_dist.block_totals import block_totals
-from qkov_dist.capture import Site
-from qkov_dist.collection import Collection
-from qkov_dist.engine import ScoreSettings, score_layer, score_layers
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
 from qkov_dist.errors import QkovError
-from qkov_dist.factors import FactorStore
-from qkov_dist.layout import resolve
-from qkov_dist.plan import LayerPlan, Selection, in_order_of_work, make_plan
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring import engine
+from qkov_dist.scoring.block_totals import block_totals
+from qkov_dist.scoring.engine import score_layer, score_layers
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.scoring.tiles import LayerPlan, Selection, in_order_of_work, make_plan
 
 LAYERS = 4
 

@@ -6,11 +6,11 @@ import pytest
 from zoo import TINY
 
 from qkov_dist.errors import QkovError
-from qkov_dist.geometry import Rect, check_exact_cover, rects_of_flat_interval
-from qkov_dist.layout import resolve
-from qkov_dist.models import meta_model
-from qkov_dist.plan import SHARED_O_BIAS, Selection, make_plan
-from qkov_dist.slices import AttentionLayer, HeadSlice, Layout, Projection
+from qkov_dist.layout.heads import AttentionLayer, HeadSlice, Layout, Projection
+from qkov_dist.layout.rects import Rect, check_exact_cover, rects_of_flat_interval
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.loading.models import meta_model
+from qkov_dist.scoring.tiles import SHARED_O_BIAS, Selection, make_plan
 
 
 def layout_of(name: str, **overrides) -> Layout:

@@ -15,10 +15,10 @@ from zoo import TINY, VOCAB
 
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig
-from qkov_dist.described_model import described_model
 from qkov_dist.errors import QkovError
-from qkov_dist.hardware import GPUS, hardware, measured_cpu
-from qkov_dist.layout import resolve
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.planning.described import described_model
+from qkov_dist.planning.hardware import GPUS, hardware, measured_cpu
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LLAMAS = {"8b": (8.03e9, 32, 8), "70b": (70.6e9, 64, 8), "405b": (405.9e9, 128, 8)}

@@ -17,40 +17,41 @@ from test_distributed import settings
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import TINY, VOCAB
 
-from qkov_dist import head_tests
-from qkov_dist.anatomy import anatomy_of
-from qkov_dist.batches import make_batches
-from qkov_dist.capture import Site, capture
-from qkov_dist.capture_cost import CaptureCost
-from qkov_dist.collection import Collection
-from qkov_dist.comm import current
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.factors import factor_bytes
+from qkov_dist.capture.hooks import capture
+from qkov_dist.capture.store import FactorStore
 from qkov_dist.config_file import from_dict
-from qkov_dist.cost import Cost, total
-from qkov_dist.engine import ScoreSettings
+from qkov_dist.data.batches import make_batches
+from qkov_dist.distributed.connect import current
+from qkov_dist.distributed.ownership import assign
+from qkov_dist.distributed.parallelism import Parallelism
 from qkov_dist.errors import QkovError
-from qkov_dist.exchange import Exchange
-from qkov_dist.expected_time import PHASES, Phase
-from qkov_dist.factors import FactorStore
-from qkov_dist.forms import factor_bytes
-from qkov_dist.frame import FrameLayer
-from qkov_dist.hardware import GPU_OVERHEAD
 from qkov_dist.job import Job, prepare
-from qkov_dist.layout import resolve
-from qkov_dist.measured import Measured, comparison_lines
-from qkov_dist.merge import add_dealt, deal_heads
-from qkov_dist.ownership import assign
-from qkov_dist.parallel import Parallelism
-from qkov_dist.partial_schema import BlockPartial, LayerPartial
-from qkov_dist.plan import LayerPlan, Selection, make_plan
-from qkov_dist.planning import RunPlan, plan_of_job, plan_pretended, workload_of
-from qkov_dist.pretend import local_shape, pretended_teams
-from qkov_dist.rounds import layers_of, make_windows
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.planning.capture_cost import CaptureCost
+from qkov_dist.planning.cost import Cost, total
+from qkov_dist.planning.described import made_up_task
+from qkov_dist.planning.hardware import GPU_OVERHEAD
+from qkov_dist.planning.measured import Measured, comparison_lines
+from qkov_dist.planning.model_sizes import anatomy_of
+from qkov_dist.planning.rank_shares import layer_shares
+from qkov_dist.planning.run_plan import RunPlan, plan_of_job, plan_pretended, workload_of
+from qkov_dist.planning.simulated_ranks import local_shape, pretended_teams
+from qkov_dist.planning.time_model import PHASES, Phase
+from qkov_dist.planning.workload import Dealt, PretendedWorld, Workload
+from qkov_dist.results.metadata import FrameLayer
+from qkov_dist.results.partial_schema import BlockPartial, LayerPartial
+from qkov_dist.results.reduce import add_dealt, deal_heads
 from qkov_dist.run import run
-from qkov_dist.scoring import rounds_of, score_rounds
-from qkov_dist.shares import layer_shares
-from qkov_dist.stacks import stacks_of
-from qkov_dist.statistics import QKOVStatistics
-from qkov_dist.workload import Dealt, PretendedWorld, Workload, made_up_task
+from qkov_dist.scoring.engine import rounds_of, score_rounds
+from qkov_dist.scoring.exchange import Exchange
+from qkov_dist.scoring.schedule import layers_of, make_windows
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.scoring.tiles import LayerPlan, Selection, make_plan, stacks_of
+from qkov_dist.stats import head_tests
+from qkov_dist.stats.statistics import QKOVStatistics
 
 UNCOUNTED = ("qwen3_next", "qwen3_5")  # their linear attention pads these few tokens to a chunk of 64
 MODELS = ("llama", "gpt2", "phi3", "olmo2")
@@ -328,8 +329,8 @@ def test_factors_that_other_ranks_need_wait_in_memory():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon_new"])
 @pytest.mark.parametrize("limit", [1, 3000, 20_000, 10**9])
 def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monkeypatch):
-    monkeypatch.setattr("qkov_dist.plan.GPU_TILE_BYTES", limit)
-    monkeypatch.setattr("qkov_dist.score_settings.GPU_TILE_BYTES", limit)
+    monkeypatch.setattr("qkov_dist.scoring.tiles.GPU_TILE_BYTES", limit)
+    monkeypatch.setattr("qkov_dist.scoring.settings.GPU_TILE_BYTES", limit)
     work = work_of(TINY[name].build(), name, on_gpu=True)
     (shares,) = layer_shares(work.layout, work.layers, [pretended_teams(
         work.anatomy, work.layout, work.layers, ALONE)[0].owned_by(0)], work.scoring)  # fmt: skip

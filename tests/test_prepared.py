@@ -262,7 +262,7 @@ def local_parts() -> list:
     """This rank's part of a tensor [2, 3, 4] that is spread over two ranks in each way."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    from qkov_dist.shards import local_part
+    from qkov_dist.distributed.sharding import local_part
 
     mesh, whole = _mesh(2), torch.arange(24.0).view(2, 3, 4)
     rank = torch.distributed.get_rank()

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from zoo import RELATIVES, TINY, Stranger, Tiny
 
-from qkov_dist import layout as layout_module
 from qkov_dist.errors import QkovError
-from qkov_dist.families import FAMILIES, Family
-from qkov_dist.geometry import Rect
-from qkov_dist.layout import candidates, known_family, layout_of_family, register_layout, resolve
-from qkov_dist.proof import ProofRow, prove, prove_candidates, resolve_proved
-from qkov_dist.slices import AttentionLayer, HeadSlice, Layout, Projection
+from qkov_dist.layout import resolve as layout_module
+from qkov_dist.layout.families import FAMILIES, Family
+from qkov_dist.layout.heads import AttentionLayer, HeadSlice, Layout, Projection
+from qkov_dist.layout.proof import ProofRow, prove, prove_candidates, resolve_proved
+from qkov_dist.layout.rects import Rect
+from qkov_dist.layout.resolve import candidates, known_family, layout_of_family, register_layout, resolve
 
 ALL = {**TINY, **RELATIVES}
 # One of each kind: fused orders, Conv1D, GQA, gates, MLA, sinks, bidirectional, shared keys and values, coupling norms.

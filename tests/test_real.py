@@ -8,9 +8,9 @@ import real
 import torch
 from jobs import Job, closeness
 
-from qkov_dist.layout import resolve
-from qkov_dist.plan import Selection
-from qkov_dist.proof import prove
+from qkov_dist.layout.proof import prove
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring.tiles import Selection
 
 pytestmark = [pytest.mark.real, pytest.mark.long]
 LAYERS = (0, 14, 29)
@@ -81,9 +81,9 @@ def test_the_same_weights_in_three_architectures_score_the_same(loaded, job):
 
 
 def test_losses_are_those_of_the_oracle(loaded, job, expected):
-    from qkov_dist.collection import Collection
-    from qkov_dist.factors import FactorStore
-    from qkov_dist.plan import make_plan
+    from qkov_dist.capture.collect import Collection
+    from qkov_dist.capture.store import FactorStore
+    from qkov_dist.scoring.tiles import make_plan
 
     plan = make_plan(resolve(loaded.model), Selection(layers=(29,)), include_bias=False, num_samples=7)
     collection = Collection(FactorStore(2**30), plan.sites)

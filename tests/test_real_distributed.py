@@ -10,7 +10,7 @@ from ranks import pools
 from rounding import passes, reordered
 from test_distributed import deviation, from_files, run_quietly
 
-from qkov_dist.store import load_heatmap
+from qkov_dist.results.heatmap_file import load_heatmap
 
 pytestmark = [pytest.mark.real, pytest.mark.long]
 LAYERS, HIDDEN = 30, 576

@@ -20,11 +20,11 @@ from heatmaps import HEADS, KV_HEADS, LAYERS, NUM_A, NUM_B, make_heatmap, make_s
 
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
-from qkov_dist.figures import draw_blocks, draw_heatmaps
-from qkov_dist.report import write_page, write_report
-from qkov_dist.report_page import make_page, page_data, round_to_float32
-from qkov_dist.report_tables import Table, all_tables, blocks_table, conflicts_table, heads_table, layers_table
-from qkov_dist.results import FISHER_KEYS, Heatmap, SampleTable
+from qkov_dist.report.figures import draw_blocks, draw_heatmaps
+from qkov_dist.report.page import make_page, page_data, round_to_float32
+from qkov_dist.report.tables import Table, all_tables, blocks_table, conflicts_table, heads_table, layers_table
+from qkov_dist.report.write import write_page, write_report
+from qkov_dist.results.heatmap import FISHER_KEYS, Heatmap, SampleTable
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=https://example.com/x.png> {{script}} \u2028 \udc80"
 

@@ -12,9 +12,9 @@ import pytest
 from heatmaps import HEADS, KV_HEADS, LAYERS, NUM_A, make_table, present
 from test_report import heatmap_with_tests, large_heatmap, signed_heatmap
 
-from qkov_dist.report import write_page
-from qkov_dist.report_tables import conflicts_table
-from qkov_dist.results import SampleTable
+from qkov_dist.report.tables import conflicts_table
+from qkov_dist.report.write import write_page
+from qkov_dist.results.heatmap import SampleTable
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
 

@@ -10,8 +10,8 @@ import pytest
 from heatmaps import GROUPS, HEADS, KV_HEADS, LAYERS, NUM_A, NUM_B, NUM_HEADS, make_heatmap, make_statistics, present
 
 from qkov_dist.errors import QkovError
-from qkov_dist.results import Heatmap, SampleTable
-from qkov_dist.views import BlockView
+from qkov_dist.results.block_view import BlockView
+from qkov_dist.results.heatmap import Heatmap, SampleTable
 
 
 def sorted_conflicts(heatmap: Heatmap, block: str, sign: int) -> list[tuple[float, int, int, int, int]]:

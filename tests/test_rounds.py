@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkov_dist.errors import QkovError
-from qkov_dist.rounds import gpu_budget, layers_of, make_rounds, make_windows
+from qkov_dist.scoring.schedule import gpu_budget, layers_of, make_rounds, make_windows
 
 LAYERS = st.lists(st.lists(st.integers(0, 20), unique=True, max_size=8).map(sorted), min_size=1, max_size=5)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkov_dist.errors import QkovError
-from qkov_dist.rows import RowSlice, parse
+from qkov_dist.layout.row_order import RowSlice, parse
 
 SIZES = {"q": 2, "k": 2, "v": 3, "gate": 3, "_": 1}
 

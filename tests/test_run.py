@@ -26,8 +26,8 @@ from zoo import TINY, VOCAB
 import qkov_dist.run
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
-from qkov_dist.partials import PartialWriter
-from qkov_dist.samples import Sample
+from qkov_dist.data.samples import Sample
+from qkov_dist.results.partials import PartialWriter
 
 
 def write_task(path: Path, samples) -> None:

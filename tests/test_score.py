@@ -5,8 +5,8 @@ import torch
 from oracle import PAIRS
 from rounding import reordered
 
-from qkov_dist.kernel import Buffers, Rule, add_tile
-from qkov_dist.score import (
+from qkov_dist.scoring.kernel import Buffers, Rule, add_tile
+from qkov_dist.scoring.score import (
     NO_ELEMENTS,
     compiled,
     diagonal_fisher,

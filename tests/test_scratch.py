@@ -7,9 +7,9 @@ import resource
 import numpy as np
 import pytest
 
-from qkov_dist import scratch
+from qkov_dist import memory as scratch
 from qkov_dist.errors import QkovError
-from qkov_dist.scratch import scratch_array
+from qkov_dist.memory import scratch_array
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import qkov_dist
 from qkov_dist import config_file
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig
-from qkov_dist.table import Table
+from qkov_dist.report.tables import Table
 
 PACKAGE = Path(qkov_dist.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -292,7 +292,7 @@ def test_the_one_yaml_loader_is_safe():
 
 
 def test_models_load_tensors_alone_and_trust_nobody_by_default():
-    assert '"weights_only": True' in (PACKAGE / "models.py").read_text()
+    assert '"weights_only": True' in (PACKAGE / "loading" / "models.py").read_text()
     assert ModelConfig("m").trust_remote_code is False
 
 

@@ -8,13 +8,9 @@ from hypothesis import strategies as st
 from zoo import TINY
 
 from qkov_dist.config import ParallelConfig
-from qkov_dist.errors import QkovError
-from qkov_dist.geometry import Rect, check_exact_cover
-from qkov_dist.layout import resolve
-from qkov_dist.models import meta_model
-from qkov_dist.ownership import assign
-from qkov_dist.parallel import Parallelism, resolve_parallelism
-from qkov_dist.shards import (
+from qkov_dist.distributed.ownership import assign
+from qkov_dist.distributed.parallelism import Parallelism, resolve_parallelism
+from qkov_dist.distributed.sharding import (
     Placement,
     held_by_flat_partition,
     held_by_placements,
@@ -22,7 +18,11 @@ from qkov_dist.shards import (
     parameters_of,
     shard_interval,
 )
-from qkov_dist.team import Team
+from qkov_dist.distributed.topology import Team
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.rects import Rect, check_exact_cover
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.loading.models import meta_model
 
 SIZES = st.integers(1, 40)
 AXES = st.integers(1, 6)

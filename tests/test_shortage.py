@@ -16,16 +16,17 @@ from rounding import PASSES, SCORES
 from test_engine import job_for
 from zoo import TINY, VOCAB
 
-from qkov_dist import collection, engine
-from qkov_dist.batches import make_batches
-from qkov_dist.collection import Collection
+from qkov_dist.capture import collect as collection
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.factors import Window
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.data.batches import make_batches
+from qkov_dist.distributed.topology import Team
 from qkov_dist.errors import QkovError
-from qkov_dist.factors import FactorStore
-from qkov_dist.layout import resolve
-from qkov_dist.plan import Selection, make_plan
-from qkov_dist.shortage import is_shortage
-from qkov_dist.team import Team
-from qkov_dist.windows import Window
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.memory import is_shortage
+from qkov_dist.scoring import engine
+from qkov_dist.scoring.tiles import Selection, make_plan
 
 
 def shortage() -> RuntimeError:
@@ -161,10 +162,10 @@ import torch
 sys.path.insert(0, sys.argv[1])
 from jobs import mixed_samples
 from zoo import TINY
-from qkov_dist.collection import Collection
-from qkov_dist.factors import FactorStore
-from qkov_dist.layout import resolve
-from qkov_dist.plan import Selection, make_plan
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring.tiles import Selection, make_plan
 model = TINY["llama"].build(vocab_size=60000)
 samples = mixed_samples(24, 96, seed=1, lengths=(60, 64), mask=False)
 plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=24)

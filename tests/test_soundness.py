@@ -19,13 +19,13 @@ from torch.nn.utils import parametrizations, prune
 from zoo import COMMON, GROUPED, TINY, VOCAB, randomize
 
 from qkov_dist import FisherCollector, QKOVConfig, QkovError, QKOVInterferenceMetric
-from qkov_dist.engine import ScoreSettings
-from qkov_dist.layout import resolve
+from qkov_dist.capture.ropes import ropes_by_length
+from qkov_dist.data.samples import Sample
+from qkov_dist.layout.proof import prove, resolve_proved
+from qkov_dist.layout.resolve import resolve
 from qkov_dist.modes import HOOKS, bare
-from qkov_dist.plan import Selection
-from qkov_dist.proof import prove, resolve_proved
-from qkov_dist.ropes import ropes_by_length
-from qkov_dist.samples import Sample
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.scoring.tiles import Selection
 
 LLAMA = TINY["llama"]
 BLOCK_OF = {"q_proj": "Q", "k_proj": "K", "v_proj": "V", "o_proj": "O"}

@@ -9,12 +9,11 @@ from rounding import BLOCKS, SCORES
 from test_engine import job_for
 from zoo import TINY
 
-from qkov_dist import kernel
-from qkov_dist.capture import Site
-from qkov_dist.engine import ScoreSettings
-from qkov_dist.geometry import Rect
-from qkov_dist.plan import Tile
-from qkov_dist.stacks import stacks_of
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.rects import Rect
+from qkov_dist.scoring import kernel
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.scoring.tiles import Tile, stacks_of
 
 SITE = Site(0, "o_proj")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from zoo import RELATIVES, TINY
 
+from qkov_dist.distributed.sharded_proof import prove_stand_in, stand_in
 from qkov_dist.errors import QkovError
-from qkov_dist.layout import resolve
-from qkov_dist.stand_in import prove_stand_in, stand_in
+from qkov_dist.layout.resolve import resolve
 
 MODELS = {**TINY, **RELATIVES}
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 from scipy import stats
 
-from qkov_dist import head_tests, jackknife, layer_tests, pair_sums, permutation
-from qkov_dist.copies import different_pairs
+from qkov_dist.data.copies import different_pairs
 from qkov_dist.errors import QkovError
-from qkov_dist.layer_tests import LayerTests
-from qkov_dist.statistics import QKOVStatistics
+from qkov_dist.stats import head_tests, jackknife, pair_sums, permutation
+from qkov_dist.stats import head_tests as layer_tests
+from qkov_dist.stats.head_tests import LayerTests
+from qkov_dist.stats.statistics import QKOVStatistics
 
 BLOCKS = ("Q", "K", "V", "O")
 STATISTICS = ("cross_mean", "overlap")

@@ -15,13 +15,13 @@ from zoo import TINY, VOCAB
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig, OutputConfig, RunConfig, StatisticsConfig, TaskConfig
-from qkov_dist.frame import Frame, FrameLayer, to_json
-from qkov_dist.partial_schema import PartialHeader
-from qkov_dist.partials import PartialWriter, partial_path
-from qkov_dist.results import Heatmap, cross_of_pooled
+from qkov_dist.results.heatmap import Heatmap, cross_of_pooled
+from qkov_dist.results.heatmap_file import write_heatmap
+from qkov_dist.results.metadata import Frame, FrameLayer, to_json
+from qkov_dist.results.partial_schema import PartialHeader
+from qkov_dist.results.partials import PartialWriter, partial_path
 from qkov_dist.run import run
-from qkov_dist.statistics import QKOVStatistics
-from qkov_dist.store import write_heatmap
+from qkov_dist.stats.statistics import QKOVStatistics
 
 CONFIG = {"statistics": {"permutations": 30, "fdr_alpha": 0.1, "seed": 4}}
 

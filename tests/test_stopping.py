@@ -18,8 +18,8 @@ from test_run import write_task
 from zoo import TINY, VOCAB
 
 from qkov_dist import load_heatmap
-from qkov_dist.stopping import StoppedError, stoppable
-from qkov_dist.world import Alone
+from qkov_dist.distributed.preemption import StoppedError, stoppable
+from qkov_dist.distributed.world import Alone
 
 pytestmark = pytest.mark.long
 LAYERS = 40

@@ -19,10 +19,10 @@ from heatmaps import ATTRIBUTES, LAYERS, NUM_A, NUM_B, make_heatmap, make_statis
 from processes import PATIENCE_S
 
 from qkov_dist.errors import QkovError
-from qkov_dist.hdf5_write import writing
-from qkov_dist.results import Heatmap
-from qkov_dist.statistics import QKOVStatistics
-from qkov_dist.store import load_heatmap, write_heatmap
+from qkov_dist.results.hdf5_write import writing
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_file import load_heatmap, write_heatmap
+from qkov_dist.stats.statistics import QKOVStatistics
 
 TESTS = Path(__file__).parent
 
@@ -349,7 +349,7 @@ def test_random_damage_is_refused_or_harmless_and_never_crashes(saved: Path) -> 
         import sys, numpy as np
         from pathlib import Path
         from qkov_dist.errors import QkovError
-        from qkov_dist.store import load_heatmap
+        from qkov_dist.results.heatmap_file import load_heatmap
         from test_store import assert_same_heatmap
         path = Path(sys.argv[1])
         original, right, rng, refused = path.read_bytes(), load_heatmap(path), np.random.default_rng(0), 0

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from heatmaps import ATTRIBUTES, make_heatmap
 
-from qkov_dist import store
+from qkov_dist.commands.stats import retest
 from qkov_dist.errors import QkovError
-from qkov_dist.figures import draw_blocks
-from qkov_dist.report import write_page
-from qkov_dist.report_tables import all_tables
-from qkov_dist.results import Heatmap
-from qkov_dist.statistics import QKOVStatistics
-from qkov_dist.stats_command import retest
-from qkov_dist.store import load_heatmap
-from qkov_dist.summary import print_summary
+from qkov_dist.report.figures import draw_blocks
+from qkov_dist.report.summary import print_summary
+from qkov_dist.report.tables import all_tables
+from qkov_dist.report.write import write_page
+from qkov_dist.results import heatmap_file as store
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.stats.statistics import QKOVStatistics
 
 Lie = Callable[[h5py.File], None]
 

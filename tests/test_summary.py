@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from heatmaps import HEADS, LAYERS, make_heatmap, make_statistics
 
-from qkov_dist.summary import NUM_SHOWN, print_summary
+from qkov_dist.report.summary import NUM_SHOWN, print_summary
 
 
 @pytest.mark.parametrize("deciding", ["cross_mean", "overlap"])

@@ -17,12 +17,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from qkov_dist import sources
-from qkov_dist.builtin_tasks import MAX_SAMPLES, builtin_samples
 from qkov_dist.config import TaskConfig
+from qkov_dist.data import sources
+from qkov_dist.data.builtin import MAX_SAMPLES, builtin_samples
+from qkov_dist.data.samples import IGNORED, Task, task_fingerprint
+from qkov_dist.data.tasks import load_task
 from qkov_dist.errors import QkovError
-from qkov_dist.samples import IGNORED, Task, task_fingerprint
-from qkov_dist.tasks import load_task
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from zoo import LAYERS, TINY, VOCAB
 
 from qkov_dist.cli import main
-from qkov_dist.engine import ScoreSettings
 from qkov_dist.errors import QkovError
-from qkov_dist.layout import resolve
-from qkov_dist.subject import Subject
-from qkov_dist.validation import HeadEffect, Target, agreements, measure, sample_targets, stepped
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.verification.effects import HeadEffect, Target, agreements, measure, sample_targets, stepped
+from qkov_dist.verification.examined_model import Subject
 
 STEP = 0.3
 IN_FLOAT32 = 5 * reordered(2 * (2 * LAYERS + 1))  # the norms' share of a loss of about 5

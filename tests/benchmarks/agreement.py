@@ -17,7 +17,7 @@ from pair_loop import RIDGE, heads_of, kept_gradients, mean_fisher, per_pair_loo
 from torch import Tensor
 
 from qkov_dist.config import FisherConfig, RidgeConfig, RunConfig
-from qkov_dist.results import Heatmap
+from qkov_dist.results.heatmap import Heatmap
 
 TOLERANCE = 1e-3  # float32 sums of other orders; another gradient, or a neighbour's, is off by more than 0.1
 METHODS: dict[str, Callable[[Subject], Gradients]] = {

@@ -31,9 +31,9 @@ from orders import Found, Order, Report, Work
 from pair_loop import heads_of, kept_gradients, mean_fisher, per_pair_loop
 from stopwatch import PHASES, REST, counted_bytes, timed_phases
 
-from qkov_dist.comm import connected
 from qkov_dist.config import ComputeConfig, OutputConfig, RunConfig, StatisticsConfig
-from qkov_dist.results import Heatmap
+from qkov_dist.distributed.connect import connected
+from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.run import run
 
 MIB = 2**20

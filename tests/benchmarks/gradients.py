@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qkov_dist.batches import Batch, default_batch_tokens, make_batches
-from qkov_dist.collection import Collection
-from qkov_dist.factors import FactorStore
-from qkov_dist.plan import Selection, make_plan
-from qkov_dist.samples import IGNORED
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.data.batches import Batch, default_batch_tokens, make_batches
+from qkov_dist.data.samples import IGNORED
+from qkov_dist.scoring.tiles import Selection, make_plan
 
 BATCH_TOKENS = default_batch_tokens(on_cpu=not on_gpu(), moves=False, num_parameters=135 * 10**6)  # of everybody
 Gradients = Iterator[tuple[tuple[int, ...], Mapping[str, Tensor]]]

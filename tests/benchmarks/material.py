@@ -22,16 +22,16 @@ from device import device, on_gpu
 from real import smollm2
 from zoo import TINY, randomize
 
-from qkov_dist.builtin_tasks import MAX_SAMPLES, builtin_samples
-from qkov_dist.collection import Collection
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
 from qkov_dist.config import ModelConfig, TaskConfig
-from qkov_dist.factors import FactorStore
-from qkov_dist.layout import resolve
-from qkov_dist.models import LoadedModel, load_model
-from qkov_dist.plan import Selection, make_plan
-from qkov_dist.samples import Sample
-from qkov_dist.slices import Layout
-from qkov_dist.tasks import load_task
+from qkov_dist.data.builtin import MAX_SAMPLES, builtin_samples
+from qkov_dist.data.samples import Sample
+from qkov_dist.data.tasks import load_task
+from qkov_dist.layout.heads import Layout
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.loading.models import LoadedModel, load_model
+from qkov_dist.scoring.tiles import Selection, make_plan
 
 TASKS = ("arithmetic", "code")
 MODEL = "model"

@@ -20,7 +20,7 @@ from material import Subject
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from qkov_dist.batches import sequence
+from qkov_dist.data.batches import sequence
 
 FOLDER = Path(os.environ.get("QKOV_BENCH_PEERS", Path(sys.prefix) / "peers"))
 DAMPING = 1e-8

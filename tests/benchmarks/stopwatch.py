@@ -17,15 +17,15 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from qkov_dist.measured import Measured
+from qkov_dist.planning.measured import Measured
 
 PHASES: dict[str, tuple[str, ...]] = {
-    "loading": ("qkov_dist.parallel:load_parallel",),
+    "loading": ("qkov_dist.distributed.parallelism:load_parallel",),
     "preparing": ("qkov_dist.job:prepare",),
-    "capture": ("qkov_dist.collection:Collection.run",),
-    "scoring": ("qkov_dist.scoring:score_rounds",),
-    "statistics": ("qkov_dist.combine:combine",),
-    "writing": ("qkov_dist.results:Heatmap.save",),
+    "capture": ("qkov_dist.capture.collect:Collection.run",),
+    "scoring": ("qkov_dist.scoring.engine:score_rounds",),
+    "statistics": ("qkov_dist.finish:combine",),
+    "writing": ("qkov_dist.results.heatmap:Heatmap.save",),
 }
 REST = "rest"
 

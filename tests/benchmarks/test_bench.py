@@ -130,7 +130,7 @@ def test_an_inner_phase_stops_the_outer_clock(monkeypatch):
 
 
 def test_a_function_is_timed_wherever_it_is_called_from_and_then_left_alone():
-    from qkov_dist import scoring
+    from qkov_dist.scoring import engine as scoring
 
     function = scoring.score_rounds
 

@@ -22,7 +22,7 @@ from hdf5_storage import STORAGE
 from hypothesis import strategies as st
 from result_files import HEATMAP, LAYER_FILE, PARTIALS, frame, old_results, results
 
-from qkov_dist.frame import to_json
+from qkov_dist.results.metadata import to_json
 
 MOST_SECONDS = 60  # of an edit
 _REFUSALS = (ValueError, TypeError, KeyError, OSError, RuntimeError, OverflowError, NotImplementedError)

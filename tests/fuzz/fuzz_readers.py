@@ -10,19 +10,20 @@ from typing import Any
 
 from result_files import HEATMAP, PARTIALS, header
 
-from qkov_dist.carry import carry_over
+from qkov_dist.commands.merge import merge_folder
+from qkov_dist.commands.stats import retest
 from qkov_dist.config import TaskConfig
 from qkov_dist.config_file import load_config
-from qkov_dist.frame import from_json
-from qkov_dist.merge_command import gather_partials, merge_folder
-from qkov_dist.partials import PartialWriter, read_partial
-from qkov_dist.report import write_page, write_report
-from qkov_dist.report_tables import all_tables
-from qkov_dist.stats_command import retest
-from qkov_dist.store import load_heatmap
-from qkov_dist.summary import print_summary
-from qkov_dist.tasks import load_task
-from qkov_dist.world import Alone
+from qkov_dist.data.tasks import load_task
+from qkov_dist.distributed.world import Alone
+from qkov_dist.report.summary import print_summary
+from qkov_dist.report.tables import all_tables
+from qkov_dist.report.write import write_page, write_report
+from qkov_dist.results.gather import gather_partials
+from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.results.metadata import from_json
+from qkov_dist.results.partials import PartialWriter, read_partial
+from qkov_dist.results.resume import carry_over
 
 
 def _config(folder: Path) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 import h5py
 import numpy as np
 
+from qkov_dist.commands.merge import merge_folder
 from qkov_dist.config import to_dict
 from qkov_dist.config_file import from_dict
-from qkov_dist.frame import Frame, FrameLayer, to_json
-from qkov_dist.merge_command import merge_folder
-from qkov_dist.partial_schema import FISHER_COLUMNS, PartialHeader
-from qkov_dist.partials import PartialWriter, partial_path
-from qkov_dist.results import SampleTable
-from qkov_dist.world import Alone
+from qkov_dist.distributed.world import Alone
+from qkov_dist.results.heatmap import SampleTable
+from qkov_dist.results.metadata import Frame, FrameLayer, to_json
+from qkov_dist.results.partial_schema import FISHER_COLUMNS, PartialHeader
+from qkov_dist.results.partials import PartialWriter, partial_path
 
 LAYERS = (1, 4)
 HEADS = {"Q": (0, 1), "K": (0,), "V": (0,), "O": (0, 1)}

@@ -17,7 +17,7 @@ from hdf5_storage import STORAGE
 from result_files import HEATMAP, LAYER_FILE, PARTIALS, frame, results
 from watchdog import Files, Outcome, Watchdog
 
-from qkov_dist.frame import to_json
+from qkov_dist.results.metadata import to_json
 
 NUM_INPUTS = 40  # of each reader
 NUM_REPORTS = 3  # drawing figures takes seconds

@@ -23,9 +23,12 @@ from moments import Aim, Seen, read_notes, take_notes
 from ranks import _free_port as free_port
 
 TIMEOUT_S = 20  # QKOV_TIMEOUT_S: how long ranks wait for each other
-GRACE_S, LINGER_S = 2.0, 4.0  # of qkov_dist.failures, shorter than a user's, because one machine answers at once
+GRACE_S, LINGER_S = (
+    2.0,
+    4.0,
+)  # of qkov_dist.distributed.failures, shorter than a user's, because one machine answers at once
 DEADLINE_S = 150  # of a whole attempt, and again of those who survive; only a hang takes as long
-PRELOADED = ["qkov_dist.cli", "qkov_dist.run", "qkov_dist.report", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["qkov_dist.cli", "qkov_dist.run", "qkov_dist.report.write", "transformers.models.llama.modeling_llama"]
 DEEPSPEED = ["deepspeed", "transformers.integrations.deepspeed"]
 
 
@@ -199,8 +202,8 @@ def _rank(order: Order, rank: int, arguments: Sequence[str], environment: Mappin
     threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
     assert threads == 1, f"forked from a process of {threads} threads: locks may be held for ever"
     os.environ.update(environment, QKOV_TIMEOUT_S=str(TIMEOUT_S), OMP_NUM_THREADS="1")
-    from qkov_dist import failures
     from qkov_dist.cli import main
+    from qkov_dist.distributed import failures
 
     failures.GRACE_S, failures.LINGER_S = GRACE_S, LINGER_S
     if order.broken:

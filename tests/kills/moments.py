@@ -23,31 +23,35 @@ from typing import Any
 
 PHASES: dict[str, tuple[str, ...]] = {
     "preparing": ("qkov_dist.job:prepare",),
-    "carrying over": ("qkov_dist.carry:carry_over", "qkov_dist.carry:take_over", "qkov_dist.carry:forget"),
-    "taking up": ("qkov_dist.partials:PartialWriter.__enter__",),
-    "capture": ("qkov_dist.collection:Collection.run",),
-    "scoring": ("qkov_dist.scoring:score_rounds",),
-    "writing a layer": ("qkov_dist.partials:PartialWriter.write_layer",),
-    "bringing together": ("qkov_dist.partials:PartialWriter.__exit__",),
-    "adding up": ("qkov_dist.combine:combine",),
-    "statistics": ("qkov_dist.layer_tests:layer_tests", "qkov_dist.statistics:QKOVStatistics.results"),
-    "final write": ("qkov_dist.results:Heatmap.save",),
-    "report": ("qkov_dist.report:write_page",),
+    "carrying over": (
+        "qkov_dist.results.resume:carry_over",
+        "qkov_dist.results.resume:take_over",
+        "qkov_dist.results.resume:forget",
+    ),
+    "taking up": ("qkov_dist.results.partials:PartialWriter.__enter__",),
+    "capture": ("qkov_dist.capture.collect:Collection.run",),
+    "scoring": ("qkov_dist.scoring.engine:score_rounds",),
+    "writing a layer": ("qkov_dist.results.partials:PartialWriter.write_layer",),
+    "bringing together": ("qkov_dist.results.partials:PartialWriter.__exit__",),
+    "adding up": ("qkov_dist.finish:combine",),
+    "statistics": ("qkov_dist.stats.head_tests:layer_tests", "qkov_dist.stats.statistics:QKOVStatistics.results"),
+    "final write": ("qkov_dist.results.heatmap:Heatmap.save",),
+    "report": ("qkov_dist.report.write:write_page",),
 }
 BETWEEN = "between phases"
 ENCLOSING = "adding up"  # the one phase that another may lie in; elsewhere the outer one counts
 STEPS = (
-    "qkov_dist.capture:Capture.run",
-    "qkov_dist.series:Series.spill",
-    "qkov_dist.kernel:add_tile",
-    "qkov_dist.comm:TorchWorld.exchange",
-    "qkov_dist.comm:TorchWorld.pass_on",
-    "qkov_dist.comm:TorchWorld.sum",
+    "qkov_dist.capture.hooks:Capture.run",
+    "qkov_dist.capture.row_buffer:Series.spill",
+    "qkov_dist.scoring.kernel:add_tile",
+    "qkov_dist.distributed.connect:TorchWorld.exchange",
+    "qkov_dist.distributed.connect:TorchWorld.pass_on",
+    "qkov_dist.distributed.connect:TorchWorld.sum",
 )
 CALLS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate")
-SCORING = "qkov_dist.engine:score_layers"
+SCORING = "qkov_dist.scoring.engine:score_layers"
 SCORED = "scoring"  # the phase of which all that workers do is a step
-STOPPABLE = "qkov_dist.stopping:stoppable"
+STOPPABLE = "qkov_dist.distributed.preemption:stoppable"
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from verdicts import (
     work_faults,
 )
 
-from qkov_dist import hdf5_write, labelled
-from qkov_dist.hdf5_read import SCHEMA
+from qkov_dist.results import export as labelled
+from qkov_dist.results import hdf5_write
+from qkov_dist.results.hdf5_read import SCHEMA
 
 pytestmark = pytest.mark.long
 

@@ -15,11 +15,11 @@ import numpy as np
 from attempts import Kill, Outcome
 
 from qkov_dist import Heatmap, load_heatmap
-from qkov_dist.carry import CARRIED
+from qkov_dist.distributed.preemption import EXIT_CODE
 from qkov_dist.errors import QkovError
 from qkov_dist.finish import HEATMAP_FILE
-from qkov_dist.partials import layer_folder, list_partials, read_partial
-from qkov_dist.stopping import EXIT_CODE
+from qkov_dist.results.partials import layer_folder, list_partials, read_partial
+from qkov_dist.results.resume import CARRIED
 
 TOLERANCE = 1e-6  # of a block's largest score: sums of float32 in another order
 ORDINARY_TOLERANCE = 1e-4  # of other numbers, where ranks sum in another order

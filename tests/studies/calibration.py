@@ -27,8 +27,8 @@ from pool import FisherRule, Pool, Scores, pooled, reordered, small_real_model, 
 from scipy.stats import binomtest, kstest
 from zoo import TINY, VOCAB
 
-from qkov_dist.permutation import Alternative
-from qkov_dist.statistics import QKOVStatistics
+from qkov_dist.stats.permutation import Alternative
+from qkov_dist.stats.statistics import QKOVStatistics
 
 ALPHA, BINS = 0.05, 20
 ALTERNATIVES: tuple[Alternative, ...] = ("two-sided", "greater", "less")  # the default first

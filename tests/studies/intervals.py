@@ -30,8 +30,8 @@ import torch
 from pool import RESULTS
 from tabulate import tabulate
 
-from qkov_dist.head_tests import head_tests
-from qkov_dist.statistics import QKOVStatistics
+from qkov_dist.stats.head_tests import head_tests
+from qkov_dist.stats.statistics import QKOVStatistics
 
 SPREADS, SIZES = (0.0, 0.6, 1.0), (8, 16, 32)
 WORLDS, DRAWS, PERMUTATIONS = 10, 100, 200  # heads with weights of their own; draws of samples for each

@@ -13,18 +13,19 @@ import torch
 from real import smollm2
 from torch import Tensor
 
-from qkov_dist.collection import Collection
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
 from qkov_dist.config import TaskConfig
-from qkov_dist.engine import Roles, ScoreSettings, score_layer
-from qkov_dist.factors import FactorStore
-from qkov_dist.fisher import by_task, fisher_steps, fisher_weights
-from qkov_dist.head_tests import Design, correct, head_tests
-from qkov_dist.layout import resolve
-from qkov_dist.models import LoadedModel
-from qkov_dist.plan import Plan, Selection, make_plan
-from qkov_dist.samples import Sample
-from qkov_dist.slices import BLOCKS
-from qkov_dist.tasks import load_task
+from qkov_dist.data.samples import Sample
+from qkov_dist.data.tasks import load_task
+from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.loading.models import LoadedModel
+from qkov_dist.scoring.engine import score_layer
+from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
+from qkov_dist.scoring.settings import Roles, ScoreSettings
+from qkov_dist.scoring.tiles import Plan, Selection, make_plan
+from qkov_dist.stats.head_tests import Design, correct, head_tests
 
 Scores = Mapping[str, Tensor]  # block -> [heads of all layers, N, N]
 BUDGET = 2**31

@@ -22,10 +22,10 @@ from calibration import ALPHA
 from pool import IMAGES, RESULTS, FisherRule, Scores, pooled, reordered, small_real_model, task_samples, tested
 from tabulate import tabulate
 
-from qkov_dist.engine import ScoreSettings
-from qkov_dist.head_tests import Statistic
-from qkov_dist.permutation import Alternative
-from qkov_dist.statistics import QKOVStatistics
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.stats.head_tests import Statistic
+from qkov_dist.stats.permutation import Alternative
+from qkov_dist.stats.statistics import QKOVStatistics
 
 SIZES, MOST, SUBSETS, PERMUTATIONS = (4, 8, 16, 32), 32, 5, 5400
 

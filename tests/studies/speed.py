@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkov_dist.layer_tests import LayerTests, layer_tests
-from qkov_dist.statistics import QKOVStatistics
+from qkov_dist.stats.head_tests import LayerTests, layer_tests
+from qkov_dist.stats.statistics import QKOVStatistics
 
 HEADS = {"Q": 9, "K": 3, "V": 3, "O": 9}
 

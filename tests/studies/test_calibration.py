@@ -15,7 +15,7 @@ from pool import RESULTS, FisherRule, pooled, reordered
 from power import DEFAULT, count_found
 from zoo import TINY, VOCAB
 
-from qkov_dist.significance import _CROSS_MEAN_REJECTED, _NOT_EXCHANGEABLE
+from qkov_dist.stats.significance import _CROSS_MEAN_REJECTED, _NOT_EXCHANGEABLE
 
 EXACT = Condition("tiny llama", MEAN, 8, 8, 200, 199, rescored=False)
 

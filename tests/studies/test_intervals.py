@@ -10,7 +10,7 @@ import torch
 from intervals import LEAST, MOST, SIZES, SPREADS, WORLDS_STUDIED, World, covered, draw
 from pool import RESULTS
 
-from qkov_dist import jackknife
+from qkov_dist.stats import jackknife
 
 
 def test_overlap_is_covered_as_promised_whatever_the_spread_of_norms():

@@ -1,0 +1,248 @@
+"""Samples that have been run: their numbers, tokens, losses, and the factors of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from qkov_dist.data.batches import Batch, Objective, content_of, make_batches, sequence
+from qkov_dist.data.samples import Sample
+from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.world import together
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.heads import Site
+from qkov_dist.memory import is_shortage
+from qkov_dist.modes import ModelError, input_device
+
+from .hooks import Capture, Nowhere, capture
+from .soundness import Soundness, richest
+from .store import FactorStore
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One sample that has been run.
+
+    Attributes:
+        task: Name of its task.
+        id: Its id within the task.
+        text: Its text, for reports.
+        num_tokens: Labelled tokens.
+        loss: Its own loss, reduced as asked for.
+        content: A hash of what the model was shown and had to predict.
+    """
+
+    task: str
+    id: str
+    text: str
+    num_tokens: int
+    loss: float
+    content: str = ""
+
+
+@dataclass
+class Collection:
+    """Runs samples once and keeps what scoring needs.
+
+    Attributes:
+        store: Where the factors are.
+        sites: The projections captured.
+        objective: How labels align with outputs.
+        loss_reduction: ``mean`` or ``sum`` over a sample's labelled tokens.
+        loss_factor: Multiplies every loss.
+        batch_tokens: Padded tokens in one compute batch.
+        team: Who runs which samples.
+        records: Every sample by its pooled number.
+        say: Takes a line where something did not go as planned.
+        soundness: What is known of the model's passes; one for all collections of a model.
+    """
+
+    store: FactorStore
+    sites: tuple[Site, ...]
+    objective: Objective = "causal"
+    loss_reduction: str = "mean"
+    loss_factor: float = 1.0
+    batch_tokens: int = 2048
+    team: Team = field(default_factory=Team)
+    records: list[SampleRecord] = field(default_factory=list)
+    say: Callable[[str], object] = lambda line: None
+    soundness: Soundness = field(default_factory=Soundness)
+
+    def run(
+        self,
+        model: nn.Module,
+        task: str,
+        samples: Sequence[Sample],
+        on_samples: Callable[[int], object] = lambda count: None,
+    ) -> list[int]:
+        """Pass samples of a task through the model, each on one of the peers; all ranks call this alike.
+
+        Nothing is kept of the samples if any of them fails.
+
+        Args:
+            model: The model; left as it is found.
+            task: Name of the task.
+            samples: Its samples, in file order.
+            on_samples: Called with the number of samples after each batch of this rank.
+
+        Returns:
+            The samples' pooled numbers, in the order given.
+
+        Raises:
+            QkovError: for a loss or gradient that is not finite (names task, sample and layer), and for a model whose
+                passes do not give gradients (see :mod:`qkov_dist.capture.soundness`).
+        """
+        first = len(self.records)
+        team = self.team
+        if team.in_a_pass.size > 1:
+            self._look_at(model, task, samples)  # with the same tokens on all ranks: what fails, fails on all
+        else:
+            together(team.world, lambda: self._look_at(model, task, samples))
+        passes = self._passes(task, samples)
+        if team.lockstep:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
+            here = self._run_here(model, passes, on_samples)
+        else:
+            here = together(team.peers, lambda: self._run_here(model, passes, on_samples), team.peer_ranks)
+        found = {number: (count, loss) for theirs in team.peers.gather(here) for number, count, loss in theirs}
+        self.records.extend(
+            SampleRecord(task, sample.id, sample.text, *found[first + n], content_of(sample, self.objective))
+            for n, sample in enumerate(samples)
+        )
+        return list(range(first, first + len(samples)))
+
+    def _look_at(self, model: nn.Module, task: str, samples: Sequence[Sample]) -> None:
+        """Check what was not checked before, on all ranks alike; say where samples have to run alone."""
+        before = self.soundness.alone
+        try:
+            first = richest(samples)
+            self.soundness.prove(model, self.sites, self.objective, first, _named(task, first))
+            self.soundness.see(model, samples, self.objective)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            longest = max(samples, key=lambda sample: sample.num_tokens)
+            raise self._too_long(_named(task, longest), longest.num_tokens) from error
+        except ModelError as error:
+            if self.team.peers.size == self.team.world.size:
+                raise
+            raise _plan_fails(model, error) from error
+        if self.soundness.alone and not before:
+            self.say("outputs depend on the length of a batch: samples run uncut, each beside those of its length")
+
+    def _passes(self, task: str, samples: Sequence[Sample]) -> list[tuple[Batch, bool]]:
+        """This rank's batches, each counted; then, where passes need all peers, idle ones up to the longest list."""
+        shares = self.team.shares([len(sequence(sample, self.objective).input_ids) for sample in samples])
+        mine = self._batches(task, samples, shares[self.team.peers.rank])
+        passes = [(batch, True) for batch in mine]
+        if self.team.lockstep:
+            longest = max(len(self._batches(task, samples, share)) for share in shares)
+            (idle, *_) = mine or self._batches(task, samples, [0])
+            passes += [(idle, False)] * (longest - len(mine))
+        return passes
+
+    def _batches(self, task: str, samples: Sequence[Sample], share: Sequence[int]) -> list[Batch]:
+        chosen, first = [samples[n] for n in share], len(self.records)
+        batches = make_batches(
+            chosen,
+            names=[_named(task, sample) for sample in chosen],
+            numbers=[first + n for n in share],
+            batch_tokens=self.batch_tokens,
+            objective=self.objective,
+            alone=self.soundness.alone,
+        )
+        return list(batches)
+
+    def _run_here(
+        self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
+    ) -> list[tuple[int, int, float]]:
+        """Make this rank's passes; returns each sample's number, labelled tokens and loss."""
+        try:
+            return self._losses(model, passes, on_samples)
+        except ModelError as error:
+            if self.team.peers.size == self.team.world.size:
+                raise
+            raise _plan_fails(model, error) from error
+
+    def _losses(
+        self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
+    ) -> list[tuple[int, int, float]]:
+        losses: list[tuple[int, int, float]] = []
+        with capture(
+            model,
+            self.sites,
+            loss_reduction=self.loss_reduction,
+            loss_factor=self.loss_factor,
+            check_at_end=self.team.passes_alone and input_device(model).type == "cuda",
+            any_rank=lambda here: any(self.team.in_a_pass.gather(here)),
+        ) as session:
+            for batch, counts in passes:
+                if not counts:
+                    session.run(batch, Nowhere())
+                    continue
+                for part, found in self._pass(session, batch):
+                    losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
+                    on_samples(len(part.samples))
+        return losses
+
+    def _pass(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
+        """Run one batch; where it does not fit into memory, its halves.
+
+        Yields:
+            The batches that were run, with their samples' losses.
+
+        Raises:
+            QkovError: where one sample alone does not fit, or where passes need all peers: a rank that stops half-way
+                through one leaves the others waiting in it.
+        """
+        try:
+            with self.store.batch(batch) as sink:
+                found = session.run(batch, sink)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            if self.team.lockstep or len(batch.samples) == 1:
+                raise self._too_large(batch) from error
+        else:
+            yield batch, found
+            return
+        self.say(f"out of memory with {len(batch.samples)} samples in a batch: going on with half of them")
+        for half in batch.halves():
+            yield from self._pass(session, half)
+
+    def _too_large(self, batch: Batch) -> QkovError:
+        longest = max(batch.lengths)
+        if len(batch.samples) == 1:
+            return self._too_long(batch.names[0], longest)
+        return QkovError(
+            f"a batch of {len(batch.samples)} samples of up to {longest} tokens",
+            expected="memory for it on every rank (sharded weights are gathered by all ranks together)",
+            got="too little",
+            remedy=f"Set compute.batch_tokens to {len(batch.samples) * longest // 2} or less.",
+        )
+
+    def _too_long(self, name: str, num_tokens: int) -> QkovError:
+        remedy = "Cut it with the task's max_tokens, spread the model over more ranks or a GPU with more memory, or "
+        remedy += "use model.dtype=bfloat16."
+        if self.store.bytes_on_gpu:
+            remedy = f"Set compute.factor_gpu_mb=0: factors take {self.store.bytes_on_gpu >> 20} MiB there. {remedy}"
+        return QkovError(
+            name, expected=f"memory for one sample of {num_tokens} tokens", got="too little", remedy=remedy
+        )
+
+
+def _plan_fails(model: nn.Module, error: ModelError) -> QkovError:
+    """What an error inside a tensor-parallel model may come from."""
+    config = getattr(model, "config", None)
+    return QkovError(
+        f"model type {getattr(config, 'model_type', type(model).__name__)!r}",
+        expected="a forward and a backward pass under its tensor-parallel plan",
+        got=error.got,
+        remedy="The plan fails, or a hook of yours under it: use fsdp (parallel.shard=fsdp), which cuts any model.",
+    )
+
+
+def _named(task: str, sample: Sample) -> str:
+    """What messages call a sample."""
+    return f"task {task!r}, sample {sample.id!r}"

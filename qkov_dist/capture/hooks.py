@@ -1,0 +1,372 @@
+r"""One forward and one backward pass that leave the factors of every per-sample gradient.
+
+For a linear map Y = X W^T the gradient of one sample's loss is
+
+    dL/dW = D^T X,    X [T, in] its input,    D = dL/dY [T, out],
+
+and that of its bias is the column sum of D. X and Y are seen at the map itself, whatever hooks do before and after it,
+and D by a hook on Y; the product is left to whoever needs a slice of it. Weights are frozen, so no weight gradient is
+formed: the graph starts at the outputs of the lowest projections asked for (or at the input embeddings where activation
+checkpointing needs it to pass every layer).
+The loss is the *sum* over the batch of each sample's own loss, so row n of D belongs to sample n alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qkov_dist.data.batches import Batch
+from qkov_dist.distributed.sharding import local_part
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.linear_map import Forward, watched
+from qkov_dist.modes import evaluating, explained_pass, frozen, input_device, plain_outputs
+
+from .finite import all_finite, check_finite, check_losses, total
+from .losses import sample_losses
+
+FP16_LOSS_SCALES = (2.0**14, 2.0**10, 2.0**6, 1.0)
+AnyRank = Callable[[bool], bool]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What one batch leaves at one site: X [tokens, in] and D [tokens, out] of the kept tokens, sample after sample.
+
+    ``x_site`` is the first site of the layer that was handed this very input: q, k and v share one X.
+    """
+
+    site: Site
+    x_site: Site
+    x: Tensor
+    d: Tensor
+
+
+Inspect = Callable[[Site, nn.Module, Forward, Tensor, Tensor], None]
+
+
+class FactorSink(Protocol):
+    """Where factors go as the backward pass produces them."""
+
+    def add(self, factors: Factors) -> None:
+        """Take one site's factors of the current batch."""
+
+
+@dataclass(frozen=True)
+class _Input:
+    """X as a projection saw it: whose it was first, the tensor, and its version then."""
+
+    x_site: Site
+    x: Tensor
+    version: int
+
+
+@dataclass
+class _Pass:
+    """What the hooks share during one batch.
+
+    Attributes:
+        batch: The batch.
+        kept_tokens: Rows of the flattened batch whose factors are kept; None for all.
+        sink: Takes the factors.
+        loss_scale: By what the loss is multiplied in the backward pass.
+        sums: Of what was seen, where whether all is finite is asked at the end; None asks at each site.
+        is_half: Whether some number of the pass is a float16: weak gradients vanish in it unless the loss is scaled.
+    """
+
+    batch: Batch
+    kept_tokens: Tensor | None
+    sink: FactorSink
+    loss_scale: float = 1.0
+    sums: list[Tensor] | None = None
+    is_half: bool = False
+    inputs: dict[Site, _Input] = field(default_factory=dict)
+    finished: set[Site] = field(default_factory=set)
+    in_backward: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch, padding among them."""
+        return self.batch.attention_mask.numel()
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """[N, T, width] to [kept tokens, width]."""
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        return flat if self.kept_tokens is None else flat.index_select(0, self.kept_tokens)
+
+
+class Capture:
+    """Runs batches through a hooked model; made by :func:`capture`.
+
+    Whether all is finite is asked at each site as it comes. Where ``check_at_end``, a batch is checked once, after its
+    backward pass (a GPU would have to be waited for at each site), and run again to name what is not finite.
+
+    Attributes:
+        loss_scale: By what the loss of the last batch was multiplied; factors are free of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        loss_reduction: str = "mean",
+        loss_factor: float = 1.0,
+        check_at_end: bool = False,
+        any_rank: AnyRank = bool,
+        inspect: Inspect | None = None,
+    ) -> None:
+        self._model, self._sites = model, tuple(sites)
+        self._reduction, self._factor = loss_reduction, loss_factor
+        self._check_at_end, self._any_rank, self._inspect = check_at_end, any_rank, inspect
+        self._has_half = any(p.dtype == torch.float16 for p in model.parameters())
+        self._current: _Pass | None = None
+        self.loss_scale = 1.0
+
+    def run(self, batch: Batch, sink: FactorSink) -> Tensor:
+        """Pass one batch through the model and hand each site's factors to ``sink``, last layer first.
+
+        Where the pass meets float16, in weights or in what hooks see, the loss is scaled up as far as no gradient
+        overflows, on all ranks of the pass alike.
+
+        Returns:
+            Each sample's own loss (reduced over its own labelled tokens), float32 or better, [N], on the CPU.
+
+        Raises:
+            QkovError: for a loss or gradient that is not finite (names the sample and the layer), a projection that the
+                forward pass did not reach, or an error inside the model.
+        """
+        if torch.is_inference_mode_enabled():
+            raise QkovError(
+                "capture",
+                expected="a graph for gradients",
+                got="torch.inference_mode",
+                remedy="Leave inference_mode while samples are collected (no_grad does no harm).",
+            )
+        batch = batch.to(input_device(self._model))
+        for scale in FP16_LOSS_SCALES:
+            held = _Held(sink)
+            state, losses = self._forward(batch, sink)
+            if not state.is_half:
+                return self._backward(state, losses)
+            state.sink, state.loss_scale, state.sums = held, scale, []
+            found = self._backward(state, losses)
+            if not self._any_rank(not all_finite(state.sums)):
+                held.release()
+                return found
+        return self._name_what_is_not_finite(batch, scale)
+
+    def _forward(self, batch: Batch, sink: FactorSink) -> tuple[_Pass, Tensor]:
+        rows = batch.kept.reshape(-1).nonzero().squeeze(1)
+        whole = rows.numel() == batch.kept.numel()
+        sums: list[Tensor] | None = [] if self._check_at_end else None
+        state = _Pass(batch, None if whole else rows, sink, sums=sums, is_half=self._has_half)
+        with self._hooks(state), torch.enable_grad(), explained_pass(self._model):
+            losses = sample_losses(self._model, batch, self._reduction)
+            check_losses(losses, batch)
+        if not losses.requires_grad:
+            raise _not_reached(self._sites)
+        return state, losses
+
+    def _backward(self, state: _Pass, losses: Tensor) -> Tensor:
+        state.in_backward, self.loss_scale = True, state.loss_scale
+        with self._hooks(state), torch.enable_grad(), explained_pass(self._model):
+            (losses.sum() * (self._factor * state.loss_scale)).backward()  # type: ignore[no-untyped-call]
+        if missing := set(self._sites) - state.finished:
+            raise _not_reached(sorted(missing))
+        if not state.is_half and not all_finite(state.sums or ()):
+            self._name_what_is_not_finite(state.batch, 1.0)  # raises, unless it was a sum alone that overflowed
+        return (losses.detach() * self._factor).cpu()
+
+    def _name_what_is_not_finite(self, batch: Batch, loss_scale: float) -> Tensor:
+        """Run a batch once more, looking at each site: the first that is not finite is named."""
+        state, losses = self._forward(batch, Nowhere())
+        state.loss_scale, state.sums = loss_scale, None
+        found = self._backward(state, losses)
+        if state.is_half:
+            raise _not_finite_elsewhere()
+        return found
+
+    @contextmanager
+    def _hooks(self, state: _Pass) -> Iterator[None]:
+        """Have the hooks work for a batch."""
+        self._current = state
+        try:
+            yield
+        finally:
+            self._current = None
+
+    def see(self, site: Site, module: nn.Module, forward: Forward, x: Tensor, y: Tensor) -> Tensor | None:
+        """Note X, and attach to Y what will see D; returns what goes on in place of a Y that begins the graph."""
+        state = self._current
+        if state is None:
+            return None
+        state.is_half |= torch.float16 in (x.dtype, y.dtype)  # also where a reentrant checkpoint runs without a graph
+        if not torch.is_grad_enabled():
+            return None
+        if site not in state.inputs:
+            x = local_part(x, state.num_tokens, site.module)
+            state.inputs[site] = _input_of(site, x, state.inputs)
+            if self._inspect:
+                self._inspect(site, module, forward, x, y)
+        elif not state.in_backward:
+            raise _called_twice(site)
+        root = not y.requires_grad
+        if root:
+            y = y.detach().requires_grad_()
+        y.register_hook(lambda d: None if d is None else self._on_gradient(site, d))  # type: ignore[no-untyped-call]
+        return y.clone() if root else None
+
+    def _on_gradient(self, site: Site, d: Tensor) -> None:
+        """Hand on what is complete with D; a D of None was cut off by a kernel without a gradient."""
+        state = self._current
+        if state is not None and site not in state.finished:
+            with torch.autocast(d.device.type, enabled=False):  # the user's is for the model, not for what is made of D
+                self._hand_on(state, site, d)
+
+    def _hand_on(self, state: _Pass, site: Site, d: Tensor) -> None:
+        known = state.inputs[site]
+        if known.x._version != known.version:
+            raise _changed_in_place(site)
+        d = state.kept(local_part(d, state.num_tokens, site.module))
+        d = d if state.loss_scale == 1.0 and d.dtype != torch.float16 else d.float() / state.loss_scale
+        factors = Factors(site, known.x_site, state.kept(known.x.detach()), d)
+        if state.sums is None:
+            check_finite(_looked_at(factors), state.batch, f"layer {site.layer} ({site.module})")
+        else:
+            state.sums += map(total, _looked_at(factors).values())
+        state.finished.add(site)
+        state.sink.add(factors)
+
+
+def _input_of(site: Site, x: Tensor, known: dict[Site, _Input]) -> _Input:
+    """Find which site of the layer was handed this very tensor first, or another view of it (as under ZeRO-3)."""
+    first = next((s for s, other in known.items() if s.layer == site.layer and _is_same(other.x, x)), site)
+    return _Input(first, x, x._version)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers at one place; both are alive, so that a place is never reused."""
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        and one._version == other._version
+    )
+
+
+class Nowhere:
+    """Takes the factors of a pass that is made for something else."""
+
+    def add(self, factors: Factors) -> None:
+        """Drop them."""
+
+
+class _Held:
+    """Keeps a batch's factors until the whole backward pass proved finite."""
+
+    def __init__(self, sink: FactorSink) -> None:
+        self._sink = sink
+        self._held: list[Factors] = []
+
+    def add(self, factors: Factors) -> None:
+        self._held.append(factors)
+
+    def release(self) -> None:
+        for factors in self._held:
+            self._sink.add(factors)
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    sites: Sequence[Site],
+    *,
+    loss_reduction: str = "mean",
+    loss_factor: float = 1.0,
+    check_at_end: bool = False,
+    any_rank: AnyRank = bool,
+    inspect: Inspect | None = None,
+) -> Iterator[Capture]:
+    """Watch a model's projections; on leaving, the model is as it was found.
+
+    Args:
+        model: A transformers language model, in any mode, with any ``requires_grad``.
+        sites: The projections to capture.
+        loss_reduction: ``mean`` or ``sum`` over a sample's own labelled tokens.
+        loss_factor: Multiplies every loss, and so every gradient.
+        check_at_end: Look for what is not finite once a batch, for GPUs; then no other rank may take part in a pass.
+        any_rank: Whether something holds on any of the ranks that take part in a pass.
+        inspect: Called once a batch with each projection, what computes it, its X and its Y.
+    """
+    session = Capture(model, sites, loss_reduction, loss_factor, check_at_end, any_rank, inspect)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(frozen(model))
+        stack.enter_context(plain_outputs(model))
+        for site in sites:
+            module = model.get_submodule(site.module)
+            stack.enter_context(watched(module, partial(session.see, site, module)))
+        if _recomputes(model):
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]
+            stack.callback(embeddings.register_forward_hook(_root_hook).remove)
+        yield session
+
+
+def _root_hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+    if not torch.is_grad_enabled() or output.requires_grad:
+        return None
+    return output.detach().requires_grad_().clone()
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Whether anything in the model may run again in the backward pass."""
+    return any(getattr(m, "gradient_checkpointing", False) or "Checkpoint" in type(m).__name__ for m in model.modules())
+
+
+def _looked_at(factors: Factors) -> dict[str, Tensor]:
+    """What has to be finite, by name; a shared input is looked at once."""
+    shared = factors.site != factors.x_site
+    return {"gradient": factors.d} if shared else {"gradient": factors.d, "input": factors.x}
+
+
+def _not_finite_elsewhere() -> QkovError:
+    return QkovError(
+        "gradients",
+        expected="finite ones at some scale of the loss (float16)",
+        got="NaN or infinity on another rank of this pass, or in a sum",
+        remedy="Load the model in a wider type (model.dtype: float32 or bfloat16).",
+    )
+
+
+def _called_twice(site: Site) -> QkovError:
+    return QkovError(
+        site.module,
+        expected="one call of the projection in a forward pass",
+        got="a second call",
+        remedy="A projection shared by several layers is not supported; choose other layers (metric.layers).",
+    )
+
+
+def _changed_in_place(site: Site) -> QkovError:
+    return QkovError(
+        site.module,
+        expected="an input that stays as the projection saw it",
+        got="an input changed in place after the call",
+        remedy="Replace the in-place operation in the model's forward.",
+    )
+
+
+def _not_reached(missing: Sequence[Site]) -> QkovError:
+    return QkovError(
+        ", ".join(site.module for site in missing[:4]) + (", …" if len(missing) > 4 else ""),
+        expected="a forward and a backward pass through every projection",
+        got=f"{len(missing)} projection(s) that the loss does not depend on",
+        remedy="Restrict metric.layers to layers that take part, remove what cuts them off (a hook that detaches, a "
+        "kernel without a gradient), or register the layout that the model really uses.",
+    )

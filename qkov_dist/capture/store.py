@@ -1,0 +1,313 @@
+"""Where captured factors wait until their layer is scored: on their GPU, in memory, on disk, each up to a budget.
+
+Each site has one series of rows for X (kept once for the projections that share it) and one for D: the real tokens of
+every batch, one after another. A sample so long that its gradient is smaller than its factors is kept as the gradient
+itself, D^T X in float32 with the sum of D over tokens (a bias's gradient) as one more column. Which form a sample takes
+at a site depends on its length alone, so that all ranks agree on it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkov_dist.data.batches import Batch
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.rects import Rect
+from qkov_dist.memory import is_shortage
+
+from .factors import Span, Table, Whole, Window
+from .hooks import Factors
+from .numerics import products_as
+from .row_buffer import Series, Spilled
+
+_FORMING = threading.Lock()  # backward passes of several devices run in threads; how products are formed is one for all
+
+
+class FactorStore:
+    """Collects factors batch by batch and gives them back site by site.
+
+    Args:
+        budget_bytes: Factors kept in the host's memory; the rest goes to disk.
+        folder: Where the temporary folder for spilled factors is made; the system's own by default.
+        local: The tensor-parallel shard of each projection, [out, in]. Hooks hand out either all features of a
+            projection or exactly those of its shard.
+        gpu_budget_bytes: Factors that stay on the GPU that they come from, before any go to the host's memory.
+        lengths: Tokens of the samples that will come, where they are known: every series then has its place in memory
+            from the first on; without them nothing stays on a GPU.
+        dtype: In which factors are kept; as they come by default. Gradients are kept in float32 or better.
+        gradients_above: By site, the number of tokens above which a sample is kept as its gradient; all samples are
+            kept as factors by default. Sites that share an input share the number.
+        matmul_precision: Of the float32 products that form kept gradients.
+
+    Attributes:
+        bytes_on_gpu: Size of what has its place on a GPU.
+        bytes_in_memory: Size of what is held in the host's memory.
+        bytes_on_disk: Size of what was spilled.
+        flops: Floating-point operations of the gradients formed here.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        folder: Path | None = None,
+        local: Mapping[Site, Rect] | None = None,
+        *,
+        gpu_budget_bytes: int = 0,
+        lengths: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        gradients_above: Mapping[Site, int] | None = None,
+        matmul_precision: str = "highest",
+    ) -> None:
+        self.budget_bytes, self.gpu_budget_bytes = budget_bytes, gpu_budget_bytes
+        self.bytes_on_gpu = self.bytes_in_memory = self.bytes_on_disk = self.flops = 0
+        self._local, self._above = dict(local or {}), dict(gradients_above or {})
+        self._lengths, self._dtype, self._precision = tuple(lengths), dtype, matmul_precision
+        self._tables: dict[int | None, Table] = {above: Table() for above in (None, *self._above.values())}
+        self._series: dict[tuple[str, Site], Series] = {}
+        self._x_site: dict[Site, Site] = {}
+        self._added: list[Series] = []
+        self._copying: set[torch.device] = set()  # GPUs that copy into the host's memory
+        self._shape: dict[Site, tuple[int, int]] = {}  # features that hooks see, [out, in]
+        self._batch_lengths: tuple[int, ...] = ()
+        self._folder = Path(tempfile.mkdtemp(prefix="qkov-factors-", dir=folder))
+        self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """The sites that have been captured."""
+        return frozenset(self._x_site)
+
+    @property
+    def spans(self) -> dict[int, Span]:
+        """Rows of each sample at sites that keep all samples as factors."""
+        return self._tables[None].spans
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens of all samples."""
+        return self._tables[None].num_rows
+
+    def table(self, site: Site) -> Table:
+        """Where each sample is at a site."""
+        return self._tables[self._above.get(site)]
+
+    def describe(self) -> dict[str, Any]:
+        """What the store holds, as JSON: where samples are, shared inputs, and each series with its dtype."""
+        return {
+            "tables": [
+                [above, [[number, *span] for number, span in table.spans.items()], list(table.whole), table.num_rows]
+                for above, table in self._tables.items()
+            ],
+            "sharing": [[_named(site), _named(shared)] for site, shared in self._x_site.items()],
+            "series": [
+                [kind, _named(site), str(series.dtype).removeprefix("torch.")]
+                for (kind, site), series in self._series.items()
+            ],
+        }
+
+    def threshold(self, site: Site) -> int | None:
+        """Tokens above which samples are kept as gradients at a site; None where none are."""
+        return self._above.get(site)
+
+    def close(self) -> None:
+        """Forget everything and remove the temporary folder."""
+        self._series.clear()
+        self._finalizer()
+
+    @contextmanager
+    def batch(self, batch: Batch) -> Iterator[FactorStore]:
+        """Take one batch's factors; if the batch fails, the store is as if it had not begun."""
+        self._added, self._batch_lengths = [], batch.lengths
+        try:
+            yield self
+            self._finish_copies()
+        except BaseException:
+            self._drop_added()
+            raise
+        for above, table in self._tables.items():
+            for number, length in zip(batch.samples, batch.lengths, strict=True):
+                table.add(number, length, as_gradient=above is not None and length > above)
+
+    def add(self, factors: Factors) -> None:
+        """Take one site's factors (a :class:`~qkov_dist.capture.hooks.FactorSink`)."""
+        known = self._x_site.setdefault(factors.site, factors.x_site)
+        if known != factors.x_site:
+            raise QkovError(
+                factors.site.module,
+                expected=f"the same input as {known.module} in every batch",
+                got=f"that of {factors.x_site.module}",
+                remedy="The model routes the inputs of its projections differently from batch to batch.",
+            )
+        x, d = factors.x, factors.d
+        self._shape[factors.site] = (d.shape[1], x.shape[1])
+        above = self._above.get(factors.site)
+        if above is not None and max(self._batch_lengths) > above:
+            x, d = self._without_long(factors, above)
+        if not d.shape[0]:
+            return
+        self._append("d", factors.site, d)
+        x_key = ("x", factors.x_site)
+        if not any(series is self._series.get(x_key) for series in self._added):
+            self._append("x", factors.x_site, x)
+
+    def _without_long(self, factors: Factors, above: int) -> tuple[Tensor, Tensor]:
+        """Keep long samples as gradients; returns X and D of the others."""
+        kept, start = [], 0
+        for length, alike in groupby(self._batch_lengths):
+            num = len(list(alike))
+            part = slice(start, start + num * length)
+            start = part.stop
+            if length <= above:
+                kept.append(part)
+                continue
+            x, d = (_at_least_float32(values[part]).view(num, length, -1) for values in (factors.x, factors.d))
+            with _FORMING, products_as(self._precision, d.device):
+                gradients = torch.cat([torch.bmm(d.mT, x), d.sum(1).unsqueeze(2)], dim=2)
+            self.flops += 2 * num * length * x.shape[2] * d.shape[2]
+            self._append("g", factors.site, gradients.flatten(1))
+        if not kept:
+            return factors.x[:0], factors.d[:0]
+        return torch.cat([factors.x[part] for part in kept]), torch.cat([factors.d[part] for part in kept])
+
+    def x_site(self, site: Site) -> Site:
+        """The site whose X this site shares (itself where it shares none).
+
+        Raises:
+            QkovError: where nothing was captured at this site.
+        """
+        if site not in self._x_site:
+            raise QkovError(
+                f"layer {site.layer} ({site.module})",
+                expected="captured factors",
+                got="none",
+                remedy="Collect this layer first: include it in the layers handed to the collector.",
+            )
+        return self._x_site[site]
+
+    def x(self, site: Site) -> Window:
+        """The inputs of all factored samples' tokens at one site, [tokens, in]."""
+        values, local = self._read("x", self.x_site(site), self._shape[site][1]), self._local.get(site)
+        return Window(values, local.col if local and values.shape[1] == local.shape[1] else 0)
+
+    def d(self, site: Site) -> Window:
+        """The output gradients of all factored samples' tokens at one site, [tokens, out]."""
+        self.x_site(site)
+        values, local = self._read("d", site, self._shape[site][0]), self._local.get(site)
+        return Window(values, local.row if local and values.shape[1] == local.shape[0] else 0)
+
+    def g(self, site: Site) -> Whole | None:
+        """The gradients of all other samples at one site, [n, out, in + 1]; None where there are none."""
+        self.x_site(site)
+        if ("g", site) not in self._series:
+            return None
+        (num_out, num_in), local = self._shape[site], self._local.get(site)
+        values = self._read("g", site, num_out * (num_in + 1)).view(-1, num_out, num_in + 1)
+        row = local.row if local and num_out == local.shape[0] else 0
+        return Whole(values, row, local.col if local and num_in == local.shape[1] else 0)
+
+    def _read(self, kind: str, site: Site, width: int) -> Tensor:
+        """All rows of a series; none where every sample is kept in the other form."""
+        series = self._series.get((kind, site))
+        return torch.empty(0, width) if series is None else series.read()
+
+    def _append(self, kind: str, site: Site, rows: Tensor) -> None:
+        rows, dtype = rows.detach(), rows.dtype if kind == "g" else self._dtype or rows.dtype
+        series = self._series.get((kind, site))
+        if series is None:
+            path = self._folder / f"{kind}_{len(self._series):05d}.bin"
+            series = self._series[kind, site] = Series(path, rows.shape[1], dtype)
+            series.buffer = self._place_for(series, self._rows_expected(kind, site), rows.device)
+        if series.buffer is not None:
+            series.keep(rows)
+            self._added.append(series)
+            if rows.device.type == "cuda" and series.buffer.device.type == "cpu":
+                self._copying.add(rows.device)
+            return
+        rows = rows.to("cpu", dtype)
+        if self.bytes_in_memory + rows.nbytes <= self.budget_bytes:
+            series.keep(rows)
+            self.bytes_in_memory += rows.nbytes
+        else:
+            self._spill(series, rows)
+        self._added.append(series)
+
+    def _rows_expected(self, kind: str, site: Site) -> int:
+        """Rows that a series will have, from the lengths that were told; 0 where none were."""
+        above = self._above.get(site)
+        if kind == "g":
+            return sum(1 for length in self._lengths if above is not None and length > above)
+        return sum(length for length in self._lengths if above is None or length <= above)
+
+    def _place_for(self, series: Series, num_rows: int, device: torch.device) -> Tensor | None:
+        """Memory for all rows of a series, where their number is known and it is within a budget."""
+        size = num_rows * series.row_bytes
+        if size and device.type != "cpu" and self.bytes_on_gpu + size <= self.gpu_budget_bytes:
+            try:
+                place = torch.empty(num_rows, series.width, dtype=series.dtype, device=device)
+            except RuntimeError as error:
+                if not is_shortage(error):
+                    raise
+                self.gpu_budget_bytes = self.bytes_on_gpu
+            else:
+                self.bytes_on_gpu += size
+                return place
+        if not size or self.bytes_in_memory + size > self.budget_bytes:
+            return None
+        pinned = self._pinned(num_rows, series) if device.type == "cuda" else None
+        self.bytes_in_memory += size
+        return torch.empty(num_rows, series.width, dtype=series.dtype) if pinned is None else pinned
+
+    def _pinned(self, num_rows: int, series: Series) -> Tensor | None:
+        """Memory that a GPU copies into by itself; none where the system has no more of it."""
+        try:
+            return torch.empty(num_rows, series.width, dtype=series.dtype, pin_memory=True)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+            return None
+
+    def _finish_copies(self) -> None:
+        """Wait for the copies of this batch that GPUs make into the host's memory by themselves."""
+        for device in self._copying:
+            torch.cuda.synchronize(device)
+        self._copying.clear()
+
+    def _drop_added(self) -> None:
+        for series in reversed(self._added):
+            last = series.drop_last()
+            if isinstance(last, Spilled):
+                self.bytes_on_disk -= last.num_rows * series.row_bytes
+            elif series.buffer is None:
+                self.bytes_in_memory -= last.nbytes
+
+    def _spill(self, series: Series, rows: Tensor) -> None:
+        try:
+            series.spill(rows)
+        except OSError as error:
+            raise QkovError(
+                str(self._folder),
+                expected=f"room for {rows.nbytes} bytes of spilled factors",
+                got=str(error),
+                remedy="Free disk space, set TMPDIR to a larger disk, or raise compute.factor_memory_mb.",
+            ) from error
+        self.bytes_on_disk += rows.nbytes
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _named(site: Site) -> list[Any]:
+    return [site.layer, site.module]

@@ -1,0 +1,1 @@
+"""The commands of `qkov`: arguments, and one call each."""

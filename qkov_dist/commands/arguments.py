@@ -1,0 +1,107 @@
+"""What each command does: its parsed options -> one call. Imports wait for the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+from qkov_dist.config import ModelConfig
+from qkov_dist.errors import QkovError
+from qkov_dist.results.heatmap import Heatmap
+
+
+def _run_folder(place: str) -> Path:
+    """The folder of a run, given itself or one of the files that the run keeps its scores in.
+
+    Raises:
+        QkovError: for a file of another name: what is in the folder need not be of the same run.
+    """
+    path = Path(place)
+    if not path.is_file():
+        return path
+    if path.name != "heatmap.h5" and not re.fullmatch(r"partial_rank\d{5,}\.h5", path.name):
+        remedy = "Name the run's output folder."
+        raise QkovError(place, expected="a run's folder, or heatmap.h5 in it", got="another file", remedy=remedy)
+    return path.parent
+
+
+def _model_config(options: argparse.Namespace) -> ModelConfig:
+    from qkov_dist.config import ModelConfig
+
+    return ModelConfig(
+        path=options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def say(line: str) -> None:
+    """One line about a stage, to stderr."""
+    print(f"qkov: {line}", file=sys.stderr)
+
+
+def _show(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> None:
+    """Print the summary on rank 0, and write the page beside ``heatmap.h5``."""
+    from qkov_dist.report.summary import print_page, print_summary
+    from qkov_dist.report.write import write_page
+    from qkov_dist.results.heatmap_file import HEATMAP_FILE
+
+    if heatmap is None:
+        return
+    print_summary(heatmap, folder, file)
+    if file == HEATMAP_FILE:
+        print_page(write_page(heatmap, folder))
+
+
+Command = Callable[[argparse.Namespace], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in the project's own form."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _add(group: Commands, name: str, command: Command, text: str, example: str) -> _Parser:
+    parser = group.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    parser.set_defaults(command=command)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    text = "hub id, model directory or .gguf file"
+    if optional:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{text} (default: the demo's model)")
+    else:
+        parser.add_argument("model", metavar="MODEL", help=text)
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float64, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--attn-implementation", help="eager, sdpa, ... (default: what transformers chooses)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return number
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"

@@ -1,0 +1,139 @@
+"""``qkov stats``: a finished run tested again with other settings, from the scores that are on disk.
+
+The tests need scores among all pooled samples. They are in ``heatmap.h5`` with ``output.pairs: all``, and are the sum
+of the ranks' partial files otherwise. Scores in ``heatmap.h5`` stay as they are; only the tests are replaced, and what
+they replace is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qkov_dist.distributed.world import Alone
+from qkov_dist.errors import QkovError
+from qkov_dist.finish import HEATMAP_FILE, combine
+from qkov_dist.results.gather import gather_partials
+from qkov_dist.results.hdf5_write import refuse_other_run
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.results.partials import list_partials
+from qkov_dist.stats.statistics import QKOVStatistics
+from qkov_dist.stats.stored_tests import changes, settings_of, stored_settings
+
+from .arguments import Commands, _add, _run_folder, _show, say
+
+Say = Callable[[str], object]
+
+
+def retest(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | None = None) -> Heatmap:
+    """Test a finished run again and write the tests into its ``heatmap.h5``, which is replaced whole or not at all.
+
+    Args:
+        folder: The run's output folder.
+        settings: Of ``QKOVStatistics``; they replace those of the last test.
+        say: Takes one line about each stage.
+        output: Another file to write, with the same scores; ``heatmap.h5`` then stays as it is.
+
+    Returns:
+        The heatmap as written.
+
+    Raises:
+        QkovError: where there is no finished run or no pooled scores, and for a setting out of range.
+    """
+    path = folder / HEATMAP_FILE
+    if not path.exists():
+        remedy = "Finish the run with `qkov run`, or name its output.dir."
+        raise QkovError(str(path), expected="the heatmap of a finished run", got="no such file", remedy=remedy)
+    stored, output = load_heatmap(path), output or path
+    last = settings_of(stored.attributes, stored.statistics)
+    tests = QKOVStatistics(**{**last, **settings})
+    refuse_other_run(output, stored.run_id)
+    _say_what_is_replaced(output, tests, str(stored.attributes["score"]), say)
+    if stored.pooled is not None:
+        say("testing heads")
+        results: Mapping[str, Any] = tests.test_heatmap(stored)
+    else:
+        results = _tested_partials(folder, stored.run_id, tests, say)
+    seeds = {**stored.attributes.get("seeds", {}), "statistics": tests.seed}
+    tested = dataclasses.replace(stored, attributes={**stored.attributes, "seeds": seeds}).with_statistics(results)
+    tested.save(output)  # with the scores that it had: those that are not in the file are not in ``stored``
+    for note in results["notes"]:
+        say(f"note: {note}")
+    return tested
+
+
+def _say_what_is_replaced(output: Path, tests: QKOVStatistics, score: str, say: Say) -> None:
+    before = stored_settings(output)
+    if before is None:
+        say(f"writing tests into {output}")
+        return
+    changed = ", ".join(changes(before, tests, score)) or "the same settings"
+    say(f"replacing the tests in {output} ({changed})")
+
+
+def _tested_partials(folder: Path, run_id: str, tests: QKOVStatistics, say: Say) -> Mapping[str, Any]:
+    """The tests of the sums of all ranks' partial files."""
+    if not list_partials(folder):
+        raise _no_pooled_scores(folder, "no partial files, and scores between the two tasks at most")
+    gathered = gather_partials(folder, Alone())
+    if gathered.run_id != run_id:
+        remedy = "Move the files of one of the two runs away."
+        where = gathered.sources[0].path
+        raise QkovError(where, expected=f"run {run_id}", got=f"run {gathered.run_id}", remedy=remedy)
+    if not gathered.frame.pooled:
+        raise _no_pooled_scores(folder, "partial files with scores between the two tasks only")
+    count = len(gathered.sources)
+    say(f"adding up {count} partial file{'s' if count > 1 else ''}, testing heads")
+    heatmap = combine(gathered.frame, gathered.reader(Alone()), Alone(), statistics=tests, pairs="none", folder=folder)
+    assert heatmap is not None  # one process is the first
+    return heatmap.statistics or {}
+
+
+def _no_pooled_scores(folder: Path, got: str) -> QkovError:
+    return QkovError(
+        str(folder),
+        expected="scores among all pooled samples",
+        got=got,
+        remedy="Run again into another output.dir, with output.pairs=all, or with statistics.enabled=true and "
+        "output.partials=true.",
+    )
+
+
+def _add_stats(group: Commands) -> None:
+    parser = _add(
+        group,
+        "stats",
+        stats_command,
+        "Test a finished run again with other settings; what is not given stays as in the last test.",
+        "qkov stats runs/demo --permutations 5400 --statistic cross_mean",
+    )
+    parser.add_argument("folder", metavar="DIR", help="output folder of the run, or heatmap.h5 in it")
+    parser.add_argument("--permutations", dest="n_permutations", type=int, metavar="K", help="relabellings")
+    parser.add_argument("--bootstrap", help=argparse.SUPPRESS)  # given up: says what took its place
+    parser.add_argument("--confidence", type=float, help="of intervals, and of the null's band")
+    parser.add_argument("--alpha", dest="fdr_alpha", type=float, help="level of the false discovery rate")
+    parser.add_argument("--seed", type=int, help="of relabellings")
+    parser.add_argument("--statistic", choices=("overlap", "cross_mean"), help="which one decides what is significant")
+    parser.add_argument("--alternative", choices=("greater", "less", "two-sided"), help="direction of the test")
+    parser.add_argument("--output", metavar="FILE", help="write here and leave DIR/heatmap.h5 as it is")
+
+
+def stats_command(options: argparse.Namespace) -> None:
+    """Test a finished run again."""
+    from qkov_dist.finish import HEATMAP_FILE
+
+    if options.bootstrap is not None:
+        from qkov_dist.config import RETIRED
+
+        remedy = RETIRED["statistics.bootstrap"].replace("statistics.confidence", "--confidence")
+        raise QkovError("--bootstrap", expected="no such option any more", got=options.bootstrap, remedy=remedy)
+    names = ("n_permutations", "confidence", "fdr_alpha", "seed", "statistic", "alternative")
+    chosen = {name: getattr(options, name) for name in names}
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    folder = _run_folder(options.folder)
+    output = Path(options.output or folder / HEATMAP_FILE)
+    _show(retest(folder, changes, say, output), output.parent, output.name)

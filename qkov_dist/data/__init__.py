@@ -1,0 +1,1 @@
+"""Files -> tokenized samples -> batches."""

@@ -1,0 +1,1 @@
+"""Who holds and owns what; how ranks meet, speak and fail. The only room that knows torch.distributed and MPI."""

@@ -1,0 +1,297 @@
+"""What the other ranks learn when one fails: which, and why; and that none of them waits for ever.
+
+A rank that fails leaves a note, then closes its connections. The calls of the others break on
+that, and they read the note: a *cause* is a rank's own error, a *symptom* a call that broke because of another rank.
+Where no cause turns up, the ranks without any note are those that died or hang; the first rank to find out leaves that
+too, so that all name the same. A rank whose process holds the store stays until the others have read it.
+
+Some backends (NCCL) do not notice that a peer is gone, and a rank may be far from its next call: a thread looks for
+notes too, answers that its rank is alive, and ends a process that does not end by itself.
+
+What ranks leave for each other, when one fails, in the store that their process group has for its addresses.
+
+    qkov/failed             the cause: the first rank that failed by its own error, and its message
+    qkov/failed/symptom     there is a rank whose call broke, or that failed
+    qkov/failed/lost        the ranks that the first to find out took for dead or hanging
+    qkov/failed/RANK        this rank failed ("cause"), or a call of its broke because of another ("symptom")
+    qkov/failed/RANK/alive  this rank is there, although it may be far from its next call
+    qkov/failed/RANK/read   this rank has read what it needs
+
+A step of the Python API has notes of its own, in the place of ``qkov/failed``; a cause that is left outside of all
+steps counts in each of them. Every call raises RuntimeError where the process that holds the store is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qkov_dist.errors import QkovError, is_broken_call
+
+GRACE_S = 5.0  # for a note to turn up
+LINGER_S = 10.0  # for others to read the store of a process that ends, and for a process to end by itself
+POLL_S, LOOK_S = 0.05, 0.5  # between two looks at the notes, of a rank that waits for one and of one that is at work
+ROOT = "qkov/failed"
+
+
+class Watch:
+    """Looks after one process group, on one rank.
+
+    Args:
+        store: The key-value store of the process group.
+        rank: This rank.
+        size: How many ranks there are.
+        root: Where notes are left.
+        store_is_of_rank_0: Whether the store lives in rank 0's process, and not in the launcher's.
+        ends_process: Whether to end this process where it does not end by itself.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        root: str = ROOT,
+        *,
+        store_is_of_rank_0: bool = False,
+        ends_process: bool = False,
+    ) -> None:
+        self._notes = Notes(store, rank, size, root)
+        self._store_is_of_rank_0, self._ends_process = store_is_of_rank_0, ends_process
+        self._error: BaseException | None = None
+        self._found: Cause | tuple[int, ...] | None = None  # whose fault it is: by its own error, or lost ranks
+        self._closed = threading.Event()
+
+    @contextmanager
+    def failures_named(self) -> Iterator[None]:
+        """Leave a note when this rank fails; when another did, raise an error that names it."""
+        try:
+            if self._ends_process:
+                arguments = (self._notes.clone(),)
+                threading.Thread(target=self._look_out, args=arguments, name="qkov-failures", daemon=True).start()
+            yield
+        except BaseException as error:
+            self._error = error
+            if isinstance(error, RuntimeError) and is_broken_call(error):
+                raise self._explained(error) from error
+            self.leave_note(error)
+            raise
+
+    def close(self) -> None:
+        """Take leave, once the connections are closed: whoever holds the store waits until the others have read it."""
+        if self._error and self._store_is_of_rank_0 and self._notes.rank == 0:
+            lost = self._found if isinstance(self._found, tuple) else ()
+            alive = self._notes.alive(lost)
+            staying = [rank for rank in range(1, self._notes.size) if rank not in lost or rank in alive]
+            _until(lambda: self._notes.read_by(staying), LINGER_S)
+        self._closed.set()
+
+    def _explained(self, error: RuntimeError) -> QkovError:
+        """The error that says whose fault a broken call is."""
+        try:
+            self._notes.leave_symptom()
+            _until(lambda: self._look(self._notes), GRACE_S)
+            if self._found is None:
+                self._found = self._notes.leave_lost(self._missing())
+            self._notes.leave_read()
+        except RuntimeError:
+            pass  # whoever holds the store is gone; what was found before still holds
+        return self._message(self._found, error)
+
+    def _missing(self) -> tuple[int, ...]:
+        """The ranks that left no note: those that are dead, or if all answer, those that hang."""
+        silent = self._notes.silent()
+        alive = self._notes.alive(silent)
+        return tuple(rank for rank in silent if rank not in alive) or silent
+
+    def _message(self, found: Cause | tuple[int, ...] | None, error: BaseException) -> QkovError:
+        """Whose fault it is; where nothing was found, it is who holds the store."""
+        rank, reason = self._notes.rank, _in_short(error)
+        if isinstance(found, Cause):
+            return failed(found.rank, found.message)
+        if found is None:
+            return _no_answer("rank 0" if self._store_is_of_rank_0 else "the launcher", rank, reason)
+        if others := [str(lost) for lost in found if lost != rank]:
+            return _no_answer(f"rank {', '.join(others)}", rank, reason)
+        return QkovError(
+            f"rank {rank}",
+            expected="to answer in time",
+            got=f"other ranks that gave up waiting ({reason})",
+            remedy="Find out what kept it, or set QKOV_TIMEOUT_S to more seconds. The layers on disk are kept.",
+        )
+
+    def leave_note(self, error: BaseException) -> None:
+        """Tell the others the cause; the first one is passed on."""
+        try:
+            self._notes.leave_cause(in_full(error))
+            self._notes.leave_read()
+        except RuntimeError:
+            return  # whoever holds the store is gone: there is nobody left to tell
+
+    def _look(self, notes: Notes) -> bool:
+        """Look once for whose fault it is; returns whether that is known."""
+        self._found = self._found or notes.cause() or notes.lost()
+        return self._found is not None
+
+    def _look_out(self, notes: Notes) -> None:
+        """In a thread: end the process where another rank failed, or this one, and it does not end by itself."""
+        message = None
+        while message is None and not self._closed.wait(LOOK_S):
+            message = self._reason_to_end(notes)
+        if message and not self._closed.wait(GRACE_S + LINGER_S):
+            print(f"qkov: {message}", file=sys.stderr, flush=True)
+            os._exit(2)  # the main thread is in a call that may never return
+
+    def _reason_to_end(self, notes: Notes) -> str | None:
+        if self._error:
+            return f"rank {self._notes.rank}: {self._error}"
+        try:
+            if not notes.trouble():
+                return None
+            notes.leave_alive()
+            if not self._look(notes):
+                return None
+            notes.leave_read()
+        except RuntimeError as error:
+            return str(self._message(self._found, error))
+        return str(self._message(self._found, RuntimeError("another rank found out")))
+
+
+def failed(rank: int, message: str) -> QkovError:
+    """What the others say of a rank that failed by its own error."""
+    return QkovError(
+        f"rank {rank}",
+        expected="to finish",
+        got=f"an error ({message})",
+        remedy="See that rank's own message; the layers on disk are kept.",
+    )
+
+
+def in_full(error: BaseException) -> str:
+    """A rank's error, as the others are told it: its kind too, where that says whose mistake it is."""
+    return str(error) if isinstance(error, QkovError) else f"{type(error).__name__}: {error}"
+
+
+def _no_answer(who: str, seen_by: int, reason: str) -> QkovError:
+    return QkovError(
+        who,
+        expected="an answer",
+        got=f"none (seen by rank {seen_by}: {reason})",
+        remedy="It died or hangs: look at its log and for lack of memory; if it is only slow, set QKOV_TIMEOUT_S to "
+        "more seconds. The layers on disk are kept.",
+    )
+
+
+def _in_short(error: BaseException) -> str:
+    """The first sentence of a library's message, without the place in its source."""
+    first = (str(error).splitlines() or [""])[0]
+    return re.sub(r"^\[\S+:\d+\]\s*", "", first).split(". ")[0]
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(POLL_S)
+
+
+MESSAGE_LENGTH = 2000
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A rank's own error."""
+
+    rank: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Notes:
+    """The notes of one process group, as one rank leaves and reads them.
+
+    Attributes:
+        store: The key-value store of the process group. Its calls wait for each other: a thread needs a clone.
+        rank: This rank.
+        size: How many ranks there are.
+        root: Where they are.
+    """
+
+    store: Any
+    rank: int
+    size: int
+    root: str = ROOT
+
+    def clone(self) -> Notes:
+        """The same notes over a connection of its own, for another thread."""
+        return replace(self, store=self.store.clone())
+
+    def leave_cause(self, message: str) -> None:
+        """Say that this rank failed by its own error."""
+        note = json.dumps({"rank": self.rank, "message": message[:MESSAGE_LENGTH]})
+        self.store.compare_set(self.root, "", note)
+        self._leave("cause")
+
+    def leave_symptom(self) -> None:
+        """Say that a call of this rank broke because of another."""
+        self._leave("symptom")
+
+    def leave_lost(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        """Say which ranks are lost; returns what the first rank said that did."""
+        found = self.store.compare_set(f"{self.root}/lost", "", json.dumps(sorted(ranks)))
+        return tuple(json.loads(found))
+
+    def leave_alive(self) -> None:
+        """Say that this rank is there."""
+        self.store.set(f"{self.root}/{self.rank}/alive", "")
+
+    def leave_read(self) -> None:
+        """Say that this rank needs the store no more."""
+        self.store.set(f"{self.root}/{self.rank}/read", "")
+
+    def cause(self) -> Cause | None:
+        """Another rank's own error; the first where there are several."""
+        for root in self._roots:
+            if self.store.check([root]):
+                cause = Cause(**json.loads(self.store.get(root)))
+                return cause if cause.rank != self.rank else None
+        return None
+
+    def lost(self) -> tuple[int, ...] | None:
+        """The ranks that are lost, if a rank has found out."""
+        key = f"{self.root}/lost"
+        return tuple(json.loads(self.store.get(key))) if self.store.check([key]) else None
+
+    def trouble(self) -> bool:
+        """Whether any rank has left a note."""
+        return any(self.store.check([f"{root}/symptom"]) for root in self._roots)
+
+    def silent(self) -> tuple[int, ...]:
+        """Other ranks that neither failed nor saw a call break: dead, hanging, or at work far from their next call."""
+        return tuple(rank for rank in self._others() if not self.store.check([f"{self.root}/{rank}"]))
+
+    def alive(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        """Those of some ranks that said that they are there."""
+        return tuple(rank for rank in ranks if self.store.check([f"{self.root}/{rank}/alive"]))
+
+    def read_by(self, ranks: Iterable[int]) -> bool:
+        """Whether all of some ranks have read what they need."""
+        return all(self.store.check([f"{self.root}/{rank}/read"]) for rank in ranks)
+
+    @property
+    def _roots(self) -> tuple[str, ...]:
+        return (self.root,) if self.root == ROOT else (self.root, ROOT)
+
+    def _leave(self, kind: str) -> None:
+        self.store.set(f"{self.root}/{self.rank}", kind)
+        self.store.set(f"{self.root}/symptom", "")
+
+    def _others(self) -> Iterable[int]:
+        return (rank for rank in range(self.size) if rank != self.rank)

@@ -1,0 +1,312 @@
+"""A group of ranks, and what they do together. One process is such a group; the others are in ``distributed.connect``.
+
+Every rank makes the same calls in the same order. What is sent is tensors, or JSON as bytes: nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkov_dist.errors import QkovError, is_broken_call
+
+from .failures import failed, in_full
+
+T = TypeVar("T")
+
+
+class World(Protocol):
+    """A group of ranks."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank."""
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """The sum of an array over all ranks, on every rank."""
+
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send ``parts[r]`` (bytes, uint8 [n]) to rank r; returns what each rank sent here."""
+
+    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Send the tensors ``sent[r]`` to rank r, and fill ``received[r]`` with what rank r sends here.
+
+        Both ends know how many there are, and of which types and shapes. Those for or from others are contiguous, and
+        not copied on their way but by the transport.
+        """
+
+
+class Alone:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value, as JSON would return it."""
+        return [json.loads(json.dumps(value))]
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """The array itself."""
+        return values
+
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The one part."""
+        return list(parts)
+
+    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Copy what this rank sends itself."""
+        keep_own(sent[0], received[0])
+
+
+def keep_own(sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+    """What a rank passes on to itself."""
+    for ours, place in zip(sent, received, strict=True):
+        place.copy_(ours)
+
+
+def of_others(tensors: Sequence[Sequence[Tensor]], rank: int) -> list[tuple[int, int, Tensor]]:
+    """(other rank, place among that rank's tensors, tensor) of those that are not empty."""
+    return [
+        (other, tag, tensor)
+        for other, of_rank in enumerate(tensors)
+        if other != rank
+        for tag, tensor in enumerate(of_rank)
+        if tensor.numel()
+    ]
+
+
+class SharedError(QkovError):
+    """An error that every rank raises, so that none of them waits for another."""
+
+
+def together(world: World, step: Callable[[], T], names: Sequence[int] | None = None) -> T:
+    """Take a step on every rank, in which none needs another; where it fails on one, all of them raise an error.
+
+    Args:
+        world: The ranks.
+        step: What each of them does.
+        names: What they are called; by default their places in this world.
+
+    Raises:
+        QkovError: that of the first rank that failed; it names the rank unless all failed alike.
+        Exception: on a rank that failed by a mistake, its own error; the others are told of it.
+    """
+    if world.size == 1:
+        return step()
+    done: list[T] = []
+    mistake, parts = None, None
+    try:
+        done.append(step())
+    except SharedError:
+        raise  # all ranks raise it
+    except QkovError as error:
+        parts = error.parts
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_broken_call(error):
+            raise  # there is a call in it after all, and another rank is gone
+        mistake, parts = error, failed(_name(world.rank, names), in_full(error)).parts
+    everyone = world.gather(parts)
+    if mistake is not None:
+        raise mistake
+    raise_first(everyone, names)
+    return done[0]
+
+
+def raise_first(by_rank: Sequence[Mapping[str, str] | None], names: Sequence[int] | None = None) -> None:
+    """Raise the first error of any rank, as all ranks that know them do; it names the rank unless all failed alike.
+
+    Args:
+        by_rank: ``parts`` of each rank's error, None where there was none.
+        names: What the ranks are called; by default their places in the list.
+
+    Raises:
+        SharedError: where there is one.
+    """
+    for place, parts in enumerate(by_rank):
+        if parts:
+            rank = f"rank {_name(place, names)}"
+            known = parts["where"].startswith(rank) or all(other == parts for other in by_rank)
+            raise SharedError(**{**parts, "where": parts["where"] if known else f"{rank}: {parts['where']}"})
+
+
+def _name(place: int, names: Sequence[int] | None) -> int:
+    return place if names is None else names[place]
+
+
+def same_on_all(world: World, what: str, value: Mapping[str, Any]) -> None:
+    """Raise on every rank unless all were started with the same value; names the first rank and key that differ."""
+    everyone = world.gather(value)
+    for rank, other in enumerate(everyone):
+        for key in sorted({*everyone[0], *other}):
+            if everyone[0].get(key) != other.get(key):
+                raise SharedError(
+                    f"rank {rank}: {what}: {key}",
+                    expected=f"what rank 0 has, {everyone[0].get(key)!r}",
+                    got=repr(other.get(key)),
+                    remedy="Start all ranks with the same command, configuration and files.",
+                )
+
+
+TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class TorchWorld:
+    """Ranks of a torch.distributed process group (gloo or nccl).
+
+    Attributes:
+        group: The group, or None for all ranks.
+        device: Where its tensors have to be.
+    """
+
+    group: Any
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return int(torch.distributed.get_rank(self.group))
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return int(torch.distributed.get_world_size(self.group))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(part.cpu().numpy())) for part in self.exchange([text] * self.size)]
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """The sum of an array over all ranks, on every rank."""
+        total = torch.from_numpy(np.array(values, order="C")).to(self.device)
+        torch.distributed.all_reduce(total, group=self.group)
+        summed: np.ndarray = total.cpu().numpy()
+        return summed
+
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send ``parts[r]`` to rank r; sizes travel first."""
+        sizes = torch.tensor([part.numel() for part in parts], dtype=torch.int64, device=self.device)
+        incoming = torch.empty_like(sizes)
+        torch.distributed.all_to_all_single(incoming, sizes, group=self.group)
+        counts = incoming.tolist()
+        sent = torch.cat([part.reshape(-1) for part in parts]).to(self.device)
+        received = torch.empty(sum(counts), dtype=torch.uint8, device=self.device)
+        torch.distributed.all_to_all_single(received, sent, counts, sizes.tolist(), group=self.group)
+        return list(torch.split(received.cpu(), counts))
+
+    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Send tensors where they lie, into where they will lie; over a GPU's memory where the group is of GPUs."""
+        places, step = of_others(received, self.rank), torch.distributed.P2POp
+        on_cpu = self.device.type == "cpu"
+        staged = [place if on_cpu else torch.empty_like(place, device=self.device) for *_, place in places]
+        steps = [
+            step(torch.distributed.irecv, there, None, self.group, tag, group_peer=rank)
+            for (rank, tag, _), there in zip(places, staged, strict=True)
+        ]
+        steps += [
+            step(torch.distributed.isend, ours.to(self.device), None, self.group, tag, group_peer=rank)
+            for rank, tag, ours in of_others(sent, self.rank)
+        ]
+        under_way = torch.distributed.batch_isend_irecv(steps) if steps else []
+        keep_own(sent[self.rank], received[self.rank])
+        for work in under_way:
+            work.wait()
+        for (_, _, place), there in zip(places, staged, strict=True):
+            if there is not place:
+                place.copy_(there)
+
+    def subgroup(self, members: Sequence[Sequence[int]]) -> TorchWorld:
+        """The group among ``members`` (lists of ranks) that this rank is in; every rank names all of them."""
+        mine = None
+        for ranks in members:
+            group = torch.distributed.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_seconds()))
+            if self.rank in ranks:
+                mine = group
+        if mine is None:
+            raise ValueError(f"rank {self.rank} is in none of the groups {members}")
+        return TorchWorld(mine, self.device)
+
+
+@dataclass(frozen=True)
+class MpiWorld:
+    """Ranks of an MPI communicator (mpi4py), for merging without a process group."""
+
+    comm: Any
+
+    @property
+    def rank(self) -> int:
+        """This rank's place."""
+        return int(self.comm.Get_rank())
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return int(self.comm.Get_size())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(part.numpy())) for part in self.exchange([text] * self.size)]
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """The sum of an array over all ranks, on every rank."""
+        mine = np.array(values, order="C")
+        total = np.empty_like(mine)
+        self.comm.Allreduce(mine, total)
+        return total
+
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send ``parts[r]`` to rank r; sizes travel first."""
+        sizes = np.array([part.numel() for part in parts], np.int64)
+        counts = np.empty_like(sizes)
+        self.comm.Alltoall(sizes, counts)
+        received = np.empty(int(counts.sum()), np.uint8)
+        sent = torch.cat([part.reshape(-1) for part in parts]).numpy()
+        self.comm.Alltoallv([sent, (sizes, _offsets(sizes))], [received, (counts, _offsets(counts))])
+        return list(torch.split(torch.from_numpy(received), counts.tolist()))
+
+    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Send tensors as the bytes they are, into where they will lie."""
+        keep_own(sent[self.rank], received[self.rank])
+        waiting = [self.comm.Irecv(_as_bytes(place), rank, tag) for rank, tag, place in of_others(received, self.rank)]
+        waiting += [self.comm.Isend(_as_bytes(ours), rank, tag) for rank, tag, ours in of_others(sent, self.rank)]
+        for request in waiting:
+            request.Wait()
+
+
+def _as_bytes(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory, uint8 [n]."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def _offsets(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes)[:-1]])
+
+
+def timeout_seconds() -> int:
+    """Seconds that a rank waits for the others."""
+    text = os.environ.get("QKOV_TIMEOUT_S", str(TIMEOUT_S))
+    if not text.isdecimal() or int(text) < 1:
+        raise QkovError(
+            "QKOV_TIMEOUT_S",
+            expected="a whole number of seconds, at least 1",
+            got=repr(text),
+            remedy=f"Set it so, or leave it out for {TIMEOUT_S}.",
+        )
+    return int(text)

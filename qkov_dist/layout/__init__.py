@@ -1,0 +1,1 @@
+"""Where each head lives, and the proof of it."""

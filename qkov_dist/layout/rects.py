@@ -1,0 +1,121 @@
+"""Rectangles of a weight, in integers.
+
+Every weight is seen in the orientation [out, in], whatever its module stores. A head, a shard and a tile are all
+rectangles of that matrix, and everything that decides who computes what is an intersection or a cover of them.
+A vector (a bias) is a matrix of one column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from qkov_dist.errors import QkovError
+
+
+@dataclass(frozen=True, order=True)
+class Rect:
+    """The half-open rectangle of rows [row, row_end) and columns [col, col_end)."""
+
+    row: int
+    row_end: int
+    col: int
+    col_end: int
+
+    @staticmethod
+    def of_shape(num_rows: int, num_cols: int) -> Rect:
+        """The whole matrix."""
+        return Rect(0, num_rows, 0, num_cols)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return max(self.row_end - self.row, 0), max(self.col_end - self.col, 0)
+
+    @property
+    def area(self) -> int:
+        """Number of elements."""
+        rows, cols = self.shape
+        return rows * cols
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """(first row, end of rows, first column, end of columns)."""
+        return self.row, self.row_end, self.col, self.col_end
+
+    @property
+    def rows(self) -> slice:
+        """The rows as a slice."""
+        return slice(self.row, self.row_end)
+
+    @property
+    def cols(self) -> slice:
+        """The columns as a slice."""
+        return slice(self.col, self.col_end)
+
+    @property
+    def transposed(self) -> Rect:
+        """The same elements of the transposed matrix."""
+        return Rect(self.col, self.col_end, self.row, self.row_end)
+
+    def intersect(self, other: Rect) -> Rect | None:
+        """The common elements, or None where there are none."""
+        both = Rect(
+            max(self.row, other.row),
+            min(self.row_end, other.row_end),
+            max(self.col, other.col),
+            min(self.col_end, other.col_end),
+        )
+        return both if both.area else None
+
+    def split_rows(self, max_rows: int) -> tuple[Rect, ...]:
+        """Cut into bands of at most ``max_rows`` rows, all of about one height, in order."""
+        height = self.row_end - self.row
+        num_bands = -(-height // max(max_rows, 1))
+        cuts = [self.row + height * n // max(num_bands, 1) for n in range(num_bands + 1)]
+        return tuple(Rect(low, high, self.col, self.col_end) for low, high in pairwise(cuts))
+
+
+def rects_of_flat_interval(start: int, stop: int, num_cols: int) -> tuple[Rect, ...]:
+    """Cut the interval [start, stop) of a row-major flattened matrix into at most three rectangles."""
+    if start >= stop:
+        return ()
+    first, first_col = divmod(start, num_cols)
+    last, last_col = divmod(stop, num_cols)
+    if first == last:
+        return (Rect(first, first + 1, first_col, last_col),)
+    head = [Rect(first, first + 1, first_col, num_cols)] if first_col else []
+    body_start = first + 1 if first_col else first
+    body = [Rect(body_start, last, 0, num_cols)] if body_start < last else []
+    tail = [Rect(last, last + 1, 0, last_col)] if last_col else []
+    return (*head, *body, *tail)
+
+
+def first_overlap(rects: Iterable[Rect]) -> tuple[Rect, Rect] | None:
+    """The first two rectangles that share an element, or None. Pairs are found by a sweep over rows."""
+    active: list[Rect] = []
+    for rect in sorted(r for r in rects if r.area):
+        active = [other for other in active if other.row_end > rect.row]
+        for other in active:
+            if rect.intersect(other):
+                return other, rect
+        active.append(rect)
+    return None
+
+
+def check_exact_cover(name: str, whole: Rect, pieces: Sequence[Rect]) -> None:
+    """Raise unless ``pieces`` cover every element of ``whole`` exactly once.
+
+    Raises:
+        QkovError: for a piece outside, an overlap, or a gap; ``name`` says whose rectangles they are.
+    """
+    remedy = "Report this layout or sharding: each element of a weight must belong to exactly one piece."
+    for piece in pieces:
+        if piece.area and piece.intersect(whole) != piece:
+            raise QkovError(name, expected=f"pieces inside {whole}", got=f"{piece}", remedy=remedy)
+    if overlap := first_overlap(pieces):
+        raise QkovError(name, expected="disjoint pieces", got=f"{overlap[0]} and {overlap[1]} overlap", remedy=remedy)
+    covered = sum(piece.area for piece in pieces)
+    if covered != whole.area:
+        raise QkovError(name, expected=f"{whole.area} covered elements", got=f"{covered}", remedy=remedy)

@@ -1,0 +1,1 @@
+"""A checkpoint -> a model in eval mode and its tokenizer, or a refusal."""

@@ -1,0 +1,164 @@
+"""What it costs a rank to run its samples: weights held and gathered, activations kept, operations of both passes.
+
+Weights are frozen, so that a backward pass forms gradients of inputs alone, from the loss down to the outputs of the
+lowest layer's Q, K and V. Every window of layers runs all samples once.
+
+    gathered    FSDP2: two layers (one in work, one on its way) and what is kept from the forward pass to the backward
+                one, the largest weight outside of layers; or that alone where it is larger. ZeRO-3: all weights, but no
+                more elements than DeepSpeed lets live, and the largest module.
+    logits      two numbers for each labelled token and entry of the vocabulary: the logits and their gradient
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from qkov_dist.distributed.parallelism import SHARDED, SHARDED_BY_HOOKS, Parallelism
+
+from .model_sizes import Matrix, Weight, attention_flops
+from .simulated_ranks import local_shape
+from .workload import Pass, Workload
+
+LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters
+LOGIT_COPIES = 2
+SOFTMAX_BYTES = 4  # of an attention weight that an eager kernel keeps in float32, beside one in the model's dtype
+SUMS_PER_LAYER = 2  # tensor-parallel sums of a layer in one direction: after attention, and after the feed-forward
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Operations and bytes of a rank's passes over its samples."""
+
+    forward: int
+    backward: int
+    activations: int
+    moved_weights: int
+    moved_sums: int
+
+
+@dataclass(frozen=True, eq=False)
+class CaptureCost:
+    """Counts for one way to cut a model; ranks differ in the weights they hold and the samples they run."""
+
+    work: Workload
+    parallelism: Parallelism
+
+    def weights(self, rank: int) -> int:
+        """Bytes of a rank's parameters and buffers."""
+        kinds = Counter((weight.shape, weight.itemsize, weight.style) for weight in self.work.anatomy.weights)
+        parameters = sum(
+            count * itemsize * math.prod(local_shape(Weight("", shape, itemsize, None, style), self.parallelism, rank))
+            for (shape, itemsize, style), count in kinds.items()
+        )
+        return parameters + self.work.anatomy.buffers
+
+    @cached_property
+    def gathered(self) -> int:
+        """Bytes of weights gathered at a time, with those that the rank holds itself."""
+        if self.parallelism.replicas == 1 or self.parallelism.data not in SHARDED:
+            return 0
+        layers, outside = self._worked_with
+        if self.parallelism.data == "zero3":
+            weights = [weight.numel * weight.itemsize for weight in self.work.anatomy.weights]
+            itemsize = self.work.anatomy.itemsize
+            return min(sum(weights), max(LIVE_ELEMENTS * itemsize, *weights))
+        largest = max(outside, default=0)
+        return max(largest, 2 * max(layers.values(), default=0)) + largest
+
+    @cached_property
+    def _worked_with(self) -> tuple[Counter[int], list[int]]:
+        """Bytes of what a rank works with in a pass: of each layer, and of each weight outside of them."""
+        layers, outside = Counter[int](), []
+        for weight in self.work.anatomy.weights:
+            size = weight.itemsize * math.prod(local_shape(weight, self.parallelism, 0, gathered=True))
+            if weight.layer is None:
+                outside.append(size)
+            else:
+                layers[weight.layer] += size
+        return layers, outside
+
+    def passes(self, batches: Sequence[Pass], lowest: int) -> Passes:
+        """All batches of a rank once, with a backward pass down to layer ``lowest``."""
+        tokens, labelled = sum(batch.tokens for batch in batches), sum(batch.labelled for batch in batches)
+        squares = sum(batch.tokens * batch.length for batch in batches)
+        anatomy = self.work.anatomy
+        per_token, per_label = self._per_token(None)
+        back_token, back_label = self._per_token(lowest)
+        attention = self._attention(None) * squares
+        again = 5 if anatomy.recomputes else 4  # halves of the forward pass's operations
+        return Passes(
+            forward=per_token * tokens + per_label * labelled + attention,
+            backward=back_token * tokens + back_label * labelled + self._attention(lowest) * squares * again // 2,
+            activations=max((self._activations(batch, lowest) for batch in batches), default=0),
+            moved_weights=self._moved_weights(len(batches), lowest),
+            moved_sums=self._moved_sums(tokens, labelled, lowest),
+        )
+
+    def _per_token(self, lowest: int | None) -> tuple[int, int]:
+        """Operations for each token and for each labelled one: forward, or backward down to a layer."""
+        matrices = self.work.anatomy.matrices
+        last = max((n for n, matrix in enumerate(matrices) if matrix.layer is not None), default=-1)
+        counted = [m for n, m in enumerate(matrices) if lowest is None or self._has_gradient(m, lowest, n > last)]
+        of_all = sum(2 * self._local(matrix) for matrix in counted if not matrix.labelled)
+        return of_all, sum(2 * self._local(matrix) for matrix in counted if matrix.labelled)
+
+    def _has_gradient(self, matrix: Matrix, lowest: int, behind_layers: bool) -> bool:
+        """Whether the gradient of a matrix's input is formed."""
+        if matrix.layer is None:
+            return behind_layers or matrix.labelled
+        return matrix.layer > lowest or (matrix.layer == lowest and self._is_behind_attention(matrix, lowest))
+
+    def _is_behind_attention(self, matrix: Matrix, layer: int) -> bool:
+        """Whether a matrix of a layer lies behind its Q, K and V."""
+        beside = self.work.anatomy.parallel and not matrix.module.startswith(f"{self.work.layout.layer(layer).module}.")
+        return not beside and matrix.module not in self._inputs(layer)
+
+    def _inputs(self, layer: int) -> set[str]:
+        """The projections of a layer that the graph of gradients begins behind: Q, K and V."""
+        return {p.module for p in self.work.layout.layer(layer).projections if "O" not in p.blocks}
+
+    def _local(self, matrix: Matrix) -> int:
+        cut = matrix.style is not None and ("colwise" in matrix.style or "rowwise" in matrix.style)
+        return -(-matrix.size // self.parallelism.tp) if cut else matrix.size
+
+    @cached_property
+    def _heads_are_cut(self) -> bool:
+        """Whether a rank runs its own heads alone."""
+        output = self.work.layout.layers[0].output.module
+        return self.parallelism.tp > 1 and self.work.anatomy.styles.get(output) in SHARDED_BY_HOOKS
+
+    def _attention(self, lowest: int | None) -> int:
+        """Operations of all layers' attention for each pair of tokens, forward; of layers from ``lowest`` on."""
+        layers = [layer for layer in self.work.layout.layers if lowest is None or layer.index >= lowest]
+        return sum(map(attention_flops, layers)) // (self.parallelism.tp if self._heads_are_cut else 1)
+
+    def _activations(self, batch: Pass, lowest: int) -> int:
+        anatomy, tp = self.work.anatomy, self.parallelism.tp
+        kept = sum(stream + inner // tp for layer, (stream, inner) in anatomy.kept.items() if layer >= lowest)
+        logits = 2 * anatomy.itemsize * anatomy.vocabulary
+        eager = 0
+        if not anatomy.recomputes:
+            heads = sum(layer.num_heads for layer in self.work.layout.layers if layer.index >= lowest)
+            own = heads // (tp if self._heads_are_cut else 1)
+            eager = own * batch.length * (SOFTMAX_BYTES + (anatomy.itemsize if anatomy.itemsize < SOFTMAX_BYTES else 0))
+        return batch.tokens * (kept + eager) + batch.labelled * logits
+
+    def _moved_weights(self, num_batches: int, lowest: int) -> int:
+        """Bytes of weights that come from other ranks: all of them forward, and layers once more backward."""
+        layers, outside = self._worked_with
+        if not self.gathered:
+            return 0
+        again = sum(size for layer, size in layers.items() if layer >= lowest)
+        others = self.parallelism.replicas - 1
+        return num_batches * (sum(layers.values()) + sum(outside) + again) * others // (others + 1)
+
+    def _moved_sums(self, tokens: int, labelled: int, lowest: int) -> int:
+        """Bytes of tensor-parallel sums of the residual stream, forward and backward, and of gathered logits."""
+        anatomy, tp = self.work.anatomy, self.parallelism.tp
+        sums = SUMS_PER_LAYER * (2 * self.work.layout.num_layers - lowest)
+        moved = 2 * sums * tokens * anatomy.hidden + labelled * anatomy.vocabulary
+        return (tp - 1) * moved * anatomy.itemsize // tp

@@ -1,0 +1,185 @@
+"""What one rank has of one layer to score, in integers: elements, heads, features that have to come, the largest tile.
+
+It is read off the rank's own ``scoring.tiles.LayerPlan`` and ``scoring.exchange.needs_of``, which a run
+goes by. Layers of one kind of which a rank owns the same rectangles are looked at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qkov_dist.capture.factors import gradients_above, shared_inputs
+from qkov_dist.distributed.ownership import Owned
+from qkov_dist.layout.heads import AttentionLayer, Layout, Site
+from qkov_dist.layout.rects import Rect
+from qkov_dist.scoring.exchange import needs_of
+from qkov_dist.scoring.tiles import LayerPlan, Selection, Tile, in_order_of_work, make_plan, tile_bytes
+
+UNCUT = 2**62  # bytes of a tile that nothing exceeds
+
+
+@dataclass(frozen=True)
+class SiteShare:
+    """One projection.
+
+    Attributes:
+        place: Its place among the layer's projections.
+        above: Tokens above which a sample is kept as its gradient.
+        input: Place of the projection whose X it reads.
+        area: Elements of selected heads of its weight.
+        bias_area: Elements of selected heads of its bias, and those that no head owns.
+        cols: Features of X that have to come with this site; 0 where another site's X is read.
+        rows: Features of D.
+        whole: Elements of a gradient that is kept as such.
+    """
+
+    place: int
+    above: int
+    input: int
+    area: int = 0
+    bias_area: int = 0
+    cols: int = 0
+    rows: int = 0
+    whole: int = 0
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """One layer.
+
+    Attributes:
+        sites: Its projections that are captured.
+        heads: By block, the heads of which the rank owns an element.
+        every_head: By block, the heads that are scored by any rank.
+        tile: Elements of the rank's largest tile, or of those that it works on together.
+    """
+
+    sites: tuple[SiteShare, ...]
+    heads: Mapping[str, tuple[int, ...]]
+    every_head: Mapping[str, tuple[int, ...]]
+    tile: int
+
+    def in_order(self) -> list[SiteShare]:
+        """The projections of which the rank scores an element, in the order in which it does."""
+        areas = {site: site.area + site.bias_area for site in self.sites}
+        sites = {site.place: site for site, area in areas.items() if area}
+        work = {place: (site.input, areas[site]) for place, site in sites.items()}
+        return [sites[place] for place in in_order_of_work(work)]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored, and in which numbers.
+
+    Attributes:
+        selection: Layers and heads.
+        include_bias: Whether biases count.
+        num_samples: Samples whose gradients a tile holds.
+        itemsize: Bytes of a score.
+        factor_itemsize: Bytes of a number of a captured factor.
+        on_gpu: Whether heads are scored on a GPU.
+    """
+
+    selection: Selection
+    include_bias: bool
+    num_samples: int
+    itemsize: int
+    factor_itemsize: int
+    on_gpu: bool = False
+
+    @property
+    def max_elements(self) -> int:
+        """Elements that a tile may have."""
+        size = tile_bytes("cuda" if self.on_gpu else "cpu")
+        return max(size // (self.num_samples * self.itemsize), 1)
+
+
+def layer_shares(
+    layout: Layout, layers: Sequence[int], owned_by_rank: Sequence[Owned], scoring: Scoring
+) -> list[dict[int, LayerShare]]:
+    """Every rank's share of every layer, by rank and layer number."""
+    known: dict[tuple[object, ...], LayerShare] = {}
+    kinds: dict[tuple[object, ...], int] = {}
+    found: list[dict[int, LayerShare]] = [{} for _ in owned_by_rank]
+    for index in layers:
+        layer = layout.layer(index)
+        kind = kinds.setdefault(tuple((p.shape, p.has_bias, p.slices) for p in layer.projections), len(kinds))
+        for rank, owned in enumerate(owned_by_rank):
+            rects = tuple((owned(p, False), owned(p, True) if p.has_bias else ()) for p in layer.projections)
+            if (kind, rects) not in known:
+                known[kind, rects] = _share(layer, owned, scoring)
+            found[rank][index] = known[kind, rects]
+    return found
+
+
+def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerShare:
+    only = Layout("", "", 1, (layer,), ())
+    (plan,) = make_plan(
+        only,
+        Selection(None, scoring.selection.heads),
+        include_bias=scoring.include_bias,
+        num_samples=scoring.num_samples,
+        itemsize=scoring.itemsize,
+        owned=owned,
+        tile_bytes=UNCUT,
+    ).layers
+    heads: dict[str, set[int]] = {}
+    for tile in plan.tiles:
+        heads.setdefault(tile.block, set()).add(tile.head)
+    return LayerShare(
+        _site_shares(layer, plan, owned, scoring),
+        {block: tuple(sorted(found)) for block, found in heads.items()},
+        plan.heads,
+        _largest_tile(plan, scoring),
+    )
+
+
+def _site_shares(layer: AttentionLayer, plan: LayerPlan, owned: Owned, scoring: Scoring) -> tuple[SiteShare, ...]:
+    sharing = {site: group[0][0] for group in shared_inputs(layer, plan.sites) for site, _ in group}
+    places = {Site(layer.index, projection.module): n for n, projection in enumerate(layer.projections)}
+    above = gradients_above([layer], scoring.factor_itemsize)
+    needs = {(need.kind, need.site): need for need in needs_of(layer, plan.sites, owned, sharing)}
+
+    def count(tiles: Sequence[Tile], site: Site, bias: bool) -> int:
+        return sum(tile.rect.area for tile in tiles if tile.site == site and tile.bias == bias)
+
+    def width(kind: str, site: Site) -> int:
+        need = needs.get((kind, site))
+        return 0 if need is None else math.prod(need.shape)
+
+    return tuple(
+        SiteShare(
+            place=place,
+            above=above[site],
+            input=places[sharing[site]],
+            area=count(plan.tiles, site, False),
+            bias_area=count(plan.tiles, site, True),
+            cols=width("x", site),
+            rows=width("d", site),
+            whole=width("g", site),
+        )
+        for site, place in places.items()
+        if site in sharing
+    )
+
+
+def _largest_tile(plan: LayerPlan, scoring: Scoring) -> int:
+    """Elements of the largest tile that heads' rectangles are cut into; on a GPU of as many heads as it takes at once.
+
+    Args:
+        plan: Heads' rectangles, uncut.
+        scoring: What is scored.
+    """
+    most = scoring.max_elements
+    alike = Counter((tile.site, tile.block, tile.rect.shape, tile.bias) for tile in plan.tiles)
+    sizes = [
+        (max(band.area for band in Rect.of_shape(*shape).split_rows(most // shape[1])), num)
+        for (_, _, shape, _), num in alike.items()
+    ]
+    if not scoring.on_gpu:
+        return max((size for size, _ in sizes), default=0)
+    least = scoring.num_samples
+    return max((size * min(num, max(most // max(size, least), 1)) for size, num in sizes), default=0)

@@ -1,0 +1,322 @@
+"""What it costs a rank to score its share: factors waiting and exchanged, tiles, scores, files.
+
+Counted is what the run itself counts or holds, from the same integers.
+
+    scoring   2 P (T + 2 N + n_i n_j) operations for P elements, T padded tokens, N samples: gradients, both tasks'
+              Fisher, all pairs (as :func:`~qkov_dist.scoring.kernel.tile_flops` counts)
+    factors   of one layer, what ``capture.factors.factor_bytes`` counts; an owner is sent X and D at its features
+    buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections, one in
+              work and one on its way, which may be the next layer's first; of what came from other ranks, also that
+    written   each head of which the rank owns an element, all pairs; on rank 0 also the heatmap
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from qkov_dist.capture.factors import GRADIENT_BYTES, factor_bytes
+from qkov_dist.distributed.parallelism import SHARDED_BY_HOOKS
+from qkov_dist.distributed.topology import Team
+from qkov_dist.layout.heads import BLOCKS, Projection, Site
+from qkov_dist.layout.rects import Rect
+from qkov_dist.results.metadata import FrameLayer
+from qkov_dist.results.partial_schema import FISHER_COLUMNS
+from qkov_dist.results.reduce import deal_heads
+from qkov_dist.scoring.block_totals import norm_flops
+from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
+from qkov_dist.scoring.schedule import Round
+from qkov_dist.scoring.score import worth_compiling
+from qkov_dist.scoring.tiles import GPU_TILE_BYTES
+
+from .rank_shares import LayerShare, SiteShare
+from .workload import Dealt, Held, Workload
+
+FISHER_BYTES = 8 * len(FISHER_COLUMNS)
+TABLE_BYTES = 8 * (4 + 2 * 18)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests
+RECORD_BYTES = 250  # of a head's record, where it is significant
+MATRIX_BYTES = 24  # of each head's scores in heatmap.h5: checksum and index
+DATASET_BYTES, FILE_BYTES = 350, 16 * 2**10  # what HDF5 and names add in a partial file, to a dataset and in all
+TABLES_BYTES = 252 * 2**10  # the same of the 182 small datasets and the attributes of heatmap.h5
+
+
+Needs = tuple[tuple[int, int, int], ...]  # by threshold, numbers for each token of a factor, and for each gradient
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes of factors in one or more rounds: sent to other ranks, and held while the largest round comes in."""
+
+    to_others: int = 0
+    largest_round: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ScoringCost:
+    """Counts for one way to share out the scores; ranks differ in what they own and in the samples they run.
+
+    Attributes:
+        work: What is scored.
+        dealt: Who runs which samples.
+        shares: Every rank's share of every layer.
+    """
+
+    work: Workload
+    dealt: Dealt
+    shares: Sequence[Mapping[int, LayerShare]]
+
+    @property
+    def matrix(self) -> int:
+        """Bytes of one head's scores."""
+        return self.work.pairs[0] * self.work.pairs[1] * self.work.scoring.itemsize
+
+    @cached_property
+    def cells(self) -> dict[str, int]:
+        """By block, layers times heads of the heatmap: its axis of heads is the longest of any layer."""
+        shares = self.shares[0].values()
+        axes = {block: max((len(s.every_head.get(block, ())) for s in shares), default=0) for block in BLOCKS}
+        return {block: len(shares) * width for block, width in axes.items()}
+
+    def factors(self, team: Team) -> dict[int, int]:
+        """By layer, bytes of the factors of the samples that a rank runs."""
+        lengths, size = self.dealt.lengths[team.peers.rank], self.work.scoring.factor_itemsize
+        seen = {site: rect for site, rect in team.local.items() if self._is_cut_by_hooks(site)}
+        known: dict[int, int] = {}  # layers of one kind are alike
+        for layer, share in self.shares[0].items():
+            if id(share) not in known:
+                attention, sites = self.work.layout.layer(layer), self._sites(layer)
+                known[id(share)] = factor_bytes(attention, sites, lengths, size, seen)
+        return {layer: known[id(share)] for layer, share in self.shares[0].items()}
+
+    def flops_kept(self, team: Team, layers: Sequence[int]) -> int:
+        """Operations of the gradients that a rank forms while it captures."""
+        lengths, flops = self.dealt.lengths[team.peers.rank], 0
+        for layer in layers:
+            for site, projection, share in self._captured(layer):
+                rect = team.local.get(site) if self._is_cut_by_hooks(site) else None
+                area = (rect or Rect.of_shape(*projection.shape)).area
+                flops += 2 * area * sum(length for length in lengths if length > share.above)
+        return flops
+
+    def flops_ridge(self, team: Team, layers: Sequence[int]) -> int:
+        """Operations of the sums of I that a relative ridge needs, of the samples that a rank runs."""
+        if not self.work.config.ridge.relative:
+            return 0
+        lengths, flops = self.dealt.lengths[team.peers.rank], 0
+        for layer in layers:
+            captured = self._captured(layer)
+            readers = Counter(share.input for _, _, share in captured)
+            for site, projection, share in captured:
+                rect = team.local.get(site) if self._is_cut_by_hooks(site) else None
+                shape = (rect or Rect.of_shape(*projection.shape)).shape
+                factored = (length for length in lengths if length <= share.above)
+                flops += sum(norm_flops(length, *shape, readers[share.input]) for length in factored)
+        return flops
+
+    def flops(self, rank: int, layers: Sequence[int]) -> int:
+        """Operations of a rank's scores."""
+        (left, right), num = self.work.pairs, sum(self.work.num_samples)
+        scoring = 0
+        for share, times in self._counted(rank, layers):
+            for site in share.sites:
+                tokens = self.work.padded_tokens(site.above)
+                scoring += times * 2 * site.area * (tokens + 2 * num + left * right)
+                scoring += times * 2 * site.bias_area * (2 * num + left * right)
+        return scoring
+
+    def elements(self, rank: int, layers: Sequence[int]) -> int:
+        """Elements of all gradients that a rank forms for its scores."""
+        areas = (
+            times * (site.area + site.bias_area) for share, times in self._counted(rank, layers) for site in share.sites
+        )
+        return self.work.scoring.num_samples * sum(areas)
+
+    def sent(self, team: Team, rounds: Sequence[Round]) -> Sent:
+        """Bytes of factors of a rank's samples that go to the owners of each round's layers, and what comes here."""
+        if team.peers.size == 1:
+            return Sent()
+        rank, to_others, largest, in_work = team.world.rank, 0, 0, 0
+        lengths = self.dealt.lengths[team.peers.rank]
+        held = {above: Held.of(lengths, above) for above in self._held}
+        for turn in rounds:
+            mine = self._needs(rank, turn[rank])
+            others = self._bytes(self._needs_of_all(team.peer_ranks, turn), held) - self._bytes(mine, held)
+            to_others += others
+            largest = max(largest, others + self._bytes(mine, self._held) + in_work)
+            in_work = self._received_last(rank, turn[rank])
+        return Sent(to_others, largest)
+
+    @cached_property
+    def _held(self) -> dict[int, Held]:
+        """All samples, at the sites of each threshold."""
+        every = {site.above for share in self.shares[0].values() for site in share.sites}
+        return {above: self.work.held(above) for above in every}
+
+    @cached_property
+    def _known_needs(self) -> dict[tuple[tuple[int, ...], Round], Needs]:
+        return {}
+
+    def _needs_of_all(self, ranks: tuple[int, ...], turn: Round) -> Needs:
+        """What some ranks need together in one round."""
+        key = ranks, turn
+        if key not in self._known_needs:
+            tokens, wholes = Counter[int](), Counter[int]()
+            for rank in ranks:
+                for above, per_token, whole in self._needs(rank, turn[rank]):
+                    tokens[above] += per_token
+                    wholes[above] += whole
+            self._known_needs[key] = tuple((above, tokens[above], wholes[above]) for above in tokens)
+        return self._known_needs[key]
+
+    def _needs(self, rank: int, layer: int | None) -> Needs:
+        """What the owner of a share needs."""
+        if layer is None:
+            return ()
+        return tuple((site.above, site.cols + site.rows, site.whole) for site in self.shares[rank][layer].sites)
+
+    def _received_last(self, rank: int, layer: int | None) -> int:
+        """What was sent for the projection that is still in work when the next round begins."""
+        if layer is None or not (order := self.shares[rank][layer].in_order()):
+            return 0
+        sites = {site.place: site for site in self.shares[rank][layer].sites}
+        last = order[-1]
+        needs = ((last.above, sites[last.input].cols + last.rows, last.whole),)
+        return self._bytes(needs, self._held)
+
+    def _bytes(self, needs: Needs, held: Mapping[int, Held]) -> int:
+        """Bytes of what is needed of some samples."""
+        size = self.work.scoring.factor_itemsize
+        return sum(
+            size * per_token * held[above].tokens + GRADIENT_BYTES * whole * held[above].wholes
+            for above, per_token, whole in needs
+        )
+
+    def buffers(self, rank: int, layers: Sequence[int]) -> int:
+        """Bytes of tiles in work and of padded factors, at most."""
+        shares = [(share, times) for share, times in self._counted(rank, layers) if share.heads]
+        compiled = self._compiles(rank)
+        tiles = max((self._tiles(share, compiled) for share, _ in shares), default=0)
+        return tiles + self._padded_factors(shares)
+
+    def _compiles(self, rank: int) -> bool:
+        """Whether the elementwise part of a rank's scores is compiled."""
+        setting = self.work.config.compute.compile
+        if setting != "auto":
+            return bool(setting)
+        return worth_compiling(self.elements(rank, list(self.shares[rank])), on_gpu=self.work.on_gpu)
+
+    def scores(self, rank: int, layers: Sequence[int]) -> int:
+        """Bytes of one layer's scores; a rank has room for all heads, whether or not it owns a part of them."""
+        shares = (self.shares[rank][layer] for layer in layers)
+        return max((self.matrix * _num(share.every_head) for share in shares if share.heads), default=0)
+
+    def partials(self, rank: int) -> int:
+        """Bytes of a rank's partial file."""
+        shares = self.shares[rank].values()
+        datasets = 2 * sum(len(share.heads) for share in shares)
+        scores = sum(_num(share.heads) for share in shares) * (self.matrix + FISHER_BYTES)
+        return scores + datasets * DATASET_BYTES + FILE_BYTES
+
+    def heatmap(self) -> int:
+        """Bytes of heatmap.h5."""
+        config, (num_a, num_b) = self.work.config, self.work.num_samples
+        matrices = {"none": (), "cross": (num_a * num_b,), "all": (num_a * num_b, (num_a + num_b) ** 2)}
+        kept = matrices[config.output.pairs]
+        a_head = TABLE_BYTES + sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in kept)
+        a_head += RECORD_BYTES if config.statistics.enabled else 0
+        return sum(self.cells.values()) * a_head + TABLES_BYTES
+
+    def num_tested(self, rank: int) -> int:
+        """Heads that are added up on a rank, over all layers."""
+        return sum(_num(dealt[rank]) for dealt in self._dealt.values())
+
+    def sent_scores(self, rank: int) -> int:
+        """Bytes of partial scores for the ranks that add them up, and of sums for rank 0."""
+        if len(self.shares) == 1:
+            return 0
+        (num_a, num_b), config = self.work.num_samples, self.work.config
+        kept = self.matrix if config.output.pairs == "all" else num_a * num_b * self.work.scoring.itemsize
+        sent = 0
+        for layer, dealt in self._dealt.items():
+            heads = self.shares[rank][layer].heads
+            others = sum(len(set(found) - set(dealt[rank].get(block, ()))) for block, found in heads.items())
+            sent += others * (self.matrix + FISHER_BYTES)
+            sent += _num(dealt[rank]) * (kept + FISHER_BYTES) if rank else 0
+        return sent
+
+    @cached_property
+    def _dealt(self) -> dict[int, list[dict[str, tuple[int, ...]]]]:
+        """By layer, the heads that are added up on each rank."""
+        known: dict[int, list[dict[str, tuple[int, ...]]]] = {}
+        found = {}
+        for layer, share in self.shares[0].items():
+            heads = {block: part for block, part in share.every_head.items() if block in BLOCKS}
+            if id(share) not in known:
+                known[id(share)] = deal_heads(FrameLayer(layer, 1, (), heads), len(self.shares))
+            found[layer] = known[id(share)]
+        return found
+
+    def _counted(self, rank: int, layers: Sequence[int]) -> list[tuple[LayerShare, int]]:
+        """A rank's shares of some layers, those that are one and the same with their number."""
+        shares = [self.shares[rank][layer] for layer in layers]
+        counts = Counter(map(id, shares))
+        return [(share, counts[n]) for n, share in {id(share): share for share in shares}.items()]
+
+    def _captured(self, layer: int) -> list[tuple[Site, Projection, SiteShare]]:
+        projections = self.work.layout.layer(layer).projections
+        shares = self.shares[0][layer].sites
+        return [(Site(layer, projections[s.place].module), projections[s.place], s) for s in shares]
+
+    def _sites(self, layer: int) -> list[Site]:
+        return [site for site, _, _ in self._captured(layer)]
+
+    def _is_cut_by_hooks(self, site: Site) -> bool:
+        """Whether hooks see a rank's own features alone; other styles gather them first."""
+        return self.work.anatomy.styles.get(site.module) in SHARDED_BY_HOOKS
+
+    def _tiles(self, share: LayerShare, compiled: bool) -> int:
+        gradients = share.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
+        squares = gradients if self.work.on_gpu else min(CHUNK_BYTES, gradients)
+        squares = 2 * gradients if compiled else squares
+        return self.work.workers * (gradients + squares) + (self._pairs(share) if self.work.on_gpu else 0)
+
+    def _pairs(self, share: LayerShare) -> int:
+        """Bytes of the scores of the heads that a GPU works on together, and of products in parts."""
+        heads = max(map(len, share.heads.values()))
+        together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
+        return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
+
+    def _padded_factors(self, shares: Sequence[tuple[LayerShare, int]]) -> int:
+        """Bytes of two projections' factors in the type of scores, one in work and one on its way."""
+        within, firsts, lasts = [0], [0], [0]
+        for share, _ in shares:
+            order = share.in_order()
+            pairs: list[Sequence[SiteShare]] = [*pairwise(order)] or [order]
+            within += [self._copies_of(share, pair) for pair in pairs]
+            firsts.append(self._copies_of(share, order[:1]))
+            lasts.append(self._copies_of(share, order[-1:]))
+        several_layers = sum(times for _, times in shares) > 1
+        return max(*within, max(lasts) + max(firsts) if several_layers else 0)
+
+    def _copies_of(self, share: LayerShare, sites: Sequence[SiteShare]) -> int:
+        of_input = {site.place: self._copies(site.cols, site) for site in share.sites}
+        own = sum(self._copies(site.rows, site) + self._whole_copies(site) for site in sites)
+        return own + sum(of_input[place] for place in {site.input for site in sites})
+
+    def _copies(self, width: int, site: SiteShare) -> int:
+        """A series in the type of scores, and padded where samples differ in length."""
+        scoring = self.work.scoring
+        copies = self.work.padded_tokens(site.above) if len(set(self.work.lengths_pooled)) > 1 else 0
+        if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:
+            copies += self._held[site.above].tokens
+        return copies * width * scoring.itemsize
+
+    def _whole_copies(self, site: SiteShare) -> int:
+        return 2 * self._held[site.above].wholes * site.whole * self.work.scoring.itemsize
+
+
+def _num(heads: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(len, heads.values()))

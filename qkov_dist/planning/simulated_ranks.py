@@ -1,0 +1,172 @@
+"""Ranks that are not there: what each would hold of a model, see of it, and own, by the rules of those that cut it.
+
+Ranks count tensor-parallel places first, as transformers' device mesh does: rank = replica * tp + place. Where a rank
+of a real run is described by what it finds in its memory (``distributed.sharding``), these are by the same integers.
+
+    style of transformers' plan   dim of a matrix that tensor parallelism cuts    of a vector
+    *colwise*                     that of the outputs, the last but one           its only one
+    *rowwise*                     that of the inputs, the last                    none: every rank holds it
+    embedding_rowwise, _colwise   the vocabulary's, the width's
+    all others, and none          none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qkov_dist.distributed.ownership import Ownership, assign
+from qkov_dist.distributed.parallelism import SHARDED, Parallelism
+from qkov_dist.distributed.sharding import (
+    Held,
+    Placement,
+    held_by_flat_partition,
+    held_by_placements,
+    parameter_name,
+    parameters_of,
+    shard_interval,
+)
+from qkov_dist.distributed.topology import Team
+from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
+from qkov_dist.layout.rects import Rect
+
+from .model_sizes import Anatomy, Weight
+from .workload import PretendedWorld
+
+
+def pretended_teams(
+    anatomy: Anatomy, layout: Layout, layers: Sequence[int], parallelism: Parallelism, *, thin: bool = False
+) -> list[Team]:
+    """Every rank's team.
+
+    Args:
+        anatomy: The model.
+        layout: Its projections.
+        layers: The layers to own.
+        parallelism: How it is cut.
+        thin: Describe the first rank alone.
+    """
+    tp, size = parallelism.tp, parallelism.tp * parallelism.replicas
+    owned = None if size == 1 else _ownership(anatomy, layout, layers, parallelism)
+    return [
+        Team(
+            world=PretendedWorld(rank, size),
+            peers=PretendedWorld(rank // tp, parallelism.replicas),
+            peer_ranks=tuple(range(rank % tp, size, tp)),
+            ownership=owned,
+            local=_seen(anatomy, layout, layers, tp, rank % tp) if tp > 1 else {},
+            lockstep=_keeps_step(parallelism),
+        )
+        for rank in range(1 if thin else size)
+    ]
+
+
+def local_shape(weight: Weight, parallelism: Parallelism, rank: int, *, gathered: bool = False) -> tuple[int, ...]:
+    """The shape of what a rank holds of a weight; ``gathered``: of what it works with in a pass.
+
+    ZeRO-3 pads the last partition, so that all are of one length.
+    """
+    replica, place = divmod(rank, parallelism.tp)
+    shape = list(weight.shape)
+    dim = _cut_dim(weight.style, len(shape)) if parallelism.tp > 1 else None
+    if dim is not None:
+        low, high = shard_interval(shape[dim], parallelism.tp, place)
+        shape[dim] = high - low
+    if gathered or parallelism.replicas == 1:
+        return tuple(shape)
+    if parallelism.data == "zero3":
+        return (-(-weight.numel // parallelism.replicas),)
+    if parallelism.data == "fsdp" and shape:
+        low, high = shard_interval(shape[0], parallelism.replicas, replica)
+        shape[0] = high - low
+    return tuple(shape)
+
+
+def _keeps_step(parallelism: Parallelism) -> bool:
+    """Whether all ranks have to pass together: also where transformers makes replicas of tensor-parallel groups."""
+    return parallelism.replicas > 1 and (parallelism.data in SHARDED or parallelism.tp > 1)
+
+
+def _cut_dim(style: str | None, num_dims: int) -> int | None:
+    """The storage dim that tensor parallelism cuts; see the table above."""
+    if style in ("embedding_rowwise", "embedding_colwise"):
+        return int(style == "embedding_colwise")
+    if style is None or not num_dims:
+        return None
+    if "colwise" in style:
+        return max(num_dims - 2, 0)
+    return num_dims - 1 if "rowwise" in style and num_dims > 1 else None
+
+
+def _held(anatomy: Anatomy, projection: Projection, bias: bool, parallelism: Parallelism, rank: int) -> Held:
+    """What a rank would hold of a projection's weight or bias, [out, in]."""
+    replica, place = divmod(rank, parallelism.tp)
+    shape = (projection.shape[0], 1) if bias else _stored(projection)
+    if parallelism.data == "zero3" and parallelism.replicas > 1:
+        rects = held_by_flat_partition(shape, -(-shape[0] * shape[1] // parallelism.replicas), replica)
+    else:
+        dim = _cut_dim(anatomy.styles.get(projection.module), 1 if bias else 2) if parallelism.tp > 1 else None
+        placements = [Placement(parallelism.tp, place, dim)]
+        if parallelism.data == "fsdp":
+            placements.append(Placement(parallelism.replicas, replica, 0, late=True))
+        rects = held_by_placements(shape, placements)
+    return tuple(rect.transposed for rect in rects) if projection.transposed and not bias else rects
+
+
+def _stored(projection: Projection) -> tuple[int, int]:
+    out, into = projection.shape
+    return (into, out) if projection.transposed else (out, into)
+
+
+def _seen(anatomy: Anatomy, layout: Layout, layers: Sequence[int], tp: int, place: int) -> dict[Site, Rect]:
+    """The tensor-parallel shard of each projection that a rank works with."""
+    alone = Parallelism(tp, "none", 1)
+    return {
+        Site(index, projection.module): (_held(anatomy, projection, False, alone, place) or (Rect(0, 0, 0, 0),))[0]
+        for index in layers
+        for projection in layout.layer(index).projections
+    }
+
+
+def _ownership(anatomy: Anatomy, layout: Layout, layers: Sequence[int], parallelism: Parallelism) -> Ownership:
+    """What every rank would own. Layers of one kind are cut alike; only replicas are dealt out over all layers."""
+    like: dict[tuple[object, ...], int] = {}
+    first = {index: like.setdefault(_kind(layout.layer(index)), index) for index in layers}
+    some = assign(layout, tuple(like.values()), _held_by_rank(anatomy, layout, tuple(like.values()), parallelism))
+    if any(_has_replicas(by_rank) for by_rank in some.held.values()):
+        return assign(layout, layers, _held_by_rank(anatomy, layout, layers, parallelism))
+    copies = {
+        parameter_name(projection, bias): parameter_name(twin, bias)
+        for index in layers
+        for (projection, bias), (twin, _) in zip(
+            parameters_of(layout, [index]), parameters_of(layout, [first[index]]), strict=True
+        )
+    }
+    return Ownership(
+        {name: some.held[twin] for name, twin in copies.items()},
+        {name: some.owned[twin] for name, twin in copies.items()},
+    )
+
+
+def _held_by_rank(
+    anatomy: Anatomy, layout: Layout, layers: Sequence[int], parallelism: Parallelism
+) -> list[dict[str, list[list[int]]]]:
+    """:func:`qkov_dist.distributed.sharding.held_parameters` of every rank."""
+    return [
+        {
+            parameter_name(projection, bias): [
+                list(rect.bounds) for rect in _held(anatomy, projection, bias, parallelism, rank)
+            ]
+            for projection, bias in parameters_of(layout, layers)
+        }
+        for rank in range(parallelism.tp * parallelism.replicas)
+    ]
+
+
+def _has_replicas(by_rank: Sequence[Held]) -> bool:
+    held = [rects for rects in by_rank if rects]
+    return len(set(held)) < len(held)
+
+
+def _kind(layer: AttentionLayer) -> tuple[object, ...]:
+    """What decides how a layer is cut: equal for layers of one kind."""
+    return tuple((p.shape, p.transposed, p.has_bias, p.module.rpartition(".")[2]) for p in layer.projections)

@@ -1,0 +1,148 @@
+"""A plan as text: one table of bytes and operations, the expected time of each phase, and what all that rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tabulate import tabulate
+
+from .cost import Cost, largest, total
+from .run_plan import RunPlan
+from .time_model import Phase
+
+BYTES = {
+    "weights": "weights",
+    "gathered": "weights gathered for a pass",
+    "activations": "activations of a batch",
+    "factors_gpu": "factors on the GPU",
+    "factors_memory": "factors in memory",
+    "factors_disk": "factors on disk",
+    "exchange": "factors of one layer, exchanged",
+    "buffers": "Fisher and gradients: tiles, padded factors",
+    "scores": "scores of one layer",
+    "statistics": "statistics",
+    "sent_factors": "network: factors",
+    "sent_scores": "network: scores",
+    "moved_weights": "network: weights gathered",
+    "moved_sums": "network: tensor-parallel sums",
+    "written": "files written",
+}
+FLOPS = {
+    "flops_forward": "operations: forward",
+    "flops_backward": "operations: backward",
+    "flops_kept": "operations: gradients kept at capture",
+    "flops_scoring": "operations: scoring",
+    "flops_ridge": "operations: relative ridge",
+    "flops_statistics": "operations: statistics",
+}
+ALWAYS = ("weights", "factors_memory", "factors_disk", "buffers", "scores", "flops_forward", "flops_scoring")
+
+
+def plan_lines(plan: RunPlan, phases: Sequence[Phase], hardware: str, notes: Sequence[str]) -> list[str]:
+    """All of it, line by line.
+
+    Args:
+        plan: The plan.
+        phases: The expected time of each phase; none where the hardware is not known.
+        hardware: What the times are for.
+        notes: What they, and the sizes, rest on.
+    """
+    lines = [_heading(plan), "", *_table(plan).splitlines(), ""]
+    if phases:
+        lines += [*_times(phases, hardware).splitlines(), ""]
+    return lines + [f"- {note}" for note in notes]
+
+
+def as_json(plan: RunPlan, phases: Sequence[Phase]) -> dict[str, Any]:
+    """The numbers."""
+    gpu, host = plan.peak()
+    return {
+        "ranks": [asdict(cost) for cost in plan.costs],
+        "largest": asdict(largest(plan.costs)),
+        "sum": asdict(total(plan.costs)),
+        "peak": {"gpu": gpu, "host": host},
+        "parallelism": asdict(plan.parallelism),
+        "parameters": plan.work.anatomy.num_parameters,
+        "windows": [list(window) for window in plan.windows],
+        "seconds": {phase.name: phase.seconds for phase in phases},
+    }
+
+
+def flops_in_words(flops: float) -> str:
+    """Operations in the unit that suits them."""
+    for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if flops >= unit:
+            return f"{flops / unit:.2f} {name}"
+    return f"{flops / 1e6:.2f} MFLOP"
+
+
+def seconds_in_words(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+
+
+def size_notes(plan: RunPlan) -> list[str]:
+    """What the sizes rest on."""
+    anatomy = plan.work.anatomy
+    notes = ["activations are an estimate, within about a third; everything else is counted as the run counts it"]
+    if anatomy.quantized:
+        dtype = plan.work.config.model.dtype
+        notes.append(f"the model is quantized ({anatomy.quantized}): its bytes are those of dtype {dtype}, not packed")
+    if plan.parallelism.data == "device_map":
+        notes.append("device_map: all layers are counted on one device; they are spread over those that there are")
+    return notes
+
+
+def _heading(plan: RunPlan) -> str:
+    work, parallelism = plan.work, plan.parallelism
+    num_a, num_b = work.num_samples
+    cut = f" (tp {parallelism.tp}, {parallelism.data})" if plan.num_ranks > 1 else ""
+    passes = "once" if len(plan.windows) == 1 else f"{len(plan.windows)} times, for a part of the layers each"
+    return (
+        f"plan: {work.anatomy.name} with {work.anatomy.num_parameters / 1e9:.3g} billion parameters on "
+        f"{plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}{cut}; {len(work.layers)} of "
+        f"{work.layout.num_layers} layers scored; {num_a} + {num_b} samples, {sum(work.lengths_pooled):,} tokens, "
+        f"run {passes}"
+    )
+
+
+def _table(plan: RunPlan) -> str:
+    most, every = largest(plan.costs), total(plan.costs)
+    gpu, host = plan.peak()
+    peaks = [("peak on a GPU", gpu)] if plan.work.on_gpu else []
+    peaks.append(("peak in the host's memory", host))
+    rows = [*_rows(BYTES, most, every, gib), *([name, gib(size), ""] for name, size in peaks)]
+    rows += _rows(FLOPS, most, every, flops_in_words)
+    headers = ["", "largest rank", "all ranks"]
+    if plan.num_ranks == 1:
+        rows, headers = [row[:2] for row in rows], ["", "this process"]
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))
+
+
+def _rows(names: dict[str, str], most: Cost, every: Cost, words: Any) -> list[list[str]]:
+    """A row for each number that is not zero everywhere."""
+    return [
+        [label, words(getattr(most, name)), words(getattr(every, name))]
+        for name, label in names.items()
+        if getattr(every, name) or name in ALWAYS
+    ]
+
+
+def _times(phases: Sequence[Phase], hardware: str) -> str:
+    rows = [[phase.name, seconds_in_words(phase.seconds), phase.bound_by] for phase in phases]
+    rows.append(["all", seconds_in_words(sum(phase.seconds for phase in phases)), ""])
+    return tabulate(rows, headers=["phase", f"expected on {hardware}", "mostly"], disable_numparse=True)
+
+
+def gib(size: float) -> str:
+    """Bytes in words, in the unit that suits them."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} B"

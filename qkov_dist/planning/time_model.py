@@ -1,0 +1,130 @@
+"""How long a planned run should take on some hardware: for each phase, what its slowest rank needs at least.
+
+    capture     max(products of both passes, reading all weights twice a batch, sums and gathered weights over the link)
+                + factors to the host, and those on disk written
+    scoring     products of gradients and pairs + their elementwise part through the memory
+                + factors exchanged, to the GPU, and read from disk; partial scores written twice
+    combining   partial scores sent and read + products of the tests, on the host + the heatmap written
+
+Every assumption that is no fact of a data sheet is a constant here, and is printed with the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qkov_dist.distributed.parallelism import SHARDED
+
+from .cost import Cost
+from .hardware import Hardware
+from .run_plan import RunPlan
+
+EFFICIENCY = 0.5  # of the peak (of a CPU: of the measured rate) that products reach
+BANDWIDTH = 0.8  # of a memory's bandwidth or a link's, likewise
+NODE_LINK = 50e9  # bytes a second of a rank to another node: 400 Gbit/s
+HOST_LINK = 25e9  # bytes a second between a GPU and its host
+DISK = 2e9  # bytes a second
+HOST_RATE = 50e9  # float64 operations a second on the host beside a GPU
+ELEMENT_TRAFFIC = 8  # times that an element of a gradient passes the memory: formed, squared, mapped, multiplied
+PHASES = ("capture", "scoring", "combining")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of the slowest rank: seconds by what takes them; those that overlap are counted once."""
+
+    name: str
+    terms: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return sum(self.terms.values())
+
+    @property
+    def bound_by(self) -> str:
+        """What takes longest."""
+        return max(self.terms, key=lambda name: self.terms[name])
+
+
+def expected(plan: RunPlan, hardware: Hardware, ranks_per_node: int) -> list[Phase]:
+    """Each phase of the rank that takes longest."""
+    clock = _Clock(plan, hardware, ranks_per_node)
+    found = []
+    for name, terms in zip(PHASES, (clock.capture, clock.scoring, clock.combining), strict=True):
+        found.append(max((Phase(name, terms(cost)) for cost in plan.costs), key=lambda phase: phase.seconds))
+    return found
+
+
+def assumptions(hardware: Hardware) -> list[str]:
+    """What the times rest on, in sentences."""
+    what = "the data sheet's peak" if hardware.is_gpu else "the rate measured on a short product"
+    lines = [
+        f"time: products reach {EFFICIENCY:.0%} of {what}, memory and links {BANDWIDTH:.0%} of theirs; disk "
+        f"{DISK / 1e9:.0f} GB/s; between nodes {NODE_LINK / 1e9:.0f} GB/s a rank; the elementwise part of scores moves "
+        f"each gradient {ELEMENT_TRAFFIC} times"
+    ]
+    if hardware.is_gpu:
+        lines.append(
+            f"time: {HOST_LINK / 1e9:.0f} GB/s between GPU and host, {HOST_RATE / 1e9:.0f} GFLOP/s in float64 on the "
+            "host for tests"
+        )
+    return lines
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Costs -> seconds."""
+
+    plan: RunPlan
+    hardware: Hardware
+    ranks_per_node: int
+
+    def capture(self, cost: Cost) -> dict[str, float]:
+        """Forward and backward passes."""
+        anatomy, parallelism = self.plan.work.anatomy, self.plan.parallelism
+        products = (cost.flops_forward + cost.flops_backward) / self._rate(anatomy.itemsize)
+        products += cost.flops_kept / self._rate(max(anatomy.itemsize, 4))
+        shares = parallelism.replicas if parallelism.data in SHARDED else 1
+        reading = 2 * cost.batches * cost.weights * shares / (self.hardware.bandwidth * BANDWIDTH)
+        moving = cost.moved_weights / self._link(self.plan.num_ranks) + cost.moved_sums / self._link(parallelism.tp)
+        together = {"products": products, "reading weights": reading, "moving weights and sums": moving}
+        longest = max(together, key=lambda name: together[name])
+        return {longest: together[longest], "factors to host and disk": self._factors(cost)}
+
+    def scoring(self, cost: Cost) -> dict[str, float]:
+        """Scores from factors."""
+        itemsize = self.plan.work.scoring.itemsize
+        products = (cost.flops_scoring + cost.flops_ridge) / self._rate(itemsize)
+        passing = ELEMENT_TRAFFIC * cost.elements * itemsize / (self.hardware.bandwidth * BANDWIDTH)
+        return {
+            "products": products,
+            "elementwise maps": passing,
+            "exchanging factors": cost.sent_factors / self._link(self.plan.num_ranks),
+            "factors from host and disk": self._factors(cost),
+            "writing scores": 2 * cost.written / DISK,
+        }
+
+    def combining(self, cost: Cost) -> dict[str, float]:
+        """Sums over ranks, tests, the heatmap."""
+        rate = HOST_RATE if self.hardware.is_gpu else self._rate(8)
+        return {
+            "exchanging scores": cost.sent_scores / self._link(self.plan.num_ranks),
+            "tests": cost.flops_statistics / rate,
+            "reading and writing scores": 2 * cost.written / DISK,
+        }
+
+    def _factors(self, cost: Cost) -> float:
+        """Once over the host's link, and over that of the disk for those that wait there."""
+        windows = len(self.plan.windows)
+        copied = windows * (cost.factors_memory + cost.factors_disk) / HOST_LINK if self.hardware.is_gpu else 0.0
+        return copied + windows * cost.factors_disk / DISK
+
+    def _rate(self, itemsize: int) -> float:
+        return self.hardware.rate(itemsize) * EFFICIENCY
+
+    def _link(self, num_ranks: int) -> float:
+        """Bytes a second between that many neighbouring ranks."""
+        within = self.hardware.link
+        return BANDWIDTH * (within if num_ranks <= self.ranks_per_node else min(within, NODE_LINK))

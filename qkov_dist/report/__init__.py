@@ -1,0 +1,1 @@
+"""What shows results: page, figures, tables. It computes nothing."""

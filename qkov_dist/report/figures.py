@@ -1,0 +1,201 @@
+"""Figures for papers: heatmaps, blocks with intervals, and the layer profile, as PDF and PNG. Needs matplotlib.
+
+Colours are safe for colour-blind readers and in grey print: cividis for one-sided values, blue to orange about 0, and
+the Okabe-Ito palette for the blocks. Marks of significant heads are those of ``findings``: their shape alone tells the
+side of the null; coloured ones also hold over all heads of all blocks. Text in PDFs stays text.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qkov_dist.results.block_view import HEAD_DIM, Floats, Ints
+from qkov_dist.results.heatmap import Heatmap
+
+from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness
+from .tables import test_arrays
+
+BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
+BLUE_ORANGE = ("#0b3c74", "#2f6fb1", "#86b6de", "#f3f3f1", "#f2b877", "#cc7318", "#743a02")
+MARKERS = {"up": "^", "down": "v", "square": "s", "diamond": "D", "dot": "o"}
+MARK_FILLS = {"above": "#ff8f52", "below": "#7cc6ff", None: "#c9ced6"}
+MARK_EDGES = {"above": "#c2370a", "below": "#0b5fae", None: "#1c1f24"}
+_PNG_DPI = 200
+
+
+def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
+    """File name and content of every figure, in both formats.
+
+    Raises:
+        ModuleNotFoundError: where matplotlib is not installed.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
+        for name, make in (("heatmaps", draw_heatmaps), ("blocks", draw_blocks), ("layers", draw_layers)):
+            figure = make(heatmap)
+            for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+                content = io.BytesIO()
+                figure.savefig(content, format=kind, dpi=_PNG_DPI, metadata=metadata)
+                yield f"{name}.{kind}", content.getvalue()
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(max(width, 5.0), height), layout="constrained")  # room for the legend
+
+
+def _quantities(heatmap: Heatmap) -> list[tuple[str, str]]:
+    """Title and key of what is drawn: the mean score, and overlap where it was tested."""
+    score = str(heatmap.attributes.get("score", "score"))
+    return [(f"mean {score}", "score")] + ([("overlap", "overlap")] if "overlap" in (heatmap.statistics or {}) else [])
+
+
+def _values(heatmap: Heatmap, block: str, key: str) -> Floats:
+    return heatmap.mean[block] if key == "score" else test_arrays(heatmap, key, block)["statistic"]
+
+
+def draw_heatmaps(heatmap: Heatmap) -> Any:
+    """Layer x native head by block, with marks: the mean score, and overlap where it was tested."""
+    rows, blocks = _quantities(heatmap), heatmap.blocks
+    figure = _figure(1.9 * len(blocks), (0.8 + 0.055 * max(len(heatmap.layers), 24)) * len(rows))
+    for axes, (title, key) in zip(figure.subplots(len(rows), len(blocks), squeeze=False), rows, strict=True):
+        for axis, block in zip(axes, blocks, strict=True):
+            values = _values(heatmap, block, key)
+            is_signed = key != "score" or heatmap.attributes.get("score") == "signed"
+            scale = values if key == "score" else np.concatenate([_values(heatmap, b, key) for b in blocks], axis=None)
+            image = axis.imshow(np.ma.masked_invalid(values), **_colors(scale, is_signed))
+            axis.set_facecolor("0.85")
+            axis.set(title=f"{block}: {title}", xlabel=HEAD_DIM[block].replace("_", " "))
+            _ticks(axis.xaxis, heatmap.natives(block))
+            _ticks(axis.yaxis, heatmap.layers)
+            _mark(axis, heatmap, block)
+            axis.figure.colorbar(image, ax=axis)
+        axes[0].set_ylabel("layer")
+    _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {alpha(heatmap):g}")
+    return figure
+
+
+def _mark(axis: Any, heatmap: Heatmap, block: str) -> None:
+    """The marks of one block's heads in its heatmap."""
+    if not heatmap.tests:
+        return
+    codes, family = found(heatmap, block), is_family_wise(heatmap, block)
+    for code, finding in enumerate(findings(heatmap), 1):
+        for is_family in (False, True):
+            layers, heads = np.nonzero((codes == code) & (family == is_family))
+            axis.scatter(heads, layers, **_marker(finding, is_family))
+
+
+def _marker(finding: Finding, is_family: bool) -> dict[str, Any]:
+    face, edge = MARK_FILLS[finding.side] if is_family else "white", MARK_EDGES[finding.side]
+    return {"s": 6, "marker": MARKERS[finding.mark], "facecolors": face, "edgecolors": edge, "linewidths": 0.4}
+
+
+def _legend(figure: Any, heatmap: Heatmap, more: str = "") -> None:
+    """What the marks say, below the drawings."""
+    if not heatmap.tests:
+        return
+    handles = [
+        figure.axes[0].scatter([], [], **_marker(finding, is_family=True), label=f"{finding.name}: {finding.meaning}")
+        for finding in counts(heatmap)
+    ]
+    test = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap))))
+    title = f"q $\\leq$ {alpha(heatmap):g} ({test}){more}"
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, title=title, alignment="left")
+
+
+def _colors(values: Floats, is_signed: bool) -> dict[str, Any]:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    options: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "cividis"}
+    if is_signed and np.isfinite(values).any():
+        most = float(np.nanmax(np.abs(values))) or 1.0
+        cmap = LinearSegmentedColormap.from_list("blue-orange", BLUE_ORANGE)
+        options |= {"cmap": cmap, "vmin": -most, "vmax": most}
+    return options
+
+
+def draw_blocks(heatmap: Heatmap) -> Any:
+    """Every head with its interval and the band of its null, sorted within its block."""
+    rows, blocks = _quantities(heatmap), heatmap.blocks
+    figure = _figure(1.9 * len(blocks), 2.2 * len(rows))
+    grid = figure.subplots(len(rows), len(blocks), squeeze=False)
+    for axes, (title, key) in zip(grid, rows, strict=True):
+        for axis, block in zip(axes, blocks, strict=True):
+            values = _values(heatmap, block, key)
+            order = np.argsort(values, axis=None)[: int(np.isfinite(values).sum())]
+            tests = test_arrays(heatmap, "cross_mean" if key == "score" else key, block)
+            bands = []
+            if "null_mean" in tests:
+                bands.append(_draw_null(axis, tests, order))
+            if "ci_low" in tests:
+                low, high = tests["ci_low"].flat[order], tests["ci_high"].flat[order]
+                axis.vlines(np.arange(len(order)), low, high, color=BLOCK_COLORS[block], alpha=0.35, linewidth=0.6)
+                bands.append((low, high))
+            if bands and len(order):
+                axis.set_ylim(*_frame(values.flat[order], bands))
+            _draw_heads(axis, heatmap, block, values, order)
+            if key != "score":
+                axis.axhline(0, color="0.4", linewidth=0.6)
+            axis.set(title=block, xlabel="heads, sorted")
+        axes[0].set_ylabel(title)
+    share = (heatmap.statistics or {}).get("settings", {}).get("confidence", 0.95)
+    _legend(figure, heatmap, f"; grey: middle {share:.0%} of each head's null, exchanged labels, and its mean")
+    return figure
+
+
+def _draw_null(axis: Any, tests: Mapping[str, Floats], order: Ints) -> tuple[Floats, Floats]:
+    """Where each head lies under exchanged labels: a grey bar with a tick at the mean; returns the bars' ends."""
+    mean, low, high = (tests[key].flat[order] for key in ("null_mean", "null_low", "null_high"))
+    axis.vlines(np.arange(len(order)), low, high, color="0.8", linewidth=1.4)
+    axis.plot(np.arange(len(order)), mean, "_", color="0.45", markersize=2, markeredgewidth=0.5)
+    return low, high
+
+
+def _draw_heads(axis: Any, heatmap: Heatmap, block: str, values: Floats, order: Ints) -> None:
+    """Heads in order: significant ones by their marks, the others as dots."""
+    codes = found(heatmap, block).flat[order] if heatmap.tests else np.zeros(len(order), np.int64)
+    known = dict(enumerate((None, *findings(heatmap))))
+    for code in (0, *reversed(range(1, len(known)))):  # the first on top: what lies above the null stays in sight
+        finding, places = known[code], np.flatnonzero(codes == code)
+        marker = "." if finding is None else MARKERS[finding.mark]
+        color = BLOCK_COLORS[block] if finding is None else MARK_EDGES[finding.side]
+        axis.plot(places, values.flat[order][places], marker, color=color, markersize=2)
+
+
+def _frame(values: Floats, bands: Sequence[tuple[Floats, Floats]]) -> tuple[float, float]:
+    """All values and most of the bands: a single wild one must not flatten the rest."""
+    drawn = [(end, share) for band in bands for end, share in zip(band, (0.02, 0.98), strict=True)]
+    most = [np.nanquantile(end, share) for end, share in drawn if not np.isnan(end).all()]
+    ends = np.concatenate([values, most])
+    margin = 0.05 * float(np.nanmax(ends) - np.nanmin(ends)) or 1.0
+    return float(np.nanmin(ends)) - margin, float(np.nanmax(ends)) + margin
+
+
+def draw_layers(heatmap: Heatmap) -> Any:
+    """Mean over the heads of a layer, and their range."""
+    rows, blocks = _quantities(heatmap), heatmap.blocks
+    figure = _figure(1.9 * len(blocks), 1.9 * len(rows))
+    grid = figure.subplots(len(rows), len(blocks), squeeze=False)
+    for axes, (title, key) in zip(grid, rows, strict=True):
+        for axis, block in zip(axes, blocks, strict=True):
+            values = _values(heatmap, block, key)
+            there = np.isfinite(values).any(axis=1)
+            layers, values = np.array(heatmap.layers)[there], values[there]
+            low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+            axis.fill_between(layers, low, high, color=BLOCK_COLORS[block], alpha=0.2, linewidth=0)
+            axis.plot(layers, np.nanmean(values, axis=1), color=BLOCK_COLORS[block], linewidth=1.2)
+            axis.set(title=block, xlabel="layer")
+        axes[0].set_ylabel(title)
+    return figure
+
+
+def _ticks(axis: Any, numbers: tuple[int, ...], most: int = 9) -> None:
+    places = range(0, len(numbers), -(-len(numbers) // most))
+    axis.set_ticks(list(places), labels=[str(numbers[place]) for place in places])

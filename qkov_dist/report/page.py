@@ -1,0 +1,207 @@
+"""``report.html``: one page that asks nobody for anything.
+
+The template, its style and its script lie in ``assets``; this module puts numbers and text into them. Numbers
+travel as base64 of little-endian float32, text as JSON in a data block. The page's Content-Security-Policy allows its
+own style and script by their hashes and nothing else: no network, no other script, whatever a sample's text says.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from qkov_dist.report import page_parts as parts
+from qkov_dist.results.block_view import HEAD_DIM
+from qkov_dist.results.heatmap import Heatmap
+
+from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness, sides
+from .tables import test_arrays, top_conflicts
+
+STYLE = ("page.css",)
+SCRIPT = ("core.js", "marks.js", "heatmaps.js", "charts.js", "conflicts.js", "page.js")
+
+
+TEXT_BYTES = 1_500_000  # of all samples together, so that a page stays small
+LONGEST_TEXT, SHORTEST_TEXT = 4000, 60
+TESTS = {"p": "p_value", "q": "q_value", "p_max": "p_max", "effect": "effect_size"}
+
+
+TESTS |= {"effect_low": "effect_low", "effect_high": "effect_high"}
+
+
+BESIDE = {"low": "ci_low", "high": "ci_high", "null": "null_mean", "null_low": "null_low", "null_high": "null_high"}
+
+
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
+_MARKER = '<meta name="qkov-run" content="{}">'
+
+
+def run_marker(run_id: str) -> str:
+    """The tag by which a page tells which run it shows."""
+    return _MARKER.format(html.escape(run_id))
+
+
+def make_page(heatmap: Heatmap) -> str:
+    """The whole page."""
+    style, script = _assets(STYLE), _assets(SCRIPT)
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src '{_hash(script)}'",
+            f"style-src '{_hash(style)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+    shown = {
+        "policy": policy,
+        "marker": run_marker(heatmap.run_id),
+        "title": html.escape(f"{heatmap.task_a} × {heatmap.task_b}"),
+        "style": style,
+        "facts": parts.facts(heatmap),
+        "legend": parts.legend(heatmap),
+        "tested": parts.tested(heatmap),
+        "count": parts.warning_count(heatmap),
+        "warnings": parts.warnings(heatmap),
+        "blocks": parts.block_table(heatmap),
+        "shared": parts.shared(heatmap),
+        "provenance": parts.provenance(heatmap),
+        "data": _data_block(page_data(heatmap)),
+        "script": script,
+    }
+    return _PLACE.sub(lambda place: shown[place[1]], _assets(("page.html",)))
+
+
+def page_data(heatmap: Heatmap) -> dict[str, Any]:
+    """What the page's script draws."""
+    settings = (heatmap.statistics or {}).get("settings", {})
+    return {
+        "score": str(heatmap.attributes.get("score", "score")),
+        "statistic": heatmap.deciding if heatmap.tests else None,
+        "sided": sidedness(heatmap) if heatmap.tests else None,
+        "findings": [_finding(heatmap, finding) for finding in findings(heatmap)],
+        "alpha": alpha(heatmap),
+        "confidence": settings.get("confidence", 0.95),
+        "layers": heatmap.layers,
+        "groups": np.asarray(heatmap.groups).tolist(),
+        "blocks": [_block(heatmap, block) for block in heatmap.blocks],
+        "tasks": [heatmap.task_a, heatmap.task_b],
+        "samples": _samples(heatmap),
+        "conflicts": [_conflict(heatmap, block, record) for block, record in top_conflicts(heatmap)],
+        "shared": {name: _base64(arrays["mean"], "<f4") for name, arrays in heatmap.shared.items()},
+    }
+
+
+def _conflict(heatmap: Heatmap, block: str, record: Mapping[str, Any]) -> list[int | float]:
+    """A sample pair as places: block, layer, head, sample of A, sample of B; and its score."""
+    layer, head = heatmap.layers.index(record["layer"]), heatmap.natives(block).index(record["head"])
+    score = round_to_float32(record["score"])
+    return [heatmap.blocks.index(block), layer, head, record["sample_i"], record["sample_j"], score]
+
+
+def round_to_float32(number: float) -> float:
+    """The shortest decimal number that float32 tells from its neighbours; one beyond float32 stays as it is."""
+    with np.errstate(over="ignore"):
+        rounded = float(str(np.float32(number)))
+    return rounded if np.isfinite(rounded) else number
+
+
+def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
+    means, overlap = (test_arrays(heatmap, name, block) for name in ("cross_mean", "overlap"))
+    tests = test_arrays(heatmap, heatmap.deciding, block)
+    arrays = {
+        "score": heatmap.mean[block],
+        **{f"score_{name}": means.get(key) for name, key in BESIDE.items()},
+        "stat": overlap.get("statistic"),
+        **{f"stat_{name}": overlap.get(key) for name, key in BESIDE.items()},
+        "ridge": heatmap.fisher[block].get("ridge_share"),
+        "share": heatmap.fisher[block].get("share_a"),
+        **{name: tests.get(key) for name, key in TESTS.items()},
+    }
+    packed = {name: _base64(values, "<f4") for name, values in arrays.items() if name == "score" or _is_there(values)}
+    return {
+        "name": block,
+        "axis": HEAD_DIM[block].replace("_", " "),
+        "heads": heatmap.natives(block),
+        "values": packed,
+        "marks": _marks(heatmap, block) if heatmap.tests else None,
+        "pairs": None if heatmap.cross is None else _base64(_strongest_pairs(heatmap, block), "<i4"),
+    }
+
+
+def _is_there(values: Any) -> bool:
+    return values is not None and not np.isnan(values).all()
+
+
+def _marks(heatmap: Heatmap, block: str) -> dict[str, str]:
+    """What each head shows, as numbers of ``found``; whether that holds over all heads; on which side it lies."""
+    return {
+        "found": _base64(found(heatmap, block), "i1"),
+        "family": _base64(is_family_wise(heatmap, block), "i1"),
+        "side": _base64(sides(heatmap.tests[block]), "i1"),
+    }
+
+
+def _finding(heatmap: Heatmap, finding: Finding) -> dict[str, Any]:
+    """A finding for the script; ``number`` is how many heads show it, null where that is not worth a line."""
+    number = counts(heatmap).get(finding)
+    return {"name": finding.name, "side": finding.side, "mark": finding.mark, "glyph": finding.glyph, "number": number}
+
+
+def _strongest_pairs(heatmap: Heatmap, block: str) -> Any:
+    """For each head the place of its strongest pair in [n_a, n_b], flat; 0 where the head is absent."""
+    sign = -1 if heatmap.attributes.get("score") == "signed" else 1
+    view = heatmap[block]
+    rows = ((sign * view.of_different(layer)).reshape(len(layer), -1) for layer in heatmap.cross[block])  # type: ignore[index]
+    return np.stack([np.argmax(np.where(np.isnan(row), -np.inf, row), axis=-1) for row in rows])
+
+
+def _samples(heatmap: Heatmap) -> list[dict[str, Any]]:
+    tables = (heatmap.samples_a, heatmap.samples_b)
+    budget = TEXT_BYTES // max(1, sum(map(len, tables)))
+    most = min(max(budget, SHORTEST_TEXT), LONGEST_TEXT)
+    return [
+        {
+            "ids": [_cut(text, 200) for text in table.ids],
+            "tokens": np.asarray(table.num_tokens).tolist(),
+            "losses": [round_to_float32(loss) if np.isfinite(loss) else None for loss in table.losses],
+            "texts": [_cut(text, most) for text in table.texts],
+        }
+        for table in tables
+    ]
+
+
+def _cut(text: str, most: int) -> str:
+    """The first ``most`` bytes of a text as UTF-8, with how much is missing."""
+    encoded = text.encode("utf-8", "backslashreplace")
+    if len(encoded) <= most:
+        return encoded.decode()
+    kept = encoded[:most].decode("utf-8", "ignore")
+    return f"{kept}… [{len(text):,} characters in all]"
+
+
+def _data_block(data: Any) -> str:
+    """JSON that no HTML parser takes for a tag or a comment."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _base64(values: Any, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
+
+
+def _assets(names: Iterable[str]) -> str:
+    folder = files(__package__) / "assets"
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

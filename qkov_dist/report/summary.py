@@ -1,0 +1,59 @@
+"""What a finished run prints: the heads with most interference, and where everything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from qkov_dist.results.heatmap import Heatmap
+
+from .findings import found, name_of, null_of, significance
+
+NUM_SHOWN = 5
+
+
+def print_summary(heatmap: Heatmap, folder: str | Path, file: str = "heatmap.h5") -> None:
+    """Print each block's strongest heads and the path of the file, to stdout."""
+    score = heatmap.attributes["score"]
+    rows = [row for block in heatmap.blocks for row in _strongest(heatmap, block)]
+    headers = ["block", "layer", "head", f"mean {score}"]
+    if heatmap.tests:
+        headers += [heatmap.deciding, *(["its null"] if _knows_null(heatmap) else []), "q", "finding"]
+    print(f"\n{heatmap.task_a} x {heatmap.task_b}: strongest heads of each block (K, V: kv heads)\n")
+    print(tabulate(rows, headers=headers, floatfmt=".4g"))
+    print(f"\nsignificant: {significance(heatmap)}")
+    for note in heatmap.attributes.get("notes", []):
+        print(f"note: {note}")
+    print(f"\nscores, samples and settings: {Path(folder) / file}")
+    print("open it with qkov_dist.load_heatmap, xarray (engine='h5netcdf'), h5web or HDFView")
+
+
+def print_page(path: Path) -> None:
+    """Say where the report is, to stdout."""
+    print(f"report: {path} (opens in any browser)")
+
+
+def _strongest(heatmap: Heatmap, block: str) -> list[list[object]]:
+    mean = heatmap.mean[block]
+    order = np.argsort(np.where(np.isnan(mean), -np.inf, np.abs(mean)), axis=None, kind="stable")[::-1]
+    codes = found(heatmap, block) if heatmap.tests else None
+    rows: list[list[object]] = []
+    for flat in order[: min(NUM_SHOWN, int(heatmap.present[block].sum()))]:
+        at = np.unravel_index(flat, mean.shape)
+        row: list[object] = [block, heatmap.layers[at[0]], heatmap.natives(block)[at[1]], float(mean[at])]
+        if codes is not None:
+            tests = heatmap.tests[block]
+            row.append(float(tests["statistic"][at]))
+            if _knows_null(heatmap):
+                null = null_of(tests, int(at[0]), int(at[1]))
+                row.append("-" if null is None else "{:.3g} [{:.3g}, {:.3g}]".format(*null))
+            row += [float(tests["q_value"][at]), name_of(heatmap, int(codes[at])) or "-"]
+        rows.append(row)
+    return rows
+
+
+def _knows_null(heatmap: Heatmap) -> bool:
+    """Whether the file says where heads lie under exchanged labels; files of before do not."""
+    return any("null_mean" in heatmap.tests[block] for block in heatmap.blocks)

@@ -1,0 +1,1 @@
+"""Additive partials, files, and the heatmap in memory."""

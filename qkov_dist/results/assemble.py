@@ -1,0 +1,213 @@
+"""Summed layers become a heatmap: axes, means, what was learnt of the Fisher, and what a reader has to be warned of.
+
+Normalisation (a mean over pairs, a mean of I, a share of elements) happens here, after all sums. Layers come one at a
+time; scores too large for memory wait in a scratch file.
+
+What scores say of single samples: that one's gradients overflow, or that one has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qkov_dist.data.copies import different
+from qkov_dist.errors import QkovError
+from qkov_dist.memory import scratch_array
+from qkov_dist.scoring.tiles import SHARED_O_BIAS
+
+from .fisher_warnings import warnings_of
+from .heatmap import FISHER_KEYS, Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
+from .metadata import Frame, FrameLayer
+from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
+
+
+class _Block:
+    """Scores [layer, head, left, right] and Fisher sums [layer, head, 5] of one block; NaN where there is no head."""
+
+    def __init__(self, shape: tuple[int, int], some: BlockPartial, folder: Path | None) -> None:
+        self.scores = scratch_array((*shape, *some.scores.shape[1:]), some.scores.dtype, folder)
+        self.sums = np.full((*shape, len(FISHER_COLUMNS)), np.nan)
+
+    def filled(self) -> Floats:
+        """The scores, when all layers are there."""
+        self.scores[np.isnan(self.sums[..., 0])] = np.nan
+        return self.scores
+
+
+def assemble(
+    frame: Frame,
+    layers: Iterable[tuple[int, LayerPartial]],
+    *,
+    pooled: bool | None = None,
+    folder: Path | None = None,
+) -> Heatmap:
+    """Put whole layers (summed over ranks) together as a heatmap.
+
+    Args:
+        frame: Axes, samples and provenance.
+        layers: Layer numbers with their sums, each of the frame's once, in any order; one is held at a time.
+        pooled: Whether the sums are among all pooled samples; as the frame says by default.
+        folder: Where scores wait that are too large for memory; the system's temporary folder by default.
+
+    Raises:
+        QkovError: for a layer, or a head of it, that is missing.
+    """
+    pooled = frame.pooled if pooled is None else pooled
+    places = {layer.layer: place for place, layer in enumerate(frame.layers)}
+    blocks: dict[str, _Block] = {}
+    shared: dict[int, Floats] = {}
+    without = WithoutGradient()
+    seen = set()
+    for number, part in layers:
+        place = places[number]
+        for block, found in _take(blocks, frame, place, part, folder):
+            without.see(number, block, found, pooled=pooled)
+        if SHARED_O_BIAS in part.shared:
+            shared[place] = part.shared[SHARED_O_BIAS]
+        seen.add(number)
+    _check_all(frame, seen)
+    scores = {block: blocks[block].filled() for block in frame.blocks}
+    sums = {block: blocks[block].sums for block in frame.blocks}
+    num_a = len(frame.samples[0])
+    cross = cross_of_pooled(scores, num_a) if pooled else scores
+    pairs = different(*(table.contents for table in frame.samples))
+    fisher = {block: _fisher(part) for block, part in sums.items()}
+    return Heatmap(
+        *frame.tasks,
+        layers=tuple(places),
+        heads=frame.query_heads,
+        kv_heads=frame.kv_heads,
+        groups=np.array([layer.group for layer in frame.layers], np.int64),
+        samples_a=frame.samples[0],
+        samples_b=frame.samples[1],
+        mean=mean_over_pairs(cross, pairs),
+        present={block: ~np.isnan(part[..., FISHER_COLUMNS.index("count")]) for block, part in sums.items()},
+        fisher=fisher,
+        cross=cross,
+        pooled=scores if pooled else None,
+        shared=_shared(shared, len(places), num_a if pooled else None, pairs),
+        attributes={
+            **frame.attributes,
+            "warnings": [
+                *frame.attributes.get("warnings", ()),  # known before the first batch: of the model, of the samples
+                *warnings_of(frame, fisher),
+                *without.warnings(frame.tasks, frame.samples),
+            ],
+        },
+    )
+
+
+def _take(
+    blocks: dict[str, _Block], frame: Frame, place: int, part: LayerPartial, folder: Path | None
+) -> Iterator[tuple[str, BlockPartial]]:
+    """Put one layer's heads in their places; yields each block's."""
+    layer = frame.layers[place]
+    for block in frame.blocks:
+        if block not in layer.heads:
+            continue
+        found, axis = _block_of(part, layer, block), frame.axis(block)
+        if block not in blocks:
+            blocks[block] = _Block((len(frame.layers), len(axis)), found, folder)
+        at = np.searchsorted(axis, found.heads)
+        blocks[block].scores[place, at], blocks[block].sums[place, at] = found.scores, found.fisher_sums
+        yield block, found
+
+
+def _block_of(part: LayerPartial, layer: FrameLayer, block: str) -> BlockPartial:
+    found = part.blocks[block].heads.tolist() if block in part.blocks else []
+    if tuple(found) != tuple(layer.heads[block]):
+        raise QkovError(
+            f"merge: layer {layer.layer}, block {block}",
+            expected=f"scores of heads {list(layer.heads[block])}",
+            got=f"{found}",
+            remedy="A rank's partial scores are missing; run again with output.resume: true.",
+        )
+    return part.blocks[block]
+
+
+def _check_all(frame: Frame, seen: set[int]) -> None:
+    if missing := [layer.layer for layer in frame.layers if layer.layer not in seen]:
+        raise QkovError(
+            "merge",
+            expected=f"{len(frame.layers)} scored layers",
+            got=f"no scores of layers {missing}",
+            remedy="Run again with output.resume: true to score what is missing.",
+        )
+
+
+def _fisher(sums: np.ndarray) -> dict[str, np.ndarray]:
+    total, count, minimum, below, of_a = np.moveaxis(sums, -1, 0)
+    share_a = np.divide(of_a, total, out=np.full_like(total, np.nan), where=total > 0)
+    return dict(zip(FISHER_KEYS, (total / count, minimum, below / count, share_a), strict=True))
+
+
+def _shared(
+    found: Mapping[int, Floats], num_layers: int, num_a: int | None, pairs: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """O's bias of each layer (NaN where a layer has none), which belongs to no head."""
+    if not found:
+        return {}
+    missing = np.full_like(next(iter(found.values())), np.nan)
+    stacked: Sequence[Floats] = [found.get(place, missing) for place in range(num_layers)]
+    cross = np.stack(stacked)
+    if num_a is not None:
+        cross = cross[:, :num_a, num_a:]
+    (mean,) = mean_over_pairs({SHARED_O_BIAS: cross[:, None]}, pairs).values()
+    return {SHARED_O_BIAS: {"cross": cross, "mean": mean[:, 0]}}
+
+
+_LISTED = 5  # samples in a warning
+
+
+@dataclass
+class WithoutGradient:
+    """Samples whose gradient is zero in heads where others have one: they take no part in the scores there.
+
+    Attributes:
+        heads: Pooled number of such a sample -> how many heads, and the first of them.
+        num_heads: Heads seen.
+    """
+
+    heads: dict[int, tuple[int, str]] = field(default_factory=dict)
+    num_heads: int = 0
+
+    def see(self, layer: int, block: str, part: BlockPartial, *, pooled: bool) -> None:
+        """Look at one block's scores, summed over ranks: a sample without gradient has zeros with all others.
+
+        Args:
+            layer: The layer's number.
+            block: The block.
+            part: Its scores, [heads, N, N] of all samples if ``pooled``, else [heads, A, B].
+            pooled: Which of the two.
+        """
+        self.num_heads += len(part.heads)
+        scores = part.scores[part.scores.any(axis=(1, 2))]
+        heads = part.heads[part.scores.any(axis=(1, 2))].tolist()
+        silent = ~scores.any(axis=2)
+        if not pooled:
+            silent = np.concatenate([silent, ~scores.any(axis=1)], axis=1)
+        for head, sample in np.argwhere(silent).tolist():
+            count, first = self.heads.get(sample, (0, f"{block}, layer {layer}, head {heads[head]}"))
+            self.heads[sample] = (count + 1, first)
+
+    def warnings(self, tasks: Sequence[str], samples: Sequence[SampleTable]) -> list[str]:
+        """One sentence that names them, those of most heads first; none where every sample has gradients."""
+        if not self.heads:
+            return []
+        names = [
+            f"task {task!r}, sample {name!r}" for task, table in zip(tasks, samples, strict=True) for name in table.ids
+        ]
+        ranked = sorted(self.heads, key=lambda number: (-self.heads[number][0], number))
+        listed = [
+            f"{names[number]} in {self.heads[number][0]} of {self.num_heads} heads (first {self.heads[number][1]})"
+            for number in ranked[:_LISTED]
+        ]
+        more = f"; {len(ranked) - _LISTED} samples more" if len(ranked) > _LISTED else ""
+        return [
+            f"gradients that are exactly zero, and so are the scores: {'; '.join(listed)}{more}. "
+            "Check these samples, and their loss if the model is in half precision."
+        ]

@@ -1,0 +1,130 @@
+"""A heatmap as labelled arrays, and what other tools make of them: netCDF-shaped HDF5, xarray, pandas.
+
+Every array is named once, by its path in the file (``fisher/Q/min``), with its dimensions. The axes carry the model's
+own numbers: ``layer``, ``head`` (query heads), ``kv_head``; ``sample_a``, ``sample_b`` and the pooled ``sample`` count
+from 0, A's first. The right axis of pooled scores is ``sample_right``: xarray wants no dimension twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .block_view import HEAD_DIM, missing_extra
+from .hdf5_write import writing
+
+COLUMN_NAMES = {"heatmap": "score_mean"}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One array of numbers, or one tuple of strings."""
+
+    path: str
+    dims: tuple[str, ...]
+    values: npt.NDArray[Any] | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Coordinates by dimension, variables over them, and attributes."""
+
+    coords: Mapping[str, npt.NDArray[Any]]
+    variables: tuple[Variable, ...]
+    attributes: Mapping[str, Any]
+
+    def write(self, path: Path, run_id: str) -> None:
+        """Write one HDF5 file, atomically; coordinates become dimension scales at its root.
+
+        Raises:
+            QkovError: where ``path`` holds a file of another run, or cannot be written.
+        """
+        with writing(path, run_id) as writer:
+            writer.attributes(self.attributes)
+            for name, values in self.coords.items():
+                writer.scale(name, values)
+            for variable in self.variables:
+                if isinstance(variable.values, tuple):
+                    writer.strings(variable.path, variable.values, variable.dims)
+                else:
+                    writer.array(variable.path, variable.values, variable.dims)
+
+    def to_xarray(self) -> Any:
+        """An xarray Dataset without copies; ``fisher/Q/min`` becomes ``fisher_Q_min``, samples become coordinates."""
+        try:
+            import xarray
+        except ImportError as error:
+            raise missing_extra("to_xarray", "xarray") from error
+        coords: dict[str, Any] = {name: (name, values) for name, values in self.coords.items()}
+        data: dict[str, Any] = {}
+        for variable in self.variables:
+            root, *rest = variable.path.split("/")
+            if root == "samples":
+                coords[f"{rest[1]}_{rest[0]}"] = (variable.dims, np.asarray(variable.values))
+            else:
+                name = "_".join(rest if root in ("statistics", "shared") else (root, *rest))
+                data[name] = (variable.dims, variable.values)
+        attributes = {
+            name: value if isinstance(value, str | int | float | np.ndarray) else json.dumps(value, default=str)
+            for name, value in self.attributes.items()
+        }
+        return xarray.Dataset(data, coords, attributes)
+
+    def to_pandas(self) -> Any:
+        """One row for each present native head: block, layer, head, kv_head, then a column for each quantity.
+
+        ``head`` counts query heads for Q and O and kv heads for K and V; ``kv_head`` is the kv head that a query head
+        reads, or the kv head itself.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise missing_extra("to_pandas", "pandas") from error
+        arrays = {variable.path: variable for variable in self.variables}
+        blocks = [block for block in HEAD_DIM if f"heatmap/{block}" in arrays]
+        tables = [pandas.DataFrame(_block_columns(block, self.coords, arrays)) for block in blocks]
+        return pandas.concat(tables, ignore_index=True)
+
+
+def _block_columns(
+    block: str, coords: Mapping[str, npt.NDArray[Any]], arrays: Mapping[str, Variable]
+) -> dict[str, npt.NDArray[Any]]:
+    dims = ("layer", HEAD_DIM[block])
+    layer, head = np.nonzero(np.asarray(arrays[f"present/{block}"].values))
+    numbers = coords[HEAD_DIM[block]][head]
+    groups = np.asarray(arrays["group"].values)[layer]
+    columns: dict[str, npt.NDArray[Any]] = {
+        "block": np.full(len(layer), block),
+        "layer": coords["layer"][layer],
+        "head": numbers,
+        "kv_head": numbers // groups if HEAD_DIM[block] == "head" else numbers,
+    }
+    for path, variable in arrays.items():
+        root, *rest = path.split("/")
+        if block in rest and variable.dims == dims and root != "present":
+            parts = rest if root == "statistics" else (COLUMN_NAMES.get(root, root), *rest)
+            columns["_".join(part for part in parts if part != block)] = np.asarray(variable.values)[layer, head]
+    return columns
+
+
+def split_arrays(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Split nested dicts into arrays of numbers by path, and the tree of what else there is."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    others: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            below, rest = split_arrays(value, f"{prefix}{name}/")
+            arrays |= below
+            if rest or not below:
+                others[name] = rest
+        elif isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "fiub":
+            arrays[f"{prefix}{name}"] = value
+        else:
+            others[name] = value
+    return arrays, others

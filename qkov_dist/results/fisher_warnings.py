@@ -1,0 +1,114 @@
+"""What a reader of the scores must know of the Fisher: heads that it hardly weighs or that have none, a loud task.
+
+What to set instead follows from what is set now and from which of it exceeds I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from .metadata import Frame
+
+LOUD = 0.9  # from this share of I on, one task decides what the other is measured against
+RIDGED = 0.5  # from this share of elements on, a head's scores are those of an unweighted product
+RELATIVE = 1e-3  # the default of ridge.relative: a larger floor, in units of the mean of I, is what to take away
+SMALLEST = 1e-30  # of the mean of I: below it float32 loses digits of squares
+
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def warnings_of(frame: Frame, fisher: Mapping[str, Arrays]) -> list[str]:
+    """One sentence for each thing that is so.
+
+    Args:
+        frame: Axes, samples and settings.
+        fisher: Block -> ``mean``, ``ridge_share`` and ``share_a``, [layer, native head].
+    """
+    found = []
+    for block, parts in fisher.items():
+        found += [*_ridged(frame, block, parts), *_without(frame, block, parts), *_tiny(frame, block, parts)]
+    return found + _loud_task(frame, fisher)
+
+
+def _ridged(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
+    ridged = np.argwhere(parts["ridge_share"] > RIDGED)
+    if not len(ridged):
+        return
+    worst = tuple(ridged[np.argmax(parts["ridge_share"][tuple(ridged.T)])])
+    terms = _terms(frame.attributes)
+    mean = float(np.nanmean(parts["mean"][worst[0]]))  # of the layer's block, or of its selected heads
+    yield (
+        f"{block}: {_dominating(terms, mean)} exceeds I on more than half of the elements of {len(ridged)} heads (most "
+        f"in layer {frame.layers[worst[0]].layer}, head {frame.axis(block)[worst[1]]}: "
+        f"{parts['ridge_share'][worst]:.0%}); scores there are those of an unweighted product. "
+        f"Set {_advice(terms, mean, frame.attributes)}."
+    )
+
+
+def _terms(attributes: Mapping[str, Any]) -> dict[str, float]:
+    """Epsilon, absolute and relative ridge as they are set, from `qkov run` or from Python."""
+    config = attributes.get("config")
+    section: Mapping[str, Any] = config.get("ridge", {}) if isinstance(config, Mapping) else {}
+    from_python = {"epsilon": "epsilon", "absolute": "ridge_absolute", "relative": "ridge_relative"}
+    found = {name: section.get(name, attributes.get(key, 0.0)) for name, key in from_python.items()}
+    return {name: float(value) if isinstance(value, int | float) else 0.0 for name, value in found.items()}
+
+
+def _dominating(terms: Mapping[str, float], mean: float) -> str:
+    return "epsilon" if terms["epsilon"] > terms["absolute"] + terms["relative"] * mean else "lambda"
+
+
+def _advice(terms: Mapping[str, float], mean: float, attributes: Mapping[str, Any]) -> str:
+    """The settings under which I has its say."""
+    in_python = {"epsilon": "epsilon", "absolute": "ridge_lambda", "relative": "ridge_relative"}
+    named = {name: f"ridge.{name}" if "config" in attributes else in_python[name] for name in terms}
+    unknown = not any(terms.values())
+    changes = {name: 0.0 for name in ("epsilon", "absolute") if unknown or terms[name] > RELATIVE * mean}
+    if not changes:
+        changes["relative"] = terms["relative"] / 100
+    elif not 0 < terms["relative"] <= RELATIVE:
+        changes["relative"] = RELATIVE
+    listed = [f"{named[name]}={value:g}" for name, value in changes.items()]
+    return " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
+
+
+def _without(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
+    still = np.argwhere(parts["mean"] == 0)
+    if len(still):
+        names = ", ".join(f"{frame.layers[i].layer}.{frame.axis(block)[h]}" for i, h in still[:5])
+        yield f"{block}: every gradient of {len(still)} heads is zero (layer.head {names})."
+
+
+def _tiny(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
+    """Where squares leave what float32 can hold; in float64 they are far from it."""
+    config = frame.attributes.get("config")
+    compute = config.get("compute", {}) if isinstance(config, Mapping) else {}
+    if compute.get("score_dtype", frame.attributes.get("dtype")) == "float64":
+        return
+    tiny = int(((parts["mean"] > 0) & (parts["mean"] < SMALLEST)).sum())
+    if tiny:
+        yield (
+            f"{block}: gradients of {tiny} heads are so small (mean I below {SMALLEST:g}) that float32 loses digits of "
+            "their squares. Score in float64 (compute.score_dtype, or dtype in Python), or scale the loss."
+        )
+
+
+def _loud_task(frame: Frame, fisher: Mapping[str, Arrays]) -> list[str]:
+    """A sentence where a pooled Fisher is nearly that of one task: said once, with each block's median."""
+    if frame.attributes.get("scope", "pooled") != "pooled":
+        return []
+    shares = {block: parts["share_a"][np.isfinite(parts["share_a"])] for block, parts in fisher.items()}
+    medians = {block: float(np.median(share)) for block, share in shares.items() if len(share)}
+    for task in (0, 1):
+        of_task = {block: median if task == 0 else 1 - median for block, median in medians.items()}
+        if loud := {block: share for block, share in of_task.items() if share > LOUD}:
+            listed = ", ".join(f"{block} {share:.0%}" for block, share in loud.items())
+            return [
+                f"task {frame.tasks[task]!r} is loud: its gradients make up most of the pooled Fisher (median over "
+                f"heads: {listed}). Scores and cross_mean depend on that; overlap compares the tasks free of it."
+            ]
+    return []

@@ -1,0 +1,245 @@
+"""heatmap.h5: the heatmap on disk.
+
+    /layer /head /kv_head /sample_a /sample_b           dimension scales; /sample /sample_right with pooled scores
+    /scores/{B}            [layer, head, a, b]          per sample pair, with ``pairs: cross`` or ``all``
+    /scores_all/{B}        [layer, head, N, N]          among all samples, A's first, with ``pairs: all``
+    /heatmap/{B}           [layer, head] float64        mean over the pairs
+    /present/{B}           [layer, head] bool           whether the layer has this head; NaN elsewhere where not
+    /fisher/{B}/{mean,min,ridge_share,share_a}          [layer, head] float64
+    /shared/O_bias/{scores,heatmap}                     [layer, a, b], [layer]: O's bias belongs to no head
+    /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
+    /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
+    /group                 [layer]                      query heads of one kv head
+
+``head`` is ``kv_head`` for K and V. How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
+can be trusted after it was read, is ``hdf5_write`` and ``hdf5_read``.
+
+What a stored heatmap must be beyond its types and shapes, so that what shows or tests it can rely on it.
+
+Axes are numbers of layers and heads; attributes that have a meaning have their type; a test has one number for each
+native head in every array. Other attributes, and other parts of ``statistics``, may be anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.values import FRACTION, Kind, as_it_is, one_of, whole, written
+
+from .block_view import HEAD_DIM
+from .disk import DAMAGED
+from .hdf5_read import Reader, check_values, reading
+from .heatmap import FISHER_KEYS, Heatmap, Pairs, SampleTable
+
+HEATMAP_FILE = "heatmap.h5"
+_DEEPEST = 8
+_BY_BLOCK = ("heatmap", "present", "fisher", "scores", "scores_all")
+
+
+def write_heatmap(path: str | Path, heatmap: Heatmap, pairs: Pairs = "all") -> None:
+    """Write ``heatmap.h5`` atomically; see ``Heatmap.save``."""
+    heatmap.save(path, pairs)
+
+
+def heatmap_path(place: str | Path) -> Path:
+    """The file of a heatmap, given itself or the folder of its run."""
+    path = Path(place)
+    return path / HEATMAP_FILE if path.is_dir() else path
+
+
+def load_heatmap(path: str | Path) -> Heatmap:
+    """Read a heatmap whole.
+
+    Args:
+        path: The file, or the folder of a run, in which it is ``heatmap.h5``.
+
+    Raises:
+        QkovError: naming the file, for anything that is missing, damaged, of another schema, or outside the file.
+    """
+    with reading(heatmap_path(path)) as reader:
+        heatmap = _heatmap(reader)
+        check_stored(heatmap)
+        return heatmap
+
+
+def _heatmap(reader: Reader) -> Heatmap:
+    attributes = reader.attributes()
+    axes = {name: reader.array(name, kinds="iu") for name in ("layer", "head", "kv_head")}
+    sizes = {name: len(axis) for name, axis in axes.items()}
+    tables = {task: _samples(reader, task) for task in ("a", "b")}
+    n_a, n_b = len(tables["a"]), len(tables["b"])
+    found = {block for group in _BY_BLOCK for block in reader.names(group)}
+    shapes = {block: (sizes["layer"], sizes[HEAD_DIM[block]]) for block in BLOCKS if block in found}
+
+    def scores(group: str, left: int, right: int) -> dict[str, Any] | None:
+        if not reader.has(group):
+            return None
+        return {block: reader.array(f"{group}/{block}", (*shape, left, right)) for block, shape in shapes.items()}
+
+    layers, heads, kv_heads = (tuple(axis.tolist()) for axis in axes.values())
+    tested = "statistics" in attributes or reader.has("statistics")
+    others = attributes.pop("statistics", {})
+    statistics = _merged("statistics", _tree(reader, "statistics"), others) if tested else None
+    return Heatmap(
+        reader.attribute("/", "task_a"),
+        reader.attribute("/", "task_b"),
+        layers,
+        heads,
+        kv_heads,
+        reader.array("group", (len(layers),), "iu").astype(np.int64),
+        tables["a"],
+        tables["b"],
+        {block: reader.array(f"heatmap/{block}", shape) for block, shape in shapes.items()},
+        {block: reader.array(f"present/{block}", shape, "b") for block, shape in shapes.items()},
+        {block: _fisher(reader, block, shape) for block, shape in shapes.items()},
+        scores("scores", n_a, n_b),
+        scores("scores_all", n_a + n_b, n_a + n_b),
+        {name: _shared(reader, name, len(layers), n_a, n_b) for name in reader.names("shared")},
+        statistics,
+        {name: value for name, value in attributes.items() if name not in ("schema", "task_a", "task_b")},
+    )
+
+
+def _samples(reader: Reader, task: str) -> SampleTable:
+    count = len(reader.array(f"sample_{task}", kinds="iu"))
+    group = f"samples/{task}"
+    return SampleTable(
+        reader.strings(f"{group}/id", count),
+        reader.array(f"{group}/num_tokens", (count,), "iu"),
+        reader.array(f"{group}/loss", (count,)),
+        reader.strings(f"{group}/text", count),
+        reader.strings(f"{group}/content", count) if reader.has(f"{group}/content") else (),
+    )
+
+
+def _fisher(reader: Reader, block: str, shape: tuple[int, int]) -> dict[str, Any]:
+    return {key: reader.array(f"fisher/{block}/{key}", shape) for key in FISHER_KEYS}
+
+
+def _shared(reader: Reader, name: str, num_layers: int, n_a: int, n_b: int) -> dict[str, Any]:
+    arrays = {"mean": reader.array(f"shared/{name}/heatmap", (num_layers,))}
+    if reader.has(f"shared/{name}/scores"):
+        arrays["cross"] = reader.array(f"shared/{name}/scores", (num_layers, n_a, n_b))
+    return arrays
+
+
+def _tree(reader: Reader, path: str, depth: int = 0) -> dict[str, Any]:
+    """A group as nested dicts of arrays; hard links may form circles, so its depth is bounded."""
+    if depth > _DEEPEST:
+        raise QkovError(path, expected="at most 8 nested groups", got="more", remedy="Write the file again.")
+    return {
+        name: _tree(reader, below, depth + 1) if reader.is_group(below) else reader.array(below, kinds="fiub")
+        for name in reader.names(path)
+        for below in (f"{path}/{name}",)
+    }
+
+
+def _merged(path: str, arrays: Any, others: Any) -> dict[str, Any]:
+    """Two nested dicts as one: the arrays of the file, and what an attribute says besides."""
+    if not isinstance(arrays, dict) or not isinstance(others, dict):
+        raise QkovError(path, expected="a mapping", got="something else", remedy=DAMAGED)
+    both = arrays.keys() & others.keys()
+    return {**arrays, **others, **{name: _merged(f"{path}/{name}", arrays[name], others[name]) for name in both}}
+
+
+ABOVE_ALL = 2**31  # numbers of layers and heads
+_MOST_DRAWN = 10**7  # labellings, which testing again would draw
+_STATISTICS = ("cross_mean", "overlap")
+_ALWAYS = {"statistic", "p_value", "q_value"}
+_PAIRED = ({"ci_low", "ci_high"}, {"effect_low", "effect_high"}, {"null_mean", "null_low", "null_high"})
+_BY_HEAD = _ALWAYS.union(*_PAIRED, {"effect_size", "p_greater", "p_less", "p_max", "q_value_by"})
+
+
+_STRING = as_it_is("text", lambda value: isinstance(value, str))
+_STRINGS = as_it_is(
+    "a list of texts", lambda value: type(value) in (list, tuple) and all(isinstance(x, str) for x in value)
+)
+_DRAWN = as_it_is(f"a whole number up to {_MOST_DRAWN}", lambda value: type(value) is int and 0 <= value <= _MOST_DRAWN)
+_MAPPING = as_it_is("a mapping", lambda value: isinstance(value, Mapping))
+
+
+def _is_config(value: object) -> bool:
+    """Whether this is text, or a mapping in which the sections that are looked at are mappings too."""
+    sections = [value.get("model", {}), value.get("statistics", {})] if isinstance(value, Mapping) else []
+    return isinstance(value, str | Mapping) and all(isinstance(section, Mapping) for section in sections)
+
+
+_ATTRIBUTES: Mapping[str, Kind] = {
+    **dict.fromkeys(("task_a", "task_b", "run_id", "score", "estimator", "scope"), _STRING),
+    "config": as_it_is("text, or sections of settings", _is_config),
+    "seeds": _MAPPING,
+    "warnings": _STRINGS,
+    "notes": _STRINGS,
+}
+_CONFIGURED: Mapping[str, Kind] = {
+    "permutations": _DRAWN,
+    **dict.fromkeys(("fdr_alpha", "confidence"), FRACTION),
+    "seed": whole(0),
+}
+_SETTINGS: Mapping[str, Kind] = {
+    **dict.fromkeys(("fdr_alpha", "confidence", "power"), FRACTION),
+    "n_permutations": _DRAWN,
+    "seed": whole(0),
+    "n_labellings": whole(1),
+    "statistic": one_of(*_STATISTICS),
+}
+
+
+def check_stored(heatmap: Heatmap) -> None:
+    """Prove that a heatmap from a file can be shown, tabulated and tested again.
+
+    Raises:
+        QkovError: at the axis, attribute or test that is not as it should be.
+    """
+    check_attributes({**heatmap.attributes, "task_a": heatmap.task_a, "task_b": heatmap.task_b})
+    for name, numbers in (("layer", heatmap.layers), ("head", heatmap.heads), ("kv_head", heatmap.kv_heads)):
+        if not all(0 <= number < ABOVE_ALL for number in numbers):
+            raise _wrong(name, "numbers from 0", written(numbers))
+    if not (heatmap.groups > 0).all():
+        raise _wrong("group", "at least one query head of a kv head", written(heatmap.groups.tolist()))
+    for block in heatmap.blocks:
+        for name, scores in (("heatmap", heatmap.mean), ("scores", heatmap.cross), ("scores_all", heatmap.pooled)):
+            if scores and any(np.isinf(of_layer).any() for of_layer in scores[block]):
+                raise _wrong(f"{name}/{block}", "finite numbers, and NaN for absent heads", "infinity")
+    if heatmap.statistics is not None:
+        _check_statistics(heatmap, heatmap.statistics)
+
+
+def check_attributes(attributes: Mapping[str, Any], needed: Collection[str] = ()) -> None:
+    """Prove that the attributes of a heatmap which have a meaning are of their type, and that some are there."""
+    if missing := [name for name in needed if name not in attributes]:
+        raise _wrong("attributes", f"the run's configuration and {', '.join(needed)}", f"no {', '.join(missing)}")
+    check_values("attribute", attributes, _ATTRIBUTES)
+    if isinstance(config := attributes.get("config"), Mapping):
+        check_values("attribute config.statistics", config.get("statistics", {}), _CONFIGURED)
+
+
+def _check_statistics(heatmap: Heatmap, statistics: Mapping[str, Any]) -> None:
+    kinds = {"settings": _MAPPING, "notes": _STRINGS, **dict.fromkeys(_STATISTICS, _MAPPING)}
+    check_values("statistics", statistics, kinds)
+    check_values("statistics/settings", statistics.get("settings", {}), _SETTINGS)
+    for name in (name for name in _STATISTICS if name in statistics):
+        for block in heatmap.blocks:
+            _check_tests(f"statistics/{name}/{block}", statistics[name].get(block), heatmap.mean[block].shape)
+
+
+def _check_tests(place: str, tests: object, shape: tuple[int, ...]) -> None:
+    """One statistic of one block: what every test has, what comes in pairs, and a number for each head in each."""
+    if not isinstance(tests, Mapping) or not tests.keys() >= _ALWAYS:
+        raise _wrong(place, f"arrays {', '.join(sorted(_ALWAYS))}", "none, or not all")
+    for together in _PAIRED:
+        if (found := together & tests.keys()) and found != together:
+            raise _wrong(place, f"all of {', '.join(sorted(together))}", ", ".join(sorted(found)))
+    for name in sorted(_BY_HEAD & tests.keys()):
+        if np.shape(tests[name]) != shape or np.asarray(tests[name]).dtype.kind != "f":
+            raise _wrong(f"{place}/{name}", f"numbers of shape {shape}", written(tests[name]))
+
+
+def _wrong(where: str, expected: str, got: str) -> QkovError:
+    return QkovError(where, expected=expected, got=got, remedy=DAMAGED)

@@ -1,0 +1,196 @@
+"""What a heatmap is besides its scores: axes, samples, provenance; stored with every partial file.
+
+What a result says about how it was made: settings, versions, seeds, and what was left out. No clock, no machine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qkov_dist.capture.collect import SampleRecord
+from qkov_dist.config import RunConfig, to_dict
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.heads import BLOCKS, Layout, layout_notes
+from qkov_dist.scoring.tiles import LayerPlan, Plan
+from qkov_dist.values import written
+
+from .heatmap import SampleTable
+from .heatmap_file import ABOVE_ALL, check_attributes
+
+_LONGEST = 300  # of an error's text
+
+
+@dataclass(frozen=True)
+class FrameLayer:
+    """One layer's axes: its number, query heads of one kv head, query heads scored, native heads of each block."""
+
+    layer: int
+    group: int
+    query_heads: tuple[int, ...]
+    heads: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Everything that :func:`qkov_dist.results.assemble.assemble` needs besides scores.
+
+    Attributes:
+        tasks: Names of A and of B.
+        layers: The layers scored.
+        samples: The samples of A and of B.
+        pooled: Whether scores are among all pooled samples rather than A x B.
+        attributes: Settings, versions, seeds: strings, numbers, JSON values.
+    """
+
+    tasks: tuple[str, str]
+    layers: tuple[FrameLayer, ...]
+    samples: tuple[SampleTable, SampleTable]
+    pooled: bool
+    attributes: Mapping[str, Any]
+
+    @property
+    def query_heads(self) -> tuple[int, ...]:
+        """Query heads scored in some layer."""
+        return tuple(sorted({head for layer in self.layers for head in layer.query_heads}))
+
+    @property
+    def kv_heads(self) -> tuple[int, ...]:
+        """Kv heads scored in some layer, in K or V."""
+        return tuple(sorted({head for layer in self.layers for kv in "KV" for head in layer.heads.get(kv, ())}))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Blocks that some layer has."""
+        return tuple(block for block in BLOCKS if any(block in layer.heads for layer in self.layers))
+
+    def axis(self, block: str) -> tuple[int, ...]:
+        """Native heads along a block's axis."""
+        return self.query_heads if block in ("Q", "O") else self.kv_heads
+
+
+def make_frame(
+    plan: Plan,
+    layout: Layout,
+    tasks: tuple[str, str],
+    records: tuple[Sequence[SampleRecord], Sequence[SampleRecord]],
+    *,
+    pooled: bool,
+    attributes: Mapping[str, Any],
+) -> Frame:
+    """The frame of a plan and the samples that were run."""
+    layers = tuple(frame_layer(layer, layout) for layer in plan.layers)
+    return Frame(tasks, layers, (_table(records[0]), _table(records[1])), pooled, attributes)
+
+
+def frame_layer(layer: LayerPlan, layout: Layout) -> FrameLayer:
+    """The axes of one layer of a plan."""
+    return FrameLayer(layer.layer, layout.layer(layer.layer).group, layer.query_heads, layer.heads)
+
+
+def to_json(frame: Frame) -> dict[str, Any]:
+    """The frame as JSON values."""
+    return {
+        "tasks": list(frame.tasks),
+        "layers": [
+            {"layer": x.layer, "group": x.group, "query_heads": list(x.query_heads), "heads": dict(x.heads)}
+            for x in frame.layers
+        ],
+        "samples": [
+            {
+                "ids": list(table.ids),
+                "num_tokens": table.num_tokens.tolist(),
+                "losses": table.losses.tolist(),
+                "texts": list(table.texts),
+                "contents": list(table.contents),
+            }
+            for table in frame.samples
+        ],
+        "pooled": frame.pooled,
+        "attributes": dict(frame.attributes),
+    }
+
+
+def from_json(raw: Mapping[str, Any], where: str) -> Frame:
+    """The frame that :func:`to_json` wrote.
+
+    Raises:
+        QkovError: at ``where``, for anything that is not such a frame.
+    """
+    try:
+        layers = tuple(_layer_from(x) for x in raw["layers"])
+        (task_a, task_b), (table_a, table_b) = map(str, raw["tasks"]), map(_table_from, raw["samples"])
+        frame = Frame((task_a, task_b), layers, (table_a, table_b), bool(raw["pooled"]), dict(raw["attributes"]))
+        check_attributes(frame.attributes, needed=("score", "estimator", "scope"))
+    except QkovError as error:
+        raise error.within(where) from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise QkovError(
+            where,
+            expected="a description of layers, heads and samples",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST]}",
+            remedy="Use a partial file that `qkov run` wrote.",
+        ) from error
+    return frame
+
+
+def _layer_from(raw: Mapping[str, Any]) -> FrameLayer:
+    heads = {str(block): tuple(map(_number, numbers)) for block, numbers in raw["heads"].items()}
+    layer, group = _number(raw["layer"]), _number(raw["group"])
+    if group == 0:
+        raise ValueError("no query head of a kv head")
+    return FrameLayer(layer, group, tuple(map(_number, raw["query_heads"])), heads)
+
+
+def _table_from(raw: Mapping[str, Any]) -> SampleTable:
+    counts, losses = np.array(raw["num_tokens"], np.int64), np.array(raw["losses"], np.float64)
+    texts, contents = (tuple(map(str, raw.get(key, ()))) for key in ("texts", "contents"))
+    return SampleTable(tuple(map(str, raw["ids"])), counts, losses, texts, contents)
+
+
+def _number(raw: object) -> int:
+    if type(raw) is not int or not 0 <= raw < ABOVE_ALL:
+        raise ValueError(f"{written(raw)} for a number of a layer or head")
+    return raw
+
+
+def _table(records: Sequence[SampleRecord]) -> SampleTable:
+    return SampleTable(
+        ids=tuple(record.id for record in records),
+        num_tokens=np.array([record.num_tokens for record in records], np.int64),
+        losses=np.array([record.loss for record in records], np.float64),
+        texts=tuple(record.text for record in records),
+        contents=tuple(record.content for record in records),
+    )
+
+
+PACKAGES = ("qkov-dist", "torch", "transformers", "numpy", "scipy", "h5py")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package, and of what it computes with."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def run_attributes(
+    config: RunConfig, layout: Layout, run_id: str, warnings: Sequence[str] = (), notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The attributes of a run's heatmap; ``warnings`` and ``notes`` are those known before the first batch."""
+    return {
+        "run_id": run_id,
+        "config": to_dict(config),
+        "versions": versions(),
+        "seeds": {"statistics": config.statistics.seed},
+        "model_type": layout.model_type,
+        "layout_family": layout.family,
+        "score": config.metric.score,
+        "estimator": config.fisher.estimator,
+        "scope": config.fisher.scope,
+        "notes": [*layout_notes(layout), *notes],
+        "warnings": list(warnings),
+    }

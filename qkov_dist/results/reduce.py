@@ -1,0 +1,188 @@
+"""Adding partial scores: in one process, on every rank, or each head on the rank that it is dealt to.
+
+Scores and Fisher sums of disjoint rectangles add up, so the partials of all ranks, in any order, give the result of one
+process. Dealt heads are added in the order of ranks, so that the sum does not depend on which rank it is formed on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qkov_dist.distributed.world import World
+from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.scoring.engine import BlockScores
+
+from .metadata import FrameLayer
+from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
+
+_MINIMUM = FISHER_COLUMNS.index("min")
+
+
+def layer_partial(blocks: Mapping[str, BlockScores]) -> LayerPartial:
+    """One layer's scores as they are stored: the heads of which this rank scored an element."""
+    heads, shared = {}, {}
+    for block, scored in blocks.items():
+        touched = [place for place, sums in enumerate(scored.fisher) if sums.count]
+        if touched and block in BLOCKS:
+            heads[block] = _block_partial(scored, touched)
+        elif touched:
+            shared[block] = scored.scores[0].cpu().numpy()
+    return LayerPartial(heads, shared)
+
+
+def _block_partial(scored: BlockScores, touched: list[int]) -> BlockPartial:
+    sums = [scored.fisher[place] for place in touched]
+    return BlockPartial(
+        np.array([scored.heads[place] for place in touched], np.int64),
+        scored.scores[touched].cpu().numpy(),
+        np.array([[f.total, f.count, f.minimum, f.below_ridge, f.from_a] for f in sums], np.float64),
+    )
+
+
+def add_layers(parts: Sequence[LayerPartial]) -> LayerPartial:
+    """The sum of one layer's partials, head by head; parts may hold different heads."""
+    blocks = {}
+    for block in BLOCKS:
+        of_block = [part.blocks[block] for part in parts if block in part.blocks]
+        if of_block:
+            blocks[block] = _add_blocks(of_block)
+    names = {name for part in parts for name in part.shared}
+    shared = {name: _add([part.shared[name] for part in parts if name in part.shared]) for name in sorted(names)}
+    return LayerPartial(blocks, shared)
+
+
+def add_over_ranks(part: LayerPartial, layer: FrameLayer, shape: tuple[int, int], world: World) -> LayerPartial:
+    """One layer's sum over all ranks, on every rank; all of them call this alike.
+
+    Args:
+        part: What this rank scored; heads of which it owns nothing may be missing.
+        layer: The layer's heads.
+        shape: (samples in the role of i, samples in the role of j).
+        world: The ranks.
+    """
+    if world.size == 1:
+        return part
+    blocks = {block: _block_over_ranks(part.blocks.get(block), heads, shape, world) for block, heads in _native(layer)}
+    names = sorted({name for rank in world.gather(sorted(part.shared)) for name in rank})
+    dtype = next((scores.dtype for scores in part.shared.values()), np.dtype(np.float32))
+    shared = {name: world.sum(part.shared.get(name, np.zeros(shape, dtype))) for name in names}
+    return LayerPartial(blocks, shared)
+
+
+def _native(layer: FrameLayer) -> list[tuple[str, tuple[int, ...]]]:
+    return [(block, tuple(layer.heads[block])) for block in BLOCKS if block in layer.heads]
+
+
+def _block_over_ranks(
+    part: BlockPartial | None, heads: tuple[int, ...], shape: tuple[int, int], world: World
+) -> BlockPartial:
+    wide = any(world.gather(part is not None and part.scores.dtype == np.float64))
+    scores = np.zeros((len(heads), *shape), np.float64 if wide else np.float32)
+    sums = _no_sums(len(heads))
+    if part is not None:
+        at = np.searchsorted(heads, part.heads)
+        scores[at], sums[at] = part.scores, part.fisher_sums
+    minimum = np.min(world.gather(sums[:, _MINIMUM].tolist()), axis=0)
+    sums[:, _MINIMUM] = 0.0
+    total = world.sum(sums)
+    total[:, _MINIMUM] = minimum
+    return BlockPartial(np.array(heads, np.int64), world.sum(scores), total)
+
+
+def _add(arrays: Sequence[Floats]) -> Floats:
+    return arrays[0] if len(arrays) == 1 else np.sum(arrays, axis=0)
+
+
+def _add_blocks(parts: Sequence[BlockPartial]) -> BlockPartial:
+    if len(parts) == 1:
+        return parts[0]
+    heads = np.unique(np.concatenate([part.heads for part in parts]))
+    scores = np.zeros((len(heads), *parts[0].scores.shape[1:]), parts[0].scores.dtype)
+    sums = _no_sums(len(heads))
+    for part in parts:
+        at = np.searchsorted(heads, part.heads)
+        scores[at] += part.scores
+        minimum = np.minimum(sums[at, _MINIMUM], part.fisher_sums[:, _MINIMUM])
+        sums[at] += part.fisher_sums
+        sums[at, _MINIMUM] = minimum
+    return BlockPartial(heads, scores, sums)
+
+
+def _no_sums(num_heads: int) -> npt.NDArray[np.float64]:
+    sums = np.zeros((num_heads, len(FISHER_COLUMNS)))
+    sums[:, _MINIMUM] = np.inf
+    return sums
+
+
+def deal_heads(layer: FrameLayer, num_ranks: int) -> list[dict[str, tuple[int, ...]]]:
+    """A layer's heads for each rank: about as many each, in the order of blocks."""
+    every = [(block, head) for block, heads in _native(layer) for head in heads]
+    cuts = [len(every) * rank // num_ranks for rank in range(num_ranks + 1)]
+    return [
+        {block: tuple(head for b, head in every[low:high] if b == block) for block in BLOCKS}
+        for low, high in pairwise(cuts)
+    ]
+
+
+def add_dealt(part: LayerPartial, layer: FrameLayer, world: World) -> LayerPartial:
+    """The sum over all ranks of the heads dealt to this one; what no head owns is summed on rank 0.
+
+    Every rank calls this alike. Sent are each head's partial scores, once, to the one rank that adds them.
+    """
+    if world.size == 1:
+        return part
+    dealt = deal_heads(layer, world.size)
+    return _exchanged([_heads_of(part, heads, rank == 0) for rank, heads in enumerate(dealt)], world)
+
+
+def bring_to_first(part: LayerPartial, world: World) -> LayerPartial:
+    """All ranks' (different) heads on rank 0; nothing elsewhere."""
+    if world.size == 1:
+        return part
+    nothing = LayerPartial({}, {})
+    return _exchanged([part if rank == 0 else nothing for rank in range(world.size)], world)
+
+
+def _exchanged(parts: Sequence[LayerPartial], world: World) -> LayerPartial:
+    """Send ``parts[r]`` to rank r, and add what comes here."""
+    return add_layers([_unpacked(data) for data in world.exchange([_packed(part) for part in parts])])
+
+
+def _heads_of(part: LayerPartial, heads: Mapping[str, tuple[int, ...]], with_shared: bool) -> LayerPartial:
+    blocks = {}
+    for block, whole in part.blocks.items():
+        at = np.flatnonzero(np.isin(whole.heads, heads[block]))
+        if len(at):
+            blocks[block] = BlockPartial(whole.heads[at], whole.scores[at], whole.fisher_sums[at])
+    return LayerPartial(blocks, part.shared if with_shared else {})
+
+
+def _packed(part: LayerPartial) -> Tensor:
+    """One layer's partial as bytes: its shapes as JSON, then its arrays."""
+    arrays = [array for block in part.blocks.values() for array in block] + list(part.shared.values())
+    described = [[array.dtype.str, list(array.shape)] for array in arrays]
+    header = json.dumps([list(part.blocks), list(part.shared), described]).encode()
+    pieces = [len(header).to_bytes(8, "little"), header, *(np.ascontiguousarray(array).tobytes() for array in arrays)]
+    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor) -> LayerPartial:
+    raw = data.numpy().tobytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    blocks, shared, described = json.loads(raw[8:start])
+    arrays = []
+    for dtype, shape in described:
+        size = int(np.prod(shape, dtype=np.int64))
+        arrays.append(np.frombuffer(raw, dtype, size, start).reshape(shape))
+        start += arrays[-1].nbytes
+    of_blocks = [BlockPartial(*arrays[3 * n : 3 * n + 3]) for n in range(len(blocks))]
+    return LayerPartial(
+        dict(zip(blocks, of_blocks, strict=True)), dict(zip(shared, arrays[3 * len(blocks) :], strict=True))
+    )

@@ -1,0 +1,211 @@
+r"""The sum of I over whole blocks, which a relative ridge is a multiple of: from factors, before a layer is scored.
+
+    sum_p I[p] = sum_n w_n ||g_n||^2,      ||D^T X||^2 = sum_{s,t} (D D^T)_{st} (X X^T)_{st}
+
+The right side costs T^2 (rows + cols) in place of T rows cols operations, and X X^T is formed once for the projections
+that share X. Its terms cancel where a gradient is small beside its factors, so that it is formed in float64, at which
+products count double; where forming the gradient itself costs less, that is done. Norms of disjoint rectangles and of
+different samples add up: a rank looks at the samples that it ran, as they lie in its own store, and nothing is sent but
+one number a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkov_dist.capture.factors import Whole, Window
+from qkov_dist.capture.numerics import products_as
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.rects import Rect
+
+from .padded_groups import Group, order_samples
+from .settings import Roles, ScoreSettings
+from .site_inputs import FactorSource
+from .tiles import LayerPlan, Tile
+
+BlockTotals = dict[str, float]
+Seen = Callable[[Tile], Iterable[Rect]]  # the rectangles of a tile's parameter that a process looks at
+CHUNK_BYTES = 32 * 2**20  # of a projection's factors or gradients at a time
+WIDE = 2  # a float64 product counts as so many float32 ones
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of one block in one projection: every pair of these rows and columns; of a bias, the rows.
+
+    Attributes:
+        block: The block.
+        rows: Output features.
+        cols: Input features; none of a bias.
+    """
+
+    block: str
+    rows: tuple[int, ...]
+    cols: tuple[int, ...] = ()
+
+
+def block_totals(
+    plan: LayerPlan,
+    source: FactorSource,
+    roles: Roles,
+    settings: ScoreSettings,
+    seen: Seen | None = None,
+) -> BlockTotals:
+    """One layer's sum of I over each whole block, as far as samples are in ``source`` and elements are ``seen``.
+
+    Args:
+        plan: The layer.
+        source: Factors of all samples, or of some; those that it does not have count nothing.
+        roles: The samples and their weights in I.
+        settings: Where products are formed, and how.
+        seen: What this process looks at; everything by default.
+    """
+    parts = {site: block_parts([tile for tile in plan.slices if tile.site == site], seen) for site in plan.sites}
+    by_input: dict[Site, list[Site]] = {}
+    for site in (site for site, of_site in parts.items() if of_site):
+        by_input.setdefault(source.x_site(site), []).append(site)
+    totals = dict.fromkeys(plan.block_sizes, 0.0)
+    with products_as(settings.matmul_precision, settings.device):
+        for sites in by_input.values():
+            for block, total in _sums(source, sites, parts, roles, torch.device(settings.device)):
+                totals[block] += total
+    return totals
+
+
+def block_parts(tiles: Sequence[Tile], seen: Seen | None = None) -> list[Part]:
+    """A projection's share of each block, in as few parts as its rows and columns allow."""
+    found: dict[tuple[str, bool], list[Rect]] = {}
+    for tile in tiles:
+        for piece in (tile.rect,) if seen is None else seen(tile):
+            if common := tile.rect.intersect(piece):
+                found.setdefault((tile.block, tile.bias), []).append(common)
+    return [
+        Part(block, rows, () if bias else cols)
+        for (block, bias), rects in found.items()
+        for rows, cols in _joined([(range(r.row, r.row_end), range(r.col, r.col_end)) for r in rects])
+    ]
+
+
+def _joined(pieces: Iterable[tuple[Iterable[int], Iterable[int]]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Disjoint rectangles put together: those of the same columns, then those of the same rows."""
+    by_cols: dict[tuple[int, ...], list[int]] = {}
+    for rows, cols in pieces:
+        by_cols.setdefault(tuple(cols), []).extend(rows)
+    by_rows: dict[tuple[int, ...], list[int]] = {}
+    for cols, rows in by_cols.items():
+        by_rows.setdefault(tuple(sorted(rows)), []).extend(cols)
+    return [(rows, tuple(sorted(cols))) for rows, cols in by_rows.items()]
+
+
+def _sums(
+    source: FactorSource,
+    sites: Sequence[Site],
+    parts: Mapping[Site, Sequence[Part]],
+    roles: Roles,
+    device: torch.device,
+) -> Iterator[tuple[str, float]]:
+    """Block by block, weighted sums of squared norms at projections that share an input."""
+    weights = dict(zip(roles.members, roles.weights.sum(0).tolist(), strict=True))
+    table = source.table(sites[0])
+    here = [n for n in roles.members if weights[n] and (n in table.spans or n in table.whole)]
+    ordering = order_samples(here, table, ())
+    x, outputs, kept = source.x(sites[0]), {s: source.d(s) for s in sites}, {s: source.g(s) for s in sites}
+    for group in ordering.groups:
+        of_group = torch.tensor(
+            [weights[here[n]] for n in ordering.order[group.first : group.last]], dtype=torch.float64
+        )
+        if group.real is None:
+            for site in sites:
+                whole = kept[site]
+                yield from _of_kept(group, whole, parts[site], of_group)  # type: ignore[arg-type]
+            continue
+        inputs = Window(group.inputs(x.values), x.start)
+        of_sites = {site: Window(group.outputs(d.values), d.start) for site, d in outputs.items()}
+        widest = max(window.values.shape[2] for window in (inputs, *of_sites.values()))
+        for chunk in _chunks(len(of_group), 8 * group.length * widest):
+            products = _Products(inputs.values[chunk].to(device), inputs.start, len(sites))
+            for site, d in of_sites.items():
+                of_d = d.values[chunk].to(device)
+                for part in parts[site]:
+                    squares = products.squares(_features(of_d, part.rows, d.start), part.cols)
+                    yield part.block, float(squares.cpu() @ of_group[chunk])
+
+
+def _of_kept(group: Group, whole: Whole, parts: Sequence[Part], weights: Tensor) -> Iterator[tuple[str, float]]:
+    """The same of samples that are kept as gradients."""
+    values = whole.values[group.rows.to(whole.values.device)]
+    for part in parts:
+        rows = _features(values.mT, part.rows, whole.row).mT
+        of_part = _features(rows[..., :-1], part.cols, whole.col) if part.cols else rows[..., -1:]
+        yield part.block, float(_square_norms(of_part).cpu() @ weights)
+
+
+class _Products:
+    """X of some samples, [n, T, in], and the Gram matrices of it that several projections need."""
+
+    def __init__(self, x: Tensor, start: int, num_sites: int) -> None:
+        self._x, self._start, self._num_sites = x, start, num_sites
+        self._grams: dict[tuple[int, ...], Tensor] = {}
+
+    def squares(self, d: Tensor, cols: tuple[int, ...]) -> Tensor:
+        """||D^T X||^2 of each sample, float64 [n], for D [n, T, rows] and some columns of X; of a bias without any."""
+        if not cols:
+            return _square_norms(d.to(_at_least_float32(d.dtype)).sum(1))
+        length, num_rows = d.shape[1:]
+        if gram_is_cheaper(length, num_rows, len(cols), self._num_sites):
+            return (_gram(d) * self._gram_of(cols)).sum((1, 2))
+        x = _features(self._x, cols, self._start)
+        dtype = _at_least_float32(d.dtype)
+        squares = d.new_zeros(len(d), dtype=torch.float64)
+        for rows in _chunks(num_rows, len(d) * len(cols) * dtype.itemsize):
+            squares += _square_norms(torch.bmm(d[..., rows].to(dtype).mT, x.to(dtype)))
+        return squares
+
+    def _gram_of(self, cols: tuple[int, ...]) -> Tensor:
+        if cols not in self._grams:
+            self._grams[cols] = _gram(_features(self._x, cols, self._start))
+        return self._grams[cols]
+
+
+def gram_is_cheaper(length: int, num_rows: int, num_cols: int, num_sites: int) -> bool:
+    """Whether Gram matrices of T tokens, X's shared by some projections, take less than the gradient itself."""
+    return WIDE * length * (num_rows + num_cols / num_sites) < num_rows * num_cols
+
+
+def norm_flops(length: int, num_rows: int, num_cols: int, num_sites: int) -> int:
+    """Operations of one sample's norm, as they count; of X's Gram matrix a projection's share."""
+    if gram_is_cheaper(length, num_rows, num_cols, num_sites):
+        return 2 * WIDE * length * length * (num_rows + num_cols // num_sites)
+    return 2 * length * num_rows * num_cols
+
+
+def _gram(values: Tensor) -> Tensor:
+    wide = values.double()
+    return torch.bmm(wide, wide.mT)
+
+
+def _square_norms(values: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
+    return norms.square()
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _features(values: Tensor, wanted: tuple[int, ...], start: int) -> Tensor:
+    """Some features along the last axis, a view where they lie one behind another."""
+    first, last = wanted[0], wanted[-1]
+    if last - first + 1 == len(wanted):
+        return Window(values, start).features(slice(first, last + 1))
+    return values[..., torch.tensor(wanted, device=values.device) - start]
+
+
+def _chunks(num: int, num_bytes: int) -> Iterator[slice]:
+    """Slices of ``num`` things, as many at a time as may be worked on, each of so many bytes."""
+    step = max(CHUNK_BYTES // max(num_bytes, 1), 1)
+    return (slice(start, min(start + step, num)) for start in range(0, num, step))

@@ -1,0 +1,240 @@
+"""From captured factors to scores, layer by layer: the engine behind `qkov run` and the Python API.
+
+    site's factors -> padded groups -> per head: tiles -> gradients -> Fisher, maps, one matrix product for all pairs
+
+Heads are dealt to workers (the threads of a CPU, one for a GPU, which works on several heads at once), each of which
+adds up whole heads, so that sums do not depend on who is faster. What leaves is additive: the sum over ranks of these
+results is the result of one process.
+
+Every layer that this rank has to score, round by round: factors come, scores go, nothing of a layer is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkov_dist.distributed.topology import Team
+from qkov_dist.memory import scratch_array
+
+from .block_totals import BlockTotals, block_totals
+from .exchange import Exchange
+from .kernel import Buffers, Rule, add_tile, tile_flops, tile_gradients
+from .pipeline import Turn, through_workers, workers
+from .schedule import Round, layers_of, make_rounds
+from .score import NO_ELEMENTS, FisherSums, compiled, fisher_sums
+from .settings import Roles, ScoreSettings
+from .site_inputs import FactorSource, SiteFactors
+from .tiles import LayerPlan, Plan, Stack, Tile
+
+LayerSource = tuple[LayerPlan, FactorSource] | None  # None: no layer now, but maybe later
+
+
+@dataclass
+class BlockScores:
+    """One block of one layer, as far as this rank owns it.
+
+    Attributes:
+        heads: Native heads, [h].
+        scores: Partial scores [h, samples left, samples right] in the score dtype, on the CPU.
+        fisher: Summary of I over each head's elements, [h].
+        flops: Floating-point operations of its matrix products.
+    """
+
+    heads: tuple[int, ...]
+    scores: Tensor
+    fisher: list[FisherSums] = field(default_factory=list)
+    flops: int = 0
+
+
+Scored = tuple[LayerPlan, dict[str, BlockScores]]
+
+
+@dataclass(frozen=True)
+class _HeadPart:
+    """What the tiles of one head in one projection contribute; scores in the order of the roles."""
+
+    scores: Tensor
+    fisher: FisherSums
+    flops: int
+
+
+def score_layers(
+    layers: Iterable[LayerSource],
+    roles: Roles,
+    settings: ScoreSettings,
+    totals: Mapping[int, BlockTotals] | None = None,
+) -> Iterator[Scored]:
+    """Score every selected head of some layers for all pairs, one layer after another.
+
+    Args:
+        layers: Each layer's tiles and its captured factors, which have to be there until the next layer is asked for.
+            That is while this one's last projection is worked on: before its scores are given back. None has nothing
+            asked for before they are.
+        roles: The samples.
+        settings: The metric.
+        totals: By layer, each whole block's sum of I over all ranks (``scoring.block_totals``), for a relative
+            ridge.
+
+    Yields:
+        A layer's tiles, and its partial scores by block (Q, K, V, O, and O_bias where biases are included); additive
+        over ranks.
+
+    Raises:
+        QkovError, RuntimeError: what ``layers`` raise, after the layers that were begun before are given back; where
+            memory does not suffice.
+    """
+    fused = compiled(torch.device(settings.device).type) if settings.compile else None
+    ridges: dict[tuple[int, str], float] = {}
+
+    def begun() -> Iterator[Turn | None]:
+        for layer in layers:
+            if layer is None:
+                yield None
+                continue
+            plan, source = layer
+            of_blocks = _ridges(plan, settings, (totals or {}).get(plan.layer, {}))
+            ridges.update({(plan.layer, block): ridge for block, ridge in of_blocks.items()})
+            yield Turn(plan, plan.tiles, source)
+
+    def score_heads(stack: Stack, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
+        tile, sums = stack.first, [NO_ELEMENTS] * len(stack.heads)
+        ridge = ridges[tile.site.layer, tile.block]
+        rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, fused)
+        weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
+        scores = torch.zeros((len(stack.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
+        for band in stack.bands:
+            gradients = _gradients(band, site, buffers)
+            by_task = add_tile(scores, gradients, weights, rule, buffers)
+            sums = [known + more for known, more in zip(sums, fisher_sums(by_task, least), strict=True)]
+        flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in stack.heads[0])
+        found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
+        return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
+
+    blocks: dict[str, BlockScores] | None = None
+    for done in through_workers(begun(), roles, settings, score_heads):
+        if blocks is None:
+            blocks = {block: _no_scores(heads, roles, settings) for block, heads in done.plan.heads.items()}
+        for tile, part in done.results:
+            block = blocks[tile.block]
+            at = block.heads.index(tile.head)
+            block.scores[at] += part.scores
+            block.fisher[at] += part.fisher
+            block.flops += part.flops
+        if done.is_last:
+            yield done.plan, blocks
+            blocks = None
+
+
+def score_layer(
+    plan: LayerPlan, source: FactorSource, roles: Roles, settings: ScoreSettings, totals: BlockTotals | None = None
+) -> dict[str, BlockScores]:
+    """Score one layer, as :func:`score_layers` does; a relative ridge is by default of the samples in ``source``."""
+    if totals is None and settings.ridge_relative:
+        totals = block_totals(plan, source, roles, settings)
+    ((_, blocks),) = score_layers([(plan, source)], roles, settings, {plan.layer: totals or {}})
+    return blocks
+
+
+def _gradients(band: tuple[Tile, ...], site: SiteFactors, buffers: Buffers) -> Tensor:
+    return tile_gradients(site.padded, [tile.rect for tile in band], bias=band[0].bias, buffers=buffers)
+
+
+def _ridges(plan: LayerPlan, settings: ScoreSettings, totals: Mapping[str, float]) -> dict[str, float]:
+    """Lambda of each block."""
+    if not settings.ridge_relative:
+        return dict.fromkeys(plan.block_sizes, settings.ridge_absolute)
+    return {
+        block: settings.ridge_absolute + settings.ridge_relative * totals[block] / size
+        for block, size in plan.block_sizes.items()
+    }
+
+
+def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) -> BlockScores:
+    dtype = np.float64 if settings.dtype == torch.float64 else np.float32
+    zeros = scratch_array((len(heads), *roles.shape), dtype, settings.scratch)
+    return BlockScores(heads, torch.from_numpy(zeros), [NO_ELEMENTS] * len(heads))
+
+
+def rounds_of(plan: Plan, team: Team, *, done: Callable[[int], bool] = lambda layer: False) -> list[Round]:
+    """The rounds of all ranks; each brings its own plan.
+
+    Args:
+        plan: This rank's tiles.
+        team: The ranks.
+        done: Whether this rank has scored a layer before.
+    """
+    mine = [layer.layer for layer in plan.layers if layer.tiles and not done(layer.layer)]
+    return make_rounds(team.world.gather(mine))
+
+
+def score_rounds(
+    plan: Plan,
+    rounds: Sequence[Round],
+    exchange: Exchange,
+    roles: Roles,
+    settings: ScoreSettings,
+    team: Team,
+    before_round: Callable[[], object] = lambda: None,
+) -> Generator[Scored, None, None]:
+    """Score this rank's layer of each round; all ranks go through all rounds.
+
+    A round begins while this rank's layer of the one before is still worked on; where it cannot begin, that layer is
+    given back first.
+
+    Args:
+        plan: This rank's tiles.
+        rounds: Whose turn each layer is.
+        exchange: Brings factors.
+        roles: The samples.
+        settings: The metric.
+        team: The ranks.
+        before_round: Called by all ranks before each round.
+
+    Yields:
+        The layer's tiles, and its partial scores.
+    """
+    layers = {layer.layer: layer for layer in plan.layers}
+    totals: Mapping[int, BlockTotals] = {}
+    if settings.ridge_relative:
+        totals = _totals(layers, rounds, exchange, roles, settings)
+    yield from score_layers(_sources(layers, rounds, exchange, team, before_round), roles, settings, totals)
+
+
+def _sources(
+    layers: Mapping[int, LayerPlan],
+    rounds: Sequence[Round],
+    exchange: Exchange,
+    team: Team,
+    before_round: Callable[[], object] = lambda: None,
+) -> Iterator[LayerSource]:
+    """This rank's layer of each round, and its factors; None where it has none."""
+    for turn in rounds:
+        before_round()
+        with exchange.round(turn) as source:
+            yield None if source is None else (layers[turn[team.world.rank] or 0], source)
+
+
+def _totals(
+    layers: Mapping[int, LayerPlan], rounds: Sequence[Round], exchange: Exchange, roles: Roles, settings: ScoreSettings
+) -> dict[int, BlockTotals]:
+    """Each layer's sum of I over its whole blocks, over all ranks: of each rank's own samples, before any exchange."""
+    wanted, store = layers_of(rounds), exchange.store
+    there = wanted if store.sites else []  # of a rank that ran no sample there is nothing
+
+    def of_layer(number: int, _buffers: Buffers) -> BlockTotals:
+        return block_totals(layers[number], store, roles, settings, exchange.seen)
+
+    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
+        waiting = {str(number): submit(of_layer, number) for number in there}
+        mine = {number: wait() for number, wait in waiting.items()}
+    summed = {number: dict.fromkeys(layers[number].block_sizes, 0.0) for number in wanted}
+    for theirs in exchange.team.world.gather(mine):
+        for number, blocks in theirs.items():
+            for block, total in blocks.items():
+                summed[int(number)][block] += total
+    return summed

@@ -1,0 +1,238 @@
+"""Factors on their way from the ranks that ran the samples to those that own the weights, a layer for each at a time.
+
+Every peer holds all features of its own samples. An owner of some rows and columns of a weight needs those features of
+D and X for all samples: it is sent each of them at most once, and a rank is sent one layer at a time. Samples keep the
+order of the peers, so that every rank sees one and the same table of spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkov_dist.capture.factors import Table, Whole, Window
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.distributed.ownership import Owned
+from qkov_dist.distributed.topology import Team
+from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
+from qkov_dist.layout.rects import Rect
+
+from .schedule import Round
+from .site_inputs import FactorSource
+from .tiles import Tile
+
+Features = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a rank needs of one series: X at some input features, D at some output features, or gradients at both.
+
+    Attributes:
+        kind: ``x``, ``d`` or ``g``.
+        site: Whose series it is.
+        rows: Output features.
+        cols: Input features.
+    """
+
+    kind: str
+    site: Site
+    rows: Features = (0, 0)
+    cols: Features = (0, 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what one row of the series comes to."""
+        height, width = self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
+        return {"x": (width,), "d": (height,), "g": (height, width + 1)}[self.kind]
+
+
+@dataclass
+class _Received:
+    """One layer's factors of all samples, at the features that this rank owns."""
+
+    tables: Mapping[int | None, Table]
+    threshold: Callable[[Site], int | None]
+    sharing: Mapping[Site, Site]
+    series: dict[tuple[str, Site], tuple[Need, Tensor]] = field(default_factory=dict)
+
+    def table(self, site: Site) -> Table:
+        return self.tables[self.threshold(site)]
+
+    def x_site(self, site: Site) -> Site:
+        return self.sharing[site]
+
+    def x(self, site: Site) -> Window:
+        need, values = self.series["x", self.sharing[site]]
+        return Window(values, need.cols[0])
+
+    def d(self, site: Site) -> Window:
+        need, values = self.series["d", site]
+        return Window(values, need.rows[0])
+
+    def g(self, site: Site) -> Whole | None:
+        if ("g", site) not in self.series:
+            return None
+        need, values = self.series["g", site]
+        return Whole(values, need.rows[0], need.cols[0])
+
+
+class Exchange:
+    """Brings factors to the owners of their layers; all ranks make the same calls in the same order.
+
+    Args:
+        team: The ranks.
+        store: The factors of the samples that this rank ran.
+        layout: The layers.
+        sites: The projections that are scored.
+    """
+
+    def __init__(self, team: Team, store: FactorStore, layout: Layout, sites: Sequence[Site]) -> None:
+        self.team, self.store, self._layout, self._sites = team, store, layout, frozenset(sites)
+        self.bytes_sent = 0
+        if team.peers.size == 1:
+            return
+        described = team.peers.gather(store.describe())
+        self._sharing = {_site(site): _site(shared) for d in described for site, shared in d["sharing"]}
+        self._dtypes = {
+            (kind, _site(site)): getattr(torch, name) for d in described for kind, site, name in d["series"]
+        }
+        self._by_peer = [_tables(d["tables"]) for d in described]
+        self._tables = {above: _joined([tables[above] for tables in self._by_peer]) for above in self._by_peer[0]}
+
+    @contextmanager
+    def round(self, turn: Round) -> Iterator[FactorSource | None]:
+        """The factors of this rank's layer, for as long as the block lasts; None where it has none.
+
+        Args:
+            turn: The layer that each rank scores now.
+        """
+        has_layer = turn[self.team.world.rank] is not None
+        if self.team.peers.size == 1:
+            yield self.store if has_layer else None
+            return
+        received = self._collect(turn)
+        yield received if has_layer else None
+        received.series.clear()
+
+    def seen(self, tile: Tile) -> tuple[Rect, ...]:
+        """What this rank and its peers own of a tile's parameter: of its own samples, what it counts for all peers."""
+        if self.team.peers.size == self.team.world.size:
+            return (tile.rect,)
+        projection = next(p for p in self._layout.layer(tile.site.layer).projections if p.module == tile.site.module)
+        owned = (self.team.owned_by(rank)(projection, tile.bias) for rank in self.team.peer_ranks)
+        return tuple(rect for rects in owned for rect in rects)
+
+    def _collect(self, turn: Round) -> _Received:
+        team = self.team
+        by_peer = [self._needs(turn[rank], rank) for rank in team.peer_ranks]
+        sent = [self._held_of(needs, to_other=r != team.peers.rank) for r, needs in enumerate(by_peer)]
+        places = [(need, self._place(need)) for need in by_peer[team.peers.rank]]
+        by_need = [self._by_sender(need, place) for need, place in places]
+        received = [[parts[peer] for parts in by_need] for peer in range(team.peers.size)]
+        self.bytes_sent += sum(part.nbytes for r, parts in enumerate(sent) if r != team.peers.rank for part in parts)
+        team.peers.pass_on(sent, received)
+        series = {(need.kind, need.site): (need, place) for need, place in places}
+        return _Received(self._tables, self.store.threshold, self._sharing, series)
+
+    def _needs(self, layer: int | None, rank: int) -> list[Need]:
+        """What a rank needs; series that no sample is in are left out."""
+        if layer is None:
+            return []
+        sites = [site for site in self._sites if site.layer == layer]
+        needs = needs_of(self._layout.layer(layer), sites, self.team.owned_by(rank), self._sharing)
+        return [need for need in needs if need.kind != "g" or self._tables[self.store.threshold(need.site)].whole]
+
+    def _place(self, need: Need) -> Tensor:
+        """Where a series of all peers' samples comes to lie, one peer after another."""
+        dtype = self._dtypes.get((need.kind, need.site), torch.float32)  # of no rows at all, none is known
+        return torch.empty(self._num_rows(need, self._tables), *need.shape, dtype=dtype)
+
+    def _by_sender(self, need: Need, place: Tensor) -> tuple[Tensor, ...]:
+        """The part of it that each peer sends."""
+        return torch.split(place, [self._num_rows(need, tables) for tables in self._by_peer])
+
+    def _held_of(self, needs: Sequence[Need], *, to_other: bool) -> list[Tensor]:
+        """This rank's samples at the features that a rank needs: X and D in memory as they lie, where it needs all."""
+        mine = self._by_peer[self.team.peers.rank]
+        held = [self._held(need) if self._num_rows(need, mine) else torch.empty(0, *need.shape) for need in needs]
+        return [part.contiguous() for part in held] if to_other else held
+
+    def _held(self, need: Need) -> Tensor:
+        """What a rank needs, of this rank's samples."""
+        rows, cols = slice(*need.rows), slice(*need.cols)
+        if need.kind == "x":
+            return self.store.x(need.site).features(cols)
+        if need.kind == "d":
+            return self.store.d(need.site).features(rows)
+        whole = self.store.g(need.site)
+        assert whole is not None  # there are rows of it
+        return torch.cat([whole.rect(rows, cols), whole.bias(rows)], dim=-1)
+
+    def _num_rows(self, need: Need, tables: Mapping[int | None, Table]) -> int:
+        table = tables[self.store.threshold(need.site)]
+        return len(table.whole) if need.kind == "g" else table.num_rows
+
+
+def needs_of(layer: AttentionLayer, sites: Sequence[Site], owned: Owned, sharing: Mapping[Site, Site]) -> list[Need]:
+    """What a rank needs of a layer: for each series, the features between the first and the last that it owns."""
+    outputs: dict[Site, Features] = {}
+    inputs: dict[Site, Features] = {}
+    wholes: list[Need] = []
+    for projection in layer.projections:
+        site = Site(layer.index, projection.module)
+        if site not in sites:
+            continue
+        weight, bias = owned(projection, False), _bias(projection, owned)
+        rows = [(rect.row, rect.row_end) for rect in (*weight, *bias)]
+        cols = [(rect.col, rect.col_end) for rect in weight]
+        if not rows:
+            continue
+        shared, wide = sharing[site], _hull(cols) if cols else (0, 0)
+        outputs[site] = _hull(rows)
+        inputs[shared] = _hull([*([wide] if cols else []), *([inputs[shared]] if shared in inputs else [])] or [wide])
+        wholes.append(Need("g", site, _hull(rows), wide))
+    return [
+        *(Need("x", site, cols=part) for site, part in sorted(inputs.items())),
+        *(Need("d", site, rows=part) for site, part in sorted(outputs.items())),
+        *sorted(wholes, key=lambda need: need.site),
+    ]
+
+
+def _bias(projection: Projection, owned: Owned) -> tuple[Rect, ...]:
+    return owned(projection, True) if projection.has_bias else ()
+
+
+def _hull(intervals: Sequence[Features]) -> Features:
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
+def _tables(described: Sequence[Sequence[Any]]) -> dict[int | None, Table]:
+    """A peer's tables, by threshold."""
+    tables = {}
+    for above, spans, whole, num_rows in described:
+        places = {number: place for place, number in enumerate(whole)}
+        tables[above] = Table({number: (start, stop) for number, start, stop in spans}, places, num_rows)
+    return tables
+
+
+def _joined(by_peer: Sequence[Table]) -> Table:
+    """One table over the rows of all peers, one peer after another."""
+    joined = Table()
+    for table in by_peer:
+        for number, (start, stop) in table.spans.items():
+            joined.spans[number] = (joined.num_rows + start, joined.num_rows + stop)
+        first = len(joined.whole)
+        joined.whole.update({number: first + place for number, place in table.whole.items()})
+        joined.num_rows += table.num_rows
+    return joined
+
+
+def _site(raw: Sequence[object]) -> Site:
+    layer, module = raw
+    return Site(int(str(layer)), str(module))

@@ -1,0 +1,184 @@
+"""The metric on one tile, in place and in cache; :mod:`qkov_dist.scoring.score` says what it computes.
+
+A tile's gradients [N, P] are formed by one batched product for each group of samples. They are then squared, summed
+into the Fisher, mapped in place and multiplied into the scores of all pairs: on a CPU in chunks of columns that stay in
+a core's cache, on a GPU whole, for several heads side by side [N, heads, P] and in as many parts of P as fill it. A
+worker keeps its buffers from tile to tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qkov_dist.capture.factors import Whole, Window
+from qkov_dist.layout.rects import Rect
+
+from .padded_groups import Group
+from .score import Fused, Score, maps
+
+CHUNK_BYTES = 2 * 2**20  # of gradients; with their squares this is what a core's second-level cache holds, or nearly
+PRODUCTS = 512  # blocks of pairs that are multiplied at a time on a GPU: some for each of its multiprocessors
+BLOCK_PAIRS, LEAST_PART = 128, 512  # rows and columns of such a block; the fewest elements that are summed for it
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One group's factors at a projection: X [n, T, in] and D [n, T, out]; or its gradients, where these are kept."""
+
+    group: Group
+    x: Window
+    d: Window
+    whole: Whole | None = None
+
+    def put_gradients(self, rows: slice, cols: slice, bias: bool, out: Tensor) -> None:
+        """Form the gradients of a tile, [n, rows, cols], in ``out``."""
+        if self.whole is not None:
+            out.copy_(self.whole.bias(rows) if bias else self.whole.rect(rows, cols))
+        elif bias:
+            torch.sum(self.d.features(rows), dim=1, out=out.squeeze(2))
+        else:
+            torch.bmm(self.d.features(rows).transpose(1, 2), self.x.features(cols), out=out)
+
+
+@dataclass
+class Buffers:
+    """One worker's memory, by what it is for; it grows to the largest tile and is used again."""
+
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """A tensor of this shape with any content; the next one of this name takes its place."""
+        size, held = shape[0] * shape[1], self.held.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype or held.device != like.device:
+            held = self.held[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The score and its regularisation, for one block of one layer.
+
+    Attributes:
+        score: Which score.
+        epsilon: Floor of I.
+        ridge: lambda.
+        left: Samples in the role of i, in the order of the gradients' rows.
+        right: Samples in the role of j.
+        fused: The elementwise part, compiled; None maps in place.
+    """
+
+    score: Score
+    epsilon: float
+    ridge: float
+    left: slice
+    right: slice
+    fused: Fused | None = None
+
+    def may_vanish(self, dtype: torch.dtype) -> bool:
+        """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
+        return max(self.epsilon, self.ridge) * torch.finfo(dtype).max <= 1
+
+
+def tile_gradients(factors: Sequence[Padded], rects: Sequence[Rect], *, bias: bool, buffers: Buffers) -> Tensor:
+    """Per-sample gradients D^T X of tiles of one shape, side by side; of a bias, the sums of D over tokens.
+
+    Returns:
+        [N, tiles, rows * cols], in a buffer.
+    """
+    (height, width), num = rects[0].shape, factors[-1].group.last
+    size = height * width
+    gradients = buffers.take("gradients", (num, len(rects) * size), factors[0].d.values).view(num, len(rects), size)
+    for padded in factors:
+        of_group = gradients[padded.group.first : padded.group.last]
+        for place, rect in enumerate(rects):
+            padded.put_gradients(rect.rows, rect.cols, bias, of_group[:, place].view(-1, height, width))
+    return gradients
+
+
+def add_tile(scores: Tensor, gradients: Tensor, weights: Tensor, rule: Rule, buffers: Buffers) -> Tensor:
+    """Add the contribution of a tile, or of the tiles of several heads, to the scores of all pairs.
+
+    Args:
+        scores: [heads, left, right], added to.
+        gradients: Per-sample gradients [N, heads, P]; used up.
+        weights: Each sample's weight in the Fisher, by task [2, N].
+        rule: The score.
+        buffers: The worker's.
+
+    Returns:
+        What each task adds to the Fisher, [2, heads, P].
+    """
+    num, heads, size = gradients.shape
+    flat = gradients.view(num, heads * size)
+    by_task = flat.new_empty(2, heads * size)
+    in_cache = heads == 1 and flat.device.type == "cpu" and not rule.fused
+    if rule.may_vanish(flat.dtype):
+        rule = replace(rule, fused=None)
+    step = max(CHUNK_BYTES // (num * flat.element_size()), 1) if in_cache else heads * size
+    for start in range(0, heads * size, step):
+        of_tasks = by_task[:, start : start + step]
+        of_i, of_j = _maps(flat[:, start : start + step], weights, of_tasks, rule, buffers)
+        _add_pairs(scores, of_i[rule.left], of_j[rule.right])
+    return by_task.view(2, heads, size)
+
+
+def _maps(part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: Buffers) -> tuple[Tensor, Tensor]:
+    """The maps of gradients [N, p], and into ``by_task`` [2, p] what each task adds to the Fisher."""
+    if rule.fused:
+        floor = part.new_tensor([rule.epsilon, rule.ridge])
+        of_tasks, of_i, of_j = rule.fused(part, weights, floor, rule.score)
+        by_task.copy_(of_tasks)
+        return of_i, of_j
+    squares = buffers.take("squares", (part.shape[0], part.shape[1]), part)
+    torch.mul(part, part, out=squares)
+    torch.mm(weights, squares, out=by_task)
+    inverse = by_task.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
+    if rule.may_vanish(part.dtype):
+        return maps(part, inverse, rule.score)
+    return _mapped(part, squares, inverse, rule.score)
+
+
+def _add_pairs(scores: Tensor, of_i: Tensor, of_j: Tensor) -> None:
+    """Add the products of all pairs, [left, heads * p] and [right, heads * p], to scores [heads, left, right]."""
+    heads, left, right = scores.shape
+    if heads == 1 and scores.device.type == "cpu":
+        scores[0].addmm_(of_i, of_j.t())
+        return
+    parts = num_parts(heads, left, right, of_i.shape[1] // heads)
+    rows, columns = (maps.view(maps.shape[0], heads * parts, -1).transpose(0, 1) for maps in (of_i, of_j))
+    if parts == 1:
+        scores.baddbmm_(rows, columns.transpose(1, 2))
+    else:
+        scores += torch.bmm(rows, columns.transpose(1, 2)).view(heads, parts, left, right).sum(1)
+
+
+def num_parts(heads: int, left: int, right: int, size: int) -> int:
+    """Into how many parts of ``size`` elements a product of all pairs is cut, so that all of a GPU has work."""
+    blocks, parts = heads * -(-left // BLOCK_PAIRS) * -(-right // BLOCK_PAIRS), 1
+    while size % (2 * parts) == 0 and size // (2 * parts) >= LEAST_PART and 2 * parts * blocks <= PRODUCTS:
+        parts *= 2
+    return parts
+
+
+def _mapped(gradients: Tensor, squares: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """:func:`qkov_dist.scoring.score.maps`, in place, where no 1 / R is infinite."""
+    if score == "interference":
+        return squares.mul_(inverse), gradients.abs_()
+    gradients.mul_(inverse.sqrt_())
+    if score == "symmetric":
+        gradients.abs_()
+    return gradients, gradients
+
+
+def tile_flops(factors: Sequence[Padded], size: int, pairs: tuple[int, int], *, bias: bool) -> int:
+    """Floating-point operations of the matrix products of a tile of ``size`` elements, padding included.
+
+    Gradients that are kept were formed before.
+    """
+    num = factors[-1].group.last
+    tokens = 0 if bias else sum((padded.group.last - padded.group.first) * padded.group.length for padded in factors)
+    return 2 * size * (tokens + 2 * num + pairs[0] * pairs[1])

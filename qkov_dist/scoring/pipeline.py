@@ -1,0 +1,199 @@
+"""Layer after layer through the workers, who need not wait: what comes next is read, or fetched, while they compute.
+
+    turns -> projections' factors -> stacks of heads -> workers -> results, in the order of the turns and the tiles
+
+Two projections are in hand at a time, also where one is the last of a layer and the other the next layer's first.
+
+Who computes: one worker for each thread of a CPU, one for a GPU; each keeps its buffers.
+
+Matrix products on tiles that fit a core's cache scale better as one thread each than as one product on all threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from qkov_dist.capture.numerics import products_as
+from qkov_dist.errors import QkovError
+from qkov_dist.memory import is_shortage
+
+from .kernel import Buffers
+from .settings import Roles, ScoreSettings
+from .site_inputs import FactorSource, SiteFactors, read_sites
+from .tiles import LayerPlan, Stack, Tile, stacks_of
+
+T = TypeVar("T")
+Work = Callable[[Stack, SiteFactors, Buffers], list[T]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A layer whose turn it is: which of its tiles are worked on, and where their factors come from."""
+
+    plan: LayerPlan
+    tiles: Sequence[Tile]
+    source: FactorSource
+
+
+@dataclass(frozen=True)
+class Done(Generic[T]):
+    """What came of one projection.
+
+    Attributes:
+        plan: The layer.
+        results: A tile of each head, and the head's result, in the order of the tiles.
+        is_last: Whether the layer is done with it.
+    """
+
+    plan: LayerPlan
+    results: list[tuple[Tile, T]]
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class _Started(Generic[T]):
+    """One projection that workers have been given."""
+
+    plan: LayerPlan
+    waiting: Sequence[tuple[Stack, Callable[[], list[T]]]]
+    is_last: bool
+
+    def done(self) -> Done[T]:
+        """Wait for the workers."""
+        results = [
+            result
+            for stack, wait in self.waiting
+            for result in zip((tiles[0] for tiles in stack.heads), wait(), strict=True)
+        ]
+        return Done(self.plan, results, self.is_last)
+
+
+def through_workers(
+    turns: Iterable[Turn | None], roles: Roles, settings: ScoreSettings, work: Work[T]
+) -> Iterator[Done[T]]:
+    """Have ``work`` done for the heads of each projection of each layer.
+
+    The next turn is asked for while the last projection of the one before is worked on; its factors have to be there
+    until another is asked for. None in place of a turn says that there is none now, but may be later.
+
+    Raises:
+        QkovError, RuntimeError: what a turn or its factors raise (a rank that does not answer is such a case), after
+            everything that was begun before is done; what work raises.
+    """
+    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
+        errors: list[Exception] = []
+        before = None
+        for started in _until_error(_start(turns, roles, settings, work, submit), errors):
+            if before is not None:
+                yield before.done()
+            before = started
+        if before is not None:
+            yield before.done()
+        if errors:
+            raise errors.pop()  # the frame must not hold what holds the frame
+
+
+def _until_error(items: Iterator[T], errors: list[Exception]) -> Iterator[T]:
+    try:
+        yield from items
+    except (QkovError, RuntimeError) as error:
+        errors.append(error)
+
+
+def _start(
+    turns: Iterable[Turn | None], roles: Roles, settings: ScoreSettings, work: Work[T], submit: Submit
+) -> Iterator[_Started[T] | None]:
+    """Give the workers one projection after another; None where there is no turn."""
+    for turn in turns:
+        if turn is None:
+            yield None
+        else:
+            yield from _start_layer(turn, roles, settings, work, submit)
+
+
+def _start_layer(
+    turn: Turn, roles: Roles, settings: ScoreSettings, work: Work[T], submit: Submit
+) -> Iterator[_Started[T]]:
+    left, num = len({tile.site for tile in turn.tiles}), len(roles.members)
+    if not left:
+        yield _Started(turn.plan, (), is_last=True)
+    for site, factors in read_sites(turn.tiles, turn.source, roles, settings):
+        left -= 1
+        stacks = stacks_of([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
+        waiting = [(stack, submit(_in_memory, settings.warn, work, stack, factors)) for stack in stacks]
+        yield _Started(turn.plan, waiting, is_last=not left)
+
+
+def _in_memory(
+    warn: Callable[[str], object], work: Work[T], stack: Stack, factors: SiteFactors, buffers: Buffers
+) -> list[T]:
+    """Do the work; where its tiles do not fit into memory, for half of the heads, or with tiles of half the height.
+
+    Raises:
+        QkovError: where a tile of one row does not fit.
+    """
+    try:
+        return work(stack, factors, buffers)
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        buffers.held.clear()
+        tile = stack.first
+        if len(stack.heads) == stack.tallest == 1:
+            raise QkovError(
+                f"layer {tile.site.layer}, block {tile.block}, head {tile.head}",
+                expected="memory for one row of a weight's gradients of all samples",
+                got="too little",
+                remedy="Use fewer samples, more ranks, or a machine with more memory.",
+            ) from error
+    warn(f"out of memory in layer {tile.site.layer}: going on with tiles of half the size")
+    return [found for part in stack.smaller() for found in _in_memory(warn, work, part, factors, buffers)]
+
+
+Submit = Callable[..., Callable[[], Any]]
+
+
+@contextmanager
+def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator[Submit]:
+    """Start workers for as long as the block lasts.
+
+    On a CPU the caller has one thread in the meantime: threads of its own, which wait for work by spinning, would take
+    the cores from the workers.
+
+    Args:
+        device: Where they compute.
+        matmul_precision: Of float32 products in the meantime, whatever the process has set.
+
+    Yields:
+        ``submit(work, *arguments)``: has a worker call ``work(*arguments, buffers)`` with its own buffers; returns what
+        waits for the result (and raises what the work raised).
+    """
+    num_threads = torch.get_num_threads()
+    num_workers = num_threads if device.type == "cpu" else 1
+    own = threading.local()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def start() -> None:
+        if num_workers > 1:
+            torch.set_num_threads(1)
+        if stream is not None:
+            torch.cuda.set_stream(stream)  # in order with what the caller does there
+            torch.zeros((), device=device)  # a thread's first product warns where no other work was before it
+        own.buffers = Buffers()
+
+    pool = ThreadPoolExecutor(num_workers, "qkov-worker", start)
+    if num_workers > 1:
+        torch.set_num_threads(1)
+    try:
+        with products_as(matmul_precision, device):
+            yield lambda work, *arguments: pool.submit(lambda: work(*arguments, own.buffers)).result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)  # what new threads begin with is what was set last

@@ -1,0 +1,202 @@
+r"""The metric on tensors: what a tile of a weight contributes to the scores of every pair of samples.
+
+A tile is a set of weight elements p. With per-sample gradients g [N, P], the Fisher I [P] and the regularised Fisher
+R = max(I, epsilon) + lambda, every score is a matrix product of elementwise maps of g:
+
+    interference   M_ij = sum_p (g_i^2 / R) |g_j|
+    signed         M_ij = sum_p g_i g_j / R
+    symmetric      M_ij = sum_p |g_i| |g_j| / R
+
+A term with g = 0 is 0, also where R = 0: an element without any gradient adds nothing. Where R = 0 and some g is not 0
+(a Fisher of one task alone does not see the other's) the score is infinite, and refused as such.
+
+Contributions of disjoint tiles add up, so nothing here needs to know which head, layer or rank a tile belongs to. The
+two symmetric scores put 1/sqrt(R) on both sides, which makes M_AB and M_BA transposes of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qkov_dist.errors import QkovError
+
+Score = Literal["interference", "signed", "symmetric"]
+MEANING = 2  # of a score, as a number that grows when it changes: part of a run's id, so that files are never mixed
+COMPILED_FROM = 10**12  # elements of gradients: fewer are mapped in less time than compiling takes, on a GPU
+Fused = Callable[[Tensor, Tensor, Tensor, Score], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class FisherSums:
+    """Additive summary of I over some elements (the minimum combines by minimum).
+
+    Attributes:
+        total: Sum of I.
+        from_a: The part of it that task A's samples contribute.
+        count: Number of elements.
+        minimum: Smallest I.
+        below_ridge: Number of elements whose I is smaller than epsilon or lambda.
+    """
+
+    total: float
+    from_a: float
+    count: int
+    minimum: float
+    below_ridge: int
+
+    def __add__(self, other: FisherSums) -> FisherSums:
+        return FisherSums(
+            self.total + other.total,
+            self.from_a + other.from_a,
+            self.count + other.count,
+            min(self.minimum, other.minimum),
+            self.below_ridge + other.below_ridge,
+        )
+
+
+NO_ELEMENTS = FisherSums(0.0, 0.0, 0, float("inf"), 0)
+
+
+def sample_gradients(x: Tensor | None, d: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Per-sample gradients of a tile, D^T X of each sample's tokens.
+
+    Args:
+        x: Inputs at the tile's input features [tokens, cols], or None for a bias (an input of ones).
+        d: Output gradients at the tile's output features [tokens, rows].
+        spans: Each sample's tokens (start, stop), [N].
+
+    Returns:
+        Gradients [N, rows * cols], in the dtype of ``d``.
+    """
+    if x is None:
+        return torch.stack([d[slice(*span)].sum(dim=0) for span in spans])
+    gradients = d.new_empty(len(spans), d.shape[1], x.shape[1])
+    for n, (start, stop) in enumerate(spans):
+        torch.mm(d[start:stop].t(), x[start:stop], out=gradients[n])
+    return gradients.view(len(spans), -1)
+
+
+def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
+    """What each task adds to I = sum_n w_n g_n^2 over a tile: [N, P], [2, N] -> [2, P]; I is the sum of both rows."""
+    return weights @ gradients.square()
+
+
+def fisher_sums(by_task: Tensor, least: float) -> list[FisherSums]:
+    """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [2, heads, P].
+
+    ``least`` is what I must exceed to have a say: the larger of epsilon and lambda.
+    """
+    fisher = by_task.sum(0)
+    found = [
+        fisher.sum(1, dtype=torch.float64),
+        by_task[0].sum(1, dtype=torch.float64),
+        fisher.amin(1).double(),
+        (fisher < least).sum(1).double(),
+    ]
+    numbers = torch.stack(found, dim=1).tolist()  # all at once: each transfer from a GPU waits for it
+    count = fisher.shape[1]
+    return [FisherSums(total, from_a, count, least, int(below)) for total, from_a, least, below in numbers]
+
+
+def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """The elementwise maps of g whose product is the score: for samples in the role of i, and of j.
+
+    Args:
+        gradients: Per-sample gradients [N, P].
+        inverse: 1 / R [P].
+        score: Which score.
+    """
+    if score == "interference":
+        return _product(gradients.square(), inverse), gradients.abs()
+    scaled = _product(gradients, inverse.sqrt())
+    scaled = scaled.abs() if score == "symmetric" else scaled
+    return scaled, scaled
+
+
+def _product(values: Tensor, factor: Tensor) -> Tensor:
+    """The product, 0 where a value is 0 though its factor is infinite."""
+    return torch.where(values == 0, values, values * factor)
+
+
+def fisher_and_maps(gradients: Tensor, weights: Tensor, floor: Tensor, score: Score) -> tuple[Tensor, Tensor, Tensor]:
+    """A tile's Fisher and maps as one expression, for a compiler to fuse.
+
+    Args:
+        gradients: Per-sample gradients [N, P].
+        weights: Each sample's weight in the Fisher, by task [2, N].
+        floor: epsilon and lambda [2].
+        score: Which score.
+
+    Returns:
+        What each task adds to I, [2, P], and the maps for samples in the role of i, and of j, [N, P].
+    """
+    squares = gradients.square()
+    from_a, from_b = ((of_task.unsqueeze(1) * squares).sum(0) for of_task in weights)
+    inverse = (torch.maximum(from_a + from_b, floor[0]) + floor[1]).reciprocal()
+    return (torch.stack([from_a, from_b]), *maps(gradients, inverse, score))
+
+
+def worth_compiling(elements: int, *, on_gpu: bool) -> bool:
+    """Whether compiling saves more than the seconds that it takes; on a CPU it does not.
+
+    Args:
+        elements: Elements of all gradients that this process forms.
+        on_gpu: Where it forms them.
+    """
+    return on_gpu and elements >= COMPILED_FROM
+
+
+@cache
+def compiled(device: str) -> Fused:
+    """:func:`fisher_and_maps`, fused into two passes over the gradients by ``torch.compile``.
+
+    Args:
+        device: The type of device to compile for, such as ``cuda``.
+
+    Raises:
+        QkovError: where nothing can be compiled here.
+    """
+    fused: Fused = torch.compile(fisher_and_maps, dynamic=True)
+    ones = torch.ones(3, 5, device=device)
+    try:
+        fused(ones, ones.new_ones(2, 3), ones.new_ones(2), "interference")
+    except (RuntimeError, OSError) as error:
+        raise QkovError(
+            "compute.compile",
+            expected="a working torch.compile (on CPUs it needs a C++ compiler)",
+            got=str(error).splitlines()[0],
+            remedy="Install a compiler, or set compute.compile=false.",
+        ) from error
+    return fused
+
+
+def pair_scores(
+    gradients: Tensor,
+    fisher: Tensor,
+    *,
+    left: slice,
+    right: slice,
+    score: Score,
+    epsilon: float,
+    ridge: float,
+) -> Tensor:
+    """A tile's contribution to the scores of all pairs: [len(left), len(right)].
+
+    Args:
+        gradients: Per-sample gradients of the tile [N, P].
+        fisher: I over the tile [P].
+        left: Samples in the role of i.
+        right: Samples in the role of j.
+        score: Which score.
+        epsilon: Floor of I.
+        ridge: lambda, added to the floored I.
+    """
+    inverse = (fisher.clamp_min(epsilon) + ridge).reciprocal_()
+    of_i, of_j = maps(gradients, inverse, score)
+    return of_i[left] @ of_j[right].t()

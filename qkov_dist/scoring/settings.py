@@ -1,0 +1,60 @@
+"""How scores are formed: what of a configuration the engine has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .score import Score
+from .tiles import GPU_TILE_BYTES
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores may be formed
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How scores are formed; the meaning of each is in SPEC's metric and in :mod:`qkov_dist.scoring.score`."""
+
+    score: Score = "interference"
+    epsilon: float = 0.0
+    ridge_absolute: float = 0.0
+    ridge_relative: float = 1e-3
+    dtype: torch.dtype = torch.float32
+    matmul_precision: str = "highest"  # of float32 products, whatever the process has set
+    device: torch.device | str = "cpu"
+    compile: bool = False
+    scratch: Path | None = None  # where scores are that are too large for memory
+    warn: Callable[[str], object] = lambda line: None  # takes a line where memory ran out
+    stack_bytes: int | None = None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
+
+    def max_elements(self, num_samples: int) -> int:
+        """Elements that the heads which are worked on together may have in a tile."""
+        preferred = GPU_TILE_BYTES if torch.device(self.device).type == "cuda" else 0
+        size = preferred if self.stack_bytes is None else self.stack_bytes
+        return size // (num_samples * self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which samples take part.
+
+    Attributes:
+        members: Pooled sample numbers whose gradients are formed, [N].
+        weights: Each member's weight in the Fisher, float64 [2, N]: in row 0 if it is of task A, else in row 1.
+        left: Members in the role of i, a range of positions in ``members``.
+        right: Members in the role of j.
+    """
+
+    members: tuple[int, ...]
+    weights: np.ndarray
+    left: slice
+    right: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(samples in the role of i, samples in the role of j)."""
+        return self.left.stop - self.left.start, self.right.stop - self.right.start

@@ -1,0 +1,304 @@
+"""The permutation test of single heads, a few at a time, and its correction over many.
+
+A head's test needs no other head; only the correction does. Several ranks may therefore each call ``head_tests`` on the
+heads they hold with the same ``Design`` (``layer_tests`` does it for whole layers). ``correct`` then needs all heads of
+a block (``join``), and of all heads of all blocks the largest z under each labelling (``MaxZ``, ``largest``).
+
+The tests of layers, as ranks hold, send and join them: each head is tested where its scores are.
+
+    mine = LayerTests.joined(layer_tests(design, layer, scores[layer], heads, ids) for layer in layers)
+    tests = LayerTests.joined(map(LayerTests.from_json, world.gather(mine.to_json())))
+
+holds on every rank what one process would have found, and a rank sends one ``max_z`` for each statistic. ``heads`` may
+be any of a layer's heads; a head's numbers do not depend on those that it is tested with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import false_discovery_control
+from torch import Tensor
+
+from qkov_dist.capture.finite import refuse_not_finite
+from qkov_dist.errors import QkovError
+from qkov_dist.stats import jackknife, permutation
+
+from .permutation import Alternative, Standardised
+
+Floats = NDArray[np.float64]
+Statistic = Literal["cross_mean", "overlap"]
+MaxZ = Mapping[Statistic, Floats]  # statistic -> [P], the largest directed z of any head under each labelling
+_CHUNK_BYTES = (
+    96 << 10
+)  # of an array [heads, P]: few heads, so that cores have equal shares, but not too few for Python
+
+
+@dataclass(frozen=True)
+class Design:
+    """All that the tests of different heads share: drawn once, the same on every rank."""
+
+    labels: permutation.Labels
+    pairs: Tensor  # which are of different samples, bool [N, N]
+    names: tuple[Statistic, ...]
+    alternative: Alternative
+    alpha: float
+    power: float
+    confidence: float
+
+    @cached_property
+    def counts(self) -> permutation.PairCounts:
+        """Pairs of different samples under every labelling."""
+        return permutation.pair_counts(self.labels, self.pairs)
+
+    @cached_property
+    def left_out(self) -> jackknife.LeftOut:
+        """What the intervals of all heads share."""
+        return jackknife.LeftOut.of(self.labels, self.pairs)
+
+
+@dataclass(frozen=True)
+class HeadTests:
+    """One statistic of some heads: one float64 number a head in each array, NaN for absent heads.
+
+    ``threshold`` is the least z that is as extreme as the head's own: with ``MaxZ`` it gives the family-wise p-value.
+    """
+
+    arrays: dict[str, Floats]
+    threshold: Floats
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers as JSON values; Python's json keeps every bit, NaN and infinity included."""
+        return {"arrays": {key: array.tolist() for key, array in self.arrays.items()}, "z": self.threshold.tolist()}
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> HeadTests:
+        """What ``to_json`` made them of."""
+        arrays = {key: np.array(values, np.float64) for key, values in raw["arrays"].items()}
+        return HeadTests(arrays, np.array(raw["z"], np.float64))
+
+
+def head_tests(scores: Mapping[str, Tensor], design: Design) -> tuple[dict[str, dict[Statistic, HeadTests]], MaxZ]:
+    """Test heads, each by itself, on as many cores as torch has threads.
+
+    Args:
+        scores: Name of a group (a block) -> [heads, N, N], at least one head, all NaN where a head is absent.
+        design: The same for all heads.
+
+    Returns:
+        Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
+    """
+    chunk = max(_CHUNK_BYTES // (8 * design.labels.a.shape[1]), 1)
+    _ = design.counts, design.left_out  # once, before threads ask for them
+    parts = [(group, part) for group, heads in scores.items() for part in torch.split(heads, chunk)]
+    with _one_core_each(torch.get_num_threads()) as pool:
+        done = list(pool.map(lambda part: _chunk_tests(part[1], design), parts))
+    tests: dict[str, list[dict[Statistic, HeadTests]]] = {group: [] for group in scores}
+    for (group, _), (found, _) in zip(parts, done, strict=True):
+        tests[group].append(found)
+    joined = {
+        group: {name: join([found[name] for found in of_group]) for name in design.names}
+        for group, of_group in tests.items()
+    }
+    return joined, largest(max_z for _, max_z in done)
+
+
+@contextmanager
+def _one_core_each(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that take whole heads. Torch's would share single small operations and, on a busy machine, wait for each
+    other in every one of them.
+    """
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(num_threads)
+
+
+def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
+    with_overlap, labels = "overlap" in design.names, design.labels
+    nulls = permutation.head_nulls(scores, labels, design.pairs, design.counts, with_overlap=with_overlap)
+    standardised = {name: permutation.standardise(nulls[name]) for name in design.names}
+    effects = {name: permutation.effect_size(nulls[name], labels.exhaustive) for name in design.names}
+    found = jackknife.intervals(
+        scores, design.left_out, {name: effect for name, (effect, _) in effects.items()}, design.confidence
+    )
+    tests = {
+        name: _statistic_tests(nulls[name], standardised[name], effects[name], found[name], design)
+        for name in design.names
+    }
+    max_z = {
+        name: permutation.max_over_heads(z, design.alternative).numpy(force=True) for name, z in standardised.items()
+    }
+    return tests, max_z
+
+
+def _statistic_tests(
+    null: permutation.Null,
+    standardised: Standardised,
+    effect_and_sd: tuple[Tensor, Tensor],
+    found: tuple[jackknife.Interval, jackknife.Interval],
+    design: Design,
+) -> HeadTests:
+    labels, alternative = design.labels, design.alternative
+    effect, sd = effect_and_sd
+    shift = permutation.detectable_shift(null, labels, alternative, design.alpha, design.power)
+    null_mean, null_low, null_high = permutation.null_band(null, labels.exhaustive, design.confidence)
+    arrays = {
+        "statistic": null.values[..., 0],
+        "p_value": permutation.p_value(standardised, alternative),
+        "p_greater": permutation.p_value(standardised, "greater"),
+        "p_less": permutation.p_value(standardised, "less"),
+        "null_mean": null_mean,
+        "null_low": null_low,
+        "null_high": null_high,
+        "ci_low": found[0].low,
+        "ci_high": found[0].high,
+        "effect_size": effect,
+        "effect_low": found[1].low,
+        "effect_high": found[1].high,
+        "detectable": shift,
+        "detectable_sd": shift / sd,
+    }
+    threshold = permutation.threshold(standardised, alternative)
+    return HeadTests({key: value.numpy(force=True) for key, value in arrays.items()}, threshold.numpy(force=True))
+
+
+def join(parts: Sequence[HeadTests]) -> HeadTests:
+    """The tests of all parts' heads, in order."""
+    return HeadTests(
+        {key: np.concatenate([part.arrays[key] for part in parts]) for key in parts[0].arrays},
+        np.concatenate([part.threshold for part in parts]),
+    )
+
+
+def largest(parts: Iterable[MaxZ]) -> MaxZ:
+    """The largest z [P] of any head of any part under each labelling, for every statistic that a part has."""
+    joined: dict[Statistic, Floats] = {}
+    for part in parts:
+        for name, max_z in part.items():
+            joined[name] = np.maximum(joined[name], max_z) if name in joined else max_z
+    return joined
+
+
+def correct(tests: HeadTests, max_z: Floats) -> dict[str, Floats]:
+    """Add q-values over one block's heads, and the family-wise p-value over all heads that ``max_z`` [P] covers."""
+    return tests.arrays | {
+        "q_value": _q_values(tests.arrays["p_value"], "bh"),
+        "q_value_by": _q_values(tests.arrays["p_value"], "by"),
+        "p_max": permutation.count_p(torch.from_numpy(tests.threshold), torch.from_numpy(max_z)).numpy(),
+    }
+
+
+def _q_values(p_values: Floats, method: Literal["bh", "by"]) -> Floats:
+    present = np.isfinite(p_values)
+    q_values = np.full_like(p_values, np.nan)
+    if present.any():
+        q_values[present] = false_discovery_control(p_values[present], method=method)
+    return q_values
+
+
+class BlockTests(NamedTuple):
+    """The tests of one layer's heads in one block; every array runs along ``heads``, the model's numbers."""
+
+    heads: tuple[int, ...]
+    statistics: Mapping[Statistic, HeadTests]
+
+
+@dataclass(frozen=True)
+class LayerTests:
+    """The tests of some layers, or of none.
+
+    Attributes:
+        layers: Layer number -> block -> the tests of its heads.
+        max_z: The largest z of all these heads.
+    """
+
+    layers: Mapping[int, Mapping[str, BlockTests]]
+    max_z: MaxZ
+
+    @staticmethod
+    def joined(parts: Iterable[LayerTests]) -> LayerTests:
+        """The tests of all parts' heads; a layer may be spread over several parts.
+
+        Raises:
+            QkovError: for a head that two parts have.
+        """
+        kept = tuple(parts)
+        layers: dict[int, dict[str, BlockTests]] = {}
+        for part in kept:
+            for layer, blocks in part.layers.items():
+                known = layers.setdefault(layer, {})
+                for block, tests in blocks.items():
+                    known[block] = (
+                        _both(f"layer {layer}, block {block}", known[block], tests) if block in known else tests
+                    )
+        return LayerTests(layers, largest(part.max_z for part in kept))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        layers = {
+            str(layer): {
+                block: {"heads": list(of.heads), **{name: tests.to_json() for name, tests in of.statistics.items()}}
+                for block, of in blocks.items()
+            }
+            for layer, blocks in self.layers.items()
+        }
+        return {"layers": layers, "max_z": {name: max_z.tolist() for name, max_z in self.max_z.items()}}
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> LayerTests:
+        """What ``to_json`` made JSON of."""
+        layers = {
+            int(layer): {block: _block_from_json(of) for block, of in blocks.items()}
+            for layer, blocks in raw["layers"].items()
+        }
+        return LayerTests(layers, {name: np.array(max_z, np.float64) for name, max_z in raw["max_z"].items()})
+
+
+def _both(where: str, first: BlockTests, second: BlockTests) -> BlockTests:
+    if twice := sorted(set(first.heads) & set(second.heads)):
+        remedy = "Let one rank test each head."
+        raise QkovError(f"statistics, {where}, head {twice[0]}", expected="one test", got="two", remedy=remedy)
+    statistics = {name: join([tests, second.statistics[name]]) for name, tests in first.statistics.items()}
+    return BlockTests((*first.heads, *second.heads), statistics)
+
+
+def _block_from_json(raw: Mapping[str, Any]) -> BlockTests:
+    statistics = {name: HeadTests.from_json(tests) for name, tests in raw.items() if name != "heads"}
+    return BlockTests(tuple(raw["heads"]), statistics)  # type: ignore[arg-type]
+
+
+def layer_tests(
+    design: Design,
+    layer: int,
+    scores: Mapping[str, Tensor],
+    heads: Mapping[str, Sequence[int]],
+    sample_ids: Sequence[str],
+) -> LayerTests:
+    """Test the heads of one layer.
+
+    Args:
+        design: The same for all layers and ranks.
+        layer: Its number.
+        scores: Block -> [heads, N, N] among all samples, A's first; all NaN for an absent head. Left alone.
+        heads: Block -> the numbers of these heads; there may be none.
+        sample_ids: Ids of the N samples, for errors.
+
+    Raises:
+        QkovError: for a score of a present head that is not finite.
+    """
+    there = {block: of_block for block, of_block in scores.items() if len(heads[block])}
+    for block, of_block in there.items():
+        where = f"layer {layer}, block {block}"
+        refuse_not_finite(of_block, where, heads[block], sample_ids, sample_ids, with_absent=True)
+    tests, max_z = head_tests(there, design)
+    return LayerTests({layer: {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}}, max_z)

@@ -1,0 +1,134 @@
+r"""How far a head's statistics would move with other samples: delete-one jackknife over the samples of both tasks.
+
+    theta_-i       the statistic without sample i;  n, m the numbers of samples of A and B
+    bias           (n - 1) (mean_{i in A} theta_-i - theta) + (m - 1) (mean_{j in B} theta_-j - theta)
+    variance       v_A + v_B,  v_A = (n - 1) / n sum_{i in A} (theta_-i - mean)^2,  v_B alike
+    interval       theta - bias ± t sqrt(variance), t of Satterthwaite's degrees of freedom of v_A + v_B
+
+That variance is the one for n - 1 samples, scaled as if it fell like 1 / n. Most of ``overlap``'s may be of second
+order, as what makes samples loud cancels between its means, and falls like 1 / n^2: there v_A has a factor (n - 1) / n.
+
+Pairs share samples, so that samples are left out, never pairs. ``overlap`` is a logarithm of means as it is;
+``cross_mean`` of non-negative scores is taken on the log scale too, where its distribution is less skewed. The interval
+of an effect size is that of its distance from the null, both without the same sample: the null under some of the
+labellings, from all of which sample i is taken; without bias correction, because an effect size grows with the number
+of samples. How often these intervals cover is in tests/studies/results/coverage.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from qkov_dist.stats import pair_sums
+
+from .permutation import Labels, PairCounts, mean_of_pairs, overlap_of_pairs
+
+LABELLINGS = 100  # under which the null is looked at again without each sample
+
+
+class Interval(NamedTuple):
+    """Both ends of an interval, each [heads]; NaN where there is none."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What the intervals of all heads share.
+
+    Attributes:
+        a: The labellings that are looked at without each sample [N, P], the observed one first.
+        pairs: Which pairs are of different samples, bool [N, N].
+        counts: How many these are under each labelling [1, P], and without each sample [1, N, P].
+        n_a: Samples of A.
+    """
+
+    a: Tensor
+    pairs: Tensor
+    counts: tuple[PairCounts, PairCounts]
+    n_a: int
+
+    @staticmethod
+    def of(labels: Labels, pairs: Tensor) -> LeftOut:
+        """The observed labelling and some of the others."""
+        others = labels.a.shape[1] - 1
+        chosen = torch.linspace(1, others, min(others, LABELLINGS), dtype=torch.float64).round().long()
+        a = labels.a[:, torch.cat([chosen.new_zeros(1), chosen])]
+        sums = pair_sums.left_out_sums(pairs.unsqueeze(0).double(), a, pairs)  # of a matrix of ones
+        whole, left_out = map(PairCounts.of, sums)
+        return LeftOut(a, pairs, (whole, left_out), labels.n_a)
+
+
+def intervals(
+    scores: Tensor, shared: LeftOut, effects: Mapping[Any, Tensor], confidence: float
+) -> dict[Any, tuple[Interval, Interval]]:
+    """By statistic, the interval of its value and that of its effect size.
+
+    Args:
+        scores: [heads, N, N], NaN for an absent head.
+        shared: Labellings and pairs.
+        effects: Statistic -> the effect size of each head [heads]; these are the statistics looked at.
+        confidence: Of the intervals.
+    """
+    looked_at = [_left_out(head, shared, effects) for head in torch.split(scores, 1)]
+    found = {}
+    for name, effect in effects.items():
+        value, values, of_effects = (torch.cat(parts) for parts in zip(*(of[name] for of in looked_at), strict=True))
+        value = torch.where(effect.isnan(), torch.nan, value)  # undefined under some labelling
+        second, log = name == "overlap", name == "cross_mean" and "overlap" in effects
+        own = _interval_of_value(value, values, shared.n_a, confidence, log=log, second_order=second)
+        width = _half_width(of_effects, shared.n_a, confidence, second_order=second)
+        found[name] = own, Interval(effect - width, effect + width)
+    return found
+
+
+def _left_out(scores: Tensor, shared: LeftOut, names: Iterable[Any]) -> dict[Any, tuple[Tensor, Tensor, Tensor]]:
+    """By statistic, a head's value [1], and its values and effect sizes without each sample [1, N].
+
+    An effect size without a sample is the distance from the mean over labellings, in sd, all without that sample.
+    """
+    sums, found = pair_sums.left_out_sums(scores, shared.a.to(scores.device), shared.pairs), {}
+    for name in names:
+        values, left_out = (_statistic(name, *part) for part in zip(sums, shared.counts, strict=True))
+        null = left_out[..., 1:]
+        effects = (left_out[..., 0] - null.mean(-1)) / null.std(-1, correction=0)
+        found[name] = values[:, 0], left_out[..., 0], effects
+    return found
+
+
+def _statistic(name: str, sums: pair_sums.PairSums, counts: PairCounts) -> Tensor:
+    return mean_of_pairs(sums, counts) if name == "cross_mean" else overlap_of_pairs(sums, counts)
+
+
+def _interval_of_value(
+    value: Tensor, left_out: Tensor, n_a: int, confidence: float, *, log: bool, second_order: bool
+) -> Interval:
+    """Value [heads] and without each sample [heads, N] -> its interval, bias-corrected."""
+    if log:
+        value, left_out = value.log(), left_out.log()
+    bias = sum((part.shape[-1] - 1) * (part.mean(-1) - value) for part in (left_out[..., :n_a], left_out[..., n_a:]))
+    width = _half_width(left_out, n_a, confidence, second_order=second_order)
+    low, high = value - bias - width, value - bias + width
+    return Interval(low.exp(), high.exp()) if log else Interval(low, high)
+
+
+def _half_width(left_out: Tensor, n_a: int, confidence: float, *, second_order: bool) -> Tensor:
+    parts = left_out[..., :n_a], left_out[..., n_a:]
+    sizes = [part.shape[-1] for part in parts]
+    if min(sizes) < 3:  # without one of two samples a task has no pair
+        return left_out.new_full(left_out.shape[:-1], torch.nan)
+    power = 2 if second_order else 1
+    deviations = (part - part.mean(-1, keepdim=True) for part in parts)
+    variances = [((n - 1) / n) ** power * part.square().sum(-1) for n, part in zip(sizes, deviations, strict=True)]
+    total = variances[0] + variances[1]
+    spread = sum(v.square() / (n - 1) for n, v in zip(sizes, variances, strict=True))
+    freedom = torch.where(total > 0, total.square() / spread, torch.where(total.isnan(), torch.nan, 1.0))
+    quantile = student.ppf(0.5 + confidence / 2, freedom.numpy(force=True))
+    return torch.as_tensor(quantile, dtype=total.dtype, device=total.device) * total.sqrt()

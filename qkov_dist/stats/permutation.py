@@ -1,0 +1,234 @@
+"""What a head's statistics become when samples are relabelled.
+
+M [N, N] holds one head's scores among all pooled samples: the n_a samples of task A first, M[i, j] with i in the left
+role and j in the right. A labelling is a vector a of zeros and ones with n_a ones, b = 1 - a, and m_xy is the mean of
+M over pairs (x, y) of different samples. A sample against itself or a copy of itself says nothing about its task: such
+pairs are left out wherever a labelling puts them, and the numbers of pairs follow the labelling:
+
+    cross_mean = m_ab                    overlap = 1/2 log(m_ab m_ba / (m_aa m_bb))
+
+The sums under these means are products with the labels (``pair_sums``), so that all labellings of a head cost one
+matrix product. Column 0 of the labels is always the observed one. Hence a p-value is a plain count over the columns
+divided by P: (1 + #{as extreme}) / (1 + K) with K drawn labellings, and #{as extreme} / C(N, n_a) when all labellings
+are enumerated. Differences that rounding explains are ties and count as extreme: equal labellings, or the swapped one
+(which has the same overlap when n_a = n_b), give different last bits in different columns of one product.
+
+Labellings depend on the seed and the two sample counts alone, never on heads, blocks or ranks, so that processes
+holding different heads relabel them together, and the family-wise p-value needs one all-reduce (max) of P numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkov_dist.stats import pair_sums
+
+from .pair_sums import PairSums
+
+Alternative = Literal["greater", "less", "two-sided"]
+_SIGNS: dict[Alternative, tuple[int, ...]] = {"greater": (1,), "less": (-1,), "two-sided": (1, -1)}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """P labellings of N samples: ``a`` [N, P] float64, 1 where the sample is called A; column 0 is the observed one."""
+
+    a: Tensor
+    n_a: int
+    n_b: int
+    exhaustive: bool
+
+
+class PairCounts(NamedTuple):
+    """How many pairs of different samples each sum runs over, each [..., P]; (b, a) has as many as (a, b).
+
+    ``log`` is what the numbers of pairs add to the logarithm of sums in ``overlap``.
+    """
+
+    aa: Tensor
+    ab: Tensor
+    bb: Tensor
+    log: Tensor
+
+    @staticmethod
+    def of(sums: PairSums) -> PairCounts:
+        """From the sums of a matrix of ones."""
+        aa, ab, bb = (part.round() for part in (sums.aa, sums.ab, sums.bb))
+        return PairCounts(aa, ab, bb, 0.5 * (aa.log() + bb.log()) - ab.log())
+
+
+@dataclass(frozen=True)
+class Null:
+    """One statistic of some heads under every labelling.
+
+    ``values`` [..., P] float64, NaN for an absent head; ``rounding`` [...] is the most that arithmetic moves a value.
+    """
+
+    values: Tensor
+    rounding: Tensor
+
+    def reference(self, exhaustive: bool) -> Tensor:
+        """The null distribution: all labellings where they are enumerated, else those drawn (column 0 was not)."""
+        return self.values if exhaustive else self.values[..., 1:]
+
+
+class Standardised(NamedTuple):
+    """One statistic of some heads in units of its own spread: ``z`` [..., P], NaN for an absent head.
+
+    Two z that differ by less than ``tolerance`` [...] are a tie. A head that no relabelling changes has z = 0 and an
+    infinite tolerance: all its labellings are ties, hence p = 1.
+    """
+
+    z: Tensor
+    tolerance: Tensor
+
+
+def draw_labels(seed: int, n_a: int, n_b: int, num_permutations: int) -> Labels:
+    """All labellings where there are at most ``num_permutations``, else the observed one and that many drawn."""
+    total = n_a + n_b
+    if math.comb(total, n_a) <= num_permutations:
+        chosen = np.array(list(itertools.combinations(range(total), n_a)))  # the first is 0 .. n_a - 1: the observed
+        a = np.zeros((len(chosen), total))
+        np.put_along_axis(a, chosen, 1.0, axis=1)
+        return Labels(torch.from_numpy(a.T.copy()), n_a, n_b, exhaustive=True)
+    observed = (np.arange(total) < n_a).astype(np.float64)
+    rng = np.random.default_rng((seed, n_a, n_b, 0))
+    drawn = rng.permuted(np.tile(observed, (num_permutations, 1)), axis=1)
+    return Labels(torch.from_numpy(np.vstack([observed, drawn]).T.copy()), n_a, n_b, exhaustive=False)
+
+
+def pair_counts(labels: Labels, pairs: Tensor) -> PairCounts:
+    """Pairs under every labelling, each [P]: the sums of a matrix of ones."""
+    return PairCounts.of(pair_sums.relabelled_sums(pairs.double(), labels.a, pairs))
+
+
+def head_nulls(
+    scores: Tensor, labels: Labels, pairs: Tensor, counts: PairCounts, *, with_overlap: bool = True
+) -> dict[str, Null]:
+    """``cross_mean`` and, on request, ``overlap`` of each head under every labelling.
+
+    An overlap whose four means are not all above rounding in *every* labelling is NaN in all of them. That rule treats
+    the observed labelling like the others, so leaving such heads out of the corrections keeps these valid.
+
+    Args:
+        scores: [..., N, N], heads leading, any float dtype, on any device with float64; NaN for an absent head.
+        labels: The labellings, the same for all heads of all blocks and on all ranks.
+        pairs: Which pairs are of different samples, bool [N, N].
+        counts: How many these are under every labelling.
+        with_overlap: False for signed scores, whose means may be negative.
+    """
+    sums = pair_sums.relabelled_sums(scores, labels.a.to(scores.device), pairs)
+    nulls = {"cross_mean": Null(mean_of_pairs(sums, counts), sums.rounding / float(counts.ab.min()))}
+    if with_overlap:
+        values = overlap_of_pairs(sums, counts)
+        values = torch.where(values.isfinite().all(-1, keepdim=True), values, torch.nan)
+        slope = sum((1 / part[..., 0] for part in sums[:4]), start=torch.zeros_like(sums.rounding))  # of log(sum)
+        nulls["overlap"] = Null(values, 0.5 * sums.rounding * slope)
+    return nulls
+
+
+def mean_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
+    """``cross_mean`` [..., P]."""
+    return sums.ab / counts.ab.to(sums.ab)
+
+
+def overlap_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
+    """``overlap`` [..., P]; NaN where a sum is not above its rounding: its logarithm would be noise."""
+    log_sums = ((sums.ab / sums.aa) * (sums.ba / sums.bb)).log() * 0.5
+    smallest = torch.minimum(torch.minimum(sums.aa, sums.ab), torch.minimum(sums.ba, sums.bb))
+    return torch.where(smallest > sums.rounding.unsqueeze(-1), log_sums + counts.log.to(log_sums), torch.nan)
+
+
+def standardise(null: Null) -> Standardised:
+    """How far from its mean over the labellings each head is under every labelling, in sd.
+
+    Each head is centred and scaled by its own mean and sd over the labellings. Without that, the maximum over heads
+    would be that of the few heads with the largest scores (they differ by orders of magnitude between layers), and
+    all others would be tested against it in vain. The observed labelling is one of the P, so that all are treated
+    alike and p-values from z are exact.
+    """
+    deviation = null.values - null.values.mean(-1, keepdim=True)
+    sd = deviation.square().mean(-1).sqrt()
+    moves = ~(sd <= null.rounding)
+    z = torch.where(moves.unsqueeze(-1), deviation / sd.unsqueeze(-1), 0.0)
+    return Standardised(z, torch.where(moves, 4 * null.rounding / sd, torch.inf))
+
+
+def directed(values: Tensor, alternative: Alternative) -> Tensor:
+    """Deviations from a mean, turned so that larger is more extreme."""
+    return {"greater": values, "less": -values, "two-sided": values.abs()}[alternative]
+
+
+def threshold(standardised: Standardised, alternative: Alternative) -> Tensor:
+    """The least directed z [...] that is as extreme as the observed one, ties included; NaN for an absent head."""
+    z, tolerance = standardised
+    return directed(z[..., 0], alternative) - tolerance
+
+
+def p_value(standardised: Standardised, alternative: Alternative) -> Tensor:
+    """The p-value [...] of each head by itself."""
+    return count_p(threshold(standardised, alternative), directed(standardised.z, alternative))
+
+
+def count_p(least: Tensor, extremes: Tensor) -> Tensor:
+    """Share of labellings whose directed z [..., P] is at least the threshold ``least`` [...]; NaN stays NaN.
+
+    With a head's own z this is its p-value, with ``max_over_heads`` [P] the Westfall-Young single-step family-wise one.
+    The latter is never smaller, as the head itself is among those the maximum runs over.
+    """
+    extreme = extremes >= least.unsqueeze(-1)
+    return torch.where(least.isnan(), torch.nan, extreme.sum(-1).to(torch.float64) / extremes.shape[-1])
+
+
+def max_over_heads(standardised: Standardised, alternative: Alternative) -> Tensor:
+    """The largest directed z [P] of any head under each labelling; -inf where no head takes part."""
+    z, tolerance = standardised
+    takes_part = tolerance.isfinite()  # not an absent head, nor one that no relabelling changes
+    return torch.where(takes_part.unsqueeze(-1), directed(z, alternative), -torch.inf).reshape(-1, z.shape[-1]).amax(0)
+
+
+def effect_size(null: Null, exhaustive: bool) -> tuple[Tensor, Tensor]:
+    """Cohen's d of the observed value against the null distribution, and the null sd in it, both [...]."""
+    reference = null.reference(exhaustive)
+    mean = reference.mean(-1)
+    sd = (reference - mean.unsqueeze(-1)).square().mean(-1).sqrt()
+    d = (null.values[..., 0] - mean) / sd
+    return torch.where(sd <= null.rounding, 0.0, d), sd
+
+
+def detectable_shift(null: Null, labels: Labels, alternative: Alternative, alpha: float, power: float) -> Tensor:
+    """The smallest shift [...] of a head's null distribution that a test of this head alone finds with ``power``.
+
+    It is the distance from the critical value to the quantile of the null that ``power`` of it lies beyond (for a
+    normal null 2.49 sd, one-sided at 0.05 and 0.8); two-sided it is the worse of the two directions. Infinite where
+    so few labellings exist that no p-value can be as small as alpha; NaN where no relabelling changes the head.
+    """
+    reference = null.reference(labels.exhaustive)
+    deviation = reference - reference.mean(-1, keepdim=True)
+    critical = _quantile(directed(deviation, alternative), 1 - alpha)
+    starts = [_quantile(sign * deviation, 1 - power) for sign in _SIGNS[alternative]]
+    shift = critical - torch.stack(starts).amin(0)
+    if alpha * labels.a.shape[1] < 1:
+        shift = torch.where(shift.isnan(), shift, torch.inf)
+    return torch.where(deviation.square().mean(-1).sqrt() <= null.rounding, torch.nan, shift)
+
+
+def null_band(null: Null, exhaustive: bool, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the null distribution and both ends of its middle ``share``, each [...]."""
+    reference, tail = null.reference(exhaustive), (1 - share) / 2
+    return reference.mean(-1), _quantile(reference, tail), _quantile(reference, 1 - tail)
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """``torch.quantile`` of the last dimension, by selection: a tenth of the time that its sort takes."""
+    last = values.shape[-1] - 1
+    place = int(share * last)
+    low, high = (values.kthvalue(min(at, last) + 1, dim=-1).values for at in (place, place + 1))
+    return low.lerp(high, share * last - place)

@@ -1,0 +1,307 @@
+r"""Do scores predict what a training step on one task does to the other? Measured, head by head.
+
+For one head's slice W of one block, with gbar_T the mean gradient of task T's samples over that slice,
+
+    change = L_A(W - eta gbar_B) - L_A(W),
+
+the mean loss of A's samples after one gradient step on B that moves nothing but this slice; weights are restored bit
+for bit. To first order the change is -eta gbar_A . gbar_B, so that for a small step no number can predict the *signed*
+change better than the plain inner product. The other plain baseline is ||gbar_A|| ||gbar_B||, the most that the inner
+product can be. A score is worth its Fisher where it ranks heads at least as well as these.
+
+Ranks are compared over all heads, and within each block (then averaged), since scores of different blocks are not on
+one scale. Intervals resample heads, within their block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from qkov_dist.capture.losses import sample_losses
+from qkov_dist.data.batches import Batch, make_batches
+from qkov_dist.data.copies import different_pairs
+from qkov_dist.data.samples import Sample
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.heads import BLOCKS, HeadSlice, Projection, Site
+from qkov_dist.modes import evaluating, input_device
+from qkov_dist.scoring.engine import score_layer
+from qkov_dist.scoring.score import Score, sample_gradients
+from qkov_dist.scoring.settings import Roles, ScoreSettings
+from qkov_dist.stats.permutation import draw_labels, head_nulls, pair_counts
+
+from .examined_model import Captured, Subject
+
+Floats = npt.NDArray[np.float64]
+HARM = ("-signed", "interference", "overlap", "||gA|| ||gB||", "-gA.gB")
+SIZE = ("|signed|", "interference", "overlap", "||gA|| ||gB||", "|gA.gB|")
+BASELINE = {"change": "-gA.gB", "|change|": "||gA|| ||gB||"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One head of one block of one layer, by the model's numbers."""
+
+    layer: int
+    block: str
+    head: int
+
+
+@dataclass(frozen=True)
+class HeadEffect:
+    """What is known of one head.
+
+    Attributes:
+        target: Which head.
+        predicted: Predictor -> value.
+        changes: Change of A's mean loss for each step size.
+    """
+
+    target: Target
+    predicted: Mapping[str, float]
+    changes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Rank correlation of one predictor with the measured change.
+
+    Attributes:
+        step: eta.
+        measured: ``change`` (signed; above 0 is harm) or ``|change|``.
+        predictor: Which number.
+        rho: Spearman's rank correlation over all heads.
+        interval: Its 95% bootstrap interval.
+        within: Mean of the blocks' own correlations.
+        within_interval: Its 95% bootstrap interval.
+        gain: ``within`` minus that of the plain baseline; 0 for the baseline itself.
+        gain_interval: Its 95% bootstrap interval, over the same resamples.
+    """
+
+    step: float
+    measured: str
+    predictor: str
+    rho: float
+    interval: tuple[float, float]
+    within: float
+    within_interval: tuple[float, float]
+    gain: float
+    gain_interval: tuple[float, float]
+
+
+def sample_targets(subject: Subject, count: int, seed: int) -> tuple[Target, ...]:
+    """About ``count`` heads, as many of each block, spread over the layers examined; at random within a layer."""
+    rng = np.random.default_rng(seed)
+    targets: list[Target] = []
+    per_block = -(-count // len(BLOCKS))
+    for block in BLOCKS:
+        layers = [layer for layer in subject.examined if block in layer.blocks]
+        left = {layer.index: rng.permutation(layer.heads(block)).tolist() for layer in layers}
+        for place in range(min(per_block, sum(map(len, left.values())))):
+            open_layers = [index for index in left if left[index]]
+            index = open_layers[place % len(open_layers)]
+            targets.append(Target(index, block, left[index].pop()))
+    return tuple(sorted(targets, key=lambda target: (target.layer, BLOCKS.index(target.block), target.head)))
+
+
+def measure(
+    subject: Subject,
+    targets: Sequence[Target],
+    steps: Sequence[float],
+    on_head: Callable[[int], object] = lambda n: None,
+) -> list[HeadEffect]:
+    """Score every target, take each step on B in it alone, and measure the change of A's mean loss.
+
+    Args:
+        subject: The model and the samples; its layers are those of the targets.
+        targets: The heads.
+        steps: Step sizes eta.
+        on_head: Called with 1 after each head.
+
+    Raises:
+        QkovError: where weights cannot be changed in place.
+    """
+    if not subject.all_plain():
+        raise QkovError(
+            "qkov validate",
+            expected="weights that a step can change: dense and floating",
+            got="quantized or sharded weights",
+            remedy="Load the model with --dtype float32, in one process.",
+        )
+    with subject.captured() as captured:
+        gradients = {target: _mean_gradients(captured, target) for target in targets}
+        predicted = _predictors(captured, gradients)
+    batches = _batches(subject, subject.a)
+    effects = []
+    with evaluating(subject.model), torch.no_grad():
+        before = mean_loss(subject.model, batches)
+        for target in targets:
+            changes = []
+            for step in steps:
+                with stepped(subject, target, [step * of_b for _, of_b in gradients[target]]):
+                    changes.append(mean_loss(subject.model, batches) - before)
+            effects.append(HeadEffect(target, predicted[target], tuple(changes)))
+            on_head(1)
+    return effects
+
+
+@contextmanager
+def stepped(subject: Subject, target: Target, updates: Sequence[Tensor]) -> Iterator[None]:
+    """Subtract one update [out, in] from each rectangle of a head's slice; restore the weights exactly."""
+    with ExitStack() as stack:
+        for (projection, piece), update in zip(_pieces(subject, target), updates, strict=True):
+            weight = subject.model.get_submodule(projection.module).get_parameter("weight").detach()
+            stored = piece.rect.transposed if projection.transposed else piece.rect
+            stack.enter_context(
+                _subtracted(weight[stored.rows, stored.cols], update.T if projection.transposed else update)
+            )
+        yield
+
+
+@contextmanager
+def _subtracted(region: Tensor, update: Tensor) -> Iterator[None]:
+    saved = region.clone()
+    try:
+        region.sub_(update.to(region))
+        yield
+    finally:
+        region.copy_(saved)
+
+
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Mean of the samples' own losses, averaged in float64."""
+    losses = [sample_losses(model, batch, "mean").double() for batch in batches]
+    return float(torch.cat(losses).mean())
+
+
+def _batches(subject: Subject, samples: Sequence[Sample]) -> list[Batch]:
+    device = input_device(subject.model)
+    names = [sample.id for sample in samples]
+    made = make_batches(
+        samples,
+        names=names,
+        batch_tokens=subject.batch_tokens,
+        objective=subject.objective,
+        alone=subject.soundness.alone,
+    )
+    return [batch.to(device) for batch in made]
+
+
+def _pieces(subject: Subject, target: Target) -> list[tuple[Projection, HeadSlice]]:
+    """The rectangles of a head, each with its projection."""
+    return [
+        (projection, piece)
+        for projection in subject.layout.layer(target.layer).projections
+        for piece in projection.slices
+        if (piece.block, piece.head) == (target.block, target.head)
+    ]
+
+
+def _mean_gradients(captured: Captured, target: Target) -> list[tuple[Tensor, Tensor]]:
+    """Mean gradients of A and of B on each rectangle of a head, float64 [out, in]."""
+    subject, store = captured.subject, captured.store
+    spans, num_a = [store.spans[n] for n in range(subject.num_samples)], len(subject.a)
+    means = []
+    for projection, piece in _pieces(subject, target):
+        site = Site(target.layer, projection.module)
+        x, d = store.x(site).features(piece.rect.cols).double(), store.d(site).features(piece.rect.rows).double()
+        gradients = sample_gradients(x, d, spans).view(-1, *piece.rect.shape)
+        means.append((gradients[:num_a].mean(dim=0), gradients[num_a:].mean(dim=0)))
+    return means
+
+
+def _predictors(
+    captured: Captured, gradients: Mapping[Target, Sequence[tuple[Tensor, Tensor]]]
+) -> dict[Target, dict[str, float]]:
+    """Every predictor of every target; scores are those of the engine, among all samples under one Fisher."""
+    interference, signed = (_pooled_statistics(captured, score) for score in ("interference", "signed"))
+    found = {}
+    for target, pieces in gradients.items():
+        of_a, of_b = (torch.cat([piece[side].flatten() for piece in pieces]) for side in (0, 1))
+        product, agreement = float(of_a @ of_b), signed[target]["cross_mean"]
+        found[target] = {
+            "signed": agreement,
+            "-signed": -agreement,
+            "|signed|": abs(agreement),
+            "interference": interference[target]["cross_mean"],
+            "overlap": interference[target]["overlap"],
+            "||gA|| ||gB||": float(of_a.norm() * of_b.norm()),
+            "-gA.gB": -product,
+            "|gA.gB|": abs(product),
+        }
+    return found
+
+
+def _pooled_statistics(captured: Captured, score: Score) -> dict[Target, dict[str, float]]:
+    """``cross_mean`` and, but for signed scores, ``overlap`` of every head examined."""
+    subject, num = captured.subject, captured.subject.num_samples
+    roles = Roles(tuple(range(num)), subject.roles().weights, slice(0, num), slice(0, num))
+    observed = draw_labels(0, len(subject.a), len(subject.b), 0)
+    pairs = torch.from_numpy(different_pairs([""] * num))
+    counts = pair_counts(observed, pairs)
+    device = next(subject.model.parameters()).device
+    found = {}
+    for layer in subject.plan().layers:
+        for block, part in score_layer(layer, captured.store, roles, ScoreSettings(score=score, device=device)).items():
+            nulls = head_nulls(part.scores.cpu(), observed, pairs, counts, with_overlap=score != "signed")
+            for place, head in enumerate(part.heads):
+                values = {name: float(null.values[place, 0]) for name, null in nulls.items()}
+                found[Target(layer.layer, block, head)] = values
+    return found
+
+
+def agreements(effects: Sequence[HeadEffect], steps: Sequence[float], *, resamples: int, seed: int) -> list[Agreement]:
+    """Rank correlation of every predictor with the measured changes, for every step size."""
+    blocks = np.array([effect.target.block for effect in effects])
+    members = [np.flatnonzero(blocks == block) for block in dict.fromkeys(blocks.tolist())]
+    draws = [np.arange(len(effects)), *_resamples(members, resamples, seed)]
+    rows = []
+    for place, step in enumerate(steps):
+        change = np.array([effect.changes[place] for effect in effects])
+        for measured, values, names in (("change", change, HARM), ("|change|", np.abs(change), SIZE)):
+            columns = np.array([[effect.predicted[name] for name in names] for effect in effects])
+            overall = np.array([_rhos(columns[d], values[d]) for d in draws])
+            within = np.array([_within(columns, values, blocks, d) for d in draws])
+            gain = within - within[:, [names.index(BASELINE[measured])]]
+            for at, name in enumerate(names):
+                numbers = (number for drawn in (overall, within, gain) for number in _with_interval(drawn[:, at]))
+                rows.append(Agreement(step, measured, name, *numbers))  # type: ignore[arg-type]
+    return rows
+
+
+def _resamples(members: Sequence[npt.NDArray[np.intp]], count: int, seed: int) -> Iterator[npt.NDArray[np.intp]]:
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield np.concatenate([rng.choice(of_block, len(of_block)) for of_block in members])
+
+
+def _rhos(columns: Floats, values: Floats) -> Floats:
+    """Spearman's rank correlation of each column [heads, P] with values [heads]; NaN where one side is constant."""
+    ranks = rankdata(np.column_stack([columns, values]), axis=0)
+    ranks -= ranks.mean(axis=0)
+    norms = np.linalg.norm(ranks, axis=0)
+    scale = norms[:-1] * norms[-1]
+    rhos: Floats = np.divide(ranks[:, :-1].T @ ranks[:, -1], scale, out=np.full(len(scale), np.nan), where=scale > 0)
+    return rhos
+
+
+def _within(columns: Floats, values: Floats, blocks: npt.NDArray[np.str_], drawn: npt.NDArray[np.intp]) -> Floats:
+    """Mean over blocks of the correlations inside a block, [P]."""
+    of_block = [drawn[blocks[drawn] == block] for block in np.unique(blocks)]
+    found: Floats = np.mean([_rhos(columns[heads], values[heads]) for heads in of_block], axis=0)
+    return found
+
+
+def _with_interval(drawn: Floats) -> tuple[float, tuple[float, float]]:
+    """The observed value (the first) and the middle 95% of the resampled ones."""
+    if len(drawn) < 2 or np.isnan(drawn[1:]).all():
+        return float(drawn[0]), (float("nan"), float("nan"))
+    low, high = np.nanquantile(drawn[1:], (0.025, 0.975))
+    return float(drawn[0]), (float(low), float(high))
