@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +23,12 @@ from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.tiles import Selection, make_plan
 
 
-def scored(name: str, world_sizes=(1,), *, include_bias=False, heads=None):
+def scored(name: str, world_sizes=(1,), *, include_bias=False, heads=None, num_tokens=None):
     """Partials of every layer by pretended ranks, and the frame."""
     model = TINY[name].build()
     layout, job = resolve(model), Job(mixed_samples(3, VOCAB, seed=1), mixed_samples(2, VOCAB, seed=2))
+    if num_tokens is not None:
+        job = Job(*([cut(sample, num_tokens) for sample in samples] for samples in (job.a, job.b)))
 
     def plan_for(owned):
         return make_plan(layout, Selection(heads=heads), include_bias=include_bias, num_samples=5, owned=owned)
@@ -158,6 +161,19 @@ def test_gradients_whose_squares_float32_cannot_hold_are_a_warning():
     wide = replace(frame, attributes={**frame.attributes, "dtype": "float64"})
     assert warnings_of(wide, {"Q": fisher}) == []
     assert warnings_of(frame, {"Q": {**fisher, "mean": np.full(shape, 1e-14)}}) == []
+
+
+def cut(sample, num_tokens):
+    return replace(sample, input_ids=sample.input_ids[:num_tokens], labels=sample.input_ids[:num_tokens])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_scores_of_rounding_errors_are_a_warning(name):
+    """Of two tokens only the first predicts, and its softmax over itself is constant: Q and K have no gradient."""
+    for num_tokens, noisy in ((2, {"Q", "K"}), (5, set())):
+        frame, parts = scored(name, num_tokens=num_tokens)
+        warnings = assemble(frame, summed(parts[1])).attributes["warnings"]
+        assert {text[0] for text in warnings if re.search("rounding errors|heads is zero", text)} == noisy
 
 
 def test_tensors_are_not_copied_needlessly():

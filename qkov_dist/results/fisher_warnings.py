@@ -15,6 +15,7 @@ from .metadata import Frame
 LOUD = 0.9  # from this share of I on, one task decides what the other is measured against
 RIDGED = 0.5  # from this share of elements on, a head's scores are those of an unweighted product
 RELATIVE = 1e-3  # the default of ridge.relative: a larger floor, in units of the mean of I, is what to take away
+NOISE = 1e-12  # of the largest mean of I in a layer: squares of float32's rounding errors are about 1e-14 of squares
 SMALLEST = 1e-30  # of the mean of I: below it float32 loses digits of squares
 
 
@@ -31,7 +32,7 @@ def warnings_of(frame: Frame, fisher: Mapping[str, Arrays]) -> list[str]:
     found = []
     for block, parts in fisher.items():
         found += [*_ridged(frame, block, parts), *_without(frame, block, parts), *_tiny(frame, block, parts)]
-    return found + _loud_task(frame, fisher)
+    return [*found, *_noise(frame, fisher), *_loud_task(frame, fisher)]
 
 
 def _ridged(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
@@ -95,6 +96,20 @@ def _tiny(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
             f"{block}: gradients of {tiny} heads are so small (mean I below {SMALLEST:g}) that float32 loses digits of "
             "their squares. Score in float64 (compute.score_dtype, or dtype in Python), or scale the loss."
         )
+
+
+def _noise(frame: Frame, fisher: Mapping[str, Arrays]) -> Iterator[str]:
+    """Heads whose gradients are zero in theory: of Q and K in samples of two tokens, whose softmax is constant."""
+    peaks = [np.fmax.reduce(parts["mean"], axis=1) for parts in fisher.values() if parts["mean"].size]
+    if not peaks:
+        return
+    peak = np.fmax.reduce(peaks)[:, None]
+    for block, parts in fisher.items():
+        if noisy := int(((parts["mean"] > 0) & (parts["mean"] < NOISE * peak)).sum()):
+            yield (
+                f"{block}: gradients of {noisy} heads are rounding errors beside the rest of their layer (mean I below "
+                f"{NOISE:g} of its largest), and so are their scores. Samples of two tokens have none of Q and K."
+            )
 
 
 def _loud_task(frame: Frame, fisher: Mapping[str, Arrays]) -> list[str]:

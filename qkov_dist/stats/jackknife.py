@@ -5,14 +5,15 @@ r"""How far a head's statistics would move with other samples: delete-one jackkn
     variance       v_A + v_B,  v_A = (n - 1) / n sum_{i in A} (theta_-i - mean)^2,  v_B alike
     interval       theta - bias ± t sqrt(variance), t of Satterthwaite's degrees of freedom of v_A + v_B
 
-That variance is the one for n - 1 samples, scaled as if it fell like 1 / n. Most of ``overlap``'s may be of second
-order, as what makes samples loud cancels between its means, and falls like 1 / n^2: there v_A has a factor (n - 1) / n.
+Pairs share samples, so that samples are left out, never pairs. ``cross_mean`` of non-negative scores is taken on the
+log scale, where its distribution is less skewed. ``overlap`` is a logarithm as it is; its theta is first freed of what
+samples of unequal norms do to it (``loud_samples``), which is its bias correction: what bias the jackknife still finds
+there is noise. So an interval need not hold the value that it belongs to. The interval of an effect size is that of its
+distance from the null, both without the same sample: the null under some of the labellings, from all of which sample i
+is taken; without bias correction, because an effect size grows with the number of samples.
 
-Pairs share samples, so that samples are left out, never pairs. ``overlap`` is a logarithm of means as it is;
-``cross_mean`` of non-negative scores is taken on the log scale too, where its distribution is less skewed. The interval
-of an effect size is that of its distance from the null, both without the same sample: the null under some of the
-labellings, from all of which sample i is taken; without bias correction, because an effect size grows with the number
-of samples. How often these intervals cover is in tests/studies/results/coverage.md.
+Where both tasks are alike to the last sample, overlap is of second order in the samples; there the jackknife is
+conservative. Intervals take the Fisher as given. How often they cover is in tests/studies/results/coverage.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from qkov_dist.stats import pair_sums
+from qkov_dist.stats import loud_samples, pair_sums
 
 from .permutation import Labels, PairCounts, mean_of_pairs, overlap_of_pairs
 
@@ -82,9 +83,9 @@ def intervals(
     for name, effect in effects.items():
         value, values, of_effects = (torch.cat(parts) for parts in zip(*(of[name] for of in looked_at), strict=True))
         value = torch.where(effect.isnan(), torch.nan, value)  # undefined under some labelling
-        second, log = name == "overlap", name == "cross_mean" and "overlap" in effects
-        own = _interval_of_value(value, values, shared.n_a, confidence, log=log, second_order=second)
-        width = _half_width(of_effects, shared.n_a, confidence, second_order=second)
+        log = name == "cross_mean" and "overlap" in effects
+        own = _interval_of_value(value, values, shared.n_a, confidence, log=log, corrected=name == "overlap")
+        width = _half_width(of_effects, shared.n_a, confidence)
         found[name] = own, Interval(effect - width, effect + width)
     return found
 
@@ -92,7 +93,8 @@ def intervals(
 def _left_out(scores: Tensor, shared: LeftOut, names: Iterable[Any]) -> dict[Any, tuple[Tensor, Tensor, Tensor]]:
     """By statistic, a head's value [1], and its values and effect sizes without each sample [1, N].
 
-    An effect size without a sample is the distance from the mean over labellings, in sd, all without that sample.
+    An effect size without a sample is the distance from the mean over labellings, in sd, all without that sample. An
+    overlap is freed of what unequal norms do to it.
     """
     sums, found = pair_sums.left_out_sums(scores, shared.a.to(scores.device), shared.pairs), {}
     for name in names:
@@ -100,6 +102,9 @@ def _left_out(scores: Tensor, shared: LeftOut, names: Iterable[Any]) -> dict[Any
         null = left_out[..., 1:]
         effects = (left_out[..., 0] - null.mean(-1)) / null.std(-1, correction=0)
         found[name] = values[:, 0], left_out[..., 0], effects
+    if "overlap" in found:
+        (value, left_out, effects), shift = found["overlap"], loud_samples.shift(scores, shared.pairs, shared.n_a)
+        found["overlap"] = value + shift.whole, left_out + shift.left_out, effects
     return found
 
 
@@ -108,25 +113,26 @@ def _statistic(name: str, sums: pair_sums.PairSums, counts: PairCounts) -> Tenso
 
 
 def _interval_of_value(
-    value: Tensor, left_out: Tensor, n_a: int, confidence: float, *, log: bool, second_order: bool
+    value: Tensor, left_out: Tensor, n_a: int, confidence: float, *, log: bool, corrected: bool
 ) -> Interval:
-    """Value [heads] and without each sample [heads, N] -> its interval, bias-corrected."""
+    """Value [heads] and without each sample [heads, N] -> its interval, bias-corrected unless it is so already."""
     if log:
         value, left_out = value.log(), left_out.log()
-    bias = sum((part.shape[-1] - 1) * (part.mean(-1) - value) for part in (left_out[..., :n_a], left_out[..., n_a:]))
-    width = _half_width(left_out, n_a, confidence, second_order=second_order)
-    low, high = value - bias - width, value - bias + width
+    parts = left_out[..., :n_a], left_out[..., n_a:]
+    if not corrected:
+        value = value - sum((part.shape[-1] - 1) * (part.mean(-1) - value) for part in parts)
+    width = _half_width(left_out, n_a, confidence)
+    low, high = value - width, value + width
     return Interval(low.exp(), high.exp()) if log else Interval(low, high)
 
 
-def _half_width(left_out: Tensor, n_a: int, confidence: float, *, second_order: bool) -> Tensor:
+def _half_width(left_out: Tensor, n_a: int, confidence: float) -> Tensor:
     parts = left_out[..., :n_a], left_out[..., n_a:]
     sizes = [part.shape[-1] for part in parts]
     if min(sizes) < 3:  # without one of two samples a task has no pair
         return left_out.new_full(left_out.shape[:-1], torch.nan)
-    power = 2 if second_order else 1
     deviations = (part - part.mean(-1, keepdim=True) for part in parts)
-    variances = [((n - 1) / n) ** power * part.square().sum(-1) for n, part in zip(sizes, deviations, strict=True)]
+    variances = [(n - 1) / n * part.square().sum(-1) for n, part in zip(sizes, deviations, strict=True)]
     total = variances[0] + variances[1]
     spread = sum(v.square() / (n - 1) for n, v in zip(sizes, variances, strict=True))
     freedom = torch.where(total > 0, total.square() / spread, torch.where(total.isnan(), torch.nan, 1.0))

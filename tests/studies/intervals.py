@@ -7,12 +7,14 @@ overlap and cross_mean are those of infinitely many pairs of samples, known in c
 overlap) is the mean over draws of as many samples, since an effect size grows with their number.
 
     tasks differ, Fisher given     I is that of the two tasks themselves: what the intervals are made for
-    more weights                   the same with 256 weights in place of 64: overlap varies less than its bias
-    tasks alike                    the other task's scales are the same: the true overlap is 0, and what the samples'
-                                   sizes do to it is all there is, of second order: there the jackknife is conservative
+    more weights                   the same with 256 weights in place of 64: overlap varies less
+    tasks alike                    the other task's scales are the same: the true overlap is 0, and its estimate is of
+                                   second order in the samples: there the jackknife is conservative
     Fisher of the pool             I is the mean over the very samples that are scored, as in a run
     ... many weights               the same with 1024 weights: each sample's own share of I moves overlap off the value
                                    that it has under the Fisher of the tasks; intervals do not know of that
+
+"Off" is how far the middles of overlap's intervals lie from the truth, on average over draws.
 
 bash launch/calibrate.sh           # writes tests/studies/results/coverage.{json,md}, too
 """
@@ -81,9 +83,9 @@ def draw(
 
 
 def covered(world: World, size: int, spread: float, worlds: int = WORLDS, draws: int = DRAWS) -> dict[str, np.ndarray]:
-    """By statistic, which intervals hold the true value, bool [worlds, draws]."""
+    """By statistic, which intervals hold the true value, bool [worlds, draws]; and "off", overlap's middles - truth."""
     design = QKOVStatistics(n_permutations=PERMUTATIONS).design(size, size)
-    hits: dict[str, list[np.ndarray]] = {name: [] for name in ENDS}
+    hits: dict[str, list[np.ndarray]] = {name: [] for name in (*ENDS, "off")}
     for number in range(worlds):
         scores, truth = draw(world, size, spread, draws, (number, size, round(10 * spread), world.num_weights))
         tests, _ = head_tests({"Q": torch.from_numpy(scores)}, design)
@@ -91,6 +93,8 @@ def covered(world: World, size: int, spread: float, worlds: int = WORLDS, draws:
         for name, (low, high) in ENDS.items():
             arrays = tests["Q"]["overlap" if name == "effect" else name].arrays
             hits[name].append((arrays[low] <= truth[name]) & (truth[name] <= arrays[high]))
+        arrays = tests["Q"]["overlap"].arrays
+        hits["off"].append((arrays["ci_low"] + arrays["ci_high"]) / 2 - truth["overlap"])
     return {name: np.stack(found) for name, found in hits.items()}
 
 
@@ -100,10 +104,11 @@ def study() -> Iterator[dict[str, Any]]:
         for spread in SPREADS:
             for size in SIZES:
                 found = covered(world, size, spread)
+                off = float(found.pop("off").mean())
                 rates = {name: float(hits.mean()) for name, hits in found.items()}
                 error = {name: float(hits.mean(1).std(ddof=1) / len(hits) ** 0.5) for name, hits in found.items()}
-                print(world.title, spread, size, rates, flush=True)
-                yield {**asdict(world), "spread": spread, "size": size, "coverage": rates, "error": error}
+                print(world.title, spread, size, rates, off, flush=True)
+                yield {**asdict(world), "spread": spread, "size": size, "coverage": rates, "error": error, "off": off}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -114,6 +119,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         table = [
             {"log-sd of sizes": f"{row['spread']:g}", "samples a task": row["size"]}
             | {name: f"{row['coverage'][name]:.1%} ± {row['error'][name]:.1%}" for name in ENDS}
+            | {"overlap off": f"{row['off']:+.3f}"}
             for row in chosen
         ]
         parts += [
