@@ -23,5 +23,5 @@ if [ -z "${QKOV_PYTHON:-}" ]; then
         if [ "$missing" = 0 ]; then cksum <tests/benchmarks/peers.txt >"$QKOV_BENCH_PEERS/.installed"; fi
     fi
 fi
-export PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" tests/benchmarks/bench.py "$@"

@@ -7,7 +7,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment dev
 ensure_demo_model
-export PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" tests/studies/calibration_page.py
 "$PYTHON" tests/studies/intervals.py
 exec "$PYTHON" tests/studies/power.py

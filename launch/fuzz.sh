@@ -5,5 +5,5 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment dev
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" tests/fuzz/fuzz.py "$@"

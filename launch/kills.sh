@@ -6,6 +6,6 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment all
-export OMP_NUM_THREADS=1 PYTHONPATH="$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_NUM_THREADS=1 PYTHONPATH="$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONWARNINGS="ignore:resource_tracker" # ranks that were killed had no time to give back semaphores
 exec "$PYTHON" tests/kills/kills.py "$@"

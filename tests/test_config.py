@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from places import ROOT
 
 from qkov_dist.config import (
     KEYS,
@@ -113,7 +114,7 @@ def test_configuration_is_frozen(minimal: Path) -> None:
 
 @pytest.mark.parametrize("name", ["laptop", "demo"])
 def test_shipped_configurations_load(name: str) -> None:
-    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml")
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
     assert {task.path for task in config.tasks} == {"builtin:arithmetic", "builtin:python"}
 
 

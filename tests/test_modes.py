@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_models import llama
+from checkpoints import llama
 from torch import nn
 
 from qkov_dist.modes import evaluating, frozen

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from jobs import mixed_samples
+from samples import mixed_samples
 from zoo import TINY, VOCAB
 
 import qkov_dist

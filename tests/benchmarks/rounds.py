@@ -17,6 +17,7 @@ from pathlib import Path
 
 from contestants import perform
 from orders import Order, Report
+from places import SUPPORT
 
 HERE = Path(__file__).parent
 Perform = Callable[[Order], Report]
@@ -71,7 +72,7 @@ def in_a_process(order: Order) -> Report:
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(order.ranks)]
     command = [sys.executable, *(launcher if order.ranks > 1 else []), str(HERE / "contestants.py")]
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": str(order.threads), "PYTHONPATH": path}
     done = subprocess.run(
         [*command, json.dumps(asdict(order))], env=environment, capture_output=True, text=True, check=False

@@ -32,7 +32,7 @@ def _config(folder: Path) -> None:
 
 @functools.cache
 def _tokenizer(name: str) -> Any:
-    from test_tasks import CHAT, TAGGED_CHAT, byte_tokenizer, word_tokenizer
+    from toy_tokenizers import CHAT, TAGGED_CHAT, byte_tokenizer, word_tokenizer
     from transformers import ByT5Tokenizer
 
     make = {

@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 from moments import Aim, Seen, read_notes, take_notes
-from ranks import _free_port as free_port
+from ranks import free_port
 
 TIMEOUT_S = 20  # QKOV_TIMEOUT_S: how long ranks wait for each other
 GRACE_S, LINGER_S = (

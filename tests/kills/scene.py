@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from attempts import Order, Outcome, play
-from jobs import mixed_samples
 from moments import Seen
+from samples import mixed_samples
 from zoo import TINY, VOCAB
 
 from qkov_dist.finish import HEATMAP_FILE

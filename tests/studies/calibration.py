@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from jobs import mixed_samples
 from pool import FisherRule, Pool, Scores, pooled, reordered, small_real_model, task_samples, tested
+from samples import mixed_samples
 from scipy.stats import binomtest, kstest
 from zoo import TINY, VOCAB
 

@@ -4,7 +4,7 @@ Scores of real models range over orders of magnitude between samples and between
 what a run adds when it tests: every layer's tests, their joining and their correction. It goes by the number of samples
 squared, so that the tests stay a small share of the scoring that they follow.
 
-    PYTHONPATH=tests .venv/bin/python tests/studies/speed.py --samples 100 --permutations 1000
+    PYTHONPATH=tests/support .venv/bin/python tests/studies/speed.py --samples 100 --permutations 1000
 """
 
 from __future__ import annotations

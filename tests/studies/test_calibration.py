@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from calibration import ALPHA, MEAN, Condition, Outcome, run_condition
-from jobs import mixed_samples
 from pool import RESULTS, FisherRule, pooled, reordered
 from power import DEFAULT, count_found
+from samples import mixed_samples
 from zoo import TINY, VOCAB
 
 from qkov_dist.stats.significance import _CROSS_MEAN_REJECTED, _NOT_EXCHANGEABLE

@@ -1,0 +1,96 @@
+"""A rank that dies, or fails, ends the whole job: a message that names it, no hang, and what was computed is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import PATIENCE_S, Started, started, torchrun
+from samples import mixed_samples
+from zoo import TINY, VOCAB
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A job long enough to be hit: a tiny model and many samples."""
+    folder = tmp_path_factory.mktemp("faults")
+    TINY["llama"].build(num_hidden_layers=12).save_pretrained(folder / "model")
+    for task, seed in (("a", 1), ("b", 2)):
+        samples = mixed_samples(150, VOCAB, seed=seed, lengths=(20, 50))
+        rows = [{"id": s.id, "input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in samples]
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("a", "b")]
+    raw = {"model": {"path": str(folder / "model")}, "tasks": tasks, "statistics": {"enabled": False}}
+    (folder / "run.yaml").write_text(json.dumps(raw))
+    return folder / "run.yaml"
+
+
+def launched(config: Path, out: str, *overrides: str, **environment: str) -> AbstractContextManager[Started]:
+    arguments = ["-m", "qkov_dist", "run", config, "--quiet", f"output.dir={config.parent / out}", *overrides]
+    return started(*torchrun(2), *arguments, **environment)
+
+
+def rank_process(launcher: Started, rank: int) -> psutil.Process:
+    """The worker of a launcher with this rank, once it is there."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        for child in psutil.Process(launcher.pid).children(recursive=True):
+            try:
+                if child.environ().get("RANK") == str(rank):
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.05)
+    raise AssertionError("no worker")
+
+
+@pytest.mark.parametrize("cut", ["ddp", "fsdp"])
+def test_a_killed_rank_ends_the_job_and_is_named(config, cut):
+    out = config.parent / f"killed-{cut}"
+    with launched(config, out.name, f"parallel.shard={cut}") as launcher:
+        worker = rank_process(launcher, 1)
+        launcher.wait_until(lambda: any(out.glob("partial_rank00001.layers/*.h5")))
+        worker.kill()
+        told = launcher.ended()
+    assert told.returncode != 0
+    assert "rank 1" in told.stderr or "rank      : 1" in told.stderr, told.stderr[-2000:]
+    assert not (out / "heatmap.h5").exists()
+    assert any(out.glob("partial_rank0000*.layers/*.h5"))
+    with launched(config, out.name, f"parallel.shard={cut}") as launcher:
+        again = launcher.ended()
+    assert "layers are on disk" in again.stderr
+    assert again.returncode == 0
+    assert (out / "heatmap.h5").exists()
+
+
+def test_a_stale_lock_of_an_extensions_build_is_named(config, tmp_path):
+    pytest.importorskip("deepspeed")
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"  # what DeepSpeed builds first on a CPU
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with launched(config, "locked", "parallel.shard=zero3", TORCH_EXTENSIONS_DIR=str(tmp_path)) as launcher:
+        told = launcher.ended()
+    assert told.returncode != 0
+    assert f"{lock}: expected the lock of an extension's build to go" in told.stderr, told.stderr[-2000:]
+    assert not (config.parent / "locked").exists()
+
+
+def test_an_error_on_one_rank_ends_the_job_and_is_named(config):
+    """Rank 1 cannot write its partial file: a folder stands where it should go."""
+    out = config.parent / "blocked"
+    (out / "partial_rank00001.layers").parent.mkdir()
+    (out / "partial_rank00001.layers").write_text("in the way")
+    with launched(config, out.name) as launcher:
+        told = launcher.ended()
+    assert told.returncode != 0
+    assert "rank 1" in told.stderr, told.stderr[-2000:]
+    assert "partial_rank00001.layers" in told.stderr
+    assert (out / "partial_rank00001.layers").read_text() == "in the way"

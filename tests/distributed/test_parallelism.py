@@ -1,0 +1,197 @@
+"""Sharded models on real ranks: every way to cut a model gives the heatmap of one process."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from comparing import deviation
+from rounding import PASSES, assert_same_fisher, reordered
+from running import from_files, run_quietly, settings, write_inputs
+from zoo import TINY
+
+from qkov_dist.errors import QkovError
+from qkov_dist.planning.measured import Measured
+from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.results.partials import list_partials
+
+MODELS = ("llama", "gpt2", "gpt_neox", "phi3", "olmo2", "qwen3")
+WITHOUT_PLAN = ("gpt2",)
+PLANS_THAT_FAIL = ("cohere", "llama4_text")  # inside transformers, in their own forward
+GATHERED = ("phi3", "olmo2")  # attention runs whole on every tensor-parallel rank: any tp size will do
+DATA = [
+    *[(world_size, {"shard": "ddp"}) for world_size in (2, 3)],
+    *[(world_size, {"shard": "fsdp"}) for world_size in (2, 3)],
+    *[(world_size, {"shard": "zero3"}) for world_size in (2, 3)],
+]
+REPLICAS = [(2, {"shard": "zero1"}), (2, {"shard": "zero2"})]  # of the whole model, like ddp: one model stands for all
+TENSOR = [(2, {"tp": 2}), (4, {"tp": 2, "shard": "fsdp"})]
+UNEVEN = [(3, {"tp": 3})]
+FOUR = [(4, {"shard": "ddp"}), (4, {"shard": "fsdp"})]  # four ranks on two cores are slow: two models stand for all
+FOUR_TENSOR = [(4, {"tp": 2, "shard": "ddp"})]
+CASES = (
+    [(name, *case) for name in MODELS for case in DATA]
+    + [(name, *case) for name in MODELS if name not in WITHOUT_PLAN for case in TENSOR]
+    + [(name, *case) for name in GATHERED for case in UNEVEN]
+    + [(name, *case) for name in ("llama", "gpt2") for case in FOUR]
+    + [(name, *case) for name in ("llama", "phi3") for case in FOUR_TENSOR]
+    + [("llama", *case) for case in REPLICAS]
+    + [("falcon_h1", 2, {"shard": "fsdp"})]  # its configuration has lists that are as long as the model is deep
+    + [("dbrx", 2, {"shard": "zero3"})]  # an expert is called as often as tokens are sent to it
+)
+
+
+def name_of(case) -> str:
+    model, world_size, cut = case
+    return f"{model}-{world_size}-" + "-".join(f"{key}{value}" for key, value in cut.items())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny models and two tasks on disk; 5 + 4 samples divide by no world size here but 3."""
+    return write_inputs(tmp_path_factory.mktemp("parallelism"), *MODELS, "falcon_h1", "dbrx", *PLANS_THAT_FAIL)
+
+
+SCOPES = {
+    "pooled": {"fisher": {"batch_size": 2, "scope": "pooled"}, "metric": {"include_bias": True}},
+    "a": {"fisher": {"batch_size": 2, "scope": "a"}, "ridge": {"relative": 0.05, "absolute": 0.0}},
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """The results of one process, by model and Fisher scope."""
+    made = {}
+
+    def result(model: str, scope: str):
+        if (model, scope) not in made:
+            out = f"{model}-one-{scope}"
+            run_quietly(settings(folder, model, out, {}, **SCOPES[scope]))
+            made[model, scope] = load_heatmap(folder / "out" / out / "heatmap.h5")
+        return made[model, scope]
+
+    return result
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_cut_equals_one_process(case, ranks, folder, one_process):
+    model, world_size, cut = case
+    outs = {scope: f"{name_of(case)}-{scope}" for scope in SCOPES}
+    ranks(world_size).run(
+        run_quietly, *(settings(folder, model, out, cut, **SCOPES[scope]) for scope, out in outs.items())
+    )
+    for scope, out in outs.items():
+        expected, place = one_process(model, scope), folder / "out" / out
+        merged = load_heatmap(place / "heatmap.h5")
+        assert deviation(merged, expected) < PASSES
+        assert merged.run_id == expected.run_id
+        assert merged.samples_a.ids == expected.samples_a.ids
+        np.testing.assert_allclose(merged.samples_b.losses, expected.samples_b.losses, rtol=PASSES)
+        assert len(list_partials(place)) == world_size
+        assert deviation(from_files(place), merged) < reordered(world_size)
+        assert_same_fisher(merged.fisher["K"], expected.fisher["K"], PASSES)
+        if "O_bias" in expected.shared:
+            bias = expected.shared["O_bias"]["cross"]
+            np.testing.assert_allclose(merged.shared["O_bias"]["cross"], bias, atol=PASSES * np.abs(bias).max())
+        for rank in range(world_size):
+            assert deviation(from_files(place, twice=rank), expected) > 100 * PASSES, "a replica counted twice"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["llama", "qwen3", "gpt_neox"])
+def test_kv_heads_that_do_not_divide_are_refused_before_any_work(model, ranks, folder):
+    out = folder / "out" / f"refused-{model}"
+    refusals = ranks(3).run(refusal, settings(folder, model, out.name, {"tp": 3}))
+    assert all("expected a divisor of the 4 query and" in message for message in refusals)
+    assert not out.exists()
+
+
+@pytest.mark.long
+def test_a_model_without_a_plan_is_refused_under_tensor_parallelism(ranks, folder):
+    refusals = ranks(2).run(refusal, settings(folder, "gpt2", "refused", {"tp": 2}))
+    assert all("tensor-parallel plan" in message and "parallel.shard=fsdp" in message for message in refusals)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", PLANS_THAT_FAIL)
+def test_a_plan_that_fails_is_named_with_its_model(model, ranks, folder):
+    refusals = ranks(2).run(refusal, settings(folder, model, f"plan-{model}", {"tp": 2}))
+    assert all(f"model type '{model}': expected a forward and a backward pass" in message for message in refusals)
+    assert all("use fsdp" in message for message in refusals)
+
+
+def refusal(raw: dict) -> str:
+    """The message with which a run is refused."""
+    try:
+        run_quietly(raw)
+    except QkovError as error:
+        return str(error)
+    return "no refusal"
+
+
+@pytest.mark.long
+def test_different_configurations_are_named(ranks, folder):
+    messages = ranks(2).run(refusal_of_rank, settings(folder, "llama", "different", {"shard": "ddp"}))
+    assert all("rank 1: configuration: fisher.decay: expected what rank 0 has" in message for message in messages)
+
+
+def refusal_of_rank(raw: dict) -> str:
+    import torch
+
+    rank = torch.distributed.get_rank()
+    return refusal({**raw, "fisher": {**raw["fisher"], "decay": 0.5 + 0.1 * rank}})
+
+
+@pytest.mark.long
+def test_a_sample_that_fails_on_one_rank_is_named_on_all(ranks, folder):
+    import torch
+
+    model = TINY["llama"].build()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[2] = float("nan")
+    model.save_pretrained(folder / "nan")
+    rows = (folder / "a.jsonl").read_text() + json.dumps({"id": "bad", "input_ids": [4, 2, 5]}) + "\n"
+    (folder / "bad.jsonl").write_text(rows)
+    raw = settings(folder, "nan", "nan", {"shard": "ddp"})
+    raw["tasks"][0]["path"] = str(folder / "bad.jsonl")
+    messages = ranks(3).run(refusal, raw)
+    assert all("sample 'bad': expected a finite loss" in message for message in messages)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("rank ")
+
+
+@pytest.mark.long
+def test_memory_of_a_rank_falls_with_the_number_of_ranks(ranks, folder, capsys):
+    """Weights with FSDP2, factors with any cut; both are printed."""
+    sizes = {}
+    for world_size in (1, 2, 4):
+        raw = settings(folder, "llama", f"memory-{world_size}", {"shard": "fsdp"} if world_size > 1 else {})
+        found = ranks(world_size).run(memory_after, raw) if world_size > 1 else [memory_after(raw)]
+        sizes[world_size] = {key: max(rank[key] for rank in found) for key in found[0]}
+    with capsys.disabled():
+        print("\nlargest rank, bytes:", json.dumps(sizes))
+    for more, fewer in ((2, 1), (4, 2)):
+        assert sizes[more]["weights"] < 0.7 * sizes[fewer]["weights"]
+        assert sizes[more]["factors"] < 0.8 * sizes[fewer]["factors"]
+
+
+def memory_after(raw: dict) -> dict[str, int]:
+    """What this rank held after capture."""
+    import qkov_dist.run
+
+    kept: list[Measured] = []
+
+    class Kept(Measured):
+        def __init__(self, **found) -> None:
+            super().__init__(**found)
+            kept.append(self)
+
+    qkov_dist.run.Measured = Kept
+    try:
+        run_quietly(raw)
+    finally:
+        qkov_dist.run.Measured = Measured
+    mine = kept[0]
+    return {"weights": mine.weights, "factors": mine.factors_memory, "scores": mine.scores, "sent": mine.sent_factors}

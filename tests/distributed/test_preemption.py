@@ -1,0 +1,98 @@
+"""SIGTERM: the layer in work is recorded, the run ends with 143, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import ran, started, torchrun
+from rounding import passes
+from samples import mixed_samples, write_task
+from zoo import TINY, VOCAB
+
+from qkov_dist import load_heatmap
+from qkov_dist.distributed.preemption import StoppedError, stoppable
+from qkov_dist.distributed.world import Alone
+
+pytestmark = pytest.mark.long
+LAYERS = 40
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A job long enough to be told to stop: a tiny model of many layers, and many samples."""
+    folder = tmp_path_factory.mktemp("stopping")
+    TINY["llama"].build(num_hidden_layers=LAYERS).save_pretrained(folder / "model")
+    for task, seed in (("a", 1), ("b", 2)):
+        write_task(folder / f"{task}.jsonl", mixed_samples(120, VOCAB, seed=seed, lengths=(20, 50)))
+    tasks = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("a", "b")]
+    raw = {"model": {"path": str(folder / "model")}, "tasks": tasks, "statistics": {"enabled": False}}
+    raw["compute"] = {"batch_tokens": 2048}  # few batches: how others round is not what is tested
+    (folder / "run.yaml").write_text(json.dumps(raw))
+    return folder / "run.yaml"
+
+
+def command(config: Path, out: str, ranks: int) -> list[str]:
+    launcher = torchrun(ranks) if ranks > 1 else [sys.executable]
+    return [*launcher, "-m", "qkov_dist", "run", str(config), "--quiet", f"output.dir={out}"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_told_to_stop_records_its_layer_and_goes_on_later(config, ranks):
+    out = config.parent / f"out{ranks}"
+    with started(*command(config, str(out), ranks)) as process:
+        process.wait_until(lambda: any(out.glob("partial_rank00000.layers/layer_*.h5")))
+        process.send(signal.SIGTERM)
+        told = process.ended()
+    assert told.returncode not in (0, -signal.SIGTERM) if ranks > 1 else told.returncode == 143
+    assert "expected to finish, got SIGTERM" in told.stderr, told.stderr[-2000:]
+    assert "the same command goes on from there" in told.stderr
+    assert not (out / "heatmap.h5").exists()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("partial_rank*.layers/layer_*.h5")}
+    assert 0 < len(kept) < LAYERS * ranks
+    again = ran(*command(config, str(out), ranks))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "layers are on disk" in again.stderr
+    whole = config.parent / "whole"
+    if not whole.exists():
+        assert ran(*command(config, str(whole), 1)).returncode == 0
+    found, expected = (load_heatmap(folder / "heatmap.h5") for folder in (out, whole))
+    for block in expected.blocks:
+        largest = np.abs(expected.cross[block]).max()
+        tolerance = 0 if ranks == 1 else passes(layers=LAYERS, tokens=50) * largest
+        np.testing.assert_allclose(found.cross[block], expected.cross[block], atol=tolerance, rtol=0)
+
+
+def test_outside_the_main_thread_nobody_is_told_and_nothing_changes():
+    before = signal.getsignal(signal.SIGTERM)
+    said = []
+
+    def elsewhere() -> None:
+        with stoppable(Alone()) as may_stop:
+            may_stop()
+            said.append("went on")
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert said == ["went on"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def told() -> None:
+        with stoppable(Alone()) as may_stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            may_stop()
+
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        told()
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,456 @@
+"""Plans against what runs really hold, send and compute: tiny models, in this process and on real ranks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import settings
+from samples import mixed_samples, write_task
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import TINY, VOCAB
+
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.factors import factor_bytes
+from qkov_dist.capture.hooks import capture
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.config_file import from_dict
+from qkov_dist.data.batches import make_batches
+from qkov_dist.distributed.connect import current
+from qkov_dist.distributed.ownership import assign
+from qkov_dist.distributed.parallelism import Parallelism
+from qkov_dist.errors import QkovError
+from qkov_dist.job import Job, prepare
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.planning.capture_cost import CaptureCost
+from qkov_dist.planning.cost import Cost, total
+from qkov_dist.planning.described import made_up_task
+from qkov_dist.planning.hardware import GPU_OVERHEAD
+from qkov_dist.planning.measured import Measured, comparison_lines
+from qkov_dist.planning.model_sizes import anatomy_of
+from qkov_dist.planning.rank_shares import layer_shares
+from qkov_dist.planning.run_plan import RunPlan, plan_of_job, plan_pretended, workload_of
+from qkov_dist.planning.simulated_ranks import local_shape, pretended_teams
+from qkov_dist.planning.time_model import PHASES, Phase
+from qkov_dist.planning.workload import Dealt, PretendedWorld, Workload
+from qkov_dist.results.metadata import FrameLayer
+from qkov_dist.results.partial_schema import BlockPartial, LayerPartial
+from qkov_dist.results.reduce import add_dealt, deal_heads
+from qkov_dist.run import run
+from qkov_dist.scoring.engine import rounds_of, score_rounds
+from qkov_dist.scoring.exchange import Exchange
+from qkov_dist.scoring.schedule import layers_of, make_windows
+from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.scoring.tiles import LayerPlan, Selection, make_plan, stacks_of
+from qkov_dist.stats import head_tests
+from qkov_dist.stats.statistics import QKOVStatistics
+
+UNCOUNTED = ("qwen3_next", "qwen3_5")  # their linear attention pads these few tokens to a chunk of 64
+MODELS = ("llama", "gpt2", "phi3", "olmo2")
+DATA = [(2, {"shard": "ddp"}), (2, {"shard": "fsdp"})]
+ZERO3 = (3, {"shard": "zero3"})
+TENSOR = [(2, {"tp": 2}), (4, {"tp": 2, "shard": "fsdp"}), (4, {"tp": 2, "shard": "ddp"})]
+CASES = [
+    *(("llama", cut) for cut in (*DATA, *TENSOR)),  # under ZeRO-3 DeepSpeed hides that q, k and v share their input
+    *(("phi3", cut) for cut in (*TENSOR, ZERO3)),  # runs attention whole on tensor-parallel ranks
+    *(("gpt2", cut) for cut in (*DATA, ZERO3)),  # weights stored [in, out]; no tensor-parallel plan
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny models and two tasks of samples short and long (most gradients of the latter are smaller than factors)."""
+    folder = tmp_path_factory.mktemp("planning")
+    for task, seed, num in (("a", 1, 5), ("b", 2, 4)):
+        samples = [*mixed_samples(num, VOCAB, seed=seed), *mixed_samples(1, VOCAB, seed=seed + 9, lengths=(40, 41))]
+        write_task(folder / f"{task}.jsonl", samples)
+    for name in MODELS:
+        TINY[name].build().save_pretrained(folder / name)
+    return folder
+
+
+def measure(raw: dict, folder: Path) -> tuple[list[Cost], list[list[int]], list[Measured]]:
+    """Plan a job and run it as `qkov run` does; every rank's costs, the windows, and what this rank measured."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job = prepare(from_dict(raw), current(), lambda line: None)
+        plan = plan_of_job(job)
+        measured = Measured()
+        measured.see_model(job.loaded.model)
+        for window in windows_of(job):
+            score(job, window, measured, folder)
+    gathered = [Measured(**one) for one in job.team.world.gather(asdict(measured))]
+    return list(plan.costs), [list(window) for window in plan.windows], gathered
+
+
+def windows_of(job: Job):
+    compute, world = job.config.compute, job.team.world
+    sizes = world.gather({str(layer.layer): kept_bytes(job, layer) for layer in job.plan.layers})
+    largest = {int(layer): max(size[layer] for size in sizes) for layer in sizes[0]}
+    disk = 2**40 if compute.factor_disk_mb is None else compute.factor_disk_mb * 2**20
+    return make_windows(rounds_of(job.plan, job.team), largest, compute.factor_memory_mb * 2**20 + disk)
+
+
+def kept_bytes(job: Job, layer: LayerPlan) -> int:
+    """Bytes of a layer's factors on this rank, as its hooks leave them."""
+    size = job.factor_dtype.itemsize
+    return factor_bytes(job.layout.layer(layer.layer), layer.sites, job.lengths_here, size, job.team.local)
+
+
+def score(job: Job, window, measured: Measured, folder: Path) -> None:
+    plan, compute = job.plan.only(layers_of(window)), job.config.compute
+    store = FactorStore(
+        compute.factor_memory_mb * 2**20,
+        folder,
+        job.team.local,
+        lengths=job.lengths_here,
+        gradients_above=job.gradients_above(),
+    )
+    with closing(store):
+        collection = Collection(store, plan.sites, job.objective, batch_tokens=job.batch_tokens, team=job.team)
+        with measured.phase("capture"):
+            for task in job.tasks:
+                collection.run(job.loaded.model, task.name, task.samples)
+        measured.see_factors(store)
+        exchange = Exchange(job.team, store, job.layout, plan.sites)
+        with measured.phase("scoring"):
+            for _, blocks in score_rounds(plan, window, exchange, job.roles(), job.settings(), job.team):
+                measured.see_scores(blocks)
+        measured.see_sent(factors=exchange.bytes_sent)
+    measured.see_peaks()
+
+
+def assert_as_planned(costs: list[Cost], measured: list[Measured]) -> None:
+    for rank, (cost, found) in enumerate(zip(costs, measured, strict=True)):
+        assert cost.weights == found.weights, rank
+        assert (cost.factors_memory, cost.factors_disk) == (found.factors_memory, found.factors_disk), rank
+        assert cost.sent_factors == found.sent_factors, rank
+        assert (cost.flops_scoring, cost.flops_kept) == (found.flops_scoring or 0, found.flops_kept), rank
+        assert cost.scores == (found.scores or 0), rank
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"statistics": {"enabled": True}, "metric": {"include_bias": True}},
+        {"metric": {"heads": [1], "layers": [1]}, "ridge": {"relative": 0.1}},
+    ],
+    ids=["plain", "pooled with biases", "one head"],
+)
+def test_the_plan_of_a_process_is_what_it_holds_and_computes(model, sections, folder, tmp_path):
+    costs, _, measured = measure(settings(folder, model, "x", {}, **sections), tmp_path)
+    assert costs[0].flops_kept > 0
+    assert_as_planned(costs, measured)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("model", "cut"), CASES, ids=str)
+def test_the_plan_of_ranks_is_what_each_holds_sends_and_computes(model, cut, ranks, folder, tmp_path):
+    world_size, parallel = cut
+    raw = settings(folder, model, "x", parallel, ridge={"relative": 0.1})
+    for costs, _, measured in ranks(world_size).run(measure, raw, tmp_path):
+        assert_as_planned(costs, measured)
+    pretended = pretend(raw, world_size)
+    assert list(pretended.costs) == costs
+
+
+def pretend(raw: dict, world_size: int) -> RunPlan:
+    """The plan of the same ranks, from one process that is none of them."""
+    parallel = raw["parallel"]
+    replicas = world_size // parallel.get("tp", 1)
+    parallelism = Parallelism(parallel.get("tp", 1), parallel.get("shard", "none"), replicas)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return plan_pretended(workload_of(prepare(from_dict({**raw, "parallel": {}}), current(), silent)), parallelism)
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""
+
+
+def test_factors_beyond_memory_and_disk_are_planned_as_they_are_kept(folder, tmp_path):
+    for task, seed in (("many_a", 3), ("many_b", 4)):
+        samples = mixed_samples(80, VOCAB, seed=seed, lengths=(8, 20))
+        write_task(folder / f"{task}.jsonl", samples)
+    raw = settings(folder, "llama", "x", {}, compute={"batch_tokens": 200, "factor_memory_mb": 1, "factor_disk_mb": 1})
+    raw["tasks"] = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("many_a", "many_b")]
+    (cost,), windows, (found,) = measure(raw, tmp_path)
+    assert windows == [[0], [1]]
+    assert cost.factors_disk > 2**17
+    assert cost.factors_memory == pytest.approx(found.factors_memory, rel=0.1)
+    assert cost.factors_disk == pytest.approx(found.factors_disk, rel=0.1)
+    assert (cost.flops_scoring, cost.scores) == (found.flops_scoring, found.scores)
+
+
+def work_of(model, name: str, *, layers=None, num=8, tokens=13, on_gpu=False, **sections) -> Workload:
+    """The work of made-up samples, without files."""
+    layout = resolve(model)
+    raw = {
+        "model": {"path": "x"},
+        "tasks": [{"name": task, "path": task} for task in "ab"],
+        "metric": {"layers": layers},
+        "compute": {"batch_tokens": 64},
+        **sections,
+    }
+    tasks = made_up_task("a", num, tokens), made_up_task("b", num, tokens)
+    objective = "masked" if TINY[name].masked_lm else "causal"
+    config = from_dict(raw)
+    size = config.compute.batch_tokens or 512
+    return Workload(config, anatomy_of(model, layout), layout, tasks, size, objective, on_gpu)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("name", [name for name in TINY if name not in UNCOUNTED])
+def test_operations_of_both_passes_are_those_that_torch_counts(name, place):
+    # torch counts no operations of a CPU's fused attention; Falcon looks at its setting once, when it is made
+    model = TINY[name].build(attn_implementation="eager")
+    model.set_attn_implementation("eager")
+    lowest = resolve(model).layers[place].index
+    work = work_of(model, name, layers=[lowest])
+    passes = CaptureCost(work, Parallelism(1, "none", 1)).passes(Dealt(work, 1, False).passes[0], lowest)
+    sites = [Site(lowest, projection.module) for projection in work.layout.layer(lowest).projections]
+    with FlopCounterMode(display=False) as counter, capture(model, sites) as session:
+        for task in work.tasks:
+            names = [sample.id for sample in task.samples]
+            for batch in make_batches(task.samples, names=names, batch_tokens=64, objective=work.objective):
+                session.run(batch, Kept([]))
+    assert passes.forward + passes.backward == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert passes.backward != passes.forward or (name, lowest) == (
+        "gpt_bigcode_mqa",
+        0,
+    )  # there they happen to be equal
+
+
+class Kept:
+    """A sink that keeps the inputs of projections."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def add(self, factors) -> None:
+        self.tensors.append(factors.x)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_activations_are_estimated_within_a_third(attention):
+    model = TINY["llama"].build(hidden_size=128, intermediate_size=320, num_hidden_layers=3)
+    model.set_attn_implementation(attention)
+    work = work_of(model, "llama", num=4, tokens=33, compute={"batch_tokens": 128})
+    planned = CaptureCost(work, Parallelism(1, "none", 1)).passes(Dealt(work, 1, False).passes[0], 0).activations
+    sites = [Site(layer.index, p.module) for layer in work.layout.layers for p in layer.projections]
+    tensors: list[torch.Tensor] = []
+    (batch,) = make_batches(work.tasks[0].samples, names=["x"] * 4, batch_tokens=128, objective="causal")
+    with (
+        capture(model, sites) as session,
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensors.append(tensor) or tensor, lambda x: x),
+    ):
+        session.run(batch, Kept(tensors))
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    kept = sum(size for place, size in storages.items() if place not in own)
+    logits = 4 * 32 * VOCAB * 4
+    assert planned == pytest.approx(kept + 2 * logits, rel=1 / 3)  # two more copies while their gradient is formed
+
+
+@pytest.mark.parametrize("score", ["interference", "signed"])
+def test_operations_of_tests_are_those_of_their_products(score, monkeypatch):
+    num_a, num_b = 70, 30
+    counted: list[int] = []
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: counted.append(2 * a.numel() * b.shape[1]) or product(a, b))
+    scores, with_overlap = torch.rand(3, num_a + num_b, num_a + num_b), score != "signed"
+    names = ("cross_mean", "overlap") if with_overlap else ("cross_mean",)
+    design = QKOVStatistics(n_permutations=400).design(num_a, num_b, names)
+    _ = design.counts, design.left_out  # of the pairs themselves, once for all heads
+    counted.clear()
+    head_tests.head_tests({"Q": scores}, design)
+    work = replace(
+        work_of(TINY["llama"].build(), "llama", statistics={"permutations": 400}, metric={"score": score}),
+        tasks=(made_up_task("a", num_a, 5), made_up_task("b", num_b, 5)),
+    )
+    (cost,) = plan_pretended(work, Parallelism(1, "none", 1)).costs
+    assert cost.flops_statistics * 3 == sum(counted) * 24  # 2 layers of 4 + 2 + 2 + 4 heads
+
+
+GIB = 2**30
+ALONE = Parallelism(1, "none", 1)
+
+
+def on_gpu(gpu_memory: int | None, **compute) -> Workload:
+    """The work of a tiny model whose factors are about 10 MiB, on a GPU."""
+    work = work_of(TINY["llama"].build(), "llama", num=100, tokens=50, on_gpu=True, compute=compute)
+    return replace(work, gpu_memory=gpu_memory)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3, None])
+@pytest.mark.parametrize("memory_mb", [1, 2])
+def test_factors_wait_on_the_gpu_first_then_in_memory_then_on_disk(asked, memory_mb):
+    (cost,) = plan_pretended(on_gpu(8 * GIB, factor_gpu_mb=asked, factor_memory_mb=memory_mb), ALONE).costs
+    places = (cost.factors_gpu, cost.factors_memory, cost.factors_disk)
+    whole = sum(places)
+    assert whole > 8 * 2**20
+    room = whole if asked is None else asked * 2**20
+    assert places == (room, min(whole - room, memory_mb * 2**20), max(whole - room - memory_mb * 2**20, 0))
+
+
+def test_what_is_planned_to_stay_on_a_gpu_leaves_room_for_the_rest():
+    plans = {size: plan_pretended(on_gpu(int(size * GIB)), ALONE) for size in (1.0, 1.02, 1.05, 1.1, 2)}
+    for size, plan in plans.items():
+        (cost,) = plan.costs
+        assert cost.factors_gpu <= plan.gpu_room
+        assert plan.gpu_room == 0 or plan.peak()[0] + GPU_OVERHEAD <= size * GIB
+    rooms = [plan.gpu_room for plan in plans.values()]
+    assert rooms == sorted(rooms)
+    assert rooms[0] == 0 < rooms[-1]
+
+
+def test_factors_that_other_ranks_need_wait_in_memory():
+    for work, ranks in ((on_gpu(8 * GIB), Parallelism(1, "ddp", 2)), (on_gpu(None), ALONE)):
+        plan = plan_pretended(work, ranks)
+        assert plan.gpu_room == 0
+        assert all(cost.factors_gpu == 0 < cost.factors_memory for cost in plan.costs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon_new"])
+@pytest.mark.parametrize("limit", [1, 3000, 20_000, 10**9])
+def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monkeypatch):
+    monkeypatch.setattr("qkov_dist.scoring.tiles.GPU_TILE_BYTES", limit)
+    monkeypatch.setattr("qkov_dist.scoring.settings.GPU_TILE_BYTES", limit)
+    work = work_of(TINY[name].build(), name, on_gpu=True)
+    (shares,) = layer_shares(work.layout, work.layers, [pretended_teams(
+        work.anatomy, work.layout, work.layers, ALONE)[0].owned_by(0)], work.scoring)  # fmt: skip
+    plan = make_plan(work.layout, Selection(), include_bias=False, num_samples=16, tile_bytes=limit)
+    most = ScoreSettings(device="cuda").max_elements(16)
+    for layer in plan.layers:
+        stacks = [
+            stack for site in layer.sites for stack in stacks_of([t for t in layer.tiles if t.site == site], most, 16)
+        ]
+        largest = max(sum(tile.rect.area for tile in band) for stack in stacks for band in stack.bands)
+        assert shares[layer.layer].tile == largest
+
+
+def test_while_a_layer_comes_in_that_of_the_last_ones_last_projection_is_still_there():
+    works = [work_of(TINY["llama"].build(num_hidden_layers=num), "llama", num=30) for num in (2, 4)]
+    one_round, two_rounds = (plan_pretended(work, Parallelism(1, "ddp", 2)) for work in works)
+    assert [len(turns) for plan in (one_round, two_rounds) for turns in plan.rounds] == [1, 2]
+    query = next(p for p in works[0].layout.layer(0).projections if p.module.endswith("q_proj"))
+    size = sum(works[0].lengths_pooled) * sum(query.shape) * works[0].scoring.factor_itemsize
+    for first, second in zip(one_round.costs, two_rounds.costs, strict=True):
+        assert second.exchange - first.exchange == size
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp"])
+def test_partial_scores_are_sent_as_planned(data):
+    work = work_of(TINY["llama"].build(), "llama", num=30)
+    plan = plan_pretended(work, Parallelism(1, data, 3))
+    teams = pretended_teams(work.anatomy, work.layout, work.layers, plan.parallelism)
+    shares = layer_shares(work.layout, work.layers, [teams[0].owned_by(rank) for rank in range(3)], work.scoring)
+    for rank, cost in enumerate(plan.costs):
+        sent = 0
+        for layer, share in shares[rank].items():
+            blocks = {
+                b: BlockPartial(np.array(h), np.zeros((len(h), 60, 60), "f4"), np.zeros((len(h), 5)))
+                for b, h in share.heads.items()
+            }
+            frame = FrameLayer(layer, 2, (0, 1, 2, 3), share.every_head)
+            world = Recording(rank, 3)
+            add_dealt(LayerPartial(blocks, {}), frame, world)
+            dealt = deal_heads(frame, 3)[rank]
+            sent += world.sent + (sum(map(len, dealt.values())) * 30 * 30 * 4 if rank else 0)
+        assert cost.sent_scores == pytest.approx(sent, rel=0.1)
+
+
+class Recording(PretendedWorld):
+    """Counts what would be sent."""
+
+    sent = 0
+
+    def exchange(self, parts):
+        object.__setattr__(self, "sent", sum(p.numel() for rank, p in enumerate(parts) if rank != self.rank))
+        return [parts[self.rank]]
+
+
+@pytest.mark.parametrize(
+    "parallelism", [Parallelism(1, "fsdp", 3), Parallelism(1, "zero3", 5), Parallelism(2, "fsdp", 3)]
+)
+def test_layers_of_one_kind_are_owned_as_all_layers_together_would_be(parallelism):
+    work = work_of(TINY["qwen2"].build(), "qwen2")
+    (team, *_) = pretended_teams(work.anatomy, work.layout, work.layers, parallelism)
+    held = [
+        {name: [list(rect.bounds) for rect in by_rank[rank]] for name, by_rank in team.ownership.held.items()}
+        for rank in range(team.world.size)
+    ]
+    assert team.ownership == assign(work.layout, work.layers, held)
+
+
+@pytest.mark.parametrize(
+    "parallelism", [Parallelism(1, "fsdp", 5), Parallelism(2, "fsdp", 3), Parallelism(4, "none", 1)]
+)
+def test_what_ranks_hold_of_a_cut_weight_adds_up_to_it(parallelism):
+    work = work_of(TINY["llama"].build(), "llama")
+    num_ranks = parallelism.tp * parallelism.replicas
+    for weight in work.anatomy.weights:
+        held = sum(math.prod(local_shape(weight, parallelism, rank)) for rank in range(num_ranks))
+        assert held in (weight.numel, weight.numel * parallelism.tp), weight  # norms are copied to all tp ranks
+        assert (held == weight.numel) == (parallelism.tp == 1 or weight.style is not None)
+
+
+def test_more_ranks_hold_less_each_and_compute_the_same_together():
+    work = work_of(TINY["llama"].build(), "llama", num=24)
+    plans = {n: plan_pretended(work, Parallelism(1, "fsdp" if n > 1 else "none", n)) for n in (1, 2, 4, 8)}
+    for more, fewer in ((2, 1), (4, 2), (8, 4)):
+        for name in ("weights", "factors_memory", "flops_scoring"):
+            one, other = (max(getattr(cost, name) for cost in plans[n].costs) for n in (more, fewer))
+            assert one < 0.7 * other, name
+        assert total(plans[more].costs).flops_scoring == total(plans[fewer].costs).flops_scoring
+        assert total(plans[more].costs).flops_forward == total(plans[fewer].costs).flops_forward
+
+
+def test_tensor_parallelism_that_cannot_be_is_refused():
+    llama, gpt2 = (work_of(TINY[name].build(), name) for name in ("llama", "gpt2"))
+    with pytest.raises(QkovError, match=r"parallel.tp: expected a divisor of the 4 query and 2 kv heads"):
+        plan_pretended(llama, Parallelism(4, "none", 1))
+    with pytest.raises(QkovError, match="tensor-parallel plan"):
+        plan_pretended(gpt2, Parallelism(2, "none", 1))
+
+
+def test_measured_figures_stand_beside_planned_ones(folder, tmp_path):
+    raw = settings(folder, "llama", "x", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = plan_of_job(prepare(from_dict(raw), current(), silent))
+    _, _, measured = measure(raw, tmp_path)
+    (cost,) = plan.costs
+    measured[0].weights = cost.weights // 2
+    phases = [Phase(name, {"products": 1.5}) for name in PHASES]
+    table = {line.split("  ")[0]: line for line in comparison_lines(plan, phases, measured)}
+    assert "+100.0%" in table["weights"]
+    assert table["operations: scoring"].split()[-1] == "0%"
+    assert table["time: capture"].split()[2:4] == ["1.5", "s"]
+    assert "time: combining" not in table  # nobody measured it
+    assert "network: factors" not in table  # nothing was, or was to be, sent
+    assert "peak in the host's memory" in table
+
+
+@pytest.mark.parametrize("pairs", ["none", "cross", "all"])
+def test_files_are_planned_as_they_are_written(pairs, folder, tmp_path):
+    for task, seed in (("more_a", 5), ("more_b", 6)):
+        write_task(folder / f"{task}.jsonl", mixed_samples(24, VOCAB, seed=seed))
+    sections = {"statistics": {"permutations": 50}, "output": {"dir": str(tmp_path), "pairs": pairs}}
+    raw = settings(folder, "llama", "x", {}, **sections)
+    raw["tasks"] = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("more_a", "more_b")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (cost,) = plan_of_job(prepare(from_dict(raw), current(), silent)).costs
+        run(from_dict(raw), say=silent, show_progress=False)
+    written = sum((tmp_path / name).stat().st_size for name in ("heatmap.h5", "partial_rank00000.h5"))
+    assert cost.written == pytest.approx(written, rel=0.1)

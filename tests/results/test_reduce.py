@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from jobs import Job
+from owners import flat_owner
+from rounding import SCORES, assert_same_fisher
+from samples import mixed_samples
+from zoo import TINY, VOCAB
+
+from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.store import FactorStore
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.results.assemble import assemble
+from qkov_dist.results.fisher_warnings import warnings_of
+from qkov_dist.results.metadata import from_json, make_frame, to_json
+from qkov_dist.results.reduce import add_layers, layer_partial
+from qkov_dist.scoring.engine import score_layer
+from qkov_dist.scoring.tiles import Selection, make_plan
+
+
+def scored(name: str, world_sizes=(1,), *, include_bias=False, heads=None, num_tokens=None):
+    """Partials of every layer by pretended ranks, and the frame."""
+    model = TINY[name].build()
+    layout, job = resolve(model), Job(mixed_samples(3, VOCAB, seed=1), mixed_samples(2, VOCAB, seed=2))
+    if num_tokens is not None:
+        job = Job(*([cut(sample, num_tokens) for sample in samples] for samples in (job.a, job.b)))
+
+    def plan_for(owned):
+        return make_plan(layout, Selection(heads=heads), include_bias=include_bias, num_samples=5, owned=owned)
+
+    plan, store = plan_for(None), FactorStore(2**30)
+    collection = Collection(store, plan.sites)
+    collection.run(model, "a", job.a)
+    collection.run(model, "b", job.b)
+    records = (collection.records[:3], collection.records[3:])
+    attributes = {"score": "interference", "estimator": "ema", "scope": "pooled"}
+    frame = make_frame(plan, layout, ("a", "b"), records, pooled=False, attributes=attributes)
+    parts = {
+        world_size: [
+            {
+                layer.layer: layer_partial(score_layer(layer, store, job.roles(), job.settings))
+                for layer in plan_for(flat_owner(rank, world_size)).layers
+            }
+            for rank in range(world_size)
+        ]
+        for world_size in world_sizes
+    }
+    return frame, parts
+
+
+def summed(ranks):
+    return [(layer, add_layers([rank[layer] for rank in ranks])) for layer in ranks[0]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma4_kv_shared"])
+def test_partials_of_any_number_of_ranks_add_up_to_one_process(name):
+    frame, parts = scored(name, (1, 2, 3, 4), include_bias=True)
+    one = assemble(frame, summed(parts[1]))
+    for world_size in (2, 3, 4):
+        many = assemble(frame, summed(parts[world_size]))
+        for block in one.blocks:
+            largest = np.nanmax(np.abs(one.cross[block]))
+            np.testing.assert_allclose(many.cross[block], one.cross[block], atol=SCORES * largest, rtol=0)
+            assert_same_fisher(many.fisher[block], one.fisher[block])
+        doubled = assemble(frame, summed([*parts[world_size], parts[world_size][0]]))
+        assert np.nanmax(np.abs(doubled.cross["Q"] - one.cross["Q"])) > 1e-2 * np.nanmax(one.cross["Q"])
+    assert ("O_bias" in one.shared) == (name in ("gpt2", "gpt_neox"))
+
+
+def test_layers_without_a_block_are_nan_and_marked_absent():
+    frame, parts = scored("gemma4_kv_shared")
+    heatmap = assemble(frame, summed(parts[1]))
+    assert heatmap.present["K"].tolist() == [[True, True]] * 2 + [[False, False]] * 2
+    assert np.isnan(heatmap.mean["K"][2:]).all()
+    assert np.isfinite(heatmap.mean["Q"]).all()
+
+
+def test_head_counts_that_differ_by_layer_share_one_axis():
+    frame, parts = scored("gemma4_k_eq_v")
+    heatmap = assemble(frame, summed(parts[1]))
+    assert heatmap.kv_heads == (0, 1)
+    assert heatmap.present["K"].tolist() == [[True, True], [True, False]] * 2
+    assert heatmap.present["V"].tolist() == [[True, True], [False, False]] * 2
+    assert heatmap.groups.tolist() == [2, 4, 2, 4]
+
+
+def test_a_missing_layer_or_head_is_an_error():
+    frame, parts = scored("llama", (1, 4))
+    with pytest.raises(QkovError, match=r"no scores of layers \[1\]"):
+        assemble(frame, [(0, parts[1][0][0])])
+    with pytest.raises(QkovError, match=r"layer 0, block Q: expected scores of heads \[0, 1, 2, 3\], got"):
+        assemble(frame, parts[4][0].items())
+
+
+def test_a_frame_survives_json():
+    frame, parts = scored("gpt2", include_bias=True, heads=(1, 3))
+    again = from_json(json.loads(json.dumps(to_json(frame))), "here")
+    one, other = (assemble(f, summed(parts[1])) for f in (frame, again))
+    assert (one.layers, one.heads, one.kv_heads) == (other.layers, other.heads, other.kv_heads)
+    assert one.samples_a.ids == other.samples_a.ids
+    np.testing.assert_array_equal(one.samples_b.losses, other.samples_b.losses)
+    with pytest.raises(QkovError, match="here: expected a description"):
+        from_json({"tasks": ["a"]}, "here")
+
+
+def test_a_dominant_ridge_is_a_warning():
+    frame, parts = scored("llama")
+    layer = parts[1][0][0]
+    layer.blocks["K"].fisher_sums[1, 3] = layer.blocks["K"].fisher_sums[1, 1]
+    (warning,) = assemble(frame, parts[1][0].items()).attributes["warnings"]
+    assert warning.startswith(
+        "K: lambda exceeds I on more than half of the elements of 1 heads (most in layer 0, head 1"
+    )
+
+
+@pytest.mark.parametrize("in_python", [False, True])
+@pytest.mark.parametrize(
+    ("now", "what", "advice"),
+    [
+        ((0.0, 0.0, 1e-3), "lambda", {"relative": 1e-5}),
+        ((1e-10, 1e-8, 0.0), "lambda", {"epsilon": 0, "absolute": 0, "relative": 1e-3}),
+        ((1e-10, 0.0, 1e-3), "epsilon", {"epsilon": 0}),
+        ((1e-10, 0.0, 0.5), "epsilon", {"epsilon": 0, "relative": 1e-3}),
+        ((1e-30, 1e-8, 1e-4), "lambda", {"absolute": 0}),
+    ],
+)
+def test_the_advice_of_a_warning_depends_on_what_is_set_now(now, what, advice, in_python):
+    """The mean of I is 1e-12; following the advice leaves something above 0, and nothing above a thousandth of I."""
+    keys = ("epsilon", "absolute", "relative")
+    names = ("epsilon", "ridge_lambda", "ridge_relative") if in_python else tuple(f"ridge.{key}" for key in keys)
+    if in_python:
+        attributes = dict(zip(("epsilon", "ridge_absolute", "ridge_relative"), now, strict=True))
+    else:
+        attributes = {"config": {"ridge": dict(zip(keys, now, strict=True))}}
+    frame, _ = scored("llama")
+    frame = replace(frame, attributes=attributes)
+    shape = (len(frame.layers), 4)
+    fisher = {"mean": np.full(shape, 1e-12), "ridge_share": np.full(shape, 0.9), "share_a": np.full(shape, 0.5)}
+    (warning,) = warnings_of(frame, {"Q": fisher})
+    assert warning.startswith(f"Q: {what} exceeds I")
+    said = warning.partition("Set ")[2].rstrip(".").replace(" and ", ", ")
+    assert dict(part.split("=") for part in said.split(", ")) == {
+        names[keys.index(key)]: f"{value:g}" for key, value in advice.items()
+    }
+    after = dict(zip(keys, now, strict=True)) | advice
+    assert max(after.values()) > 0
+    assert max(after["epsilon"], after["absolute"] + after["relative"] * 1e-12) <= 1e-15
+
+
+def test_gradients_whose_squares_float32_cannot_hold_are_a_warning():
+    frame, _ = scored("llama")
+    shape = (len(frame.layers), 4)
+    fisher = {"mean": np.full(shape, 1e-33), "ridge_share": np.zeros(shape), "share_a": np.full(shape, 0.5)}
+    (warning,) = warnings_of(frame, {"Q": fisher})
+    assert "float32 loses digits" in warning
+    wide = replace(frame, attributes={**frame.attributes, "dtype": "float64"})
+    assert warnings_of(wide, {"Q": fisher}) == []
+    assert warnings_of(frame, {"Q": {**fisher, "mean": np.full(shape, 1e-14)}}) == []
+
+
+def cut(sample, num_tokens):
+    return replace(sample, input_ids=sample.input_ids[:num_tokens], labels=sample.input_ids[:num_tokens])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_scores_of_rounding_errors_are_a_warning(name):
+    """Of two tokens only the first predicts, and its softmax over itself is constant: Q and K have no gradient."""
+    for num_tokens, noisy in ((2, {"Q", "K"}), (5, set())):
+        frame, parts = scored(name, num_tokens=num_tokens)
+        warnings = assemble(frame, summed(parts[1])).attributes["warnings"]
+        assert {text[0] for text in warnings if re.search("rounding errors|heads is zero", text)} == noisy
+
+
+def test_tensors_are_not_copied_needlessly():
+    _, parts = scored("llama")
+    assert add_layers([parts[1][0][0]]).blocks["Q"].scores is parts[1][0][0].blocks["Q"].scores
