@@ -151,7 +151,7 @@ class Capture:
             )
         batch = batch.to(input_device(self._model))
         for scale in FP16_LOSS_SCALES:
-            held = _Held(sink)
+            held = _DeferredSink(sink)
             state, losses = self._forward(batch, sink)
             if not state.is_half:
                 return self._backward(state, losses)
@@ -267,18 +267,18 @@ class Nowhere:
         """Drop them."""
 
 
-class _Held:
+class _DeferredSink:
     """Keeps a batch's factors until the whole backward pass proved finite."""
 
     def __init__(self, sink: FactorSink) -> None:
         self._sink = sink
-        self._held: list[Factors] = []
+        self._waiting: list[Factors] = []
 
     def add(self, factors: Factors) -> None:
-        self._held.append(factors)
+        self._waiting.append(factors)
 
     def release(self) -> None:
-        for factors in self._held:
+        for factors in self._waiting:
             self._sink.add(factors)
 
 

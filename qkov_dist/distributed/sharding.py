@@ -25,7 +25,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout, Projection
 from qkov_dist.layout.rects import Rect, rects_of_flat_interval
 
-Held = tuple[Rect, ...]
+HeldRects = tuple[Rect, ...]
 Gathered = frozenset[tuple[int, ...]]
 
 
@@ -48,7 +48,7 @@ def shard_interval(size: int, axis_size: int, coordinate: int) -> tuple[int, int
     return min(chunk * coordinate, size), min(chunk * (coordinate + 1), size)
 
 
-def held_by_placements(shape: tuple[int, int], placements: Sequence[Placement]) -> Held:
+def held_by_placements(shape: tuple[int, int], placements: Sequence[Placement]) -> HeldRects:
     """The rectangle of a matrix in storage orientation that is left after every axis has cut its dim."""
     bounds = [(0, shape[0]), (0, shape[1])]
     for placement in sorted(placements, key=lambda p: p.late):
@@ -60,14 +60,14 @@ def held_by_placements(shape: tuple[int, int], placements: Sequence[Placement]) 
     return (rect,) if rect.area else ()
 
 
-def held_by_flat_partition(shape: tuple[int, int], num_partition: int, index: int) -> Held:
+def held_by_flat_partition(shape: tuple[int, int], num_partition: int, index: int) -> HeldRects:
     """The rectangles of ZeRO-3's partition ``index``: ``num_partition`` elements of the row-major flattened weight."""
     size = shape[0] * shape[1]
     start = min(num_partition * index, size)
     return rects_of_flat_interval(start, min(start + num_partition, size), shape[1])
 
 
-def held(parameter: Tensor) -> Held:
+def held(parameter: Tensor) -> HeldRects:
     """What this rank holds of a parameter, in storage orientation; a vector is one column.
 
     Raises:
@@ -94,7 +94,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, cols
 
 
-def held_zero3(parameter: Any) -> Held:
+def held_zero3(parameter: Any) -> HeldRects:
     """What this rank holds of a ZeRO-3 parameter."""
     if getattr(parameter, "ds_tensor", None) is None:
         return (Rect.of_shape(*matrix_shape(tuple(parameter.ds_shape))),)
@@ -291,7 +291,7 @@ def local_bytes(tensor: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalShard:
     """A part of a tensor that this rank holds, as a matrix, and which rows and columns of the whole it is.
 
     ``place`` says the same in a few integers: equal places are replicas.
@@ -303,14 +303,14 @@ class Piece:
     place: list[int]
 
 
-def pieces_of(name: str, tensor: Any) -> Iterator[Piece]:
+def local_shards(name: str, tensor: Any) -> Iterator[LocalShard]:
     """What this rank holds of a tensor of any rank, seen as its first dim by all others.
 
     Raises:
         QkovError: for a tensor that is not in memory.
     """
     if hasattr(tensor, "ds_id"):
-        yield from _pieces_zero3(tensor)
+        yield from _zero3_shards(tensor)
         return
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if local.is_meta:
@@ -323,7 +323,7 @@ def pieces_of(name: str, tensor: Any) -> Iterator[Piece]:
     cols = torch.zeros(1, dtype=torch.int64)
     for size, indices in zip(shape[1:], ranges[1:], strict=True):
         cols = (cols[:, None] * size + indices).reshape(-1)
-    yield Piece(local.detach().reshape(len(ranges[0]), len(cols)), ranges[0], cols, [*starts, *stops])
+    yield LocalShard(local.detach().reshape(len(ranges[0]), len(cols)), ranges[0], cols, [*starts, *stops])
 
 
 def _starts(tensor: Any, shape: tuple[int, ...]) -> list[int]:
@@ -342,14 +342,14 @@ def _starts(tensor: Any, shape: tuple[int, ...]) -> list[int]:
     return [start for start, _ in bounds]
 
 
-def _pieces_zero3(parameter: Any) -> Iterator[Piece]:
+def _zero3_shards(parameter: Any) -> Iterator[LocalShard]:
     flat, shape = parameter.ds_tensor.detach().reshape(-1), matrix_shape(tuple(parameter.ds_shape))
     first = int(parameter.ds_process_group.rank()) * int(parameter.ds_tensor.ds_numel)
     for rect in held_zero3(parameter):
         start = rect.row * shape[1] + rect.col - first
         values = flat[start : start + rect.area].reshape(rect.shape)
         rows, cols = torch.arange(rect.row, rect.row_end), torch.arange(rect.col, rect.col_end)
-        yield Piece(values, rows, cols, list(rect.bounds))
+        yield LocalShard(values, rows, cols, list(rect.bounds))
 
 
 def logical_shape(tensor: Any) -> tuple[int, ...]:
