@@ -16,7 +16,8 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout, Projection
 from qkov_dist.layout.rects import Rect, check_exact_cover
 
-from .sharding import Held, parameter_name, parameters_of
+from .placements import Held
+from .sharding import parameter_name, parameters_of
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,9 @@ from qkov_dist.layout.heads import Layout, Projection, Site
 from qkov_dist.layout.modules import routed
 from qkov_dist.layout.rects import Rect
 
+from .mesh_axes import gathered_over, is_cut_between_samples, tensor_parallel_ranks, tensor_parallel_rect
 from .ownership import Owned, Ownership, assign
-from .sharding import (
-    gathered_over,
-    held_parameters,
-    is_cut_between_samples,
-    tensor_parallel_ranks,
-    tensor_parallel_rect,
-)
+from .sharding import held_parameters
 from .shared_errors import together
 from .world import Alone, TorchWorld, World
 
