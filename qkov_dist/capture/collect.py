@@ -16,7 +16,8 @@ from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage
 from qkov_dist.modes import ModelError, input_device
 
-from .hooks import Capture, Nowhere, capture
+from .hooks import Capture, capture
+from .sinks import Nowhere
 from .soundness import Soundness, richest
 from .store import FactorStore
 

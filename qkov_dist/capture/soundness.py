@@ -30,9 +30,10 @@ from qkov_dist.layout.modules import is_transposed
 from qkov_dist.layout.probe import is_plain
 from qkov_dist.modes import evaluating, explained_pass, input_device, plain_outputs, without_graph
 
-from .hooks import Factors, capture
+from .hooks import capture
 from .losses import labelled_logits
 from .ropes import ropes_by_length
+from .sinks import Factors
 
 # The same numbers by another order of sums, through all layers of a model; and what a false answer differs by is of
 # order 1. Of a half type 8 or 11 bits are left.

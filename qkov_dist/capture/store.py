@@ -28,9 +28,9 @@ from qkov_dist.layout.rects import Rect
 from qkov_dist.memory import is_shortage
 
 from .factors import Span, Table, Whole, Window
-from .hooks import Factors
 from .numerics import products_as
 from .row_buffer import Series, Spilled
+from .sinks import Factors
 
 _FORMING = threading.Lock()  # backward passes of several devices run in threads; how products are formed is one for all
 
@@ -141,7 +141,7 @@ class FactorStore:
                 table.add(number, length, as_gradient=above is not None and length > above)
 
     def add(self, factors: Factors) -> None:
-        """Take one site's factors (a :class:`~qkov_dist.capture.hooks.FactorSink`)."""
+        """Take one site's factors (a :class:`~qkov_dist.capture.sinks.FactorSink`)."""
         known = self._x_site.setdefault(factors.site, factors.x_site)
         if known != factors.x_site:
             raise QkovError(
