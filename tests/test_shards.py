@@ -28,7 +28,7 @@ from qkov_dist.distributed.topology import Team
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.rects import Rect, check_exact_cover
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.loading.models import meta_model
+from qkov_dist.loading.architecture import meta_model
 
 SIZES = st.integers(1, 40)
 AXES = st.integers(1, 6)
