@@ -28,7 +28,7 @@ from .data.samples import Sample, Task, task_fingerprint
 from .distributed.connect import step
 from .distributed.sharded_proof import proved_layout
 from .distributed.shared_errors import same_on_all, together
-from .distributed.topology import make_team
+from .distributed.topology import make_topology
 from .distributed.world import World
 from .errors import QkovError, choose, wrong_argument
 from .layout.heads import Layout
@@ -36,7 +36,7 @@ from .layout.modules import inner_model, is_masked_lm, text_config
 from .loading.positions import has_rope, max_positions
 from .memory import num_parameters
 from .scoring.fisher import Estimator
-from .scoring.tiles import Selection, make_plan
+from .scoring.tiles import Selection, make_tile_plan
 
 
 @dataclass(frozen=True)
@@ -278,28 +278,30 @@ class FisherCollector:
         if self._collection is None:
             self._model = weakref.ref(model)
             self._config = config = QKOVConfig.from_model(model)
-            plan = together(world, lambda: make_plan(config.layout, self._selection, include_bias=False, num_samples=1))
-            team = make_team(world, model, config.layout, [layer.layer for layer in plan.layers])
-            layers = [config.layout.layer(layer.layer) for layer in plan.layers]
+            tile_plan = together(
+                world, lambda: make_tile_plan(config.layout, self._selection, include_bias=False, num_samples=1)
+            )
+            topology = make_topology(world, model, config.layout, [layer.layer for layer in tile_plan.layers])
+            layers = [config.layout.layer(layer.layer) for layer in tile_plan.layers]
             first = next(model.parameters())
             self._device = torch.device(first.device if first.device.type == "cuda" else "cpu")
             self._collection = Collection(
                 FactorStore(
                     self._budget,
                     self._folder,
-                    team.local,
+                    topology.tp_rects,
                     gradients_above=gradients_above(layers, first.dtype.itemsize),
                 ),
-                plan.sites,
+                tile_plan.sites,
                 config.objective,
                 self._reduction,
                 batch_tokens=self._batch_tokens
                 or default_batch_tokens(
                     on_cpu=first.device.type == "cpu",
-                    moves=not team.passes_alone,
+                    moves=not topology.passes_alone,
                     num_parameters=num_parameters(model),
                 ),
-                team=team,
+                topology=topology,
             )
         return self._collection
 

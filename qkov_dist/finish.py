@@ -22,7 +22,7 @@ from .distributed.world import World
 from .results.assemble import assemble
 from .results.gather import Read
 from .results.heatmap import Heatmap, Pairs
-from .results.metadata import Frame, FrameLayer
+from .results.metadata import HeatmapMetadata, LayerAxes
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first
 from .stats.head_tests import Design, LayerTests, layer_tests
@@ -40,7 +40,7 @@ def statistics_of(config: RunConfig) -> QKOVStatistics | None:
 
 
 def finish(
-    frame: Frame,
+    metadata: HeatmapMetadata,
     read: Read,
     config: RunConfig,
     path: Path,
@@ -51,7 +51,7 @@ def finish(
     """Add up, test and write as a configuration says, and pass on warnings and notes.
 
     Args:
-        frame: Axes, samples and provenance.
+        metadata: Axes, samples and provenance.
         read: This rank's partial of a layer.
         config: Whose output this is.
         path: The heatmap's file.
@@ -64,8 +64,10 @@ def finish(
     """
     pairs = cast(Pairs, config.output.pairs)
     what = "adding up" if statistics is None else "testing"
-    with progress_bar(what, len(frame.layers), "layer", show=voice.show_progress) as advance:
-        heatmap = combine(frame, read, world, statistics=statistics, pairs=pairs, folder=path.parent, on_layer=advance)
+    with progress_bar(what, len(metadata.layers), "layer", show=voice.show_progress) as advance:
+        heatmap = combine(
+            metadata, read, world, statistics=statistics, pairs=pairs, folder=path.parent, on_layer=advance
+        )
     if heatmap is None:
         return None
     heatmap.save(path, pairs)
@@ -77,7 +79,7 @@ def finish(
 
 
 def combine(
-    frame: Frame,
+    metadata: HeatmapMetadata,
     read: Read,
     world: World,
     *,
@@ -89,8 +91,8 @@ def combine(
     """Add up all partial layers, test every head where its sum is, and put the heatmap together on rank 0.
 
     Args:
-        frame: Axes, samples and provenance, the same on every rank.
-        read: This rank's partial of a layer; called once for each layer, in the frame's order.
+        metadata: Axes, samples and provenance, the same on every rank.
+        read: This rank's partial of a layer; called once for each layer, in the metadata's order.
         world: The ranks.
         statistics: The tests; None leaves them out.
         pairs: Scores among all pooled samples are kept with ``all`` alone.
@@ -105,45 +107,45 @@ def combine(
     """
     design = None
     if statistics is not None:
-        num_a, num_b = map(len, frame.samples)
-        contents = [content for table in frame.samples for content in table.contents]
-        design = statistics.design(num_a, num_b, statistics.names(str(frame.attributes["score"])), contents)
+        num_a, num_b = map(len, metadata.samples)
+        contents = [content for table in metadata.samples for content in table.contents]
+        design = statistics.design(num_a, num_b, statistics.names(str(metadata.attributes["score"])), contents)
     tested: list[LayerTests] = []
 
     def summed() -> Iterator[tuple[int, LayerPartial]]:
-        for layer in frame.layers:
+        for layer in metadata.layers:
             part = add_dealt(read(layer), layer, world)
             if design is not None:
-                tested.append(_tests(design, layer, part, frame))
-            yield layer.layer, bring_to_first(part if keeps_pooled else _between_tasks(part, frame), world)
+                tested.append(_tests(design, layer, part, metadata))
+            yield layer.layer, bring_to_first(part if keeps_pooled else _between_tasks(part, metadata), world)
             on_layer(1)
 
-    keeps_pooled = frame.pooled and pairs == "all"
+    keeps_pooled = metadata.pooled and pairs == "all"
     heatmap = None
     if world.rank == 0:
-        heatmap = assemble(frame, summed(), pooled=keeps_pooled, folder=folder)
+        heatmap = assemble(metadata, summed(), pooled=keeps_pooled, folder=folder)
     else:
         deque(summed(), maxlen=0)
     if statistics is None or design is None:
         return heatmap
-    gathered = world.gather(LayerTests.joined(tested).to_json())
+    gathered = world.all_gather(LayerTests.joined(tested).to_json())
     if heatmap is None:
         return None
     tests = LayerTests.joined(map(LayerTests.from_json, gathered))
     return heatmap.with_statistics(statistics.results(heatmap, design, tests))
 
 
-def _tests(design: Design, layer: FrameLayer, part: LayerPartial, frame: Frame) -> LayerTests:
-    ids_a, ids_b = (table.ids for table in frame.samples)
+def _tests(design: Design, layer: LayerAxes, part: LayerPartial, metadata: HeatmapMetadata) -> LayerTests:
+    ids_a, ids_b = (table.ids for table in metadata.samples)
     scores = {block: torch.from_numpy(np.ascontiguousarray(found.scores)) for block, found in part.blocks.items()}
     heads = {block: tuple(found.heads.tolist()) for block, found in part.blocks.items()}
     return layer_tests(design, layer.layer, scores, heads, (*ids_a, *ids_b))
 
 
-def _between_tasks(part: LayerPartial, frame: Frame) -> LayerPartial:
+def _between_tasks(part: LayerPartial, metadata: HeatmapMetadata) -> LayerPartial:
     """The scores between the two tasks alone."""
-    if not frame.pooled:
+    if not metadata.pooled:
         return part
-    num_a = len(frame.samples[0])
+    num_a = len(metadata.samples[0])
     blocks = {block: found._replace(scores=found.scores[:, :num_a, num_a:]) for block, found in part.blocks.items()}
     return LayerPartial(blocks, {name: scores[:num_a, num_a:] for name, scores in part.shared.items()})

@@ -24,7 +24,7 @@ from .distributed.fingerprint import fingerprint
 from .distributed.parallelism import load_parallel, resolve_parallelism
 from .distributed.sharded_proof import proved_layout
 from .distributed.shared_errors import same_on_all
-from .distributed.topology import Team, make_team
+from .distributed.topology import Topology, make_topology
 from .distributed.world import World
 from .errors import QkovError
 from .layout.heads import Layout, Site
@@ -33,7 +33,7 @@ from .memory import num_parameters
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.score import MEANING, Score, compiled, worth_compiling
 from .scoring.settings import DTYPES, Roles, ScoreSettings
-from .scoring.tiles import Plan, Selection, make_plan, tile_bytes
+from .scoring.tiles import Selection, TilePlan, make_tile_plan, tile_bytes
 
 Say = Callable[[str], object]
 
@@ -47,8 +47,8 @@ class Job:
         loaded: The model, its tokenizer and limits.
         layout: Where each head is, proved.
         tasks: A and B.
-        team: Who runs which samples, and owns what.
-        plan: This rank's tiles of every layer.
+        topology: Who runs which samples, and owns what.
+        tile_plan: This rank's tiles of every layer.
         batch_tokens: Padded tokens in one compute batch.
         run_id: Hash of the configuration's identity, the model and the samples.
         warnings: What a reader of the results must know, as far as it is known now, one sentence each.
@@ -59,8 +59,8 @@ class Job:
     loaded: LoadedModel
     layout: Layout
     tasks: tuple[Task, Task]
-    team: Team
-    plan: Plan
+    topology: Topology
+    tile_plan: TilePlan
     batch_tokens: int
     run_id: str
     warnings: tuple[str, ...] = ()
@@ -97,7 +97,7 @@ class Job:
         found: list[int] = []
         for task in self.tasks:
             lengths = [len(sequence(sample, self.objective).input_ids) for sample in task.samples]
-            found += [lengths[n] for n in self.team.shares(lengths)[self.team.peers.rank]]
+            found += [lengths[n] for n in self.topology.deal_samples(lengths)[self.topology.dp_group.rank]]
         return tuple(found)
 
     @property
@@ -109,12 +109,12 @@ class Job:
 
     @cached_property
     def soundness(self) -> Soundness:
-        """What is known of the model's passes, from window to window."""
+        """What is known of the model's passes, from sweep to sweep."""
         return Soundness()
 
     def gradients_above(self) -> dict[Site, int]:
         """By site, the tokens above which a sample's gradient is smaller than its factors."""
-        layers = (self.layout.layer(layer.layer) for layer in self.plan.layers)
+        layers = (self.layout.layer(layer.layer) for layer in self.tile_plan.layers)
         return gradients_above(layers, self.factor_dtype.itemsize)
 
     def settings(self, scratch: Path | None = None, warn: Say = lambda line: None) -> ScoreSettings:
@@ -127,7 +127,7 @@ class Job:
         metric, ridge = self.config.metric, self.config.ridge
         dtype, fuses = DTYPES[self.config.compute.score_dtype], self.config.compute.compile
         if fuses == "auto":
-            elements = self.num_samples * sum(tile.rect.area for layer in self.plan.layers for tile in layer.tiles)
+            elements = self.num_samples * sum(tile.rect.area for layer in self.tile_plan.layers for tile in layer.tiles)
             fuses = worth_compiling(elements, on_gpu=self.device.type == "cuda") and self._can_compile(warn)
         return ScoreSettings(
             cast(Score, metric.score),
@@ -188,14 +188,14 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     device_type = next(loaded.model.parameters()).device.type
     selection = Selection(config.metric.layers, config.metric.heads)
     layers = [layer.index for layer in selection.layers_of(layout)]
-    team = make_team(world, loaded.model, layout, layers)
-    plan = make_plan(
+    topology = make_topology(world, loaded.model, layout, layers)
+    tile_plan = make_tile_plan(
         layout,
         selection,
         include_bias=config.metric.include_bias,
         num_samples=sum(len(task.samples) for task in tasks),
         itemsize=DTYPES[config.compute.score_dtype].itemsize,
-        owned=team.owned(),
+        owned=topology.owned(),
         tile_bytes=tile_bytes(device_type),
     )
     content = [
@@ -206,7 +206,7 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     ]
     run_id = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
     same_on_all(world, "model and samples", {"run_id": run_id})
-    say(_summary(layout, plan, tasks))
+    say(_summary(layout, tile_plan, tasks))
     batch_tokens = parallelism.batch_tokens(
         config.compute, on_gpu=device_type != "cpu", num_parameters=num_parameters(loaded.model)
     )
@@ -214,7 +214,7 @@ def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
     notes = (*loaded.notes, *(note for task in tasks for note in task.notes))
     for note in notes:
         say(f"note: {note}")
-    return Job(config, loaded, layout, tasks, team, plan, batch_tokens, run_id, warnings, notes)
+    return Job(config, loaded, layout, tasks, topology, tile_plan, batch_tokens, run_id, warnings, notes)
 
 
 def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:
@@ -250,7 +250,7 @@ def _flat(tree: object, prefix: str = "") -> dict[str, object]:
     return {name: value for key, part in items for name, value in _flat(part, f"{prefix}{key}.").items()}
 
 
-def _summary(layout: Layout, plan: Plan, tasks: tuple[Task, Task]) -> str:
+def _summary(layout: Layout, tile_plan: TilePlan, tasks: tuple[Task, Task]) -> str:
     names = " x ".join(f"{task.name} ({len(task.samples)} samples)" for task in tasks)
     skipped = f", {len(layout.others)} without softmax attention" if layout.others else ""
-    return f"{layout.model_type}: {len(plan.layers)} of {layout.num_layers} layers{skipped}; {names}"
+    return f"{layout.model_type}: {len(tile_plan.layers)} of {layout.num_layers} layers{skipped}; {names}"

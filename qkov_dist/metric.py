@@ -25,7 +25,7 @@ from .errors import QkovError, choose, wrong_argument
 from .layout.heads import BLOCKS
 from .results.assemble import assemble
 from .results.heatmap import Heatmap
-from .results.metadata import Frame, frame_layer, make_frame
+from .results.metadata import HeatmapMetadata, layer_axes, make_metadata
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_over_ranks, layer_partial
 from .scoring.engine import rounds_of, score_rounds
@@ -33,7 +33,7 @@ from .scoring.exchange import Exchange
 from .scoring.fisher import Estimator, Scope, by_task, fisher_weights
 from .scoring.score import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
-from .scoring.tiles import Plan, Selection, make_plan, tile_bytes
+from .scoring.tiles import Selection, TilePlan, make_tile_plan, tile_bytes
 
 
 @dataclass
@@ -100,11 +100,11 @@ class QKOVInterferenceMetric:
             Block -> score, for the blocks that the layer has.
         """
 
-        def prepared() -> tuple[Plan, Roles]:
+        def prepared() -> tuple[TilePlan, Roles]:
             of_a, of_b = self.collector.samples_of(task_a), self.collector.samples_of(task_b)
             i, j = _place(of_a, sample_i, task_a, "sample_i"), _place(of_b, sample_j, task_b, "sample_j")
             roles = self._roles(task_a, task_b, [i], [j], pooled=False)
-            return self._plan([layer], [head], len(roles.members)), roles
+            return self._tile_plan([layer], [head], len(roles.members)), roles
 
         with step() as world:
             blocks = self._scored(*together(world, prepared))[layer].blocks
@@ -139,7 +139,7 @@ class QKOVInterferenceMetric:
                 share samples.
         """
 
-        def prepared() -> tuple[Plan, Roles, Frame]:
+        def prepared() -> tuple[TilePlan, Roles, HeatmapMetadata]:
             choose("pairs", pairs, ("cross", "all"))
             if task_a == task_b:
                 raise wrong_argument("task_b", "another task than task_a", repr(task_b))
@@ -156,37 +156,40 @@ class QKOVInterferenceMetric:
                 name="allow_shared_samples",
             )
             roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
-            plan = self._plan(layers, heads, len(roles.members))
-            frame = make_frame(
-                plan,
+            tile_plan = self._tile_plan(layers, heads, len(roles.members))
+            metadata = make_metadata(
+                tile_plan,
                 self.config.layout,
                 (task_a, task_b),
                 (both[0], both[1]),
                 pooled=pairs == "all",
                 attributes=self._attributes(task_a, task_b, copies),
             )
-            return plan, roles, frame
+            return tile_plan, roles, metadata
 
         with step() as world:
-            plan, roles, frame = together(world, prepared)
-            return assemble(frame, self._scored(plan, roles).items())
+            tile_plan, roles, metadata = together(world, prepared)
+            return assemble(metadata, self._scored(tile_plan, roles).items())
 
-    def _scored(self, plan: Plan, roles: Roles) -> dict[int, LayerPartial]:
+    def _scored(self, tile_plan: TilePlan, roles: Roles) -> dict[int, LayerPartial]:
         """Every layer's scores, added up over the ranks."""
         collection, layout = self.collector.collection, self.config.layout
-        team, mine = collection.team, {}
-        exchange = Exchange(team, collection.store, layout, plan.sites)
-        rounds = rounds_of(plan, team)
+        topology, mine = collection.topology, {}
+        exchange = Exchange(topology, collection.store, layout, tile_plan.sites)
+        rounds = rounds_of(tile_plan, topology)
         bar = progress_bar("scoring", len(rounds), "layer", show=self.show_progress)
-        with bar as advance, closing(score_rounds(plan, rounds, exchange, roles, self._settings(), team)) as scored:
+        with (
+            bar as advance,
+            closing(score_rounds(tile_plan, rounds, exchange, roles, self._settings(), topology)) as scored,
+        ):
             for layer, blocks in scored:
                 mine[layer.layer] = layer_partial(blocks)
                 advance(1)
         return {
             layer.layer: add_over_ranks(
-                mine.pop(layer.layer, LayerPartial({}, {})), frame_layer(layer, layout), roles.shape, team.world
+                mine.pop(layer.layer, LayerPartial({}, {})), layer_axes(layer, layout), roles.shape, topology.world
             )
-            for layer in plan.layers
+            for layer in tile_plan.layers
         }
 
     def _attributes(self, task_a: str, task_b: str, warnings: Sequence[str]) -> dict[str, Any]:
@@ -232,7 +235,7 @@ class QKOVInterferenceMetric:
     def _device(self) -> torch.device:
         return self.collector.device if self.device is None else torch.device(self.device)
 
-    def _plan(self, layers: Iterable[int] | None, heads: Iterable[int] | None, num_samples: int) -> Plan:
+    def _tile_plan(self, layers: Iterable[int] | None, heads: Iterable[int] | None, num_samples: int) -> TilePlan:
         if self.collector.config.layout != self.config.layout:
             raise wrong_argument("config", "the configuration of the model that was collected", "another layout")
         captured = self.collector.layers
@@ -246,13 +249,13 @@ class QKOVInterferenceMetric:
                     got="none",
                     remedy="Create the FisherCollector with this layer among its layers, and collect again.",
                 )
-        return make_plan(
+        return make_tile_plan(
             self.config.layout,
             selection,
             include_bias=self.include_bias,
             num_samples=num_samples,
             itemsize=DTYPES[self.dtype].itemsize,
-            owned=self.collector.collection.team.owned(),
+            owned=self.collector.collection.topology.owned(),
             tile_bytes=tile_bytes(self._device.type),
         )
 

@@ -34,7 +34,7 @@ from .results.disk import file_errors
 from .results.hdf5_write import refuse_other_run
 from .results.heatmap import Heatmap
 from .results.heatmap_file import load_heatmap
-from .results.metadata import Frame, from_json, make_frame, run_attributes, to_json
+from .results.metadata import HeatmapMetadata, from_json, make_metadata, run_attributes, to_json
 from .results.partial_schema import PartialHeader
 from .results.partials import PartialWriter, locked, partial_path, read_partial
 from .results.reduce import layer_partial
@@ -42,7 +42,7 @@ from .results.resume import carry_over, forget, remove_run, take_over
 from .scoring.engine import BlockScores, rounds_of, score_rounds
 from .scoring.exchange import Exchange
 from .scoring.schedule import Round, layers_of
-from .scoring.tiles import Plan
+from .scoring.tiles import TilePlan
 
 Planned = tuple[RunPlan, list[Phase]]
 
@@ -69,7 +69,7 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
     job = prepare(config, world, voice.say)
     path = job.folder / HEATMAP_FILE
     refuse_other_run(path, job.run_id)
-    if world.gather(path.exists() and config.output.resume)[0]:
+    if world.all_gather(path.exists() and config.output.resume)[0]:
         voice.say(f"{path} is finished already (run {job.run_id}); set output.resume=false to compute it again")
         if is_first and not config.output.partials:
             remove_run(job.folder, job.run_id)  # a run killed after it had written the heatmap could not
@@ -81,7 +81,7 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
 
 def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
     """Score what is missing, then add up, test and write."""
-    config, world = job.config, job.team.world
+    config, world = job.config, job.topology.world
     header, measured = _header(job), Measured()
     measured.see_model(job.loaded.model)
     carried = _carried(job, header, voice.say)
@@ -90,18 +90,18 @@ def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
         planned = _score_missing_layers(job, writer, voice, measured)
         _record_what_others_score(job, writer)
     partial = read_partial(writer.path)
-    frame = from_json(world.gather(partial.header.extra if world.rank == 0 else None)[0], str(writer.path))
+    metadata = from_json(world.all_gather(partial.header.extra if world.rank == 0 else None)[0], str(writer.path))
     with measured.phase("combining"):
         read, tests = (lambda layer: partial.read_layer(layer.layer)), statistics_of(config)
-        heatmap = finish(frame, read, config, path, world, voice, tests)
+        heatmap = finish(metadata, read, config, path, world, voice, tests)
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
-    everyone = [Measured(**found) for found in world.gather(dataclasses.asdict(measured))]
+    everyone = [Measured(**found) for found in world.all_gather(dataclasses.asdict(measured))]
     if planned is not None:
         for line in comparison_lines(*planned, everyone):
             voice.say(line)
     if not config.output.partials:
-        world.gather(None)  # not before rank 0 has written the heatmap
+        world.all_gather(None)  # not before rank 0 has written the heatmap
         with file_errors(partial.path, OSError):
             partial.path.unlink()
     return heatmap
@@ -109,18 +109,18 @@ def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
 
 def _carried(job: Job, header: PartialHeader, say: Say) -> list[int]:
     """Layers that this run finished on another number of ranks, known to every rank; none where all starts again."""
-    world = job.team.world
+    world = job.topology.world
     if not job.config.output.resume:
         together(world, lambda: remove_run(job.folder, job.run_id) if world.rank == 0 else None)
         return []
     found = together(world, lambda: carry_over(job.folder, header, say) if world.rank == 0 else [])
-    layers: list[int] = world.gather(found)[0]
+    layers: list[int] = world.all_gather(found)[0]
     return layers
 
 
 def _take_over(job: Job, carried: list[int], writer: PartialWriter) -> None:
     """Record carried layers: first as nobody's on all other ranks, then whole on rank 0."""
-    world = job.team.world
+    world = job.topology.world
     if carried:
         together(world, lambda: take_over(job.folder, carried, writer, whole=False) if world.rank else None)
         together(world, lambda: take_over(job.folder, carried, writer, whole=True) if not world.rank else None)
@@ -128,31 +128,31 @@ def _take_over(job: Job, carried: list[int], writer: PartialWriter) -> None:
 
 
 def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice, measured: Measured) -> Planned | None:
-    """Capture and score what is not on disk yet, window by window, and record each layer as it is done.
+    """Capture and score what is not on disk yet, sweep by sweep, and record each layer as it is done.
 
     Returns:
         The plan of what was missing and the time expected; None where nothing was.
     """
-    team = job.team
-    rounds = rounds_of(job.plan, team, done=writer.completed.__contains__)
+    topology = job.topology
+    rounds = rounds_of(job.tile_plan, topology, done=writer.completed.__contains__)
     if not rounds:
         return None
-    if done := len(job.plan.layers) - len(layers_of(rounds)):
-        voice.say(f"resuming: {done} of {len(job.plan.layers)} layers are on disk")
+    if done := len(job.tile_plan.layers) - len(layers_of(rounds)):
+        voice.say(f"resuming: {done} of {len(job.tile_plan.layers)} layers are on disk")
     planned = plan, _ = _planned(job, rounds, voice)
-    with stoppable(team.world) as may_stop:
-        for number, window in enumerate(plan.rounds, start=1):
+    with stoppable(topology.world) as may_stop:
+        for number, sweep in enumerate(plan.rounds, start=1):
             if len(plan.rounds) > 1:
-                voice.say(f"window {number} of {len(plan.rounds)}: layers {', '.join(map(str, layers_of(window)))}")
-            _score_window(job, window, plan.gpu_room, writer, voice, may_stop, measured)
+                voice.say(f"sweep {number} of {len(plan.rounds)}: layers {', '.join(map(str, layers_of(sweep)))}")
+            _score_sweep(job, sweep, plan.gpu_room, writer, voice, may_stop, measured)
     return planned
 
 
 def _planned(job: Job, rounds: Sequence[Round], voice: Voice) -> Planned:
     """The plan of some rounds and the time expected of it on this hardware, and both said."""
     plan = plan_of_job(job, rounds)
-    here = this_hardware() if job.team.world.rank == 0 else None  # it is rank 0 that says so
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", job.team.world.size))
+    here = this_hardware() if job.topology.world.rank == 0 else None  # it is rank 0 that says so
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", job.topology.world.size))
     phases = expected(plan, here, ranks_per_node) if here else []
     notes = [*size_notes(plan), *(assumptions(here) if here else [])]
     for line in plan_lines(plan, phases, here.name if here else "", notes):
@@ -160,26 +160,26 @@ def _planned(job: Job, rounds: Sequence[Round], voice: Voice) -> Planned:
     return plan, phases
 
 
-def _score_window(
+def _score_sweep(
     job: Job,
-    window: Sequence[Round],
+    sweep: Sequence[Round],
     gpu_room: int,
     writer: PartialWriter,
     voice: Voice,
     may_stop: Callable[[], None],
     measured: Measured,
 ) -> None:
-    """Run all samples for the layers of one window, then score and record these."""
-    team, roles, settings = job.team, job.roles(), job.settings(writer.folder, voice.warn)
-    plan = job.plan.only(layers_of(window))
+    """Run all samples for the layers of one sweep, then score and record these."""
+    topology, roles, settings = job.topology, job.roles(), job.settings(writer.folder, voice.warn)
+    tile_plan = job.tile_plan.only(layers_of(sweep))
     with closing(_store(job, writer.folder, gpu_room)) as store:
         with measured.phase("capture"):
-            frame = _capture(job, plan, store, voice, may_stop)
+            metadata = _capture(job, tile_plan, store, voice, may_stop)
         measured.see_factors(store)
-        writer.header = dataclasses.replace(writer.header, extra=to_json(frame))
-        exchange = Exchange(team, store, job.layout, plan.sites)
-        bar = progress_bar("scoring", len(window), "layer", show=voice.show_progress)
-        scores = score_rounds(plan, window, exchange, roles, settings, team, may_stop)
+        writer.header = dataclasses.replace(writer.header, extra=to_json(metadata))
+        exchange = Exchange(topology, store, job.layout, tile_plan.sites)
+        bar = progress_bar("scoring", len(sweep), "layer", show=voice.show_progress)
+        scores = score_rounds(tile_plan, sweep, exchange, roles, settings, topology, may_stop)
         with measured.phase("scoring"), bar as advance, kept_heap(job.device), closing(scores) as scored:
             for layer, blocks in scored:
                 _check_scores(job, layer.layer, blocks)
@@ -206,7 +206,7 @@ def _store(job: Job, folder: Path, gpu_room: int) -> FactorStore:
     return FactorStore(
         compute.factor_memory_mb * 2**20,
         folder,
-        job.team.local,
+        job.topology.tp_rects,
         gpu_budget_bytes=gpu_room,
         lengths=job.lengths_here,
         dtype=dtype,
@@ -217,37 +217,39 @@ def _store(job: Job, folder: Path, gpu_room: int) -> FactorStore:
 
 def _record_what_others_score(job: Job, writer: PartialWriter) -> None:
     """A layer of which this rank owns nothing is complete without scores."""
-    for layer in job.plan.layers:
+    for layer in job.tile_plan.layers:
         if layer.layer not in writer.completed:
             writer.write_layer(layer.layer, {})
 
 
-def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: Callable[[], None]) -> Frame:
-    """Run every sample once; returns the frame of the whole job."""
+def _capture(
+    job: Job, tile_plan: TilePlan, store: FactorStore, voice: Voice, may_stop: Callable[[], None]
+) -> HeatmapMetadata:
+    """Run every sample once; returns the metadata of the whole job."""
     collection = Collection(
         store,
-        plan.sites,
+        tile_plan.sites,
         job.objective,
         job.config.metric.loss_reduction,
         batch_tokens=job.batch_tokens,
-        team=job.team,
+        topology=job.topology,
         say=voice.warn,
         soundness=job.soundness,
     )
-    share = -(-job.num_samples // job.team.peers.size)
-    with progress_bar("capturing", share, "sample", show=voice.show_progress) as advance:
+    num_here = -(-job.num_samples // job.topology.dp_group.size)
+    with progress_bar("capturing", num_here, "sample", show=voice.show_progress) as advance:
 
         def after_batch(count: int) -> None:
             advance(count)
-            if job.team.world.size == 1:  # a process may stop at any batch; ranks ask each other before each round
+            if job.topology.world.size == 1:  # a process may stop at any batch; ranks ask each other before each round
                 may_stop()
 
         with kept_heap(job.device):
             for task in job.tasks:
                 collection.run(job.loaded.model, task.name, task.samples, after_batch)
     num_a = len(job.tasks[0].samples)
-    return make_frame(
-        job.plan,
+    return make_metadata(
+        job.tile_plan,
         job.layout,
         (job.tasks[0].name, job.tasks[1].name),
         (collection.records[:num_a], collection.records[num_a:]),
@@ -257,7 +259,7 @@ def _capture(job: Job, plan: Plan, store: FactorStore, voice: Voice, may_stop: C
 
 
 def _header(job: Job) -> PartialHeader:
-    (num_left, num_right), world, ownership = job.roles().shape, job.team.world, job.team.ownership
-    layers = tuple(layer.layer for layer in job.plan.layers)
+    (num_left, num_right), world, ownership = job.roles().shape, job.topology.world, job.topology.ownership
+    layers = tuple(layer.layer for layer in job.tile_plan.layers)
     cut = ownership.digest if ownership and world.size > 1 else ""
     return PartialHeader(job.run_id, world.rank, world.size, num_left, num_right, layers, job.pooled, cut=cut)

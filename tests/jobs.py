@@ -19,7 +19,7 @@ from qkov_dist.scoring.block_totals import block_totals
 from qkov_dist.scoring.engine import BlockScores, score_layers
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
 
 def mixed_samples(num: int, vocab: int, *, seed: int, lengths: tuple[int, int] = (3, 12), mask: bool = True):
@@ -80,24 +80,26 @@ class Job:
         """The engine's result: layer -> block -> scores."""
         layout = layout or resolve(model)
         num = len(self.a) + len(self.b)
-        plan = make_plan(
+        tile_plan = make_tile_plan(
             layout, self.selection, include_bias=self.include_bias, num_samples=num, tile_bytes=self.tile_bytes
         )
         store = FactorStore(
             self.budget,
             folder,
             lengths=self.lengths if self.known_lengths else (),
-            gradients_above={} if self.gradients_above is None else dict.fromkeys(plan.sites, self.gradients_above),
+            gradients_above={}
+            if self.gradients_above is None
+            else dict.fromkeys(tile_plan.sites, self.gradients_above),
         )
         collection = Collection(
-            store, plan.sites, self.objective, self.reduction, self.loss_factor, batch_tokens=self.batch_tokens
+            store, tile_plan.sites, self.objective, self.reduction, self.loss_factor, batch_tokens=self.batch_tokens
         )
         collection.run(model, "a", self.a)
         collection.run(model, "b", self.b)
-        sources, roles = [(layer, store) for layer in plan.layers], self.roles()
+        sources, roles = [(layer, store) for layer in tile_plan.layers], self.roles()
         totals = {}
         if self.settings.ridge_relative:
-            totals = {layer.layer: block_totals(layer, store, roles, self.settings) for layer in plan.layers}
+            totals = {layer.layer: block_totals(layer, store, roles, self.settings) for layer in tile_plan.layers}
         scores = {layer.layer: found for layer, found in score_layers(sources, roles, self.settings, totals)}
         store.close()
         return scores

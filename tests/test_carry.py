@@ -19,7 +19,7 @@ import qkov_dist.scoring.engine
 from qkov_dist import QkovError, load_heatmap
 from qkov_dist.config_file import from_dict
 from qkov_dist.distributed.connect import current
-from qkov_dist.results import resume as carry
+from qkov_dist.results import resume
 from qkov_dist.results.partials import list_partials, read_partial
 from qkov_dist.results.resume import CARRIED, carry_over
 from qkov_dist.run import run
@@ -65,7 +65,7 @@ def run_until(raw: dict, layer: int) -> str:
             warnings.simplefilter("ignore")
             run(from_dict(raw), say=lambda line: None, show_progress=False)
     except QkovError as error:
-        current().gather(None)  # every rank owns a part of every layer: each has recorded what it finished
+        current().all_gather(None)  # every rank owns a part of every layer: each has recorded what it finished
         return str(error)
     finally:
         qkov_dist.scoring.engine.score_layers = kept
@@ -117,9 +117,9 @@ def test_who_starts_again_gets_all_layers_anew_whatever_ranks_were_there(ranks, 
 
 def test_starting_again_leaves_files_of_another_run_alone(half):
     before = {path: path.read_bytes() for path in half.rglob("*.h5")}
-    carry.remove_run(half, "another")
+    resume.remove_run(half, "another")
     assert {path: path.read_bytes() for path in half.rglob("*.h5")} == before
-    carry.remove_run(half, header_of(half, 1).run_id)
+    resume.remove_run(half, header_of(half, 1).run_id)
     assert not list(half.iterdir())
 
 
@@ -155,7 +155,7 @@ def test_a_kill_at_any_step_of_carrying_loses_nothing_and_counts_nothing_twice(s
 
     with monkeypatch.context() as patch:
         if step == "writing":
-            write, count = carry.PartialWriter.write_layer, []
+            write, count = resume.PartialWriter.write_layer, []
 
             def second_fails(self, layer, *args):
                 if count:
@@ -163,11 +163,11 @@ def test_a_kill_at_any_step_of_carrying_loses_nothing_and_counts_nothing_twice(s
                 count.append(layer)
                 write(self, layer, *args)
 
-            patch.setattr(carry.PartialWriter, "write_layer", second_fails)
+            patch.setattr(resume.PartialWriter, "write_layer", second_fails)
         elif step == "removing":
-            patch.setattr(carry, "_put_away", killed)
+            patch.setattr(resume, "_put_away", killed)
         else:
-            patch.setattr(carry, "read_partial", killed)
+            patch.setattr(resume, "read_partial", killed)
         with pytest.raises(KeyboardInterrupt):
             carry_over(half, header, lambda line: None)
     assert carry_over(half, header, lambda line: None) == [0, 1, 2]

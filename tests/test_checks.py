@@ -18,23 +18,23 @@ from qkov_dist.layout.heads import HeadSlice, Layout
 from qkov_dist.layout.rects import Rect
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.verification.examined_model import Subject
-from qkov_dist.verification.properties import Finding, run_checks
+from qkov_dist.verification.examined_model import ExaminedModel
+from qkov_dist.verification.properties import PropertyResult, run_checks
 
 SIX = {"layout", "additivity", "symmetry", "batch invariance", "scale", "ablation"}
 
 
-def subject_of(name: str, change=lambda layout: layout) -> Subject:
+def examined_of(name: str, change=lambda layout: layout) -> ExaminedModel:
     entry = TINY[name]
     model = entry.build()
     layout = change(resolve(model))
     layers = tuple(layer.index for layer in layout.layers)
     a, b = mixed_samples(4, VOCAB, seed=1, lengths=(6, 12)), mixed_samples(3, VOCAB, seed=2, lengths=(6, 12))
-    return Subject(model, layout, a, b, layers, "masked" if entry.masked_lm else "causal")
+    return ExaminedModel(model, layout, a, b, layers, "masked" if entry.masked_lm else "causal")
 
 
-def broken(findings: list[Finding]) -> set[str]:
-    return {finding.check for finding in findings if finding.holds is False}
+def broken(results: list[PropertyResult]) -> set[str]:
+    return {result.check for result in results if result.holds is False}
 
 
 NAMES = ["llama", "gpt2", "gpt_neox", "phi3", "qwen3", "olmo2", "gemma4", "gemma4_k_eq_v", "gemma4_kv_shared"]
@@ -53,14 +53,14 @@ MORE = [
 
 @pytest.mark.parametrize("name", [*NAMES, *MORE])
 def test_all_six_properties_hold(name):
-    subject = subject_of(name)
-    before = {n: p.detach().clone() for n, p in subject.model.named_parameters()}
-    findings = list(run_checks(subject))
-    assert broken(findings) == set(), [f for f in findings if f.holds is False]
-    assert {finding.check for finding in findings} == SIX
-    judged = {finding.check for finding in findings if finding.holds}
+    examined = examined_of(name)
+    before = {n: p.detach().clone() for n, p in examined.model.named_parameters()}
+    results = list(run_checks(examined))
+    assert broken(results) == set(), [f for f in results if f.holds is False]
+    assert {result.check for result in results} == SIX
+    judged = {result.check for result in results if result.holds}
     assert judged >= SIX - ({"ablation"} if name in ("gemma4_kv_shared", "gemma4_k_eq_v") else set())
-    assert all(torch.equal(p, before[n]) for n, p in subject.model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in examined.model.named_parameters())
 
 
 def reslice(layout: Layout, block: str, change) -> Layout:
@@ -108,17 +108,17 @@ def q_and_v_exchanged(layout: Layout) -> Layout:
     ],
 )
 def test_wrong_layouts_break_the_checks_for_them(name, mistake, checks):
-    assert broken(list(run_checks(subject_of(name, mistake)))) == checks
+    assert broken(list(run_checks(examined_of(name, mistake)))) == checks
 
 
 def test_a_head_counted_twice_breaks_additivity(monkeypatch):
     def doubled(*args, **kwargs):
-        plan = make_plan(*args, **kwargs)
-        return replace(plan, layers=tuple(replace(x, tiles=(*x.tiles, x.tiles[0])) for x in plan.layers))
+        tile_plan = make_tile_plan(*args, **kwargs)
+        return replace(tile_plan, layers=tuple(replace(x, tiles=(*x.tiles, x.tiles[0])) for x in tile_plan.layers))
 
-    make_plan = qkov_dist.verification.examined_model.make_plan
-    monkeypatch.setattr(qkov_dist.verification.examined_model, "make_plan", doubled)
-    assert broken(list(run_checks(subject_of("llama")))) == {"additivity"}
+    make_tile_plan = qkov_dist.verification.examined_model.make_tile_plan
+    monkeypatch.setattr(qkov_dist.verification.examined_model, "make_tile_plan", doubled)
+    assert broken(list(run_checks(examined_of("llama")))) == {"additivity"}
 
 
 def test_a_leaking_pad_breaks_batch_invariance(monkeypatch):
@@ -131,20 +131,20 @@ def test_a_leaking_pad_breaks_batch_invariance(monkeypatch):
         return Batch(tuple(numbers), tuple(names), ids, torch.ones_like(ids), targets, torch.ones_like(ids))
 
     monkeypatch.setattr(qkov_dist.data.batches, "make_batch", padded_on_the_left_and_seen)
-    assert "batch invariance" in broken(list(run_checks(subject_of("llama"))))
+    assert "batch invariance" in broken(list(run_checks(examined_of("llama"))))
 
 
 def test_a_fixed_ridge_breaks_scale(monkeypatch):
     monkeypatch.setattr(qkov_dist.verification.properties, "EXACT", ScoreSettings(ridge_absolute=1.0))
-    assert broken(list(run_checks(subject_of("llama")))) == {"scale"}
+    assert broken(list(run_checks(examined_of("llama")))) == {"scale"}
 
 
 def test_another_fisher_for_each_direction_breaks_symmetry(monkeypatch):
-    roles = Subject.roles
+    roles = ExaminedModel.roles
 
     def one_sided(self, *, swapped=False):
         usual = roles(self, swapped=swapped)
         return replace(usual, weights=usual.weights[:, ::-1].copy()) if swapped else usual
 
-    monkeypatch.setattr(Subject, "roles", one_sided)
-    assert "symmetry" in broken(list(run_checks(subject_of("llama"))))
+    monkeypatch.setattr(ExaminedModel, "roles", one_sided)
+    assert "symmetry" in broken(list(run_checks(examined_of("llama"))))

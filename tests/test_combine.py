@@ -22,13 +22,13 @@ from qkov_dist.config_file import from_dict
 from qkov_dist.distributed.connect import current
 from qkov_dist.finish import combine
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.results.metadata import FrameLayer, make_frame
+from qkov_dist.results.metadata import LayerAxes, make_metadata
 from qkov_dist.results.reduce import deal_heads, layer_partial
 from qkov_dist.run import run
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 from qkov_dist.stats.statistics import QKOVStatistics
 
 TESTED = {
@@ -90,7 +90,7 @@ def test_ranks_test_the_heads_they_hold(world_size, shard, ranks, folder, one_pr
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 40])
 def test_every_head_is_dealt_to_one_rank(num_ranks):
-    layer = FrameLayer(3, 2, (0, 1, 2, 3), {"Q": (0, 1, 2, 3), "K": (0, 1), "V": (0, 1), "O": (0, 1, 2, 3)})
+    layer = LayerAxes(3, 2, (0, 1, 2, 3), {"Q": (0, 1, 2, 3), "K": (0, 1), "V": (0, 1), "O": (0, 1, 2, 3)})
     dealt = deal_heads(layer, num_ranks)
     for block, heads in layer.heads.items():
         assert [head for share in dealt for head in share[block]] == list(heads)
@@ -113,9 +113,9 @@ def scored(scope: str, factor: float):
     """Two tasks of one model, B's loss multiplied by a factor; ridge 0."""
     model, num_a, num = TINY["llama"].build().double(), 7, 13
     layout = resolve(model)
-    plan = make_plan(layout, Selection(), include_bias=False, num_samples=num)
+    tile_plan = make_tile_plan(layout, Selection(), include_bias=False, num_samples=num)
     store = FactorStore(2**28)
-    collection = Collection(store, plan.sites)
+    collection = Collection(store, tile_plan.sites)
     collection.run(model, "a", mixed_samples(num_a, VOCAB, seed=1))
     collection.loss_factor = factor
     collection.run(model, "b", mixed_samples(num - num_a, VOCAB, seed=2))
@@ -125,10 +125,10 @@ def scored(scope: str, factor: float):
     numbers = ScoreSettings(epsilon=1e-300, ridge_absolute=0.0, dtype=torch.float64)
     records = (collection.records[:num_a], collection.records[num_a:])
     attributes = {"score": "interference", "scope": scope, "estimator": "mean"}
-    frame = make_frame(plan, layout, ("a", "b"), records, pooled=True, attributes=attributes)
-    parts = {layer.layer: layer_partial(score_layer(layer, store, roles, numbers)) for layer in plan.layers}
+    metadata = make_metadata(tile_plan, layout, ("a", "b"), records, pooled=True, attributes=attributes)
+    parts = {layer.layer: layer_partial(score_layer(layer, store, roles, numbers)) for layer in tile_plan.layers}
     tests = QKOVStatistics(n_permutations=50)
-    return combine(frame, lambda layer: parts[layer.layer], current(), statistics=tests, pairs="all")
+    return combine(metadata, lambda layer: parts[layer.layer], current(), statistics=tests, pairs="all")
 
 
 def test_overlap_does_not_move_with_the_loudness_of_a_task_and_cross_mean_does():

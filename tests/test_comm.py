@@ -45,23 +45,23 @@ def conversation(world: World) -> dict:
     grid = np.arange(6, dtype=np.float32).reshape(2, 3) + world.rank
     parts = [torch.full((length(world.rank, r),), 10 * world.rank + r, dtype=torch.uint8) for r in range(world.size)]
     sums = {
-        "float32": world.sum(grid),
-        "transposed": world.sum(grid.T),
-        "float64": world.sum(np.array([1e-12, 1.0]) * (world.rank + 1)),
-        "int64": world.sum(np.array([2**40 + world.rank])),
-        "empty": world.sum(np.zeros((0, 3), np.float32)),
-        "scalar": world.sum(np.array(1.5)),
-        "frozen": world.sum(frozen),
+        "float32": world.all_reduce(grid),
+        "transposed": world.all_reduce(grid.T),
+        "float64": world.all_reduce(np.array([1e-12, 1.0]) * (world.rank + 1)),
+        "int64": world.all_reduce(np.array([2**40 + world.rank])),
+        "empty": world.all_reduce(np.zeros((0, 3), np.float32)),
+        "scalar": world.all_reduce(np.array(1.5)),
+        "frozen": world.all_reduce(frozen),
     }
     return {
         "place": [world.rank, world.size],
-        "gathered": world.gather({"rank": world.rank, "text": "é" * world.rank, "least": float("inf")}),
-        "nothing": world.gather(None),
+        "gathered": world.all_gather({"rank": world.rank, "text": "é" * world.rank, "least": float("inf")}),
+        "nothing": world.all_gather(None),
         "sums": {name: [total.dtype.name, total.tolist()] for name, total in sums.items()},
         "grid": grid.tolist(),
-        "exchanged": [part.tolist() for part in world.exchange(parts)],
+        "exchanged": [part.tolist() for part in world.all_to_all(parts)],
         "passed on": passed_on(world),
-        "silence": [part.tolist() for part in world.exchange([torch.empty(0, dtype=torch.uint8)] * world.size)],
+        "silence": [part.tolist() for part in world.all_to_all([torch.empty(0, dtype=torch.uint8)] * world.size)],
     }
 
 
@@ -74,7 +74,7 @@ def passed_on(world: World) -> list:
 
     ranks = range(world.size)
     received = [[torch.zeros_like(part) for part in pair(other, world.rank)] for other in ranks]
-    world.pass_on([pair(world.rank, other) for other in ranks], received)
+    world.send_recv([pair(world.rank, other) for other in ranks], received)
     expected = [pair(other, world.rank) for other in ranks]
     return [[torch.equal(a, b) for a, b in zip(*both, strict=True)] for both in zip(received, expected, strict=True)]
 
@@ -182,8 +182,13 @@ def in_groups(world: World) -> list:
     group = world.subgroup(members)
     mine = members[world.rank == world.size - 1]
     parts = [torch.tensor([world.rank, other], dtype=torch.uint8) for other in mine]
-    said = [group.rank, group.size, group.sum(np.array([1.0 + world.rank])).tolist(), group.gather(world.rank)]
-    said.append([part.tolist() for part in group.exchange(parts)])
+    said = [
+        group.rank,
+        group.size,
+        group.all_reduce(np.array([1.0 + world.rank])).tolist(),
+        group.all_gather(world.rank),
+    ]
+    said.append([part.tolist() for part in group.all_to_all(parts)])
     try:
         world.subgroup([[0]])
     except ValueError as error:
@@ -221,7 +226,7 @@ def fails_alone(world: World) -> None:
     """The last rank fails where no other looks: they wait for it."""
     if world.rank == world.size - 1:
         raise ZeroDivisionError("a mistake")
-    world.gather(None)
+    world.all_gather(None)
 
 
 def mpirun(size: int, code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -272,14 +277,14 @@ def failing(how: str, who: int) -> None:
     """One rank fails in some way; the others go on to a call that needs it."""
     try:
         with connected() as world:
-            world.gather("hello")
+            world.all_gather("hello")
             if world.rank == who:
                 _fail(how)
             if how in ("hangs", "killed, one far away"):  # all have met, however long it took: now a wait is short
                 distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2))
             if how == "far away" or (how == "killed, one far away" and world.rank == 2):
                 time.sleep(1000)
-            world.sum(np.ones(3))
+            world.all_reduce(np.ones(3))
     except BaseException as error:
         print(json.dumps([type(error).__name__, str(error)]), flush=True)
         sys.exit(2)
@@ -388,14 +393,14 @@ def step_that_fails(how: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     with comm.step() as world:
-        world.gather("hello")
+        world.all_gather("hello")
     if rank == 1 and how == "before":
         raise KeyError("in own code")
     try:
         with comm.step() as world:
             if rank == 1:
                 raise ZeroDivisionError("in a pass")
-            world.gather("hello")
+            world.all_gather("hello")
     except QkovError as error:
         print(json.dumps([type(error).__name__, str(error)]), flush=True)
     except ZeroDivisionError:

@@ -103,9 +103,9 @@ def from_files(folder: Path, *, twice: int | None = None):
     """The heatmap that the partial files add up to; one rank's counted twice where asked."""
     partials = [read_partial(path) for path in list_partials(folder)]
     counted = [*partials, *([partials[twice]] if twice is not None else [])]
-    frame = from_json(partials[0].header.extra, "test")
-    layers = ((x.layer, add_layers([partial.read_layer(x.layer) for partial in counted])) for x in frame.layers)
-    return assemble(frame, layers)
+    metadata = from_json(partials[0].header.extra, "test")
+    layers = ((x.layer, add_layers([partial.read_layer(x.layer) for partial in counted])) for x in metadata.layers)
+    return assemble(metadata, layers)
 
 
 SCOPES = {

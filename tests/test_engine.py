@@ -21,7 +21,7 @@ from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring import block_totals, engine, kernel
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
 TOLERANCE = 1e-3  # the bar for float32: a share of the block's largest score
 
@@ -151,8 +151,8 @@ COMPUTE = {
     "long samples kept as gradients": {"gradients_above": 6},
     "gradients on disk": {"gradients_above": 6, "budget": 0},
     "a place for every row": {"known_lengths": True},
-    "heads side by side": {"settings": ScoreSettings(stack_bytes=2**20)},
-    "two heads side by side": {"settings": ScoreSettings(stack_bytes=2 * 8 * 4 * 16 * 4)},
+    "heads side by side": {"settings": ScoreSettings(head_batch_bytes=2**20)},
+    "two heads side by side": {"settings": ScoreSettings(head_batch_bytes=2 * 8 * 4 * 16 * 4)},
     "a place for some series, gradients among them": {"known_lengths": True, "budget": 20_000, "gradients_above": 6},
 }
 
@@ -171,10 +171,10 @@ def test_how_it_is_computed_changes_nothing(name, how, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("stack_bytes", [0, 2**20])
-def test_what_is_compiled_changes_nothing(stack_bytes):
+@pytest.mark.parametrize("head_batch_bytes", [0, 2**20])
+def test_what_is_compiled_changes_nothing(head_batch_bytes):
     entry = TINY["llama"]
-    model, job = entry.build(), job_for(entry, settings=ScoreSettings(stack_bytes=stack_bytes, compile=True))
+    model, job = entry.build(), job_for(entry, settings=ScoreSettings(head_batch_bytes=head_batch_bytes, compile=True))
     assert_close(job.run(model), expected_scores(entry, model, job))
 
 
@@ -252,13 +252,13 @@ def test_autocast_and_a_default_device_around_scoring_change_no_bit(above, monke
     entry = TINY["llama"]
     job = job_for(entry, gradients_above=above)
     monkeypatch.setattr(block_totals, "gram_is_cheaper", lambda *sizes: False)  # float32, which autocast would narrow
-    plan = make_plan(resolve(model := entry.build()), Selection(), include_bias=False, num_samples=8)
-    store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(plan.sites, above))
-    Collection(store, plan.sites).run(model, "a", [*job.a, *job.b])
-    clean = score_layer(plan.layers[0], store, job.roles(), ScoreSettings())
+    tile_plan = make_tile_plan(resolve(model := entry.build()), Selection(), include_bias=False, num_samples=8)
+    store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(tile_plan.sites, above))
+    Collection(store, tile_plan.sites).run(model, "a", [*job.a, *job.b])
+    clean = score_layer(tile_plan.layers[0], store, job.roles(), ScoreSettings())
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         assert torch.bmm(torch.ones(1, 1, 1, device="cpu"), torch.ones(1, 1, 1, device="cpu")).dtype == torch.bfloat16
-        inside = score_layer(plan.layers[0], store, job.roles(), ScoreSettings())
+        inside = score_layer(tile_plan.layers[0], store, job.roles(), ScoreSettings())
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_default_device().type == "meta"
     for block, part in clean.items():
@@ -269,16 +269,16 @@ def test_autocast_and_a_default_device_around_scoring_change_no_bit(above, monke
 def test_any_number_of_workers_gives_the_same_bits():
     entry = TINY["llama"]
     model, job, before = entry.build(), job_for(entry), torch.get_num_threads()
-    plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=8, tile_bytes=1000)
+    tile_plan = make_tile_plan(resolve(model), Selection(), include_bias=False, num_samples=8, tile_bytes=1000)
     store = FactorStore(2**30)
-    collection = Collection(store, plan.sites)
+    collection = Collection(store, tile_plan.sites)
     for task, samples in (("a", job.a), ("b", job.b)):
         collection.run(model, task, samples)
     found = []
     try:
         for num_threads in (1, 2, 5, 2):
             torch.set_num_threads(num_threads)
-            found.append(score_layer(plan.layers[1], store, job.roles(), job.settings))
+            found.append(score_layer(tile_plan.layers[1], store, job.roles(), job.settings))
             assert torch.get_num_threads() == num_threads
     finally:
         torch.set_num_threads(before)
@@ -380,12 +380,12 @@ def test_sums_of_whole_blocks_are_those_of_the_gradients_themselves(name, above,
     """From Gram matrices, from gradients formed for it, and from gradients that were kept."""
     entry = TINY[name]
     model, job = entry.build(), job_for(entry, include_bias=True)
-    plan = make_plan(resolve(model), Selection(), include_bias=True, num_samples=8)
-    store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(plan.sites, above))
-    collection = Collection(store, plan.sites)
+    tile_plan = make_tile_plan(resolve(model), Selection(), include_bias=True, num_samples=8)
+    store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(tile_plan.sites, above))
+    collection = Collection(store, tile_plan.sites)
     for task, samples in (("a", job.a), ("b", job.b)):
         collection.run(model, task, samples)
-    roles, layer = job.roles(), plan.layers[1]
+    roles, layer = job.roles(), tile_plan.layers[1]
     fisher = {block: part.fisher for block, part in score_layer(layer, store, roles, ScoreSettings()).items()}
     expected = {block: sum(f.total for f in parts) for block, parts in fisher.items()}
     for gram in (True, False):
@@ -400,10 +400,10 @@ def test_sums_of_whole_blocks_are_those_of_the_gradients_themselves(name, above,
 def test_sums_of_whole_blocks_add_up_over_any_rectangles():
     entry = TINY["falcon_new"]  # Q, K and V of each group lie between one another in one projection
     model, job = entry.build(), job_for(entry)
-    plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=8)
+    tile_plan = make_tile_plan(resolve(model), Selection(), include_bias=False, num_samples=8)
     store = FactorStore(2**30)
-    Collection(store, plan.sites).run(model, "a", [*job.a, *job.b])
-    layer, roles = plan.layers[0], job.roles()
+    Collection(store, tile_plan.sites).run(model, "a", [*job.a, *job.b])
+    layer, roles = tile_plan.layers[0], job.roles()
     whole = block_totals.block_totals(layer, store, roles, ScoreSettings())
     by_name = {projection.module: projection for projection in resolve(model).layer(0).projections}
 

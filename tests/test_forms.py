@@ -11,7 +11,7 @@ from qkov_dist.capture.factors import factor_bytes, gradients_above, shared_inpu
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.data.batches import sequence
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "falcon_new"])
@@ -32,14 +32,14 @@ def test_the_bytes_are_those_that_a_store_holds(name, forms):
     model = TINY[name].build()
     layout = resolve(model)
     samples = mixed_samples(12, VOCAB, seed=3, lengths=(3, 40))
-    plan = make_plan(layout, Selection(), include_bias=False, num_samples=12)
+    tile_plan = make_tile_plan(layout, Selection(), include_bias=False, num_samples=12)
     above = gradients_above(layout.layers, 4) if forms else {}
     store = FactorStore(2**30, gradients_above=above)
-    Collection(store, plan.sites).run(model, "a", samples)
+    Collection(store, tile_plan.sites).run(model, "a", samples)
     lengths = [len(sequence(sample, "causal").input_ids) for sample in samples]
-    counted = sum(factor_bytes(layout.layer(x.layer), x.sites, lengths, 4) for x in plan.layers)
+    counted = sum(factor_bytes(layout.layer(x.layer), x.sites, lengths, 4) for x in tile_plan.layers)
     if forms:
-        assert any(store.table(site).whole for site in plan.sites)
+        assert any(store.sample_index(site).whole for site in tile_plan.sites)
         assert store.bytes_in_memory == counted
     else:
         assert store.bytes_in_memory > counted

@@ -16,38 +16,38 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.results.assemble import assemble
 from qkov_dist.results.fisher_warnings import warnings_of
-from qkov_dist.results.metadata import from_json, make_frame, to_json
+from qkov_dist.results.metadata import from_json, make_metadata, to_json
 from qkov_dist.results.reduce import add_layers, layer_partial
 from qkov_dist.scoring.engine import score_layer
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
 
 def scored(name: str, world_sizes=(1,), *, include_bias=False, heads=None):
-    """Partials of every layer by pretended ranks, and the frame."""
+    """Partials of every layer by simulated ranks, and the metadata."""
     model = TINY[name].build()
     layout, job = resolve(model), Job(mixed_samples(3, VOCAB, seed=1), mixed_samples(2, VOCAB, seed=2))
 
-    def plan_for(owned):
-        return make_plan(layout, Selection(heads=heads), include_bias=include_bias, num_samples=5, owned=owned)
+    def tile_plan_for(owned):
+        return make_tile_plan(layout, Selection(heads=heads), include_bias=include_bias, num_samples=5, owned=owned)
 
-    plan, store = plan_for(None), FactorStore(2**30)
-    collection = Collection(store, plan.sites)
+    tile_plan, store = tile_plan_for(None), FactorStore(2**30)
+    collection = Collection(store, tile_plan.sites)
     collection.run(model, "a", job.a)
     collection.run(model, "b", job.b)
     records = (collection.records[:3], collection.records[3:])
     attributes = {"score": "interference", "estimator": "ema", "scope": "pooled"}
-    frame = make_frame(plan, layout, ("a", "b"), records, pooled=False, attributes=attributes)
+    metadata = make_metadata(tile_plan, layout, ("a", "b"), records, pooled=False, attributes=attributes)
     parts = {
         world_size: [
             {
                 layer.layer: layer_partial(score_layer(layer, store, job.roles(), job.settings))
-                for layer in plan_for(flat_owner(rank, world_size)).layers
+                for layer in tile_plan_for(flat_owner(rank, world_size)).layers
             }
             for rank in range(world_size)
         ]
         for world_size in world_sizes
     }
-    return frame, parts
+    return metadata, parts
 
 
 def summed(ranks):
@@ -56,30 +56,30 @@ def summed(ranks):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma4_kv_shared"])
 def test_partials_of_any_number_of_ranks_add_up_to_one_process(name):
-    frame, parts = scored(name, (1, 2, 3, 4), include_bias=True)
-    one = assemble(frame, summed(parts[1]))
+    metadata, parts = scored(name, (1, 2, 3, 4), include_bias=True)
+    one = assemble(metadata, summed(parts[1]))
     for world_size in (2, 3, 4):
-        many = assemble(frame, summed(parts[world_size]))
+        many = assemble(metadata, summed(parts[world_size]))
         for block in one.blocks:
             largest = np.nanmax(np.abs(one.cross[block]))
             np.testing.assert_allclose(many.cross[block], one.cross[block], atol=SCORES * largest, rtol=0)
             assert_same_fisher(many.fisher[block], one.fisher[block])
-        doubled = assemble(frame, summed([*parts[world_size], parts[world_size][0]]))
+        doubled = assemble(metadata, summed([*parts[world_size], parts[world_size][0]]))
         assert np.nanmax(np.abs(doubled.cross["Q"] - one.cross["Q"])) > 1e-2 * np.nanmax(one.cross["Q"])
     assert ("O_bias" in one.shared) == (name in ("gpt2", "gpt_neox"))
 
 
 def test_layers_without_a_block_are_nan_and_marked_absent():
-    frame, parts = scored("gemma4_kv_shared")
-    heatmap = assemble(frame, summed(parts[1]))
+    metadata, parts = scored("gemma4_kv_shared")
+    heatmap = assemble(metadata, summed(parts[1]))
     assert heatmap.present["K"].tolist() == [[True, True]] * 2 + [[False, False]] * 2
     assert np.isnan(heatmap.mean["K"][2:]).all()
     assert np.isfinite(heatmap.mean["Q"]).all()
 
 
 def test_head_counts_that_differ_by_layer_share_one_axis():
-    frame, parts = scored("gemma4_k_eq_v")
-    heatmap = assemble(frame, summed(parts[1]))
+    metadata, parts = scored("gemma4_k_eq_v")
+    heatmap = assemble(metadata, summed(parts[1]))
     assert heatmap.kv_heads == (0, 1)
     assert heatmap.present["K"].tolist() == [[True, True], [True, False]] * 2
     assert heatmap.present["V"].tolist() == [[True, True], [False, False]] * 2
@@ -87,17 +87,17 @@ def test_head_counts_that_differ_by_layer_share_one_axis():
 
 
 def test_a_missing_layer_or_head_is_an_error():
-    frame, parts = scored("llama", (1, 4))
+    metadata, parts = scored("llama", (1, 4))
     with pytest.raises(QkovError, match=r"no scores of layers \[1\]"):
-        assemble(frame, [(0, parts[1][0][0])])
+        assemble(metadata, [(0, parts[1][0][0])])
     with pytest.raises(QkovError, match=r"layer 0, block Q: expected scores of heads \[0, 1, 2, 3\], got"):
-        assemble(frame, parts[4][0].items())
+        assemble(metadata, parts[4][0].items())
 
 
-def test_a_frame_survives_json():
-    frame, parts = scored("gpt2", include_bias=True, heads=(1, 3))
-    again = from_json(json.loads(json.dumps(to_json(frame))), "here")
-    one, other = (assemble(f, summed(parts[1])) for f in (frame, again))
+def test_metadata_survives_json():
+    metadata, parts = scored("gpt2", include_bias=True, heads=(1, 3))
+    again = from_json(json.loads(json.dumps(to_json(metadata))), "here")
+    one, other = (assemble(f, summed(parts[1])) for f in (metadata, again))
     assert (one.layers, one.heads, one.kv_heads) == (other.layers, other.heads, other.kv_heads)
     assert one.samples_a.ids == other.samples_a.ids
     np.testing.assert_array_equal(one.samples_b.losses, other.samples_b.losses)
@@ -106,10 +106,10 @@ def test_a_frame_survives_json():
 
 
 def test_a_dominant_ridge_is_a_warning():
-    frame, parts = scored("llama")
+    metadata, parts = scored("llama")
     layer = parts[1][0][0]
     layer.blocks["K"].fisher_sums[1, 3] = layer.blocks["K"].fisher_sums[1, 1]
-    (warning,) = assemble(frame, parts[1][0].items()).attributes["warnings"]
+    (warning,) = assemble(metadata, parts[1][0].items()).attributes["warnings"]
     assert warning.startswith(
         "K: lambda exceeds I on more than half of the elements of 1 heads (most in layer 0, head 1"
     )
@@ -134,11 +134,11 @@ def test_the_advice_of_a_warning_depends_on_what_is_set_now(now, what, advice, i
         attributes = dict(zip(("epsilon", "ridge_absolute", "ridge_relative"), now, strict=True))
     else:
         attributes = {"config": {"ridge": dict(zip(keys, now, strict=True))}}
-    frame, _ = scored("llama")
-    frame = replace(frame, attributes=attributes)
-    shape = (len(frame.layers), 4)
+    metadata, _ = scored("llama")
+    metadata = replace(metadata, attributes=attributes)
+    shape = (len(metadata.layers), 4)
     fisher = {"mean": np.full(shape, 1e-12), "ridge_share": np.full(shape, 0.9), "share_a": np.full(shape, 0.5)}
-    (warning,) = warnings_of(frame, {"Q": fisher})
+    (warning,) = warnings_of(metadata, {"Q": fisher})
     assert warning.startswith(f"Q: {what} exceeds I")
     said = warning.partition("Set ")[2].rstrip(".").replace(" and ", ", ")
     assert dict(part.split("=") for part in said.split(", ")) == {
@@ -150,14 +150,14 @@ def test_the_advice_of_a_warning_depends_on_what_is_set_now(now, what, advice, i
 
 
 def test_gradients_whose_squares_float32_cannot_hold_are_a_warning():
-    frame, _ = scored("llama")
-    shape = (len(frame.layers), 4)
+    metadata, _ = scored("llama")
+    shape = (len(metadata.layers), 4)
     fisher = {"mean": np.full(shape, 1e-33), "ridge_share": np.zeros(shape), "share_a": np.full(shape, 0.5)}
-    (warning,) = warnings_of(frame, {"Q": fisher})
+    (warning,) = warnings_of(metadata, {"Q": fisher})
     assert "float32 loses digits" in warning
-    wide = replace(frame, attributes={**frame.attributes, "dtype": "float64"})
+    wide = replace(metadata, attributes={**metadata.attributes, "dtype": "float64"})
     assert warnings_of(wide, {"Q": fisher}) == []
-    assert warnings_of(frame, {"Q": {**fisher, "mean": np.full(shape, 1e-14)}}) == []
+    assert warnings_of(metadata, {"Q": {**fisher, "mean": np.full(shape, 1e-14)}}) == []
 
 
 def test_tensors_are_not_copied_needlessly():

@@ -42,7 +42,7 @@ def qkov(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with the run of one process in ``one``, and the partial files of three pretended ranks in ``three``."""
+    """A folder with the run of one process in ``one``, and the partial files of three simulated ranks in ``three``."""
     folder = tmp_path_factory.mktemp("merge")
     TINY["gpt2"].build().save_pretrained(folder / "model")
     job = job_for(TINY["gpt2"])
@@ -66,7 +66,7 @@ def _write_as_three_ranks(raw: dict, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(3):
             owner = flat_owner(rank, 3)
-            patch.setattr(qkov_dist.distributed.topology.Team, "owned", lambda self, owner=owner: owner)
+            patch.setattr(qkov_dist.distributed.topology.Topology, "owned", lambda self, owner=owner: owner)
             place = {"dir": str(folder / f"third-{rank}"), "pairs": "all"}
             with contextlib.suppress(QkovError):  # a third of the scores is no heatmap
                 run(from_dict({**raw, "output": place}), say=lambda _: None, show_progress=False)
@@ -316,7 +316,7 @@ def test_the_output_of_another_run_stays(finished, three, capsys):
         ),
     ],
 )
-def test_a_frame_that_nobody_can_read(three, capsys, change, message):
+def test_metadata_that_nobody_can_read(three, capsys, change, message):
     path = partial_path(three, 0)
     partial = read_partial(path)
     layers = {layer: partial.read_layer(layer) for layer in partial.complete}
@@ -333,7 +333,7 @@ def _with_key(extra: dict, section: str, key: str, value: object) -> dict:
     return changed
 
 
-def test_the_pretended_ranks_are_those_of_the_run(finished):
+def test_the_simulated_ranks_are_those_of_the_run(finished):
     """The thirds are of one and the same run, so that what is merged here is what a run of three would leave."""
     raw = yaml.safe_load((finished / "run.yaml").read_text())
     job = prepare(from_dict(raw), Alone(), lambda _: None)

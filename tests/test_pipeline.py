@@ -20,7 +20,7 @@ from qkov_dist.scoring import engine
 from qkov_dist.scoring.block_totals import block_totals
 from qkov_dist.scoring.engine import score_layer, score_layers
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.scoring.tiles import LayerPlan, Selection, in_order_of_work, make_plan
+from qkov_dist.scoring.tiles import LayerTiles, Selection, in_order_of_work, make_tile_plan
 
 LAYERS = 4
 
@@ -31,18 +31,20 @@ class Case:
     def __init__(self, **settings) -> None:
         entry = TINY["llama"]
         model, job = entry.build(num_hidden_layers=LAYERS), job_for(entry, settings=ScoreSettings(**settings))
-        self.plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=8, tile_bytes=1000)
+        self.tile_plan = make_tile_plan(resolve(model), Selection(), include_bias=False, num_samples=8, tile_bytes=1000)
         self.store, self.roles, self.settings = FactorStore(2**30), job.roles(), job.settings
-        collection = Collection(self.store, self.plan.sites)
+        collection = Collection(self.store, self.tile_plan.sites)
         for task, samples in (("a", job.a), ("b", job.b)):
             collection.run(model, task, samples)
 
     def scored(self, layers):
-        totals = {layer.layer: block_totals(layer, self.store, self.roles, self.settings) for layer in self.plan.layers}
+        totals = {
+            layer.layer: block_totals(layer, self.store, self.roles, self.settings) for layer in self.tile_plan.layers
+        }
         return score_layers(layers, self.roles, self.settings, totals)
 
     def sources(self, said: list[str] | None = None):
-        for layer in self.plan.layers:
+        for layer in self.tile_plan.layers:
             if said is not None:
                 said.append(f"asked for {layer.layer}")
             yield layer, self.store
@@ -77,13 +79,15 @@ def assert_same(got, expected) -> None:
 def test_layers_behind_one_another_are_those_scored_one_by_one_bit_for_bit(case):
     found = [(layer.layer, blocks) for layer, blocks in case.scored(case.sources())]
     assert [layer for layer, _ in found] == list(range(LAYERS))
-    for layer, (_, blocks) in zip(case.plan.layers, found, strict=True):
+    for layer, (_, blocks) in zip(case.tile_plan.layers, found, strict=True):
         assert_same(blocks, score_layer(layer, case.store, case.roles, case.settings))
 
 
 def test_sums_of_whole_blocks_make_the_ridge():
     case = Case(ridge_relative=0.5)
-    totals = {layer.layer: block_totals(layer, case.store, case.roles, case.settings) for layer in case.plan.layers}
+    totals = {
+        layer.layer: block_totals(layer, case.store, case.roles, case.settings) for layer in case.tile_plan.layers
+    }
     assert all(total > 0 for of_layer in totals.values() for total in of_layer.values())
     for layer, blocks in case.scored(case.sources()):
         assert_same(blocks, score_layer(layer, case.store, case.roles, case.settings))
@@ -101,7 +105,7 @@ def test_the_next_layer_is_asked_for_before_one_is_given_back_and_none_beyond_it
 
 def test_workers_compute_while_the_next_layers_factors_come(case, monkeypatch, two_threads):
     """A worker that waits, in layer 0's last projection, until layer 1 is asked for, does not wait in vain."""
-    work = {site: (case.store.x_site(site), work_of(case, site)) for site in case.plan.layers[0].sites}
+    work = {site: (case.store.x_site(site), work_of(case, site)) for site in case.tile_plan.layers[0].sites}
     last = in_order_of_work(work)[-1]
     asked, waited, gradients = threading.Event(), [], engine._gradients
 
@@ -113,7 +117,7 @@ def test_workers_compute_while_the_next_layers_factors_come(case, monkeypatch, t
     monkeypatch.setattr(engine, "_gradients", waiting)
 
     def sources():
-        for layer in case.plan.layers[:2]:
+        for layer in case.tile_plan.layers[:2]:
             if layer.layer == 1:
                 asked.set()
             yield layer, case.store
@@ -124,7 +128,7 @@ def test_workers_compute_while_the_next_layers_factors_come(case, monkeypatch, t
 
 
 def work_of(case: Case, site: Site) -> int:
-    return sum(tile.rect.area for tile in case.plan.layers[0].tiles if tile.site == site)
+    return sum(tile.rect.area for tile in case.tile_plan.layers[0].tiles if tile.site == site)
 
 
 def test_a_layer_is_given_back_before_anything_is_asked_for_where_there_is_none_now(case):
@@ -149,7 +153,7 @@ def test_a_layer_is_given_back_before_anything_is_asked_for_where_there_is_none_
 @pytest.mark.parametrize("failing", range(LAYERS))
 def test_what_was_begun_is_given_back_before_the_error_of_the_next(case, failing, error):
     def until():
-        for layer in case.plan.layers:
+        for layer in case.tile_plan.layers:
             if layer.layer == failing:
                 raise error
             yield layer, case.store
@@ -188,8 +192,8 @@ def test_the_caller_has_one_thread_while_workers_compute_and_its_own_again_howev
 
 
 def test_a_layer_of_which_nothing_is_owned_has_no_scores(case):
-    layer = case.plan.layers[1]
-    nothing = LayerPlan(layer.layer, layer.sites, layer.query_heads, layer.heads, (), layer.slices, layer.block_sizes)
+    layer = case.tile_plan.layers[1]
+    nothing = LayerTiles(layer.layer, layer.sites, layer.query_heads, layer.heads, (), layer.slices, layer.block_sizes)
     blocks = score_layer(nothing, case.store, case.roles, case.settings)
     assert {block: part.flops for block, part in blocks.items()} == dict.fromkeys(layer.heads, 0)
     assert all(not part.scores.any() for part in blocks.values())

@@ -1,4 +1,4 @@
-"""Plans on integers: who scores what, for pretended ranks, without weights or processes."""
+"""Plans on integers: who scores what, for simulated ranks, without weights or processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qkov_dist.layout.heads import AttentionLayer, HeadSlice, Layout, Projection
 from qkov_dist.layout.rects import Rect, check_exact_cover, rects_of_flat_interval
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.loading.architecture import meta_model
-from qkov_dist.scoring.tiles import SHARED_O_BIAS, Selection, make_plan
+from qkov_dist.scoring.tiles import SHARED_O_BIAS, Selection, make_tile_plan
 
 
 def layout_of(name: str, **overrides) -> Layout:
@@ -20,8 +20,8 @@ def layout_of(name: str, **overrides) -> Layout:
     return resolve(meta_model(config))
 
 
-def plan_of(layout: Layout, selection: Selection | None = None, **options):
-    return make_plan(layout, selection or Selection(), **{"include_bias": False, "num_samples": 4, **options})
+def tile_plan_of(layout: Layout, selection: Selection | None = None, **options):
+    return make_tile_plan(layout, selection or Selection(), **{"include_bias": False, "num_samples": 4, **options})
 
 
 def flat_owner(rank: int, world_size: int):
@@ -37,12 +37,12 @@ def flat_owner(rank: int, world_size: int):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_tiles_of_all_ranks_cover_every_head_exactly_once(name, world_size):
     layout = layout_of(name)
-    plans = [
-        plan_of(layout, include_bias=True, owned=flat_owner(rank, world_size), tile_bytes=700)
+    tile_plans = [
+        tile_plan_of(layout, include_bias=True, owned=flat_owner(rank, world_size), tile_bytes=700)
         for rank in range(world_size)
     ]
     for place, layer in enumerate(layout.layers):
-        tiles = [tile for plan in plans for tile in plan.layers[place].tiles]
+        tiles = [tile for tile_plan in tile_plans for tile in tile_plan.layers[place].tiles]
         for projection in layer.projections:
             for piece in projection.slices:
                 mine = [
@@ -57,8 +57,8 @@ def test_the_tiles_of_all_ranks_cover_every_head_exactly_once(name, world_size):
 
 def test_a_rank_counted_twice_would_be_seen():
     layout = layout_of("llama")
-    plan = plan_of(layout, owned=flat_owner(0, 2))
-    tiles = [tile.rect for tile in plan.layers[0].tiles if tile.block == "Q" and tile.head == 0]
+    tile_plan = tile_plan_of(layout, owned=flat_owner(0, 2))
+    tiles = [tile.rect for tile in tile_plan.layers[0].tiles if tile.block == "Q" and tile.head == 0]
     piece = next(s.rect for p in layout.layers[0].projections for s in p.slices if (s.block, s.head) == ("Q", 0))
     with pytest.raises(QkovError, match="overlap"):
         check_exact_cover("Q0", piece, tiles * 2)
@@ -66,38 +66,38 @@ def test_a_rank_counted_twice_would_be_seen():
 
 def test_block_sizes_are_those_of_whole_blocks_whatever_is_selected_or_owned():
     layout = layout_of("llama")
-    whole, part = plan_of(layout), plan_of(layout, Selection(heads=(0,)), owned=flat_owner(1, 3))
+    whole, part = tile_plan_of(layout), tile_plan_of(layout, Selection(heads=(0,)), owned=flat_owner(1, 3))
     assert part.layers[0].block_sizes == whole.layers[0].block_sizes == {"Q": 2048, "K": 1024, "V": 1024, "O": 2048}
-    for plan in (whole, part):  # of a rank's share too: a relative ridge is relative to whole blocks
-        assert sum(tile.rect.area for tile in plan.layers[0].slices) == 6144
+    for tile_plan in (whole, part):  # of a rank's share too: a relative ridge is relative to whole blocks
+        assert sum(tile.rect.area for tile in tile_plan.layers[0].slices) == 6144
 
 
 def test_tiles_fit_their_budget_and_a_row_is_the_least():
     layout = layout_of("llama")
     for tile_bytes, rows in [(4 * 4 * 32 * 3, 3), (1, 1)]:
-        plan = plan_of(layout, tile_bytes=tile_bytes)
-        assert max(tile.rect.shape[0] for tile in plan.layers[0].tiles if tile.block == "Q") == rows
+        tile_plan = tile_plan_of(layout, tile_bytes=tile_bytes)
+        assert max(tile.rect.shape[0] for tile in tile_plan.layers[0].tiles if tile.block == "Q") == rows
 
 
 def test_kv_heads_follow_from_query_heads():
-    plan = plan_of(layout_of("llama"), Selection(layers=(1, 0, 1), heads=(3, 2, 3)))
-    assert [layer.layer for layer in plan.layers] == [0, 1]
-    assert plan.layers[0].query_heads == (2, 3)
-    assert plan.layers[0].heads == {"Q": (2, 3), "K": (1,), "V": (1,), "O": (2, 3)}
+    tile_plan = tile_plan_of(layout_of("llama"), Selection(layers=(1, 0, 1), heads=(3, 2, 3)))
+    assert [layer.layer for layer in tile_plan.layers] == [0, 1]
+    assert tile_plan.layers[0].query_heads == (2, 3)
+    assert tile_plan.layers[0].heads == {"Q": (2, 3), "K": (1,), "V": (1,), "O": (2, 3)}
 
 
 def test_projections_without_a_selected_head_are_not_captured():
     layout = layout_of("gemma4_kv_shared")
-    blocks = {layer.layer: set(layer.heads) for layer in plan_of(layout).layers}
+    blocks = {layer.layer: set(layer.heads) for layer in tile_plan_of(layout).layers}
     assert blocks[0] == {"Q", "K", "V", "O"}
     assert blocks[3] == {"Q", "O"}
 
 
 def test_the_output_bias_belongs_to_the_layer():
-    plan = plan_of(layout_of("gpt2"), include_bias=True)
-    shared = [tile for tile in plan.layers[0].tiles if tile.block == SHARED_O_BIAS]
+    tile_plan = tile_plan_of(layout_of("gpt2"), include_bias=True)
+    shared = [tile for tile in tile_plan.layers[0].tiles if tile.block == SHARED_O_BIAS]
     assert [(tile.head, tile.rect, tile.bias) for tile in shared] == [(0, Rect(0, 32, 0, 1), True)]
-    assert plan.layers[0].block_sizes["Q"] == 32 * 32 + 32
+    assert tile_plan.layers[0].block_sizes["Q"] == 32 * 32 + 32
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_the_output_bias_belongs_to_the_layer():
 )
 def test_selections_out_of_range_are_refused(selection, message):
     with pytest.raises(QkovError, match=message):
-        plan_of(layout_of("llama"), selection)
+        tile_plan_of(layout_of("llama"), selection)
 
 
 def test_a_layer_without_attention_is_named_with_its_kind():
     with pytest.raises(QkovError, match=r"got 0 \(JambaMambaMixer"):
-        plan_of(layout_of("jamba"), Selection(layers=(0,)))
+        tile_plan_of(layout_of("jamba"), Selection(layers=(0,)))
 
 
 def test_heads_that_share_an_element_are_refused():
@@ -123,4 +123,4 @@ def test_heads_that_share_an_element_are_refused():
     projection = Projection("q", (4, 4), False, False, slices, "custom")
     layer = AttentionLayer(0, "attn", 2, 2, 2, 2, (projection,), ())
     with pytest.raises(QkovError, match=r"q.weight: expected head slices that share no element"):
-        plan_of(Layout("custom", "custom", 1, (layer,), ()))
+        tile_plan_of(Layout("custom", "custom", 1, (layer,), ()))

@@ -35,21 +35,21 @@ from qkov_dist.planning.cost import Cost, total
 from qkov_dist.planning.described import made_up_task
 from qkov_dist.planning.hardware import GPU_OVERHEAD
 from qkov_dist.planning.measured import Measured, comparison_lines
-from qkov_dist.planning.model_sizes import anatomy_of
-from qkov_dist.planning.rank_shares import layer_shares
-from qkov_dist.planning.run_plan import RunPlan, plan_of_job, plan_pretended, workload_of
-from qkov_dist.planning.simulated_ranks import local_shape, pretended_teams
+from qkov_dist.planning.model_sizes import model_sizes_of
+from qkov_dist.planning.rank_work import layer_work
+from qkov_dist.planning.run_plan import RunPlan, plan_of_job, plan_simulated, workload_of
+from qkov_dist.planning.simulated_ranks import local_shape, simulated_topologies
 from qkov_dist.planning.time_model import PHASES, Phase
-from qkov_dist.planning.workload import Dealt, PretendedWorld, Workload
-from qkov_dist.results.metadata import FrameLayer
+from qkov_dist.planning.workload import Dealt, SimulatedWorld, Workload
+from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.partial_schema import BlockPartial, LayerPartial
 from qkov_dist.results.reduce import add_dealt, deal_heads
 from qkov_dist.run import run
 from qkov_dist.scoring.engine import rounds_of, score_rounds
 from qkov_dist.scoring.exchange import Exchange
-from qkov_dist.scoring.schedule import layers_of, make_windows
+from qkov_dist.scoring.schedule import layers_of, make_sweeps
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.scoring.tiles import LayerPlan, Selection, make_plan, stacks_of
+from qkov_dist.scoring.tiles import LayerTiles, Selection, head_batches, make_tile_plan
 from qkov_dist.stats import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
 
@@ -83,51 +83,53 @@ def write(path: Path, samples) -> None:
 
 
 def measure(raw: dict, folder: Path) -> tuple[list[Cost], list[list[int]], list[Measured]]:
-    """Plan a job and run it as `qkov run` does; every rank's costs, the windows, and what this rank measured."""
+    """Plan a job and run it as `qkov run` does; every rank's costs, the sweeps, and what this rank measured."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         job = prepare(from_dict(raw), current(), lambda line: None)
         plan = plan_of_job(job)
         measured = Measured()
         measured.see_model(job.loaded.model)
-        for window in windows_of(job):
-            score(job, window, measured, folder)
-    gathered = [Measured(**one) for one in job.team.world.gather(asdict(measured))]
-    return list(plan.costs), [list(window) for window in plan.windows], gathered
+        for sweep in sweeps_of(job):
+            score(job, sweep, measured, folder)
+    gathered = [Measured(**one) for one in job.topology.world.all_gather(asdict(measured))]
+    return list(plan.costs), [list(sweep) for sweep in plan.sweeps], gathered
 
 
-def windows_of(job: Job):
-    compute, world = job.config.compute, job.team.world
-    sizes = world.gather({str(layer.layer): kept_bytes(job, layer) for layer in job.plan.layers})
+def sweeps_of(job: Job):
+    compute, world = job.config.compute, job.topology.world
+    sizes = world.all_gather({str(layer.layer): kept_bytes(job, layer) for layer in job.tile_plan.layers})
     largest = {int(layer): max(size[layer] for size in sizes) for layer in sizes[0]}
     disk = 2**40 if compute.factor_disk_mb is None else compute.factor_disk_mb * 2**20
-    return make_windows(rounds_of(job.plan, job.team), largest, compute.factor_memory_mb * 2**20 + disk)
+    return make_sweeps(rounds_of(job.tile_plan, job.topology), largest, compute.factor_memory_mb * 2**20 + disk)
 
 
-def kept_bytes(job: Job, layer: LayerPlan) -> int:
+def kept_bytes(job: Job, layer: LayerTiles) -> int:
     """Bytes of a layer's factors on this rank, as its hooks leave them."""
     size = job.factor_dtype.itemsize
-    return factor_bytes(job.layout.layer(layer.layer), layer.sites, job.lengths_here, size, job.team.local)
+    return factor_bytes(job.layout.layer(layer.layer), layer.sites, job.lengths_here, size, job.topology.tp_rects)
 
 
-def score(job: Job, window, measured: Measured, folder: Path) -> None:
-    plan, compute = job.plan.only(layers_of(window)), job.config.compute
+def score(job: Job, sweep, measured: Measured, folder: Path) -> None:
+    tile_plan, compute = job.tile_plan.only(layers_of(sweep)), job.config.compute
     store = FactorStore(
         compute.factor_memory_mb * 2**20,
         folder,
-        job.team.local,
+        job.topology.tp_rects,
         lengths=job.lengths_here,
         gradients_above=job.gradients_above(),
     )
     with closing(store):
-        collection = Collection(store, plan.sites, job.objective, batch_tokens=job.batch_tokens, team=job.team)
+        collection = Collection(
+            store, tile_plan.sites, job.objective, batch_tokens=job.batch_tokens, topology=job.topology
+        )
         with measured.phase("capture"):
             for task in job.tasks:
                 collection.run(job.loaded.model, task.name, task.samples)
         measured.see_factors(store)
-        exchange = Exchange(job.team, store, job.layout, plan.sites)
+        exchange = Exchange(job.topology, store, job.layout, tile_plan.sites)
         with measured.phase("scoring"):
-            for _, blocks in score_rounds(plan, window, exchange, job.roles(), job.settings(), job.team):
+            for _, blocks in score_rounds(tile_plan, sweep, exchange, job.roles(), job.settings(), job.topology):
                 measured.see_scores(blocks)
         measured.see_sent(factors=exchange.bytes_sent)
     measured.see_peaks()
@@ -165,18 +167,18 @@ def test_the_plan_of_ranks_is_what_each_holds_sends_and_computes(model, cut, ran
     raw = settings(folder, model, "x", parallel, ridge={"relative": 0.1})
     for costs, _, measured in ranks(world_size).run(measure, raw, tmp_path):
         assert_as_planned(costs, measured)
-    pretended = pretend(raw, world_size)
-    assert list(pretended.costs) == costs
+    simulated = simulate(raw, world_size)
+    assert list(simulated.costs) == costs
 
 
-def pretend(raw: dict, world_size: int) -> RunPlan:
+def simulate(raw: dict, world_size: int) -> RunPlan:
     """The plan of the same ranks, from one process that is none of them."""
     parallel = raw["parallel"]
     replicas = world_size // parallel.get("tp", 1)
     parallelism = Parallelism(parallel.get("tp", 1), parallel.get("shard", "none"), replicas)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return plan_pretended(workload_of(prepare(from_dict({**raw, "parallel": {}}), current(), silent)), parallelism)
+        return plan_simulated(workload_of(prepare(from_dict({**raw, "parallel": {}}), current(), silent)), parallelism)
 
 
 def silent(_line: str) -> None:
@@ -189,8 +191,8 @@ def test_factors_beyond_memory_and_disk_are_planned_as_they_are_kept(folder, tmp
         write(folder / f"{task}.jsonl", samples)
     raw = settings(folder, "llama", "x", {}, compute={"batch_tokens": 200, "factor_memory_mb": 1, "factor_disk_mb": 1})
     raw["tasks"] = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("many_a", "many_b")]
-    (cost,), windows, (found,) = measure(raw, tmp_path)
-    assert windows == [[0], [1]]
+    (cost,), sweeps, (found,) = measure(raw, tmp_path)
+    assert sweeps == [[0], [1]]
     assert cost.factors_disk > 2**17
     assert cost.factors_memory == pytest.approx(found.factors_memory, rel=0.1)
     assert cost.factors_disk == pytest.approx(found.factors_disk, rel=0.1)
@@ -211,7 +213,7 @@ def work_of(model, name: str, *, layers=None, num=8, tokens=13, on_gpu=False, **
     objective = "masked" if TINY[name].masked_lm else "causal"
     config = from_dict(raw)
     size = config.compute.batch_tokens or 512
-    return Workload(config, anatomy_of(model, layout), layout, tasks, size, objective, on_gpu)
+    return Workload(config, model_sizes_of(model, layout), layout, tasks, size, objective, on_gpu)
 
 
 @pytest.mark.parametrize("place", [0, -1])
@@ -283,7 +285,7 @@ def test_operations_of_tests_are_those_of_their_products(score, monkeypatch):
         work_of(TINY["llama"].build(), "llama", statistics={"permutations": 400}, metric={"score": score}),
         tasks=(made_up_task("a", num_a, 5), made_up_task("b", num_b, 5)),
     )
-    (cost,) = plan_pretended(work, Parallelism(1, "none", 1)).costs
+    (cost,) = plan_simulated(work, Parallelism(1, "none", 1)).costs
     assert cost.flops_statistics * 3 == sum(counted) * 24  # 2 layers of 4 + 2 + 2 + 4 heads
 
 
@@ -300,7 +302,7 @@ def on_gpu(gpu_memory: int | None, **compute) -> Workload:
 @pytest.mark.parametrize("asked", [0, 1, 3, None])
 @pytest.mark.parametrize("memory_mb", [1, 2])
 def test_factors_wait_on_the_gpu_first_then_in_memory_then_on_disk(asked, memory_mb):
-    (cost,) = plan_pretended(on_gpu(8 * GIB, factor_gpu_mb=asked, factor_memory_mb=memory_mb), ALONE).costs
+    (cost,) = plan_simulated(on_gpu(8 * GIB, factor_gpu_mb=asked, factor_memory_mb=memory_mb), ALONE).costs
     places = (cost.factors_gpu, cost.factors_memory, cost.factors_disk)
     whole = sum(places)
     assert whole > 8 * 2**20
@@ -309,7 +311,7 @@ def test_factors_wait_on_the_gpu_first_then_in_memory_then_on_disk(asked, memory
 
 
 def test_what_is_planned_to_stay_on_a_gpu_leaves_room_for_the_rest():
-    plans = {size: plan_pretended(on_gpu(int(size * GIB)), ALONE) for size in (1.0, 1.02, 1.05, 1.1, 2)}
+    plans = {size: plan_simulated(on_gpu(int(size * GIB)), ALONE) for size in (1.0, 1.02, 1.05, 1.1, 2)}
     for size, plan in plans.items():
         (cost,) = plan.costs
         assert cost.factors_gpu <= plan.gpu_room
@@ -321,7 +323,7 @@ def test_what_is_planned_to_stay_on_a_gpu_leaves_room_for_the_rest():
 
 def test_factors_that_other_ranks_need_wait_in_memory():
     for work, ranks in ((on_gpu(8 * GIB), Parallelism(1, "ddp", 2)), (on_gpu(None), ALONE)):
-        plan = plan_pretended(work, ranks)
+        plan = plan_simulated(work, ranks)
         assert plan.gpu_room == 0
         assert all(cost.factors_gpu == 0 < cost.factors_memory for cost in plan.costs)
 
@@ -332,21 +334,23 @@ def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monke
     monkeypatch.setattr("qkov_dist.scoring.tiles.GPU_TILE_BYTES", limit)
     monkeypatch.setattr("qkov_dist.scoring.settings.GPU_TILE_BYTES", limit)
     work = work_of(TINY[name].build(), name, on_gpu=True)
-    (shares,) = layer_shares(work.layout, work.layers, [pretended_teams(
-        work.anatomy, work.layout, work.layers, ALONE)[0].owned_by(0)], work.scoring)  # fmt: skip
-    plan = make_plan(work.layout, Selection(), include_bias=False, num_samples=16, tile_bytes=limit)
+    (shares,) = layer_work(work.layout, work.layers, [simulated_topologies(
+        work.model_sizes, work.layout, work.layers, ALONE)[0].owned_by(0)], work.scoring)  # fmt: skip
+    tile_plan = make_tile_plan(work.layout, Selection(), include_bias=False, num_samples=16, tile_bytes=limit)
     most = ScoreSettings(device="cuda").max_elements(16)
-    for layer in plan.layers:
-        stacks = [
-            stack for site in layer.sites for stack in stacks_of([t for t in layer.tiles if t.site == site], most, 16)
+    for layer in tile_plan.layers:
+        batches = [
+            batch
+            for site in layer.sites
+            for batch in head_batches([t for t in layer.tiles if t.site == site], most, 16)
         ]
-        largest = max(sum(tile.rect.area for tile in band) for stack in stacks for band in stack.bands)
+        largest = max(sum(tile.rect.area for tile in band) for batch in batches for band in batch.bands)
         assert shares[layer.layer].tile == largest
 
 
 def test_while_a_layer_comes_in_that_of_the_last_ones_last_projection_is_still_there():
     works = [work_of(TINY["llama"].build(num_hidden_layers=num), "llama", num=30) for num in (2, 4)]
-    one_round, two_rounds = (plan_pretended(work, Parallelism(1, "ddp", 2)) for work in works)
+    one_round, two_rounds = (plan_simulated(work, Parallelism(1, "ddp", 2)) for work in works)
     assert [len(turns) for plan in (one_round, two_rounds) for turns in plan.rounds] == [1, 2]
     query = next(p for p in works[0].layout.layer(0).projections if p.module.endswith("q_proj"))
     size = sum(works[0].lengths_pooled) * sum(query.shape) * works[0].scoring.factor_itemsize
@@ -357,9 +361,9 @@ def test_while_a_layer_comes_in_that_of_the_last_ones_last_projection_is_still_t
 @pytest.mark.parametrize("data", ["ddp", "fsdp"])
 def test_partial_scores_are_sent_as_planned(data):
     work = work_of(TINY["llama"].build(), "llama", num=30)
-    plan = plan_pretended(work, Parallelism(1, data, 3))
-    teams = pretended_teams(work.anatomy, work.layout, work.layers, plan.parallelism)
-    shares = layer_shares(work.layout, work.layers, [teams[0].owned_by(rank) for rank in range(3)], work.scoring)
+    plan = plan_simulated(work, Parallelism(1, data, 3))
+    topologies = simulated_topologies(work.model_sizes, work.layout, work.layers, plan.parallelism)
+    shares = layer_work(work.layout, work.layers, [topologies[0].owned_by(rank) for rank in range(3)], work.scoring)
     for rank, cost in enumerate(plan.costs):
         sent = 0
         for layer, share in shares[rank].items():
@@ -367,20 +371,20 @@ def test_partial_scores_are_sent_as_planned(data):
                 b: BlockPartial(np.array(h), np.zeros((len(h), 60, 60), "f4"), np.zeros((len(h), 5)))
                 for b, h in share.heads.items()
             }
-            frame = FrameLayer(layer, 2, (0, 1, 2, 3), share.every_head)
+            axes = LayerAxes(layer, 2, (0, 1, 2, 3), share.every_head)
             world = Recording(rank, 3)
-            add_dealt(LayerPartial(blocks, {}), frame, world)
-            dealt = deal_heads(frame, 3)[rank]
+            add_dealt(LayerPartial(blocks, {}), axes, world)
+            dealt = deal_heads(axes, 3)[rank]
             sent += world.sent + (sum(map(len, dealt.values())) * 30 * 30 * 4 if rank else 0)
         assert cost.sent_scores == pytest.approx(sent, rel=0.1)
 
 
-class Recording(PretendedWorld):
+class Recording(SimulatedWorld):
     """Counts what would be sent."""
 
     sent = 0
 
-    def exchange(self, parts):
+    def all_to_all(self, parts):
         object.__setattr__(self, "sent", sum(p.numel() for rank, p in enumerate(parts) if rank != self.rank))
         return [parts[self.rank]]
 
@@ -390,12 +394,12 @@ class Recording(PretendedWorld):
 )
 def test_layers_of_one_kind_are_owned_as_all_layers_together_would_be(parallelism):
     work = work_of(TINY["qwen2"].build(), "qwen2")
-    (team, *_) = pretended_teams(work.anatomy, work.layout, work.layers, parallelism)
+    (topology, *_) = simulated_topologies(work.model_sizes, work.layout, work.layers, parallelism)
     held = [
-        {name: [list(rect.bounds) for rect in by_rank[rank]] for name, by_rank in team.ownership.held.items()}
-        for rank in range(team.world.size)
+        {name: [list(rect.bounds) for rect in by_rank[rank]] for name, by_rank in topology.ownership.held.items()}
+        for rank in range(topology.world.size)
     ]
-    assert team.ownership == assign(work.layout, work.layers, held)
+    assert topology.ownership == assign(work.layout, work.layers, held)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +408,7 @@ def test_layers_of_one_kind_are_owned_as_all_layers_together_would_be(parallelis
 def test_what_ranks_hold_of_a_cut_weight_adds_up_to_it(parallelism):
     work = work_of(TINY["llama"].build(), "llama")
     num_ranks = parallelism.tp * parallelism.replicas
-    for weight in work.anatomy.weights:
+    for weight in work.model_sizes.weights:
         held = sum(math.prod(local_shape(weight, parallelism, rank)) for rank in range(num_ranks))
         assert held in (weight.numel, weight.numel * parallelism.tp), weight  # norms are copied to all tp ranks
         assert (held == weight.numel) == (parallelism.tp == 1 or weight.style is not None)
@@ -412,7 +416,7 @@ def test_what_ranks_hold_of_a_cut_weight_adds_up_to_it(parallelism):
 
 def test_more_ranks_hold_less_each_and_compute_the_same_together():
     work = work_of(TINY["llama"].build(), "llama", num=24)
-    plans = {n: plan_pretended(work, Parallelism(1, "fsdp" if n > 1 else "none", n)) for n in (1, 2, 4, 8)}
+    plans = {n: plan_simulated(work, Parallelism(1, "fsdp" if n > 1 else "none", n)) for n in (1, 2, 4, 8)}
     for more, fewer in ((2, 1), (4, 2), (8, 4)):
         for name in ("weights", "factors_memory", "flops_scoring"):
             one, other = (max(getattr(cost, name) for cost in plans[n].costs) for n in (more, fewer))
@@ -424,9 +428,9 @@ def test_more_ranks_hold_less_each_and_compute_the_same_together():
 def test_tensor_parallelism_that_cannot_be_is_refused():
     llama, gpt2 = (work_of(TINY[name].build(), name) for name in ("llama", "gpt2"))
     with pytest.raises(QkovError, match=r"parallel.tp: expected a divisor of the 4 query and 2 kv heads"):
-        plan_pretended(llama, Parallelism(4, "none", 1))
+        plan_simulated(llama, Parallelism(4, "none", 1))
     with pytest.raises(QkovError, match="tensor-parallel plan"):
-        plan_pretended(gpt2, Parallelism(2, "none", 1))
+        plan_simulated(gpt2, Parallelism(2, "none", 1))
 
 
 def test_measured_figures_stand_beside_planned_ones(folder, tmp_path):

@@ -83,10 +83,10 @@ def test_the_same_weights_in_three_architectures_score_the_same(loaded, job):
 def test_losses_are_those_of_the_oracle(loaded, job, expected):
     from qkov_dist.capture.collect import Collection
     from qkov_dist.capture.store import FactorStore
-    from qkov_dist.scoring.tiles import make_plan
+    from qkov_dist.scoring.tiles import make_tile_plan
 
-    plan = make_plan(resolve(loaded.model), Selection(layers=(29,)), include_bias=False, num_samples=7)
-    collection = Collection(FactorStore(2**30), plan.sites)
+    tile_plan = make_tile_plan(resolve(loaded.model), Selection(layers=(29,)), include_bias=False, num_samples=7)
+    collection = Collection(FactorStore(2**30), tile_plan.sites)
     collection.run(loaded.model, "a", job.a)
     collection.run(loaded.model, "b", job.b)
     got = torch.tensor([record.loss for record in collection.records])

@@ -306,7 +306,7 @@ def test_an_error_of_ours_exits_with_1(config, capsys, monkeypatch):
     def broken(*_args, **_kwargs):
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr(qkov_dist.run, "make_frame", broken)
+    monkeypatch.setattr(qkov_dist.run, "make_metadata", broken)
     assert qkov("run", config, "--quiet") == 1
     assert "internal error: ZeroDivisionError: a mistake" in capsys.readouterr().err
 
@@ -366,7 +366,7 @@ def test_what_the_file_system_refuses_anywhere_is_the_users_to_mend(config, caps
     def refused(*_args, **_kwargs):
         raise OSError(number, os.strerror(number), "/some/file")
 
-    monkeypatch.setattr(qkov_dist.run, "make_frame", refused)
+    monkeypatch.setattr(qkov_dist.run, "make_metadata", refused)
     assert qkov("run", config, "--quiet") == 2
     assert "qkov: /some/file: expected" in capsys.readouterr().err
 
@@ -375,7 +375,7 @@ def test_a_broken_connection_is_not_of_the_file_system(config, monkeypatch, caps
     def refused(*_args, **_kwargs):
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
-    monkeypatch.setattr(qkov_dist.run, "make_frame", refused)
+    monkeypatch.setattr(qkov_dist.run, "make_metadata", refused)
     assert qkov("run", config, "--quiet") == 1
     assert "internal error" in capsys.readouterr().err
 

@@ -18,15 +18,15 @@ from zoo import TINY, VOCAB
 
 from qkov_dist.capture import collect as collection
 from qkov_dist.capture.collect import Collection
-from qkov_dist.capture.factors import Window
+from qkov_dist.capture.factors import FeatureSlice
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.data.batches import make_batches
-from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.memory import is_shortage
 from qkov_dist.scoring import engine
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
 
 def shortage() -> RuntimeError:
@@ -94,10 +94,10 @@ def test_one_sample_that_does_not_fit_is_named(monkeypatch):
 def test_where_all_ranks_pass_together_the_batch_size_is_named(monkeypatch):
     model = TINY["llama"].build()
     samples = mixed_samples(4, VOCAB, seed=1)
-    plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=4)
+    tile_plan = make_tile_plan(resolve(model), Selection(), include_bias=False, num_samples=4)
     room = Small(4, collection.Capture.run)
     room.put_into(monkeypatch)
-    run = Collection(FactorStore(2**30), plan.sites, team=replace(Team(), lockstep=True))
+    run = Collection(FactorStore(2**30), tile_plan.sites, topology=replace(Topology(), gathers_weights=True))
     with pytest.raises(QkovError, match=r"a batch of 4 samples.*compute\.batch_tokens"):
         run.run(model, "a", samples)
 
@@ -151,7 +151,7 @@ def test_factors_that_do_not_fit_beside_the_tiles_are_said_to(monkeypatch):
     def none(*args):
         raise shortage()
 
-    monkeypatch.setattr(Window, "to", none)
+    monkeypatch.setattr(FeatureSlice, "to", none)
     with pytest.raises(QkovError, match=r"layer 0: expected memory on cpu for the factors .*device='cpu'"):
         job_for(entry).run(entry.build())
 
@@ -165,10 +165,10 @@ from zoo import TINY
 from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 model = TINY["llama"].build(vocab_size=60000)
 samples = mixed_samples(24, 96, seed=1, lengths=(60, 64), mask=False)
-plan = make_plan(resolve(model), Selection(), include_bias=False, num_samples=24)
+plan = make_tile_plan(resolve(model), Selection(), include_bias=False, num_samples=24)
 said = []
 Collection(FactorStore(2**30), plan.sites).run(model, "warm", samples[:2])
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024

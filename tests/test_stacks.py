@@ -13,7 +13,7 @@ from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring import kernel
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.scoring.tiles import Tile, stacks_of
+from qkov_dist.scoring.tiles import Tile, head_batches
 
 SITE = Site(0, "o_proj")
 
@@ -24,7 +24,7 @@ def head(number: int, *, rows: int = 8, block: str = "Q", bands: int = 1) -> lis
 
 
 def numbers(tiles: list[Tile], most: int) -> list[list[int]]:
-    return [[tiles[0].head for tiles in stack.heads] for stack in stacks_of(tiles, most)]
+    return [[tiles[0].head for tiles in batch.heads] for batch in head_batches(tiles, most)]
 
 
 def test_heads_of_one_shape_are_together_as_far_as_there_is_room():
@@ -33,8 +33,8 @@ def test_heads_of_one_shape_are_together_as_far_as_there_is_room():
     assert numbers(tiles, 64) == [[0, 1], [2, 3], [4]]
     assert numbers(tiles, 63) == [[0], [1], [2], [3], [4]]
     assert numbers(tiles, 10**9) == [[0, 1, 2, 3, 4]]
-    of_many_samples = stacks_of(tiles, 100, num_samples=50)  # 50 x 50 scores a head, beside 50 x 32 gradients
-    assert [len(stack.heads) for stack in of_many_samples] == [2, 2, 1]
+    of_many_samples = head_batches(tiles, 100, num_samples=50)  # 50 x 50 scores a head, beside 50 x 32 gradients
+    assert [len(batch.heads) for batch in of_many_samples] == [2, 2, 1]
 
 
 def test_heads_of_other_blocks_shapes_or_cuts_are_not():
@@ -45,10 +45,10 @@ def test_heads_of_other_blocks_shapes_or_cuts_are_not():
     assert numbers([*head(0), bias], 10**9) == [[0], [1]]
 
 
-def test_a_stack_comes_apart_into_heads_and_then_into_rows():
-    (stack,) = stacks_of([*head(0, bands=2), *head(1, bands=2), *head(2, bands=2)], 10**9)
-    assert [[tile.head for tile in band] for band in stack.bands] == [[0, 1, 2], [0, 1, 2]]
-    first, rest = stack.smaller()
+def test_a_head_batch_comes_apart_into_heads_then_rows():
+    (batch,) = head_batches([*head(0, bands=2), *head(1, bands=2), *head(2, bands=2)], 10**9)
+    assert [[tile.head for tile in band] for band in batch.bands] == [[0, 1, 2], [0, 1, 2]]
+    first, rest = batch.smaller()
     assert (len(first.heads), len(rest.heads)) == (1, 2)
     (halves,) = first.smaller()
     assert [tile.rect.shape for tile in halves.heads[0]] == [(2, 4)] * 4
@@ -72,7 +72,7 @@ def test_products_in_parts_are_the_products(monkeypatch):
 
     monkeypatch.setattr(kernel, "LEAST_PART", 8)
     monkeypatch.setattr(kernel, "num_parts", counted)
-    got = job_for(entry, settings=ScoreSettings(stack_bytes=2**20)).run(model)
+    got = job_for(entry, settings=ScoreSettings(head_batch_bytes=2**20)).run(model)
     assert max(seen) > 1
     for layer, blocks in expected.items():
         for block, part in blocks.items():

@@ -17,7 +17,7 @@ from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig, OutputConfig, RunConfig, StatisticsConfig, TaskConfig
 from qkov_dist.results.heatmap import Heatmap, cross_of_pooled
 from qkov_dist.results.heatmap_file import write_heatmap
-from qkov_dist.results.metadata import Frame, FrameLayer, to_json
+from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes, to_json
 from qkov_dist.results.partial_schema import PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
 from qkov_dist.run import run
@@ -32,32 +32,39 @@ def heatmap(score: str = "interference") -> Heatmap:
     return dataclasses.replace(made, attributes=attributes)
 
 
-def frame_of(made: Heatmap) -> Frame:
+def metadata_of(made: Heatmap) -> HeatmapMetadata:
     def heads(place: int, block: str) -> tuple[int, ...]:
         return tuple(int(made.natives(block)[at]) for at in np.flatnonzero(made.present[block][place]))
 
     layers = tuple(
-        FrameLayer(
+        LayerAxes(
             layer, int(made.groups[place]), heads(place, "Q"), {b: heads(place, b) for b in made if heads(place, b)}
         )
         for place, layer in enumerate(made.layers)
     )
     tables = (made.samples_a, made.samples_b)
-    return Frame((made.task_a, made.task_b), layers, tables, made.pooled is not None, made.attributes)
+    return HeatmapMetadata((made.task_a, made.task_b), layers, tables, made.pooled is not None, made.attributes)
 
 
 def write_partials(folder: Path, made: Heatmap, *, world_size: int = 2, run_id: str = "run-1") -> None:
     """Each rank holds a share of every head: a multiple of a power of two, so that the sum is exact."""
-    frame = frame_of(made)
+    metadata = metadata_of(made)
     stored = made.pooled if made.pooled is not None else made.cross
     n_left, n_right = next(iter(stored.values())).shape[-2:]
     for rank in range(world_size):
         header = PartialHeader(
-            run_id, rank, world_size, n_left, n_right, made.layers, frame.pooled, to_json(frame) if rank == 0 else {}
+            run_id,
+            rank,
+            world_size,
+            n_left,
+            n_right,
+            made.layers,
+            metadata.pooled,
+            to_json(metadata) if rank == 0 else {},
         )
         share = {1: (1.0,), 2: (0.25, 0.75)}[world_size][rank]
         with PartialWriter(partial_path(folder, rank), header) as writer:
-            for place, layer in enumerate(frame.layers):
+            for place, layer in enumerate(metadata.layers):
                 blocks = {}
                 for block, owned in layer.heads.items():
                     at = [made.natives(block).index(head) for head in owned]

@@ -20,7 +20,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.verification.effects import HeadEffect, Target, agreements, measure, sample_targets, stepped
-from qkov_dist.verification.examined_model import Subject
+from qkov_dist.verification.examined_model import ExaminedModel
 
 STEP = 0.3
 IN_FLOAT32 = 5 * reordered(2 * (2 * LAYERS + 1))  # the norms' share of a loss of about 5
@@ -29,10 +29,10 @@ TARGETS = tuple(
 )
 
 
-def subject_of(name: str, dtype=torch.float64) -> Subject:
+def examined_of(name: str, dtype=torch.float64) -> ExaminedModel:
     model = TINY[name].build().to(dtype)
     a, b = (mixed_samples(3, VOCAB, seed=seed) for seed in (1, 2))
-    return Subject(model, resolve(model), a, b, (0, 1))
+    return ExaminedModel(model, resolve(model), a, b, (0, 1))
 
 
 def loss_of(model, samples) -> torch.Tensor:
@@ -44,35 +44,35 @@ def loss_of(model, samples) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def independent_change(subject: Subject, target: Target, step: float) -> float:
+def independent_change(examined: ExaminedModel, target: Target, step: float) -> float:
     """A step on a copy of the model: a whole weight's gradient by autograd, masked to the head."""
-    model = copy.deepcopy(subject.model)
-    before = float(loss_of(model, subject.a).detach())
-    loss_of(model, subject.b).backward()
+    model = copy.deepcopy(examined.model)
+    before = float(loss_of(model, examined.a).detach())
+    loss_of(model, examined.b).backward()
     with torch.no_grad():
-        for projection in subject.layout.layer(target.layer).projections:
+        for projection in examined.layout.layer(target.layer).projections:
             weight = model.get_submodule(projection.module).weight
             mask = torch.zeros(projection.shape, dtype=torch.bool)
             for piece in projection.slices:
                 if (piece.block, piece.head) == (target.block, target.head):
                     mask[piece.rect.row : piece.rect.row_end, piece.rect.col : piece.rect.col_end] = True
             weight -= step * weight.grad * (mask.T if projection.transposed else mask)
-        return float(loss_of(model, subject.a)) - before
+        return float(loss_of(model, examined.a)) - before
 
 
-def weights_of(subject: Subject) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in subject.model.state_dict().items()}
+def weights_of(examined: ExaminedModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in examined.model.state_dict().items()}
 
 
 @pytest.mark.parametrize(("name", "noise"), [("gpt2", 1e-12), ("falcon_new", 1e-12), ("llama", IN_FLOAT32)])
 def test_a_measured_change_is_that_of_an_independent_step(name, noise):
     """Llama's norms are float32 whatever the weights are; its changes are about 1e-2."""
-    subject = subject_of(name)
-    targets = [target for target in TARGETS if target.head in subject.layout.layer(target.layer).heads(target.block)]
+    examined = examined_of(name)
+    targets = [target for target in TARGETS if target.head in examined.layout.layer(target.layer).heads(target.block)]
     assert len(targets) >= 3
-    effects = measure(subject, targets, [STEP, 2 * STEP])
+    effects = measure(examined, targets, [STEP, 2 * STEP])
     changes = np.array([effect.changes for effect in effects])
-    expected = np.array([[independent_change(subject, target, s) for s in (STEP, 2 * STEP)] for target in targets])
+    expected = np.array([[independent_change(examined, target, s) for s in (STEP, 2 * STEP)] for target in targets])
     np.testing.assert_allclose(changes, expected, rtol=1e-6, atol=noise)
     assert (np.abs(changes) > 1e-5).all()
     assert [effect.target for effect in effects] == targets
@@ -80,51 +80,53 @@ def test_a_measured_change_is_that_of_an_independent_step(name, noise):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_restored_bit_for_bit(dtype):
-    subject = subject_of("gpt2", dtype)
-    before = weights_of(subject)
-    modes = [module.training for module in subject.model.train().modules()]
-    measure(subject, TARGETS, [STEP])
-    for name, value in subject.model.state_dict().items():
+    examined = examined_of("gpt2", dtype)
+    before = weights_of(examined)
+    modes = [module.training for module in examined.model.train().modules()]
+    measure(examined, TARGETS, [STEP])
+    for name, value in examined.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert [module.training for module in subject.model.modules()] == modes
+    assert [module.training for module in examined.model.modules()] == modes
 
 
 def test_a_step_that_fails_is_taken_back():
-    subject = subject_of("llama")
-    before = weights_of(subject)
-    update = torch.ones(next(p for p in subject.layout.layer(0).projections if "Q" in p.blocks).slices[0].rect.shape)
+    examined = examined_of("llama")
+    before = weights_of(examined)
+    update = torch.ones(next(p for p in examined.layout.layer(0).projections if "Q" in p.blocks).slices[0].rect.shape)
     changed = []
-    with pytest.raises(ZeroDivisionError), stepped(subject, Target(0, "Q", 0), [update]):
-        changed += [n for n, value in subject.model.state_dict().items() if not torch.equal(value, before[n])] + [1 / 0]
-    assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
+    with pytest.raises(ZeroDivisionError), stepped(examined, Target(0, "Q", 0), [update]):
+        changed += [n for n, value in examined.model.state_dict().items() if not torch.equal(value, before[n])] + [
+            1 / 0
+        ]
+    assert all(torch.equal(value, before[name]) for name, value in examined.model.state_dict().items())
 
 
 def test_for_a_small_step_the_change_is_the_inner_product():
-    effects = measure(subject_of("gpt2"), TARGETS, [1e-6])
+    effects = measure(examined_of("gpt2"), TARGETS, [1e-6])
     for effect in effects:
         assert effect.changes[0] == pytest.approx(1e-6 * effect.predicted["-gA.gB"], rel=1e-3, abs=1e-13)
         assert effect.predicted["|gA.gB|"] <= effect.predicted["||gA|| ||gB||"]
 
 
 def test_scores_are_those_of_the_engine():
-    subject = subject_of("llama", torch.float32)
-    effects = measure(subject, TARGETS, [STEP])
+    examined = examined_of("llama", torch.float32)
+    effects = measure(examined, TARGETS, [STEP])
     for score in ("interference", "signed"):
-        scores = subject.scores(ScoreSettings(score=score))
+        scores = examined.scores(ScoreSettings(score=score))
         for effect in effects:
             layer, block, head = effect.target.layer, effect.target.block, effect.target.head
             assert effect.predicted[score] == pytest.approx(float(scores[layer][block][head].mean()), rel=1e-4)
 
 
 def test_heads_are_spread_over_blocks_and_layers():
-    subject = subject_of("llama")
-    targets = sample_targets(subject, 16, seed=0)
+    examined = examined_of("llama")
+    targets = sample_targets(examined, 16, seed=0)
     assert len(set(targets)) == len(targets) == 16
     for block in "QKVO":
         assert sorted(target.layer for target in targets if target.block == block) == [0, 0, 1, 1]
-    assert sample_targets(subject, 16, seed=0) == targets
-    assert sample_targets(subject, 16, seed=1) != targets
-    every = sample_targets(subject, 1000, seed=0)
+    assert sample_targets(examined, 16, seed=0) == targets
+    assert sample_targets(examined, 16, seed=1) != targets
+    every = sample_targets(examined, 1000, seed=0)
     assert len(set(every)) == len(every) == 2 * (4 + 2 + 2 + 4)
 
 
@@ -153,9 +155,9 @@ def test_agreement_is_spearmans_and_its_gain_is_over_the_plain_gradients():
 
 
 def test_weights_that_cannot_be_changed_are_refused(monkeypatch):
-    monkeypatch.setattr(Subject, "all_plain", lambda self: False)
+    monkeypatch.setattr(ExaminedModel, "all_plain", lambda self: False)
     with pytest.raises(QkovError, match="quantized or sharded"):
-        measure(subject_of("llama"), TARGETS, [STEP])
+        measure(examined_of("llama"), TARGETS, [STEP])
 
 
 def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path, capsys):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qkov_dist.data.batches import Batch, Objective, content_of, make_batches, sequence
 from qkov_dist.data.samples import Sample
 from qkov_dist.distributed.shared_errors import together
-from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage
@@ -54,7 +54,7 @@ class Collection:
         loss_reduction: ``mean`` or ``sum`` over a sample's labelled tokens.
         loss_factor: Multiplies every loss.
         batch_tokens: Padded tokens in one compute batch.
-        team: Who runs which samples.
+        topology: Who runs which samples.
         records: Every sample by its pooled number.
         say: Takes a line where something did not go as planned.
         soundness: What is known of the model's passes; one for all collections of a model.
@@ -66,7 +66,7 @@ class Collection:
     loss_reduction: str = "mean"
     loss_factor: float = 1.0
     batch_tokens: int = 2048
-    team: Team = field(default_factory=Team)
+    topology: Topology = field(default_factory=Topology)
     records: list[SampleRecord] = field(default_factory=list)
     say: Callable[[str], object] = lambda line: None
     soundness: Soundness = field(default_factory=Soundness)
@@ -78,7 +78,7 @@ class Collection:
         samples: Sequence[Sample],
         on_samples: Callable[[int], object] = lambda count: None,
     ) -> list[int]:
-        """Pass samples of a task through the model, each on one of the peers; all ranks call this alike.
+        """Pass samples of a task through the model, each on one data-parallel rank; all ranks call this alike.
 
         Nothing is kept of the samples if any of them fails.
 
@@ -96,17 +96,19 @@ class Collection:
                 passes do not give gradients (see :mod:`qkov_dist.capture.soundness`).
         """
         first = len(self.records)
-        team = self.team
-        if team.in_a_pass.size > 1:
+        topology = self.topology
+        if topology.pass_group.size > 1:
             self._look_at(model, task, samples)  # with the same tokens on all ranks: what fails, fails on all
         else:
-            together(team.world, lambda: self._look_at(model, task, samples))
+            together(topology.world, lambda: self._look_at(model, task, samples))
         passes = self._passes(task, samples)
-        if team.lockstep:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
+        if topology.gathers_weights:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
             here = self._run_here(model, passes, on_samples)
         else:
-            here = together(team.peers, lambda: self._run_here(model, passes, on_samples), team.peer_ranks)
-        found = {number: (count, loss) for theirs in team.peers.gather(here) for number, count, loss in theirs}
+            here = together(topology.dp_group, lambda: self._run_here(model, passes, on_samples), topology.dp_ranks)
+        found = {
+            number: (count, loss) for theirs in topology.dp_group.all_gather(here) for number, count, loss in theirs
+        }
         self.records.extend(
             SampleRecord(task, sample.id, sample.text, *found[first + n], content_of(sample, self.objective))
             for n, sample in enumerate(samples)
@@ -126,29 +128,29 @@ class Collection:
             longest = max(samples, key=lambda sample: sample.num_tokens)
             raise self._too_long(_named(task, longest), longest.num_tokens) from error
         except ModelError as error:
-            if self.team.peers.size == self.team.world.size:
+            if self.topology.dp_group.size == self.topology.world.size:
                 raise
             raise _plan_fails(model, error) from error
         if self.soundness.alone and not before:
             self.say("outputs depend on the length of a batch: samples run uncut, each beside those of its length")
 
     def _passes(self, task: str, samples: Sequence[Sample]) -> list[tuple[Batch, bool]]:
-        """This rank's batches, each counted; then, where passes need all peers, idle ones up to the longest list."""
-        shares = self.team.shares([len(sequence(sample, self.objective).input_ids) for sample in samples])
-        mine = self._batches(task, samples, shares[self.team.peers.rank])
+        """This rank's batches, each counted; then, where passes need all ranks, idle ones up to the longest list."""
+        by_dp_rank = self.topology.deal_samples([len(sequence(sample, self.objective).input_ids) for sample in samples])
+        mine = self._batches(task, samples, by_dp_rank[self.topology.dp_group.rank])
         passes = [(batch, True) for batch in mine]
-        if self.team.lockstep:
-            longest = max(len(self._batches(task, samples, share)) for share in shares)
+        if self.topology.gathers_weights:
+            longest = max(len(self._batches(task, samples, numbers)) for numbers in by_dp_rank)
             (idle, *_) = mine or self._batches(task, samples, [0])
             passes += [(idle, False)] * (longest - len(mine))
         return passes
 
-    def _batches(self, task: str, samples: Sequence[Sample], share: Sequence[int]) -> list[Batch]:
-        chosen, first = [samples[n] for n in share], len(self.records)
+    def _batches(self, task: str, samples: Sequence[Sample], numbers: Sequence[int]) -> list[Batch]:
+        chosen, first = [samples[n] for n in numbers], len(self.records)
         batches = make_batches(
             chosen,
             names=[_named(task, sample) for sample in chosen],
-            numbers=[first + n for n in share],
+            numbers=[first + n for n in numbers],
             batch_tokens=self.batch_tokens,
             objective=self.objective,
             alone=self.soundness.alone,
@@ -162,7 +164,7 @@ class Collection:
         try:
             return self._losses(model, passes, on_samples)
         except ModelError as error:
-            if self.team.peers.size == self.team.world.size:
+            if self.topology.dp_group.size == self.topology.world.size:
                 raise
             raise _plan_fails(model, error) from error
 
@@ -175,8 +177,8 @@ class Collection:
             self.sites,
             loss_reduction=self.loss_reduction,
             loss_factor=self.loss_factor,
-            check_at_end=self.team.passes_alone and input_device(model).type == "cuda",
-            any_rank=lambda here: any(self.team.in_a_pass.gather(here)),
+            check_at_end=self.topology.passes_alone and input_device(model).type == "cuda",
+            any_rank=lambda here: any(self.topology.pass_group.all_gather(here)),
         ) as session:
             for batch, counts in passes:
                 if not counts:
@@ -194,7 +196,7 @@ class Collection:
             The batches that were run, with their samples' losses.
 
         Raises:
-            QkovError: where one sample alone does not fit, or where passes need all peers: a rank that stops half-way
+            QkovError: where one sample alone does not fit, or where passes need all ranks: a rank that stops half-way
                 through one leaves the others waiting in it.
         """
         try:
@@ -203,7 +205,7 @@ class Collection:
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
-            if self.team.lockstep or len(batch.samples) == 1:
+            if self.topology.gathers_weights or len(batch.samples) == 1:
                 raise self._too_large(batch) from error
         else:
             yield batch, found

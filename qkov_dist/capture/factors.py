@@ -22,7 +22,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Window:
+class FeatureSlice:
     """Factors at the features [start, start + width) of their projection; they run along the last axis."""
 
     values: Tensor
@@ -32,13 +32,13 @@ class Window:
         """Some features, by their number in the whole projection.
 
         Raises:
-            QkovError: for features outside the window.
+            QkovError: for features outside the slice.
         """
         return self.values[..., _within(part, self.start, self.values.shape[-1])]
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Window:
-        """The same window elsewhere, in another type."""
-        return Window(self.values.to(device, dtype), self.start)
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> FeatureSlice:
+        """The same features elsewhere, in another type."""
+        return FeatureSlice(self.values.to(device, dtype), self.start)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _within(part: slice, start: int, width: int) -> slice:
 
 
 @dataclass
-class Table:
+class SampleIndex:
     """Where samples are at the sites of one threshold.
 
     Attributes:
@@ -139,7 +139,7 @@ def factor_bytes(
     sites: Collection[Site],
     lengths: Sequence[int],
     itemsize: int,
-    local: Mapping[Site, Rect] | None = None,
+    tp_rects: Mapping[Site, Rect] | None = None,
 ) -> int:
     """Bytes in which the factors of some samples wait, each sample in the smaller form.
 
@@ -148,11 +148,11 @@ def factor_bytes(
         sites: Its projections that are captured, perhaps among others.
         lengths: Tokens of each sample.
         itemsize: Bytes of one number of a factor.
-        local: The tensor-parallel shard that this rank sees of a projection, [out, in].
+        tp_rects: The tensor-parallel shard that this rank sees of a projection, [out, in].
     """
     total, above = 0, gradients_above([layer], itemsize)
     for group in shared_inputs(layer, sites):
-        seen = [(site, (local or {}).get(site, rect)) for site, rect in group]
+        seen = [(site, (tp_rects or {}).get(site, rect)) for site, rect in group]
         whole, token = _gradient_bytes(seen), _token_bytes(seen, itemsize)
         threshold = above[group[0][0]]
         total += sum(whole if length > threshold else token * length for length in lengths)

@@ -17,14 +17,14 @@ from qkov_dist.errors import QkovError
 
 @dataclass(frozen=True)
 class Spilled:
-    """A block of rows in a series' file."""
+    """A block of rows in a buffer's file."""
 
     offset: int
     num_rows: int
 
 
 @dataclass
-class Series:
+class RowBuffer:
     """The rows of one factor, batch after batch: in one buffer where its size was known before, else in blocks."""
 
     path: Path

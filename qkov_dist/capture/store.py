@@ -1,6 +1,6 @@
 """Where captured factors wait until their layer is scored: on their GPU, in memory, on disk, each up to a budget.
 
-Each site has one series of rows for X (kept once for the projections that share it) and one for D: the real tokens of
+Each site has one row buffer for X (kept once for the projections that share it) and one for D: the real tokens of
 every batch, one after another. A sample so long that its gradient is smaller than its factors is kept as the gradient
 itself, D^T X in float32 with the sum of D over tokens (a bias's gradient) as one more column. Which form a sample takes
 at a site depends on its length alone, so that all ranks agree on it.
@@ -27,9 +27,9 @@ from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.memory import is_shortage
 
-from .factors import Span, Table, Whole, Window
+from .factors import FeatureSlice, SampleIndex, Span, Whole
 from .numerics import products_as
-from .row_buffer import Series, Spilled
+from .row_buffer import RowBuffer, Spilled
 from .sinks import Factors
 
 _FORMING = threading.Lock()  # backward passes of several devices run in threads; how products are formed is one for all
@@ -41,11 +41,11 @@ class FactorStore:
     Args:
         budget_bytes: Factors kept in the host's memory; the rest goes to disk.
         folder: Where the temporary folder for spilled factors is made; the system's own by default.
-        local: The tensor-parallel shard of each projection, [out, in]. Hooks hand out either all features of a
+        tp_rects: The tensor-parallel shard of each projection, [out, in]. Hooks hand out either all features of a
             projection or exactly those of its shard.
         gpu_budget_bytes: Factors that stay on the GPU that they come from, before any go to the host's memory.
-        lengths: Tokens of the samples that will come, where they are known: every series then has its place in memory
-            from the first on; without them nothing stays on a GPU.
+        lengths: Tokens of the samples that will come, where they are known: every row buffer then has its place in
+            memory from the first on; without them nothing stays on a GPU.
         dtype: In which factors are kept; as they come by default. Gradients are kept in float32 or better.
         gradients_above: By site, the number of tokens above which a sample is kept as its gradient; all samples are
             kept as factors by default. Sites that share an input share the number.
@@ -62,7 +62,7 @@ class FactorStore:
         self,
         budget_bytes: int,
         folder: Path | None = None,
-        local: Mapping[Site, Rect] | None = None,
+        tp_rects: Mapping[Site, Rect] | None = None,
         *,
         gpu_budget_bytes: int = 0,
         lengths: Sequence[int] = (),
@@ -72,12 +72,12 @@ class FactorStore:
     ) -> None:
         self.budget_bytes, self.gpu_budget_bytes = budget_bytes, gpu_budget_bytes
         self.bytes_on_gpu = self.bytes_in_memory = self.bytes_on_disk = self.flops = 0
-        self._local, self._above = dict(local or {}), dict(gradients_above or {})
+        self._tp_rects, self._above = dict(tp_rects or {}), dict(gradients_above or {})
         self._lengths, self._dtype, self._precision = tuple(lengths), dtype, matmul_precision
-        self._tables: dict[int | None, Table] = {above: Table() for above in (None, *self._above.values())}
-        self._series: dict[tuple[str, Site], Series] = {}
+        self._indexes: dict[int | None, SampleIndex] = {above: SampleIndex() for above in (None, *self._above.values())}
+        self._buffers: dict[tuple[str, Site], RowBuffer] = {}
         self._x_site: dict[Site, Site] = {}
-        self._added: list[Series] = []
+        self._added: list[RowBuffer] = []
         self._copying: set[torch.device] = set()  # GPUs that copy into the host's memory
         self._shape: dict[Site, tuple[int, int]] = {}  # features that hooks see, [out, in]
         self._batch_lengths: tuple[int, ...] = ()
@@ -92,28 +92,28 @@ class FactorStore:
     @property
     def spans(self) -> dict[int, Span]:
         """Rows of each sample at sites that keep all samples as factors."""
-        return self._tables[None].spans
+        return self._indexes[None].spans
 
     @property
     def num_rows(self) -> int:
         """Tokens of all samples."""
-        return self._tables[None].num_rows
+        return self._indexes[None].num_rows
 
-    def table(self, site: Site) -> Table:
+    def sample_index(self, site: Site) -> SampleIndex:
         """Where each sample is at a site."""
-        return self._tables[self._above.get(site)]
+        return self._indexes[self._above.get(site)]
 
     def describe(self) -> dict[str, Any]:
-        """What the store holds, as JSON: where samples are, shared inputs, and each series with its dtype."""
+        """What the store holds, as JSON: where samples are, shared inputs, and each row buffer with its dtype."""
         return {
-            "tables": [
-                [above, [[number, *span] for number, span in table.spans.items()], list(table.whole), table.num_rows]
-                for above, table in self._tables.items()
+            "indexes": [
+                [above, [[number, *span] for number, span in index.spans.items()], list(index.whole), index.num_rows]
+                for above, index in self._indexes.items()
             ],
             "sharing": [[_named(site), _named(shared)] for site, shared in self._x_site.items()],
-            "series": [
-                [kind, _named(site), str(series.dtype).removeprefix("torch.")]
-                for (kind, site), series in self._series.items()
+            "row_buffers": [
+                [kind, _named(site), str(row_buffer.dtype).removeprefix("torch.")]
+                for (kind, site), row_buffer in self._buffers.items()
             ],
         }
 
@@ -123,7 +123,7 @@ class FactorStore:
 
     def close(self) -> None:
         """Forget everything and remove the temporary folder."""
-        self._series.clear()
+        self._buffers.clear()
         self._finalizer()
 
     @contextmanager
@@ -136,9 +136,9 @@ class FactorStore:
         except BaseException:
             self._drop_added()
             raise
-        for above, table in self._tables.items():
+        for above, index in self._indexes.items():
             for number, length in zip(batch.samples, batch.lengths, strict=True):
-                table.add(number, length, as_gradient=above is not None and length > above)
+                index.add(number, length, as_gradient=above is not None and length > above)
 
     def add(self, factors: Factors) -> None:
         """Take one site's factors (a :class:`~qkov_dist.capture.sinks.FactorSink`)."""
@@ -159,7 +159,7 @@ class FactorStore:
             return
         self._append("d", factors.site, d)
         x_key = ("x", factors.x_site)
-        if not any(series is self._series.get(x_key) for series in self._added):
+        if not any(row_buffer is self._buffers.get(x_key) for row_buffer in self._added):
             self._append("x", factors.x_site, x)
 
     def _without_long(self, factors: Factors, above: int) -> tuple[Tensor, Tensor]:
@@ -196,66 +196,66 @@ class FactorStore:
             )
         return self._x_site[site]
 
-    def x(self, site: Site) -> Window:
+    def x(self, site: Site) -> FeatureSlice:
         """The inputs of all factored samples' tokens at one site, [tokens, in]."""
-        values, local = self._read("x", self.x_site(site), self._shape[site][1]), self._local.get(site)
-        return Window(values, local.col if local and values.shape[1] == local.shape[1] else 0)
+        values, shard = self._read("x", self.x_site(site), self._shape[site][1]), self._tp_rects.get(site)
+        return FeatureSlice(values, shard.col if shard and values.shape[1] == shard.shape[1] else 0)
 
-    def d(self, site: Site) -> Window:
+    def d(self, site: Site) -> FeatureSlice:
         """The output gradients of all factored samples' tokens at one site, [tokens, out]."""
         self.x_site(site)
-        values, local = self._read("d", site, self._shape[site][0]), self._local.get(site)
-        return Window(values, local.row if local and values.shape[1] == local.shape[0] else 0)
+        values, shard = self._read("d", site, self._shape[site][0]), self._tp_rects.get(site)
+        return FeatureSlice(values, shard.row if shard and values.shape[1] == shard.shape[0] else 0)
 
     def g(self, site: Site) -> Whole | None:
         """The gradients of all other samples at one site, [n, out, in + 1]; None where there are none."""
         self.x_site(site)
-        if ("g", site) not in self._series:
+        if ("g", site) not in self._buffers:
             return None
-        (num_out, num_in), local = self._shape[site], self._local.get(site)
+        (num_out, num_in), shard = self._shape[site], self._tp_rects.get(site)
         values = self._read("g", site, num_out * (num_in + 1)).view(-1, num_out, num_in + 1)
-        row = local.row if local and num_out == local.shape[0] else 0
-        return Whole(values, row, local.col if local and num_in == local.shape[1] else 0)
+        row = shard.row if shard and num_out == shard.shape[0] else 0
+        return Whole(values, row, shard.col if shard and num_in == shard.shape[1] else 0)
 
     def _read(self, kind: str, site: Site, width: int) -> Tensor:
-        """All rows of a series; none where every sample is kept in the other form."""
-        series = self._series.get((kind, site))
-        return torch.empty(0, width) if series is None else series.read()
+        """All rows of a buffer; none where every sample is kept in the other form."""
+        row_buffer = self._buffers.get((kind, site))
+        return torch.empty(0, width) if row_buffer is None else row_buffer.read()
 
     def _append(self, kind: str, site: Site, rows: Tensor) -> None:
         rows, dtype = rows.detach(), rows.dtype if kind == "g" else self._dtype or rows.dtype
-        series = self._series.get((kind, site))
-        if series is None:
-            path = self._folder / f"{kind}_{len(self._series):05d}.bin"
-            series = self._series[kind, site] = Series(path, rows.shape[1], dtype)
-            series.buffer = self._place_for(series, self._rows_expected(kind, site), rows.device)
-        if series.buffer is not None:
-            series.keep(rows)
-            self._added.append(series)
-            if rows.device.type == "cuda" and series.buffer.device.type == "cpu":
+        row_buffer = self._buffers.get((kind, site))
+        if row_buffer is None:
+            path = self._folder / f"{kind}_{len(self._buffers):05d}.bin"
+            row_buffer = self._buffers[kind, site] = RowBuffer(path, rows.shape[1], dtype)
+            row_buffer.buffer = self._place_for(row_buffer, self._rows_expected(kind, site), rows.device)
+        if row_buffer.buffer is not None:
+            row_buffer.keep(rows)
+            self._added.append(row_buffer)
+            if rows.device.type == "cuda" and row_buffer.buffer.device.type == "cpu":
                 self._copying.add(rows.device)
             return
         rows = rows.to("cpu", dtype)
         if self.bytes_in_memory + rows.nbytes <= self.budget_bytes:
-            series.keep(rows)
+            row_buffer.keep(rows)
             self.bytes_in_memory += rows.nbytes
         else:
-            self._spill(series, rows)
-        self._added.append(series)
+            self._spill(row_buffer, rows)
+        self._added.append(row_buffer)
 
     def _rows_expected(self, kind: str, site: Site) -> int:
-        """Rows that a series will have, from the lengths that were told; 0 where none were."""
+        """Rows that a buffer will have, from the lengths that were told; 0 where none were."""
         above = self._above.get(site)
         if kind == "g":
             return sum(1 for length in self._lengths if above is not None and length > above)
         return sum(length for length in self._lengths if above is None or length <= above)
 
-    def _place_for(self, series: Series, num_rows: int, device: torch.device) -> Tensor | None:
-        """Memory for all rows of a series, where their number is known and it is within a budget."""
-        size = num_rows * series.row_bytes
+    def _place_for(self, row_buffer: RowBuffer, num_rows: int, device: torch.device) -> Tensor | None:
+        """Memory for all rows of a buffer, where their number is known and it is within a budget."""
+        size = num_rows * row_buffer.row_bytes
         if size and device.type != "cpu" and self.bytes_on_gpu + size <= self.gpu_budget_bytes:
             try:
-                place = torch.empty(num_rows, series.width, dtype=series.dtype, device=device)
+                place = torch.empty(num_rows, row_buffer.width, dtype=row_buffer.dtype, device=device)
             except RuntimeError as error:
                 if not is_shortage(error):
                     raise
@@ -265,14 +265,14 @@ class FactorStore:
                 return place
         if not size or self.bytes_in_memory + size > self.budget_bytes:
             return None
-        pinned = self._pinned(num_rows, series) if device.type == "cuda" else None
+        pinned = self._pinned(num_rows, row_buffer) if device.type == "cuda" else None
         self.bytes_in_memory += size
-        return torch.empty(num_rows, series.width, dtype=series.dtype) if pinned is None else pinned
+        return torch.empty(num_rows, row_buffer.width, dtype=row_buffer.dtype) if pinned is None else pinned
 
-    def _pinned(self, num_rows: int, series: Series) -> Tensor | None:
+    def _pinned(self, num_rows: int, row_buffer: RowBuffer) -> Tensor | None:
         """Memory that a GPU copies into by itself; none where the system has no more of it."""
         try:
-            return torch.empty(num_rows, series.width, dtype=series.dtype, pin_memory=True)
+            return torch.empty(num_rows, row_buffer.width, dtype=row_buffer.dtype, pin_memory=True)
         except RuntimeError as error:
             if not is_shortage(error):
                 raise
@@ -285,16 +285,16 @@ class FactorStore:
         self._copying.clear()
 
     def _drop_added(self) -> None:
-        for series in reversed(self._added):
-            last = series.drop_last()
+        for row_buffer in reversed(self._added):
+            last = row_buffer.drop_last()
             if isinstance(last, Spilled):
-                self.bytes_on_disk -= last.num_rows * series.row_bytes
-            elif series.buffer is None:
+                self.bytes_on_disk -= last.num_rows * row_buffer.row_bytes
+            elif row_buffer.buffer is None:
                 self.bytes_in_memory -= last.nbytes
 
-    def _spill(self, series: Series, rows: Tensor) -> None:
+    def _spill(self, row_buffer: RowBuffer, rows: Tensor) -> None:
         try:
-            series.spill(rows)
+            row_buffer.spill(rows)
         except OSError as error:
             raise QkovError(
                 str(self._folder),

@@ -20,8 +20,8 @@ from qkov_dist.layout.proof import prove_candidates
 from qkov_dist.layout.resolve import candidates, known_family, resolve
 from qkov_dist.loading.models import LoadedModel, load_model
 from qkov_dist.scoring.tiles import Selection
-from qkov_dist.verification.examined_model import Subject
-from qkov_dist.verification.properties import Finding, run_checks
+from qkov_dist.verification.examined_model import ExaminedModel
+from qkov_dist.verification.properties import PropertyResult, run_checks
 
 from .arguments import Commands, _add, _add_model_arguments, _model_config, _positive, say
 
@@ -50,28 +50,28 @@ def check(
     layout = _layout(loaded)
     chosen = Selection(MetricConfig(layers=layers).layers or _spread(layout)).layers_of(layout)  # type: ignore[arg-type]
     a, b = (_samples(loaded, name, samples, max_tokens, seed) for seed, name in enumerate(TASKS))
-    subject = Subject(
+    examined = ExaminedModel(
         loaded.model, layout, a, b, tuple(layer.index for layer in chosen), cast(Objective, loaded.objective)
     )
-    findings = []
-    for finding in run_checks(subject):
-        say(f"{finding.check}: {finding.what}")
-        findings.append(finding)
-    print(f"\n{layout.model_type}, layers {list(subject.layers)}, {samples} + {samples} samples\n")
-    print(tabulate([_row(finding) for finding in findings], headers="keys", disable_numparse=True))
-    if broken := [finding for finding in findings if finding.holds is False]:
+    results = []
+    for result in run_checks(examined):
+        say(f"{result.check}: {result.what}")
+        results.append(result)
+    print(f"\n{layout.model_type}, layers {list(examined.layers)}, {samples} + {samples} samples\n")
+    print(tabulate([_row(result) for result in results], headers="keys", disable_numparse=True))
+    if broken := [result for result in results if result.holds is False]:
         raise QkovError(
             "qkov check",
             expected="all six properties to hold",
             got=f"{len(broken)} broken: " + "; ".join(f"{f.check}: {f.what} {f.note}".strip() for f in broken),
             remedy="Do not trust scores of this model; report its architecture, or register its layout.",
         )
-    print("\nall six properties hold" + _unjudged(findings))
+    print("\nall six properties hold" + _unjudged(results))
 
 
-def _unjudged(findings: list[Finding]) -> str:
-    judged = {finding.check for finding in findings if finding.holds}
-    left = [check for check in dict.fromkeys(finding.check for finding in findings) if check not in judged]
+def _unjudged(results: list[PropertyResult]) -> str:
+    judged = {result.check for result in results if result.holds}
+    left = [check for check in dict.fromkeys(result.check for result in results) if check not in judged]
     return f", as far as they apply ({', '.join(left)}: not on this model)" if left else ""
 
 
@@ -102,15 +102,15 @@ def _samples(loaded: LoadedModel, name: str, count: int, max_tokens: int, seed: 
     return tuple(Sample(f"{name}-{n}", row, row.copy(), "") for n, row in enumerate(ids))
 
 
-def _row(finding: Finding) -> dict[str, str]:
-    verdict = {True: "holds", False: "BROKEN", None: "-"}[finding.holds]
+def _row(result: PropertyResult) -> dict[str, str]:
+    verdict = {True: "holds", False: "BROKEN", None: "-"}[result.holds]
     return {
-        "check": finding.check,
-        "measured": finding.what,
-        "deviation": "-" if finding.deviation is None else f"{finding.deviation:.2g}",
-        "at most": "-" if finding.bound is None else f"{finding.bound:.2g}",
+        "check": result.check,
+        "measured": result.what,
+        "deviation": "-" if result.deviation is None else f"{result.deviation:.2g}",
+        "at most": "-" if result.bound is None else f"{result.bound:.2g}",
         "result": verdict,
-        "note": finding.note[:100],
+        "note": result.note[:100],
     }
 
 

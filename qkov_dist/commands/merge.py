@@ -21,7 +21,7 @@ from qkov_dist.job import Say
 from qkov_dist.results.gather import gather_partials
 from qkov_dist.results.hdf5_write import refuse_other_run
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.metadata import Frame
+from qkov_dist.results.metadata import HeatmapMetadata
 from qkov_dist.stats.stored_tests import tests_to_keep
 
 from .arguments import Commands, _add, _run_folder, _show, say
@@ -57,13 +57,13 @@ def merge_folder(
     output = Path(output) if output else folder / HEATMAP_FILE
     gathered = gather_partials(folder, world)
     together(world, lambda: _check_output(output, gathered.run_id))
-    num_files, num_layers = len(gathered.sources), len(gathered.frame.layers)
+    num_files, num_layers = len(gathered.sources), len(gathered.metadata.layers)
     voice = Voice.of_rank(world.rank, world.size, say, show_progress=show_progress)
     voice.say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
-    config = together(world, lambda: _config_of(gathered.frame))
-    asked, score = statistics_of(config), str(gathered.frame.attributes["score"])
+    config = together(world, lambda: _config_of(gathered.metadata))
+    asked, score = statistics_of(config), str(gathered.metadata.attributes["score"])
     tests = together(world, lambda: tests_to_keep(output, asked, score, keep_tests))
-    return finish(gathered.frame, gathered.reader(world), config, output, world, voice, tests)
+    return finish(gathered.metadata, gathered.reader(world), config, output, world, voice, tests)
 
 
 def _check_output(output: Path, run_id: str) -> None:
@@ -74,9 +74,9 @@ def _check_output(output: Path, run_id: str) -> None:
         raise QkovError(str(output), expected="a file in an existing folder", got="none", remedy=remedy)
 
 
-def _config_of(frame: Frame) -> RunConfig:
+def _config_of(metadata: HeatmapMetadata) -> RunConfig:
     try:
-        return from_dict(frame.attributes["config"], stored=True)
+        return from_dict(metadata.attributes["config"], stored=True)
     except KeyError:
         remedy = "Use partial files that `qkov run` wrote."
         raise QkovError("partial files", expected="the run's configuration", got="none", remedy=remedy) from None

@@ -16,9 +16,9 @@ from qkov_dist.layout.modules import is_masked_lm
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.planning.described import described_model, described_tasks
 from qkov_dist.planning.hardware import Hardware, hardware, this_hardware
-from qkov_dist.planning.model_sizes import Anatomy, anatomy_of
+from qkov_dist.planning.model_sizes import ModelSizes, model_sizes_of
 from qkov_dist.planning.remedies import Limits, Setting, limits_in_words, remedies, shortages
-from qkov_dist.planning.run_plan import MIB, RunPlan, least_peak, plan_pretended
+from qkov_dist.planning.run_plan import MIB, RunPlan, least_peak, plan_simulated
 from qkov_dist.planning.table import as_json, plan_lines, size_notes
 from qkov_dist.planning.time_model import Phase, assumptions, expected
 from qkov_dist.planning.workload import Workload
@@ -102,7 +102,7 @@ class ConfigPlanner:
     """
 
     def __init__(self, config: RunConfig, machines: Machines, *, gpu_memory: int | None) -> None:
-        self._on_gpu, self._gpu_memory, self._anatomies = gpu_memory is not None, gpu_memory, dict[str, Anatomy]()
+        self._on_gpu, self._gpu_memory, self._anatomies = gpu_memory is not None, gpu_memory, dict[str, ModelSizes]()
         self._model = described_model(config.model)
         self._recomputes = config.model.attn_implementation != "eager"
         self._layout = resolve(self._model)
@@ -115,22 +115,22 @@ class ConfigPlanner:
 
     def batch_tokens(self, setting: Setting) -> int:
         """Padded tokens in one batch."""
-        num_parameters = self._anatomy(setting.config.model.dtype).num_parameters
+        num_parameters = self._model_sizes(setting.config.model.dtype).num_parameters
         return _parallelism(setting).batch_tokens(
             setting.config.compute, on_gpu=self._on_gpu, num_parameters=num_parameters
         )
 
     def plan(self, setting: Setting) -> RunPlan:
         """The whole plan."""
-        return plan_pretended(self._work(setting), _parallelism(setting))
+        return plan_simulated(self._work(setting), _parallelism(setting))
 
     def least(self, setting: Setting) -> int:
         """Bytes that a rank holds at least while it runs its samples."""
         return least_peak(self._work(setting), _parallelism(setting))
 
-    def _anatomy(self, dtype: str) -> Anatomy:
+    def _model_sizes(self, dtype: str) -> ModelSizes:
         if dtype not in self._anatomies:
-            found = anatomy_of(self._model, self._layout, dtype)
+            found = model_sizes_of(self._model, self._layout, dtype)
             self._anatomies[dtype] = replace(found, recomputes=self._recomputes)
         return self._anatomies[dtype]
 
@@ -138,7 +138,7 @@ class ConfigPlanner:
         config, disk = setting.config, setting.config.compute.factor_disk_mb
         return Workload(
             config=config,
-            anatomy=self._anatomy(config.model.dtype),
+            model_sizes=self._model_sizes(config.model.dtype),
             layout=self._layout,
             tasks=self._tasks,
             batch_tokens=self.batch_tokens(setting),

@@ -84,11 +84,13 @@ def _tested_partials(folder: Path, run_id: str, tests: QKOVStatistics, say: Say)
         remedy = "Move the files of one of the two runs away."
         where = gathered.sources[0].path
         raise QkovError(where, expected=f"run {run_id}", got=f"run {gathered.run_id}", remedy=remedy)
-    if not gathered.frame.pooled:
+    if not gathered.metadata.pooled:
         raise _no_pooled_scores(folder, "partial files with scores between the two tasks only")
     count = len(gathered.sources)
     say(f"adding up {count} partial file{'s' if count > 1 else ''}, testing heads")
-    heatmap = combine(gathered.frame, gathered.reader(Alone()), Alone(), statistics=tests, pairs="none", folder=folder)
+    heatmap = combine(
+        gathered.metadata, gathered.reader(Alone()), Alone(), statistics=tests, pairs="none", folder=folder
+    )
     assert heatmap is not None  # one process is the first
     return heatmap.statistics or {}
 

@@ -20,7 +20,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.proof import resolve_proved
 from qkov_dist.loading.models import LoadedModel, load_model
 from qkov_dist.verification.effects import Agreement, HeadEffect, agreements, measure, sample_targets
-from qkov_dist.verification.examined_model import Subject
+from qkov_dist.verification.examined_model import ExaminedModel
 
 from .arguments import Commands, _add, _add_model_arguments, _model_config, _positive, _positive_float, say
 
@@ -68,11 +68,11 @@ def validate(
     count = min(len(indices), max(-(-heads // 4), 1), MAX_LAYERS)
     layers = tuple(indices[place * (len(indices) - 1) // max(count - 1, 1)] for place in range(count))
     a, b = (_samples(loaded, path, samples, max_tokens, say) for path in tasks)
-    subject = Subject(loaded.model, layout, a, b, layers, cast(Objective, loaded.objective))
-    targets = sample_targets(subject, heads, seed)
+    examined = ExaminedModel(loaded.model, layout, a, b, layers, cast(Objective, loaded.objective))
+    targets = sample_targets(examined, heads, seed)
     say(f"one step of {tasks[1]} in each of {len(targets)} heads, measured on {tasks[0]}")
     with progress_bar("stepping", len(targets), "head", show=show_progress) as advance:
-        effects = measure(subject, targets, steps, advance)
+        effects = measure(examined, targets, steps, advance)
     rows = agreements(effects, steps, resamples=bootstrap, seed=seed)
     _print(tasks, layers, effects, rows)
     if output:

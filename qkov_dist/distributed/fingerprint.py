@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sharding import logical_shape, pieces_of
+from .sharding import local_shards, logical_shape
 from .world import Alone, World
 
 # Settings that leave the function of the model as it is, and differ between ways of loading it.
@@ -45,14 +45,14 @@ def fingerprint(model: nn.Module, world: World | None = None) -> str:
     """
     world = world or Alone()
     tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    pieces = {name: list(pieces_of(name, tensor)) for name, tensor in tensors.items()}
-    where = world.gather({name: [piece.place for piece in of_name] for name, of_name in pieces.items()})
+    shards = {name: list(local_shards(name, tensor)) for name, tensor in tensors.items()}
+    where = world.all_gather({name: [shard.place for shard in of_name] for name, of_name in shards.items()})
     mine = {
-        name: [checksum(piece.values, piece.rows, piece.cols) for piece in of_name]
-        for name, of_name in pieces.items()
+        name: [checksum(shard.values, shard.rows, shard.cols) for shard in of_name]
+        for name, of_name in shards.items()
         if all(rank[name] != where[world.rank][name] for rank in where[: world.rank])
     }
-    parts = world.gather(mine)
+    parts = world.all_gather(mine)
     entries = []
     for name, tensor in tensors.items():
         found = [pair for rank in parts for pair in rank.get(name, ())]

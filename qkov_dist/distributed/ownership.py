@@ -16,7 +16,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout, Projection
 from qkov_dist.layout.rects import Rect, check_exact_cover
 
-from .placements import Held
+from .placements import HeldRects
 from .sharding import parameter_name, parameters_of
 
 
@@ -29,10 +29,10 @@ class Ownership:
         owned: Parameter name -> each rank's owned rectangles, by rank.
     """
 
-    held: Mapping[str, tuple[Held, ...]]
-    owned: Mapping[str, tuple[Held, ...]]
+    held: Mapping[str, tuple[HeldRects, ...]]
+    owned: Mapping[str, tuple[HeldRects, ...]]
 
-    def of_rank(self, projection: Projection, bias: bool, rank: int) -> Held:
+    def of_rank(self, projection: Projection, bias: bool, rank: int) -> HeldRects:
         """What a rank owns of a projection's weight or bias."""
         return self.owned[parameter_name(projection, bias)][rank]
 
@@ -56,16 +56,16 @@ def assign(layout: Layout, layers: Sequence[int], held_by_rank: Sequence[Mapping
     """
     names = [(projection, bias, parameter_name(projection, bias)) for projection, bias in parameters_of(layout, layers)]
     everything = {n: tuple(tuple(Rect(*r) for r in rank[n]) for rank in held_by_rank) for _, _, n in names}
-    owned: dict[str, list[Held]] = {name: [()] * len(held_by_rank) for name in everything}
-    families: dict[tuple[int, ...], list[tuple[str, Held]]] = {}
+    owned: dict[str, list[HeldRects]] = {name: [()] * len(held_by_rank) for name in everything}
+    families: dict[tuple[int, ...], list[tuple[str, HeldRects]]] = {}
     for name, by_rank in everything.items():
         for rects in dict.fromkeys(by_rank):
             if rects:
                 replicas = tuple(rank for rank, other in enumerate(by_rank) if other == rects)
                 families.setdefault(replicas, []).append((name, rects))
-    for replicas, pieces in families.items():
-        for rank, share in zip(replicas, _deal(pieces, len(replicas)), strict=True):
-            for name, rects in share:
+    for replicas, in_common in families.items():
+        for rank, of_rank in zip(replicas, _deal(in_common, len(replicas)), strict=True):
+            for name, rects in of_rank:
                 owned[name][rank] = (*owned[name][rank], *rects)
     for projection, bias, name in names:
         whole = Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1])
@@ -73,26 +73,24 @@ def assign(layout: Layout, layers: Sequence[int], held_by_rank: Sequence[Mapping
     return Ownership(everything, {name: tuple(by_rank) for name, by_rank in owned.items()})
 
 
-def _deal(pieces: list[tuple[str, Held]], num_shares: int) -> list[list[tuple[str, Held]]]:
+def _deal(in_common: list[tuple[str, HeldRects]], num_ranks: int) -> list[list[tuple[str, HeldRects]]]:
     """Cut a sequence of rectangles into shares of about equal area, at row boundaries."""
-    total = sum(rect.area for _, rects in pieces for rect in rects)
-    shares: list[list[tuple[str, Held]]] = [[] for _ in range(num_shares)]
+    total = sum(rect.area for _, rects in in_common for rect in rects)
+    dealt: list[list[tuple[str, HeldRects]]] = [[] for _ in range(num_ranks)]
     done = 0
-    for name, rects in pieces:
+    for name, rects in in_common:
         for rect in rects:
             width = rect.shape[1]
-            cuts = [
-                min(max(-(-(total * n // num_shares - done) // width), 0), rect.shape[0]) for n in range(num_shares)
-            ]
+            cuts = [min(max(-(-(total * n // num_ranks - done) // width), 0), rect.shape[0]) for n in range(num_ranks)]
             for n, (low, high) in enumerate(zip(cuts, [*cuts[1:], rect.shape[0]], strict=True)):
                 if low < high:
                     band = Rect(rect.row + low, rect.row + high, rect.col, rect.col_end)
-                    shares[n].append((name, (band,)))
+                    dealt[n].append((name, (band,)))
             done += rect.area
-    return shares
+    return dealt
 
 
-def _check_cover(name: str, whole: Rect, by_rank: Sequence[Held]) -> None:
+def _check_cover(name: str, whole: Rect, by_rank: Sequence[HeldRects]) -> None:
     try:
         check_exact_cover(name, whole, [rect for rects in by_rank for rect in rects])
     except QkovError as error:

@@ -17,7 +17,7 @@ from typing import Any
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.rects import Rect, rects_of_flat_interval
 
-Held = tuple[Rect, ...]
+HeldRects = tuple[Rect, ...]
 Interval = tuple[int, int]
 
 
@@ -51,14 +51,14 @@ def intervals_by_placements(shape: Sequence[int], placements: Sequence[Placement
     return tuple(intervals)
 
 
-def held_by_placements(shape: tuple[int, int], placements: Sequence[Placement]) -> Held:
+def held_by_placements(shape: tuple[int, int], placements: Sequence[Placement]) -> HeldRects:
     """The rectangle of a matrix in storage orientation that is left after every axis has cut its dim."""
     rows, cols = intervals_by_placements(shape, placements)
     rect = Rect(*rows, *cols)
     return (rect,) if rect.area else ()
 
 
-def held_by_flat_partition(shape: tuple[int, int], num_partition: int, index: int) -> Held:
+def held_by_flat_partition(shape: tuple[int, int], num_partition: int, index: int) -> HeldRects:
     """The rectangles of ZeRO-3's partition ``index``: ``num_partition`` elements of the row-major flattened weight."""
     size = shape[0] * shape[1]
     start = min(num_partition * index, size)

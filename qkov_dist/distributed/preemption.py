@@ -40,7 +40,7 @@ def stoppable(world: World) -> Iterator[Callable[[], None]]:
         told.append(number)
 
     def check() -> None:
-        asked = [rank for rank, was_told in enumerate(world.gather(bool(told))) if was_told]
+        asked = [rank for rank, was_told in enumerate(world.all_gather(bool(told))) if was_told]
         if asked:
             raise StoppedError(
                 f"rank {asked[0]}" if world.size > 1 else "qkov run",
@@ -57,7 +57,9 @@ def stoppable(world: World) -> Iterator[Callable[[], None]]:
         yield check
         check()  # who was told during the last layer
     except StoppedError:
-        world.gather(None)  # nobody leaves, and has a launcher end the others, before all have recorded what they began
+        world.all_gather(
+            None
+        )  # nobody leaves, and has a launcher end the rest, before all have recorded what they began
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

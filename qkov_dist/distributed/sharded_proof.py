@@ -40,7 +40,7 @@ def proved_layout(model: nn.Module, world: World) -> Layout:
         QkovError: as the proof does; of a sharded model, for an architecture that is not known.
     """
     refuse_parts(model, world)
-    sharded = any(world.gather(any(is_sharded(parameter) for parameter in model.parameters())))
+    sharded = any(world.all_gather(any(is_sharded(parameter) for parameter in model.parameters())))
     if not sharded:
         return together(world, lambda: resolve_proved(model))
     layout = together(world, lambda: resolve(model))
@@ -55,9 +55,9 @@ def refuse_parts(model: nn.Module, world: World) -> None:
         QkovError: on every rank; names the first rank that differs from rank 0, and a module.
     """
     mine = sorted({name.rpartition(".")[0] for name, _ in model.named_parameters()})
-    if len(set(world.gather(hashlib.sha256(" ".join(mine).encode()).hexdigest()))) == 1:
+    if len(set(world.all_gather(hashlib.sha256(" ".join(mine).encode()).hexdigest()))) == 1:
         return
-    first, *others = world.gather(mine)
+    first, *others = world.all_gather(mine)
     for rank, names in enumerate(others, start=1):
         if only := sorted(set(first) ^ set(names)):
             raise SharedError(

@@ -18,7 +18,7 @@ from qkov_dist.layout.heads import Layout, Projection
 from qkov_dist.layout.rects import Rect
 
 from .placements import (
-    Held,
+    HeldRects,
     held_by_flat_partition,
     held_by_placements,
     intervals_by_placements,
@@ -28,7 +28,7 @@ from .placements import (
 )
 
 
-def held(parameter: Tensor) -> Held:
+def held(parameter: Tensor) -> HeldRects:
     """What this rank holds of a parameter, in storage orientation; a vector is one column.
 
     Raises:
@@ -39,7 +39,7 @@ def held(parameter: Tensor) -> Held:
     return held_by_placements(matrix_shape(tuple(parameter.shape)), placements_of_matrix(parameter))
 
 
-def held_zero3(parameter: Any) -> Held:
+def held_zero3(parameter: Any) -> HeldRects:
     """What this rank holds of a ZeRO-3 parameter."""
     if getattr(parameter, "ds_tensor", None) is None:
         return (Rect.of_shape(*matrix_shape(tuple(parameter.ds_shape))),)
@@ -119,7 +119,7 @@ def local_bytes(tensor: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalShard:
     """A part of a tensor that this rank holds, as a matrix, and which rows and columns of the whole it is.
 
     ``place`` says the same in a few integers: equal places are replicas.
@@ -131,14 +131,14 @@ class Piece:
     place: list[int]
 
 
-def pieces_of(name: str, tensor: Any) -> Iterator[Piece]:
+def local_shards(name: str, tensor: Any) -> Iterator[LocalShard]:
     """What this rank holds of a tensor of any rank, seen as its first dim by all others.
 
     Raises:
         QkovError: for a tensor that is not in memory.
     """
     if hasattr(tensor, "ds_id"):
-        yield from _pieces_zero3(tensor)
+        yield from _zero3_shards(tensor)
         return
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if local.is_meta:
@@ -150,7 +150,7 @@ def pieces_of(name: str, tensor: Any) -> Iterator[Piece]:
     cols = torch.zeros(1, dtype=torch.int64)
     for size, indices in zip(shape[1:], ranges[1:], strict=True):
         cols = (cols[:, None] * size + indices).reshape(-1)
-    yield Piece(
+    yield LocalShard(
         local.detach().reshape(len(ranges[0]), len(cols)),
         ranges[0],
         cols,
@@ -158,14 +158,14 @@ def pieces_of(name: str, tensor: Any) -> Iterator[Piece]:
     )
 
 
-def _pieces_zero3(parameter: Any) -> Iterator[Piece]:
+def _zero3_shards(parameter: Any) -> Iterator[LocalShard]:
     flat, shape = parameter.ds_tensor.detach().reshape(-1), matrix_shape(tuple(parameter.ds_shape))
     first = int(parameter.ds_process_group.rank()) * int(parameter.ds_tensor.ds_numel)
     for rect in held_zero3(parameter):
         start = rect.row * shape[1] + rect.col - first
         values = flat[start : start + rect.area].reshape(rect.shape)
         rows, cols = torch.arange(rect.row, rect.row_end), torch.arange(rect.col, rect.col_end)
-        yield Piece(values, rows, cols, list(rect.bounds))
+        yield LocalShard(values, rows, cols, list(rect.bounds))
 
 
 def logical_shape(tensor: Any) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def together(world: World, step: Callable[[], T], names: Sequence[int] | None = 
         if isinstance(error, RuntimeError) and is_broken_call(error):
             raise  # there is a call in it after all, and another rank is gone
         mistake, parts = error, failed(_name(world.rank, names), in_full(error)).parts
-    everyone = world.gather(parts)
+    everyone = world.all_gather(parts)
     if mistake is not None:
         raise mistake
     raise_first(everyone, names)
@@ -73,7 +73,7 @@ def _name(place: int, names: Sequence[int] | None) -> int:
 
 def same_on_all(world: World, what: str, value: Mapping[str, Any]) -> None:
     """Raise on every rank unless all were started with the same value; names the first rank and key that differ."""
-    everyone = world.gather(value)
+    everyone = world.all_gather(value)
     for rank, other in enumerate(everyone):
         for key in sorted({*everyone[0], *other}):
             if everyone[0].get(key) != other.get(key):

@@ -1,7 +1,8 @@
 """Who runs which samples, who sees which features, and who scores which rectangles: one model's ranks as integers.
 
-Ranks of one tensor-parallel group run the same samples and see different features. *Peers* are the ranks at the same
-place of different groups: they see the same features and run different samples, so that each sample is run once.
+Ranks of one tensor-parallel group run the same samples and see different features. A data-parallel group is the ranks
+at the same place of different tensor-parallel groups: they see the same features and run different samples, so that
+each sample is run once.
 """
 
 from __future__ import annotations
@@ -25,31 +26,36 @@ from .world import Alone, TorchWorld, World
 
 
 @dataclass(frozen=True)
-class Team:
+class Topology:
     """The ranks around one model.
 
     Attributes:
         world: All ranks.
-        peers: This rank and those that see the same features, by data-parallel index.
-        peer_ranks: Their ranks in the world.
+        dp_group: This rank and those that see the same features, by data-parallel index.
+        dp_ranks: Their ranks in the world.
         ownership: What every rank owns; None where one process owns everything.
-        local: The tensor-parallel shard of each projection that this rank sees, [out, in].
-        lockstep: Whether every pass of one rank needs a pass of all others (weights are gathered for it).
-        in_a_pass: This rank and those that take part in each pass of it.
+        tp_rects: The tensor-parallel shard of each projection that this rank sees, [out, in].
+        gathers_weights: Whether weights are gathered for each pass, so that a pass of one rank needs one of all others.
+        tp_group: This rank and those whose tensor-parallel shards make a pass together with its own.
     """
 
     world: World = field(default_factory=Alone)
-    peers: World = field(default_factory=Alone)
-    peer_ranks: tuple[int, ...] = (0,)
+    dp_group: World = field(default_factory=Alone)
+    dp_ranks: tuple[int, ...] = (0,)
     ownership: Ownership | None = None
-    local: Mapping[Site, Rect] = field(default_factory=dict)
-    lockstep: bool = False
-    in_a_pass: World = field(default_factory=Alone)
+    tp_rects: Mapping[Site, Rect] = field(default_factory=dict)
+    gathers_weights: bool = False
+    tp_group: World = field(default_factory=Alone)
+
+    @property
+    def pass_group(self) -> World:
+        """This rank and those that take part in each pass of it."""
+        return self.world if self.gathers_weights else self.tp_group
 
     @property
     def passes_alone(self) -> bool:
         """Whether no other rank takes part in a pass of this one: weights are whole here, and nothing is summed."""
-        return not self.lockstep and self.peers.size == self.world.size
+        return not self.gathers_weights and self.dp_group.size == self.world.size
 
     def owned(self) -> Owned | None:
         """What this rank owns, as the plan asks for it."""
@@ -66,18 +72,21 @@ class Team:
 
         return owned
 
-    def shares(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Sample numbers for each peer, in file order: about as many tokens each, dealt longest first."""
-        shares: list[list[int]] = [[] for _ in range(self.peers.size)]
-        loads = [0] * len(shares)
+    def deal_samples(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Sample numbers for each rank of the data-parallel group, in file order: about as many tokens each.
+
+        The longest are dealt first.
+        """
+        dealt: list[list[int]] = [[] for _ in range(self.dp_group.size)]
+        loads = [0] * len(dealt)
         for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
             lightest = loads.index(min(loads))
-            shares[lightest].append(n)
+            dealt[lightest].append(n)
             loads[lightest] += lengths[n]
-        return [sorted(share) for share in shares]
+        return [sorted(numbers) for numbers in dealt]
 
 
-def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[int]) -> Team:
+def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequence[int]) -> Topology:
     """Find out how the ranks hold a model, and prove that they own every element of it exactly once.
 
     Args:
@@ -91,9 +100,9 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
     """
     together(world, lambda: _refuse_routed(model))
     gathered = together(world, lambda: gathered_over(model))
-    groups = world.gather(together(world, lambda: list(tensor_parallel_ranks(model, world.rank, gathered))))
-    held = world.gather(together(world, lambda: held_parameters(model, layout, layers)))
-    lockstep = any(world.gather(is_cut_between_samples(model)))
+    groups = world.all_gather(together(world, lambda: list(tensor_parallel_ranks(model, world.rank, gathered))))
+    held = world.all_gather(together(world, lambda: held_parameters(model, layout, layers)))
+    gathers_weights = any(world.all_gather(is_cut_between_samples(model)))
     distinct = sorted({tuple(group) for group in groups})
     if (
         sorted(rank for group in distinct for rank in group) != list(range(world.size))
@@ -107,22 +116,22 @@ def make_team(world: World, model: nn.Module, layout: Layout, layers: Sequence[i
         )
     columns = [tuple(group[place] for group in distinct) for place in range(len(distinct[0]))]
     mine = next(column for column in columns if world.rank in column)
-    in_a_pass: World = Alone()
-    if isinstance(world, TorchWorld) and (lockstep or len(distinct[0]) > 1):
-        in_a_pass = world if lockstep else world.subgroup(distinct)
-    return Team(
+    tp_group: World = Alone()
+    if isinstance(world, TorchWorld) and len(distinct[0]) > 1:
+        tp_group = world.subgroup(distinct)
+    return Topology(
         world=world,
-        peers=world.subgroup(columns) if isinstance(world, TorchWorld) else world,
-        peer_ranks=mine,
+        dp_group=world.subgroup(columns) if isinstance(world, TorchWorld) else world,
+        dp_ranks=mine,
         ownership=assign(layout, layers, held),
-        local={
+        tp_rects={
             Site(index, projection.module): rect
             for index in layers
             for projection in layout.layer(index).projections
             if (rect := tensor_parallel_rect(_weight(model, projection), projection, gathered)) is not None
         },
-        lockstep=lockstep,
-        in_a_pass=in_a_pass,
+        gathers_weights=gathers_weights,
+        tp_group=tp_group,
     )
 
 

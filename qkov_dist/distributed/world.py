@@ -30,16 +30,16 @@ class World(Protocol):
     def size(self) -> int:
         """How many ranks there are."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank."""
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def all_reduce(self, values: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks, on every rank."""
 
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Send ``parts[r]`` (bytes, uint8 [n]) to rank r; returns what each rank sent here."""
 
-    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+    def send_recv(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
         """Send the tensors ``sent[r]`` to rank r, and fill ``received[r]`` with what rank r sends here.
 
         Both ends know how many there are, and of which types and shapes. Those for or from others are contiguous, and
@@ -52,19 +52,19 @@ class Alone:
 
     rank, size = 0, 1
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The value, as JSON would return it."""
         return [json.loads(json.dumps(value))]
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def all_reduce(self, values: np.ndarray) -> np.ndarray:
         """The array itself."""
         return values
 
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The one part."""
         return list(parts)
 
-    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+    def send_recv(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
         """Copy what this rank sends itself."""
         keep_own(sent[0], received[0])
 
@@ -111,19 +111,19 @@ class TorchWorld:
         """How many ranks there are."""
         return int(torch.distributed.get_world_size(self.group))
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(part.cpu().numpy())) for part in self.exchange([text] * self.size)]
+        return [json.loads(bytes(part.cpu().numpy())) for part in self.all_to_all([text] * self.size)]
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def all_reduce(self, values: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks, on every rank."""
         total = torch.from_numpy(np.array(values, order="C")).to(self.device)
         torch.distributed.all_reduce(total, group=self.group)
         summed: np.ndarray = total.cpu().numpy()
         return summed
 
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Send ``parts[r]`` to rank r; sizes travel first."""
         sizes = torch.tensor([part.numel() for part in parts], dtype=torch.int64, device=self.device)
         incoming = torch.empty_like(sizes)
@@ -134,7 +134,7 @@ class TorchWorld:
         torch.distributed.all_to_all_single(received, sent, counts, sizes.tolist(), group=self.group)
         return list(torch.split(received.cpu(), counts))
 
-    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+    def send_recv(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
         """Send tensors where they lie, into where they will lie; over a GPU's memory where the group is of GPUs."""
         places, step = of_others(received, self.rank), torch.distributed.P2POp
         on_cpu = self.device.type == "cpu"
@@ -183,19 +183,19 @@ class MpiWorld:
         """How many ranks there are."""
         return int(self.comm.Get_size())
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(part.numpy())) for part in self.exchange([text] * self.size)]
+        return [json.loads(bytes(part.numpy())) for part in self.all_to_all([text] * self.size)]
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def all_reduce(self, values: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks, on every rank."""
         mine = np.array(values, order="C")
         total = np.empty_like(mine)
         self.comm.Allreduce(mine, total)
         return total
 
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Send ``parts[r]`` to rank r; sizes travel first."""
         sizes = np.array([part.numel() for part in parts], np.int64)
         counts = np.empty_like(sizes)
@@ -205,7 +205,7 @@ class MpiWorld:
         self.comm.Alltoallv([sent, (sizes, _offsets(sizes))], [received, (counts, _offsets(counts))])
         return list(torch.split(torch.from_numpy(received), counts.tolist()))
 
-    def pass_on(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+    def send_recv(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
         """Send tensors as the bytes they are, into where they will lie."""
         keep_own(sent[self.rank], received[self.rank])
         waiting = [self.comm.Irecv(_as_bytes(place), rank, tag) for rank, tag, place in of_others(received, self.rank)]

@@ -1,7 +1,7 @@
 """What it costs a rank to run its samples: weights held and gathered, activations kept, operations of both passes.
 
 Weights are frozen, so that a backward pass forms gradients of inputs alone, from the loss down to the outputs of the
-lowest layer's Q, K and V. Every window of layers runs all samples once.
+lowest layer's Q, K and V. Every sweep of layers runs all samples once.
 
     gathered    FSDP2: two layers (one in work, one on its way) and what is kept from the forward pass to the backward
                 one, the largest weight outside of layers; or that alone where it is larger. ZeRO-3: all weights, but no
@@ -49,12 +49,12 @@ class CaptureCost:
 
     def weights(self, rank: int) -> int:
         """Bytes of a rank's parameters and buffers."""
-        kinds = Counter((weight.shape, weight.itemsize, weight.style) for weight in self.work.anatomy.weights)
+        kinds = Counter((weight.shape, weight.itemsize, weight.style) for weight in self.work.model_sizes.weights)
         parameters = sum(
             count * itemsize * math.prod(local_shape(Weight("", shape, itemsize, None, style), self.parallelism, rank))
             for (shape, itemsize, style), count in kinds.items()
         )
-        return parameters + self.work.anatomy.buffers
+        return parameters + self.work.model_sizes.buffers
 
     @cached_property
     def gathered(self) -> int:
@@ -63,8 +63,8 @@ class CaptureCost:
             return 0
         layers, outside = self._worked_with
         if self.parallelism.data == "zero3":
-            weights = [weight.numel * weight.itemsize for weight in self.work.anatomy.weights]
-            itemsize = self.work.anatomy.itemsize
+            weights = [weight.numel * weight.itemsize for weight in self.work.model_sizes.weights]
+            itemsize = self.work.model_sizes.itemsize
             return min(sum(weights), max(LIVE_ELEMENTS * itemsize, *weights))
         largest = max(outside, default=0)
         return max(largest, 2 * max(layers.values(), default=0)) + largest
@@ -73,7 +73,7 @@ class CaptureCost:
     def _worked_with(self) -> tuple[Counter[int], list[int]]:
         """Bytes of what a rank works with in a pass: of each layer, and of each weight outside of them."""
         layers, outside = Counter[int](), []
-        for weight in self.work.anatomy.weights:
+        for weight in self.work.model_sizes.weights:
             size = weight.itemsize * math.prod(local_shape(weight, self.parallelism, 0, gathered=True))
             if weight.layer is None:
                 outside.append(size)
@@ -85,11 +85,11 @@ class CaptureCost:
         """All batches of a rank once, with a backward pass down to layer ``lowest``."""
         tokens, labelled = sum(batch.tokens for batch in batches), sum(batch.labelled for batch in batches)
         squares = sum(batch.tokens * batch.length for batch in batches)
-        anatomy = self.work.anatomy
+        model_sizes = self.work.model_sizes
         per_token, per_label = self._per_token(None)
         back_token, back_label = self._per_token(lowest)
         attention = self._attention(None) * squares
-        again = 5 if anatomy.recomputes else 4  # halves of the forward pass's operations
+        again = 5 if model_sizes.recomputes else 4  # halves of the forward pass's operations
         return Passes(
             forward=per_token * tokens + per_label * labelled + attention,
             backward=back_token * tokens + back_label * labelled + self._attention(lowest) * squares * again // 2,
@@ -100,7 +100,7 @@ class CaptureCost:
 
     def _per_token(self, lowest: int | None) -> tuple[int, int]:
         """Operations for each token and for each labelled one: forward, or backward down to a layer."""
-        matrices = self.work.anatomy.matrices
+        matrices = self.work.model_sizes.matrices
         last = max((n for n, matrix in enumerate(matrices) if matrix.layer is not None), default=-1)
         counted = [m for n, m in enumerate(matrices) if lowest is None or self._has_gradient(m, lowest, n > last)]
         of_all = sum(2 * self._local(matrix) for matrix in counted if not matrix.labelled)
@@ -114,7 +114,9 @@ class CaptureCost:
 
     def _is_behind_attention(self, matrix: Matrix, layer: int) -> bool:
         """Whether a matrix of a layer lies behind its Q, K and V."""
-        beside = self.work.anatomy.parallel and not matrix.module.startswith(f"{self.work.layout.layer(layer).module}.")
+        beside = self.work.model_sizes.parallel and not matrix.module.startswith(
+            f"{self.work.layout.layer(layer).module}."
+        )
         return not beside and matrix.module not in self._inputs(layer)
 
     def _inputs(self, layer: int) -> set[str]:
@@ -129,7 +131,7 @@ class CaptureCost:
     def _heads_are_cut(self) -> bool:
         """Whether a rank runs its own heads alone."""
         output = self.work.layout.layers[0].output.module
-        return self.parallelism.tp > 1 and self.work.anatomy.styles.get(output) in SHARDED_BY_HOOKS
+        return self.parallelism.tp > 1 and self.work.model_sizes.styles.get(output) in SHARDED_BY_HOOKS
 
     def _attention(self, lowest: int | None) -> int:
         """Operations of all layers' attention for each pair of tokens, forward; of layers from ``lowest`` on."""
@@ -137,14 +139,18 @@ class CaptureCost:
         return sum(map(attention_flops, layers)) // (self.parallelism.tp if self._heads_are_cut else 1)
 
     def _activations(self, batch: Pass, lowest: int) -> int:
-        anatomy, tp = self.work.anatomy, self.parallelism.tp
-        kept = sum(stream + inner // tp for layer, (stream, inner) in anatomy.kept.items() if layer >= lowest)
-        logits = 2 * anatomy.itemsize * anatomy.vocabulary
+        model_sizes, tp = self.work.model_sizes, self.parallelism.tp
+        kept = sum(stream + inner // tp for layer, (stream, inner) in model_sizes.kept.items() if layer >= lowest)
+        logits = 2 * model_sizes.itemsize * model_sizes.vocabulary
         eager = 0
-        if not anatomy.recomputes:
+        if not model_sizes.recomputes:
             heads = sum(layer.num_heads for layer in self.work.layout.layers if layer.index >= lowest)
             own = heads // (tp if self._heads_are_cut else 1)
-            eager = own * batch.length * (SOFTMAX_BYTES + (anatomy.itemsize if anatomy.itemsize < SOFTMAX_BYTES else 0))
+            eager = (
+                own
+                * batch.length
+                * (SOFTMAX_BYTES + (model_sizes.itemsize if model_sizes.itemsize < SOFTMAX_BYTES else 0))
+            )
         return batch.tokens * (kept + eager) + batch.labelled * logits
 
     def _moved_weights(self, num_batches: int, lowest: int) -> int:
@@ -158,7 +164,7 @@ class CaptureCost:
 
     def _moved_sums(self, tokens: int, labelled: int, lowest: int) -> int:
         """Bytes of tensor-parallel sums of the residual stream, forward and backward, and of gathered logits."""
-        anatomy, tp = self.work.anatomy, self.parallelism.tp
+        model_sizes, tp = self.work.model_sizes, self.parallelism.tp
         sums = SUMS_PER_LAYER * (2 * self.work.layout.num_layers - lowest)
-        moved = 2 * sums * tokens * anatomy.hidden + labelled * anatomy.vocabulary
-        return (tp - 1) * moved * anatomy.itemsize // tp
+        moved = 2 * sums * tokens * model_sizes.hidden + labelled * model_sizes.vocabulary
+        return (tp - 1) * moved * model_sizes.itemsize // tp

@@ -63,7 +63,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelSizes:
     """A model in integers.
 
     Attributes:
@@ -104,7 +104,7 @@ class Anatomy:
         return {matrix.module: matrix.style for matrix in self.matrices}
 
 
-def anatomy_of(model: nn.Module, layout: Layout, dtype: str = "auto") -> Anatomy:
+def model_sizes_of(model: nn.Module, layout: Layout, dtype: str = "auto") -> ModelSizes:
     """Take a model apart.
 
     Args:
@@ -122,7 +122,7 @@ def anatomy_of(model: nn.Module, layout: Layout, dtype: str = "auto") -> Anatomy
     itemsize = forced or torch.empty(0, dtype=getattr(model, "dtype", torch.float32)).element_size()
     matrices = tuple(_matrices(model, layout, styles, _chosen_experts(config)))
     hidden = int(config.hidden_size)
-    return Anatomy(
+    return ModelSizes(
         name=str(config.model_type),
         weights=weights,
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
@@ -191,7 +191,7 @@ def _chosen_experts(config: Any) -> tuple[int, int]:
 def _kept(
     weights: tuple[Weight, ...], matrices: tuple[Matrix, ...], layout: Layout, itemsize: int, hidden: int
 ) -> dict[int, tuple[int, int]]:
-    """An estimate for layers as most models have them; :class:`Anatomy` says of what.
+    """An estimate for layers as most models have them; :class:`ModelSizes` says of what.
 
     Norms keep their input in float32, and capture keeps the input of Q, K and V. Attention keeps rotated queries, keys
     and values (at query heads) and its output, of which capture keeps a copy as the input of O. Of a gated feed-forward

@@ -1,6 +1,6 @@
 """A whole run's costs, rank by rank, before its first batch: of a job that is loaded, or of ranks that are not there.
 
-Both go the same way: the integers by which a run is cut (teams, shares, rounds, windows) are those that the run itself
+Both go the same way: the integers by which a run is cut (teams, shares, rounds, sweeps) are those that the run itself
 makes; what is counted over them is in ``planning.capture_cost``, ``planning.scoring_cost`` and
 :mod:`~qkov_dist.planning.statistics_cost`.
 """
@@ -17,17 +17,17 @@ import torch
 
 from qkov_dist.distributed.parallelism import Parallelism, check_tensor_parallel
 from qkov_dist.distributed.sharding import local_bytes
-from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.job import Job
-from qkov_dist.scoring.schedule import Round, gpu_budget, layers_of, make_rounds, make_windows
+from qkov_dist.scoring.schedule import Round, gpu_budget, layers_of, make_rounds, make_sweeps
 
 from .capture_cost import CaptureCost
 from .cost import Cost
 from .hardware import GPU_OVERHEAD
-from .model_sizes import anatomy_of
-from .rank_shares import layer_shares
+from .model_sizes import model_sizes_of
+from .rank_work import layer_work
 from .scoring_cost import ScoringCost
-from .simulated_ranks import pretended_teams
+from .simulated_ranks import simulated_topologies
 from .statistics_cost import StatisticsCost
 from .workload import Dealt, Workload
 
@@ -55,7 +55,7 @@ class RunPlan:
     gpu_room: int = 0
 
     @property
-    def windows(self) -> tuple[tuple[int, ...], ...]:
+    def sweeps(self) -> tuple[tuple[int, ...], ...]:
         """The layers of each pass over the samples."""
         return tuple(map(layers_of, self.rounds))
 
@@ -70,27 +70,27 @@ class RunPlan:
         return max(gpu for gpu, _ in peaks), max(host for _, host in peaks)
 
 
-def plan_pretended(work: Workload, parallelism: Parallelism) -> RunPlan:
+def plan_simulated(work: Workload, parallelism: Parallelism) -> RunPlan:
     """The plan of ranks that are not there.
 
     Raises:
         QkovError: for a cut that the model cannot have, or factors of which no layer's fit.
     """
-    styles = {work.anatomy.styles.get(p.module) for layer in work.layout.layers for p in layer.projections}
+    styles = {work.model_sizes.styles.get(p.module) for layer in work.layout.layers for p in layer.projections}
     check_tensor_parallel(styles, work.layout, parallelism.tp)
-    teams = pretended_teams(work.anatomy, work.layout, work.layers, parallelism)
-    scene = _Scene.of(work, parallelism, teams[0])
-    sizes = [scene.scoring.factors(team) for team in teams]
-    room = min(scene.gpu_room(team) for team in teams)
-    windows = _windows(work, scene.rounds(), sizes, room)
-    costs = tuple(scene.cost(team, windows, kept, room) for team, kept in zip(teams, sizes, strict=True))
-    return RunPlan(work, parallelism, costs, tuple(map(tuple, windows)), room)
+    topologies = simulated_topologies(work.model_sizes, work.layout, work.layers, parallelism)
+    scene = _Scene.of(work, parallelism, topologies[0])
+    sizes = [scene.scoring.factors(topology) for topology in topologies]
+    room = min(scene.gpu_room(topology) for topology in topologies)
+    sweeps = _sweeps(work, scene.rounds(), sizes, room)
+    costs = tuple(scene.cost(topology, sweeps, kept, room) for topology, kept in zip(topologies, sizes, strict=True))
+    return RunPlan(work, parallelism, costs, tuple(map(tuple, sweeps)), room)
 
 
 def least_peak(work: Workload, parallelism: Parallelism) -> int:
     """Bytes that the first rank holds at least, on its GPU or else in the host's memory, while it runs its samples."""
     capture = CaptureCost(work, parallelism)
-    batches = Dealt(work, parallelism.replicas, lockstep=False).passes[0]
+    batches = Dealt(work, parallelism.replicas, gathers_weights=False).passes[0]
     return capture.weights(0) + capture.gathered + capture.passes(batches, work.layers[0]).activations
 
 
@@ -104,31 +104,31 @@ def plan_of_job(job: Job, rounds: Sequence[Round] | None = None) -> RunPlan:
     Raises:
         QkovError: for factors of which no layer's fit.
     """
-    world, work = job.team.world, workload_of(job)
-    scene = _Scene.of(work, parallelism_of(job), job.team)
-    mine = scene.scoring.factors(job.team)
-    sizes = [{int(layer): size for layer, size in theirs.items()} for theirs in world.gather(mine)]
+    world, work = job.topology.world, workload_of(job)
+    scene = _Scene.of(work, parallelism_of(job), job.topology)
+    mine = scene.scoring.factors(job.topology)
+    sizes = [{int(layer): size for layer, size in theirs.items()} for theirs in world.all_gather(mine)]
     weights = sum(map(local_bytes, (*job.loaded.model.parameters(), *job.loaded.model.buffers())))
-    room = min(world.gather(scene.gpu_room(job.team, weights)))
-    windows = _windows(work, scene.rounds() if rounds is None else rounds, sizes, room)
-    cost = scene.cost(job.team, windows, mine, room, weights)
-    costs = tuple(Cost(**theirs) for theirs in world.gather(asdict(cost)))
-    return RunPlan(work, scene.capture.parallelism, costs, tuple(map(tuple, windows)), room)
+    room = min(world.all_gather(scene.gpu_room(job.topology, weights)))
+    sweeps = _sweeps(work, scene.rounds() if rounds is None else rounds, sizes, room)
+    cost = scene.cost(job.topology, sweeps, mine, room, weights)
+    costs = tuple(Cost(**theirs) for theirs in world.all_gather(asdict(cost)))
+    return RunPlan(work, scene.capture.parallelism, costs, tuple(map(tuple, sweeps)), room)
 
 
 def workload_of(job: Job) -> Workload:
     """A loaded job's work."""
     on_gpu = job.device.type == "cuda"
-    room = job.team.world.gather(_room(job.config.compute.factor_disk_mb, job.folder))
+    room = job.topology.world.all_gather(_room(job.config.compute.factor_disk_mb, job.folder))
     return Workload(
         config=job.config,
-        anatomy=anatomy_of(job.loaded.model, job.layout),
+        model_sizes=model_sizes_of(job.loaded.model, job.layout),
         layout=job.layout,
         tasks=job.tasks,
         batch_tokens=job.batch_tokens,
         objective=job.objective,
         on_gpu=on_gpu,
-        gpu_memory=min(job.team.world.gather(_gpu_memory(job.device))) if on_gpu else None,
+        gpu_memory=min(job.topology.world.all_gather(_gpu_memory(job.device))) if on_gpu else None,
         workers=1 if on_gpu else torch.get_num_threads(),
         disk=min(room),
     )
@@ -136,16 +136,16 @@ def workload_of(job: Job) -> Workload:
 
 def parallelism_of(job: Job) -> Parallelism:
     """How a loaded model is cut, as what its ranks hold shows."""
-    team, replicas = job.team, job.team.peers.size
+    topology, replicas = job.topology, job.topology.dp_group.size
     data = "ddp" if replicas > 1 else "none"
-    if team.ownership is not None and any(
-        len({by_rank[rank] for rank in team.peer_ranks}) > 1 for by_rank in team.ownership.held.values()
+    if topology.ownership is not None and any(
+        len({by_rank[rank] for rank in topology.dp_ranks}) > 1 for by_rank in topology.ownership.held.values()
     ):
         zero3 = any(hasattr(parameter, "ds_id") for parameter in job.loaded.model.parameters())
         data = "zero3" if zero3 else "fsdp"
     if len({parameter.device for parameter in job.loaded.model.parameters()}) > 1:
         data = "device_map"
-    return Parallelism(team.world.size // replicas, data, replicas)
+    return Parallelism(topology.world.size // replicas, data, replicas)
 
 
 def _room(limit_mb: int | None, folder: Path) -> int:
@@ -162,13 +162,13 @@ def _gpu_memory(device: torch.device) -> int:
     return int(free + torch.cuda.memory_reserved(device)) + GPU_OVERHEAD  # the context is there already
 
 
-def _windows(
+def _sweeps(
     work: Workload, rounds: Sequence[Round], sizes: Sequence[Mapping[int, int]], gpu_room: int
 ) -> list[list[Round]]:
     largest = {layer: max(size[layer] for size in sizes) for layer in sizes[0]}
     disk = NO_LIMIT if work.disk is None else work.disk
     budget = work.config.compute.factor_memory_mb * MIB + disk
-    return make_windows(rounds, largest, budget, gpu_budget(gpu_room, largest))
+    return make_sweeps(rounds, largest, budget, gpu_budget(gpu_room, largest))
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,33 +181,33 @@ class _Scene:
     statistics: StatisticsCost
 
     @staticmethod
-    def of(work: Workload, parallelism: Parallelism, team: Team) -> _Scene:
+    def of(work: Workload, parallelism: Parallelism, topology: Topology) -> _Scene:
         """The scene of a team's ranks."""
-        owned = [team.owned_by(rank) for rank in range(team.world.size)]
-        dealt = Dealt(work, team.peers.size, team.lockstep)
-        scoring = ScoringCost(work, dealt, layer_shares(work.layout, work.layers, owned, work.scoring))
+        owned = [topology.owned_by(rank) for rank in range(topology.world.size)]
+        dealt = Dealt(work, topology.dp_group.size, topology.gathers_weights)
+        scoring = ScoringCost(work, dealt, layer_work(work.layout, work.layers, owned, work.scoring))
         return _Scene(work, CaptureCost(work, parallelism), scoring, StatisticsCost(scoring))
 
     def rounds(self) -> list[Round]:
         """What every rank scores, and when."""
         return make_rounds([[n for n, share in of.items() if share.heads] for of in self.scoring.shares])
 
-    def gpu_room(self, team: Team, weights: int | None = None) -> int:
+    def gpu_room(self, topology: Topology, weights: int | None = None) -> int:
         """Bytes of captured factors that may stay on a rank's GPU: most of what is left, or what is asked for.
 
         Where other ranks need factors, or layers are on several GPUs, they wait in the host's memory.
 
         Args:
-            team: The rank's.
+            topology: The rank's.
             weights: Bytes of its weights, where they can be counted.
         """
-        work, rank = self.work, team.world.rank
-        if not work.on_gpu or team.peers.size > 1 or self.capture.parallelism.data == "device_map":
+        work, rank = self.work, topology.world.rank
+        if not work.on_gpu or topology.dp_group.size > 1 or self.capture.parallelism.data == "device_map":
             return 0
         asked = work.config.compute.factor_gpu_mb
         if work.gpu_memory is None:
             return 0
-        batches = self.scoring.dealt.passes[team.peers.rank]
+        batches = self.scoring.dealt.passes[topology.dp_group.rank]
         activations = self.capture.passes(batches, work.layers[0]).activations * ACTIVATION_SLACK
         capturing = self.capture.gathered + int(activations)
         used = self.capture.weights(rank) if weights is None else weights
@@ -217,8 +217,8 @@ class _Scene:
 
     def cost(
         self,
-        team: Team,
-        windows: Sequence[Sequence[Round]],
+        topology: Topology,
+        sweeps: Sequence[Sequence[Round]],
         kept: Mapping[int, int],
         gpu_room: int,
         weights: int | None = None,
@@ -226,21 +226,21 @@ class _Scene:
         """One rank's.
 
         Args:
-            team: The rank's.
-            windows: The rounds of each pass over the samples.
+            topology: The rank's.
+            sweeps: The rounds of each pass over the samples.
             kept: By layer, bytes of its factors.
             gpu_room: Bytes of them that may stay on its GPU.
             weights: Bytes of its weights, where they can be counted.
         """
-        rank, batches = team.world.rank, self.scoring.dealt.passes[team.peers.rank]
-        passes = [self.capture.passes(batches, layers_of(window)[0]) for window in windows]
-        factors = max((sum(kept[layer] for layer in layers_of(window)) for window in windows), default=0)
+        rank, batches = topology.world.rank, self.scoring.dealt.passes[topology.dp_group.rank]
+        passes = [self.capture.passes(batches, layers_of(sweep)[0]) for sweep in sweeps]
+        factors = max((sum(kept[layer] for layer in layers_of(sweep)) for sweep in sweeps), default=0)
         on_gpu = min(factors, gpu_room)
         in_memory = min(factors - on_gpu, self.work.config.compute.factor_memory_mb * MIB)
-        mine = [turn[rank] for window in windows for turn in window]
+        mine = [turn[rank] for sweep in sweeps for turn in sweep]
         scored = [layer for layer in mine if layer is not None]
-        every = [layer for window in windows for layer in layers_of(window)]
-        sent = [self.scoring.sent(team, window) for window in windows]
+        every = [layer for sweep in sweeps for layer in layers_of(sweep)]
+        sent = [self.scoring.sent(topology, sweep) for sweep in sweeps]
         return Cost(
             weights=self.capture.weights(rank) if weights is None else weights,
             gathered=self.capture.gathered,
@@ -259,12 +259,12 @@ class _Scene:
             written=self.scoring.partials(rank) + (0 if rank else self.scoring.heatmap()),
             flops_forward=sum(one.forward for one in passes),
             flops_backward=sum(one.backward for one in passes),
-            flops_kept=self.scoring.flops_kept(team, every),
+            flops_kept=self.scoring.flops_kept(topology, every),
             flops_scoring=self.scoring.flops(rank, scored),
-            flops_ridge=self.scoring.flops_ridge(team, every),
+            flops_ridge=self.scoring.flops_ridge(topology, every),
             flops_statistics=self.statistics.flops(rank),
             elements=self.scoring.elements(rank, scored),
-            batches=len(batches) * len(windows),
+            batches=len(batches) * len(sweeps),
         )
 
 

@@ -20,10 +20,10 @@ from itertools import pairwise
 
 from qkov_dist.capture.factors import GRADIENT_BYTES, factor_bytes
 from qkov_dist.distributed.parallelism import SHARDED_BY_HOOKS
-from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
 from qkov_dist.layout.rects import Rect
-from qkov_dist.results.metadata import FrameLayer
+from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.partial_schema import FISHER_COLUMNS
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.block_totals import norm_flops
@@ -32,7 +32,7 @@ from qkov_dist.scoring.schedule import Round
 from qkov_dist.scoring.score import worth_compiling
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
-from .rank_shares import LayerShare, SiteShare
+from .rank_work import LayerWork, SiteWork
 from .workload import Dealt, Held, Workload
 
 FISHER_BYTES = 8 * len(FISHER_COLUMNS)
@@ -66,7 +66,7 @@ class ScoringCost:
 
     work: Workload
     dealt: Dealt
-    shares: Sequence[Mapping[int, LayerShare]]
+    shares: Sequence[Mapping[int, LayerWork]]
 
     @property
     def matrix(self) -> int:
@@ -80,10 +80,10 @@ class ScoringCost:
         axes = {block: max((len(s.every_head.get(block, ())) for s in shares), default=0) for block in BLOCKS}
         return {block: len(shares) * width for block, width in axes.items()}
 
-    def factors(self, team: Team) -> dict[int, int]:
+    def factors(self, topology: Topology) -> dict[int, int]:
         """By layer, bytes of the factors of the samples that a rank runs."""
-        lengths, size = self.dealt.lengths[team.peers.rank], self.work.scoring.factor_itemsize
-        seen = {site: rect for site, rect in team.local.items() if self._is_cut_by_hooks(site)}
+        lengths, size = self.dealt.lengths[topology.dp_group.rank], self.work.scoring.factor_itemsize
+        seen = {site: rect for site, rect in topology.tp_rects.items() if self._is_cut_by_hooks(site)}
         known: dict[int, int] = {}  # layers of one kind are alike
         for layer, share in self.shares[0].items():
             if id(share) not in known:
@@ -91,26 +91,26 @@ class ScoringCost:
                 known[id(share)] = factor_bytes(attention, sites, lengths, size, seen)
         return {layer: known[id(share)] for layer, share in self.shares[0].items()}
 
-    def flops_kept(self, team: Team, layers: Sequence[int]) -> int:
+    def flops_kept(self, topology: Topology, layers: Sequence[int]) -> int:
         """Operations of the gradients that a rank forms while it captures."""
-        lengths, flops = self.dealt.lengths[team.peers.rank], 0
+        lengths, flops = self.dealt.lengths[topology.dp_group.rank], 0
         for layer in layers:
             for site, projection, share in self._captured(layer):
-                rect = team.local.get(site) if self._is_cut_by_hooks(site) else None
+                rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
                 area = (rect or Rect.of_shape(*projection.shape)).area
                 flops += 2 * area * sum(length for length in lengths if length > share.above)
         return flops
 
-    def flops_ridge(self, team: Team, layers: Sequence[int]) -> int:
+    def flops_ridge(self, topology: Topology, layers: Sequence[int]) -> int:
         """Operations of the sums of I that a relative ridge needs, of the samples that a rank runs."""
         if not self.work.config.ridge.relative:
             return 0
-        lengths, flops = self.dealt.lengths[team.peers.rank], 0
+        lengths, flops = self.dealt.lengths[topology.dp_group.rank], 0
         for layer in layers:
             captured = self._captured(layer)
             readers = Counter(share.input for _, _, share in captured)
             for site, projection, share in captured:
-                rect = team.local.get(site) if self._is_cut_by_hooks(site) else None
+                rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
                 shape = (rect or Rect.of_shape(*projection.shape)).shape
                 factored = (length for length in lengths if length <= share.above)
                 flops += sum(norm_flops(length, *shape, readers[share.input]) for length in factored)
@@ -134,16 +134,16 @@ class ScoringCost:
         )
         return self.work.scoring.num_samples * sum(areas)
 
-    def sent(self, team: Team, rounds: Sequence[Round]) -> Sent:
+    def sent(self, topology: Topology, rounds: Sequence[Round]) -> Sent:
         """Bytes of factors of a rank's samples that go to the owners of each round's layers, and what comes here."""
-        if team.peers.size == 1:
+        if topology.dp_group.size == 1:
             return Sent()
-        rank, to_others, largest, in_work = team.world.rank, 0, 0, 0
-        lengths = self.dealt.lengths[team.peers.rank]
+        rank, to_others, largest, in_work = topology.world.rank, 0, 0, 0
+        lengths = self.dealt.lengths[topology.dp_group.rank]
         held = {above: Held.of(lengths, above) for above in self._held}
         for turn in rounds:
             mine = self._needs(rank, turn[rank])
-            others = self._bytes(self._needs_of_all(team.peer_ranks, turn), held) - self._bytes(mine, held)
+            others = self._bytes(self._needs_of_all(topology.dp_ranks, turn), held) - self._bytes(mine, held)
             to_others += others
             largest = max(largest, others + self._bytes(mine, self._held) + in_work)
             in_work = self._received_last(rank, turn[rank])
@@ -255,17 +255,17 @@ class ScoringCost:
         for layer, share in self.shares[0].items():
             heads = {block: part for block, part in share.every_head.items() if block in BLOCKS}
             if id(share) not in known:
-                known[id(share)] = deal_heads(FrameLayer(layer, 1, (), heads), len(self.shares))
+                known[id(share)] = deal_heads(LayerAxes(layer, 1, (), heads), len(self.shares))
             found[layer] = known[id(share)]
         return found
 
-    def _counted(self, rank: int, layers: Sequence[int]) -> list[tuple[LayerShare, int]]:
+    def _counted(self, rank: int, layers: Sequence[int]) -> list[tuple[LayerWork, int]]:
         """A rank's shares of some layers, those that are one and the same with their number."""
         shares = [self.shares[rank][layer] for layer in layers]
         counts = Counter(map(id, shares))
         return [(share, counts[n]) for n, share in {id(share): share for share in shares}.items()]
 
-    def _captured(self, layer: int) -> list[tuple[Site, Projection, SiteShare]]:
+    def _captured(self, layer: int) -> list[tuple[Site, Projection, SiteWork]]:
         projections = self.work.layout.layer(layer).projections
         shares = self.shares[0][layer].sites
         return [(Site(layer, projections[s.place].module), projections[s.place], s) for s in shares]
@@ -275,38 +275,38 @@ class ScoringCost:
 
     def _is_cut_by_hooks(self, site: Site) -> bool:
         """Whether hooks see a rank's own features alone; other styles gather them first."""
-        return self.work.anatomy.styles.get(site.module) in SHARDED_BY_HOOKS
+        return self.work.model_sizes.styles.get(site.module) in SHARDED_BY_HOOKS
 
-    def _tiles(self, share: LayerShare, compiled: bool) -> int:
+    def _tiles(self, share: LayerWork, compiled: bool) -> int:
         gradients = share.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
         squares = gradients if self.work.on_gpu else min(CHUNK_BYTES, gradients)
         squares = 2 * gradients if compiled else squares
         return self.work.workers * (gradients + squares) + (self._pairs(share) if self.work.on_gpu else 0)
 
-    def _pairs(self, share: LayerShare) -> int:
+    def _pairs(self, share: LayerWork) -> int:
         """Bytes of the scores of the heads that a GPU works on together, and of products in parts."""
         heads = max(map(len, share.heads.values()))
         together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
         return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
-    def _padded_factors(self, shares: Sequence[tuple[LayerShare, int]]) -> int:
+    def _padded_factors(self, shares: Sequence[tuple[LayerWork, int]]) -> int:
         """Bytes of two projections' factors in the type of scores, one in work and one on its way."""
         within, firsts, lasts = [0], [0], [0]
         for share, _ in shares:
             order = share.in_order()
-            pairs: list[Sequence[SiteShare]] = [*pairwise(order)] or [order]
+            pairs: list[Sequence[SiteWork]] = [*pairwise(order)] or [order]
             within += [self._copies_of(share, pair) for pair in pairs]
             firsts.append(self._copies_of(share, order[:1]))
             lasts.append(self._copies_of(share, order[-1:]))
         several_layers = sum(times for _, times in shares) > 1
         return max(*within, max(lasts) + max(firsts) if several_layers else 0)
 
-    def _copies_of(self, share: LayerShare, sites: Sequence[SiteShare]) -> int:
+    def _copies_of(self, share: LayerWork, sites: Sequence[SiteWork]) -> int:
         of_input = {site.place: self._copies(site.cols, site) for site in share.sites}
         own = sum(self._copies(site.rows, site) + self._whole_copies(site) for site in sites)
         return own + sum(of_input[place] for place in {site.input for site in sites})
 
-    def _copies(self, width: int, site: SiteShare) -> int:
+    def _copies(self, width: int, site: SiteWork) -> int:
         """A series in the type of scores, and padded where samples differ in length."""
         scoring = self.work.scoring
         copies = self.work.padded_tokens(site.above) if len(set(self.work.lengths_pooled)) > 1 else 0
@@ -314,7 +314,7 @@ class ScoringCost:
             copies += self._held[site.above].tokens
         return copies * width * scoring.itemsize
 
-    def _whole_copies(self, site: SiteShare) -> int:
+    def _whole_copies(self, site: SiteWork) -> int:
         return 2 * self._held[site.above].wholes * site.whole * self.work.scoring.itemsize
 
 

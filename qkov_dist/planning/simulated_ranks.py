@@ -17,43 +17,43 @@ from collections.abc import Sequence
 from qkov_dist.distributed.ownership import Ownership, assign
 from qkov_dist.distributed.parallelism import SHARDED, Parallelism
 from qkov_dist.distributed.placements import (
-    Held,
+    HeldRects,
     Placement,
     held_by_flat_partition,
     held_by_placements,
     intervals_by_placements,
 )
 from qkov_dist.distributed.sharding import parameter_name, parameters_of
-from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
 from qkov_dist.layout.rects import Rect
 
-from .model_sizes import Anatomy, Weight
-from .workload import PretendedWorld
+from .model_sizes import ModelSizes, Weight
+from .workload import SimulatedWorld
 
 
-def pretended_teams(
-    anatomy: Anatomy, layout: Layout, layers: Sequence[int], parallelism: Parallelism, *, thin: bool = False
-) -> list[Team]:
+def simulated_topologies(
+    model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], parallelism: Parallelism, *, thin: bool = False
+) -> list[Topology]:
     """Every rank's team.
 
     Args:
-        anatomy: The model.
+        model_sizes: The model.
         layout: Its projections.
         layers: The layers to own.
         parallelism: How it is cut.
         thin: Describe the first rank alone.
     """
     tp, size = parallelism.tp, parallelism.tp * parallelism.replicas
-    owned = None if size == 1 else _ownership(anatomy, layout, layers, parallelism)
+    owned = None if size == 1 else _ownership(model_sizes, layout, layers, parallelism)
     return [
-        Team(
-            world=PretendedWorld(rank, size),
-            peers=PretendedWorld(rank // tp, parallelism.replicas),
-            peer_ranks=tuple(range(rank % tp, size, tp)),
+        Topology(
+            world=SimulatedWorld(rank, size),
+            dp_group=SimulatedWorld(rank // tp, parallelism.replicas),
+            dp_ranks=tuple(range(rank % tp, size, tp)),
             ownership=owned,
-            local=_seen(anatomy, layout, layers, tp, rank % tp) if tp > 1 else {},
-            lockstep=_keeps_step(parallelism),
+            tp_rects=_seen(model_sizes, layout, layers, tp, rank % tp) if tp > 1 else {},
+            gathers_weights=_keeps_step(parallelism),
         )
         for rank in range(1 if thin else size)
     ]
@@ -97,13 +97,15 @@ def _cut_dim(style: str | None, num_dims: int) -> int | None:
     return num_dims - 1 if "rowwise" in style and num_dims > 1 else None
 
 
-def _held(anatomy: Anatomy, projection: Projection, bias: bool, parallelism: Parallelism, rank: int) -> Held:
+def _held(
+    model_sizes: ModelSizes, projection: Projection, bias: bool, parallelism: Parallelism, rank: int
+) -> HeldRects:
     """What a rank would hold of a projection's weight or bias, [out, in]."""
     shape = (projection.shape[0], 1) if bias else _stored(projection)
     if parallelism.data == "zero3" and parallelism.replicas > 1:
         rects = held_by_flat_partition(shape, -(-shape[0] * shape[1] // parallelism.replicas), rank // parallelism.tp)
     else:
-        style = anatomy.styles.get(projection.module)
+        style = model_sizes.styles.get(projection.module)
         rects = held_by_placements(shape, _placements(style, 1 if bias else 2, parallelism, rank))
     return tuple(rect.transposed for rect in rects) if projection.transposed and not bias else rects
 
@@ -113,23 +115,23 @@ def _stored(projection: Projection) -> tuple[int, int]:
     return (into, out) if projection.transposed else (out, into)
 
 
-def _seen(anatomy: Anatomy, layout: Layout, layers: Sequence[int], tp: int, place: int) -> dict[Site, Rect]:
+def _seen(model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], tp: int, place: int) -> dict[Site, Rect]:
     """The tensor-parallel shard of each projection that a rank works with."""
     alone = Parallelism(tp, "none", 1)
     return {
-        Site(index, projection.module): (_held(anatomy, projection, False, alone, place) or (Rect(0, 0, 0, 0),))[0]
+        Site(index, projection.module): (_held(model_sizes, projection, False, alone, place) or (Rect(0, 0, 0, 0),))[0]
         for index in layers
         for projection in layout.layer(index).projections
     }
 
 
-def _ownership(anatomy: Anatomy, layout: Layout, layers: Sequence[int], parallelism: Parallelism) -> Ownership:
+def _ownership(model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], parallelism: Parallelism) -> Ownership:
     """What every rank would own. Layers of one kind are cut alike; only replicas are dealt out over all layers."""
     like: dict[tuple[object, ...], int] = {}
     first = {index: like.setdefault(_kind(layout.layer(index)), index) for index in layers}
-    some = assign(layout, tuple(like.values()), _held_by_rank(anatomy, layout, tuple(like.values()), parallelism))
+    some = assign(layout, tuple(like.values()), _held_by_rank(model_sizes, layout, tuple(like.values()), parallelism))
     if any(_has_replicas(by_rank) for by_rank in some.held.values()):
-        return assign(layout, layers, _held_by_rank(anatomy, layout, layers, parallelism))
+        return assign(layout, layers, _held_by_rank(model_sizes, layout, layers, parallelism))
     copies = {
         parameter_name(projection, bias): parameter_name(twin, bias)
         for index in layers
@@ -144,13 +146,13 @@ def _ownership(anatomy: Anatomy, layout: Layout, layers: Sequence[int], parallel
 
 
 def _held_by_rank(
-    anatomy: Anatomy, layout: Layout, layers: Sequence[int], parallelism: Parallelism
+    model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], parallelism: Parallelism
 ) -> list[dict[str, list[list[int]]]]:
     """:func:`qkov_dist.distributed.sharding.held_parameters` of every rank."""
     return [
         {
             parameter_name(projection, bias): [
-                list(rect.bounds) for rect in _held(anatomy, projection, bias, parallelism, rank)
+                list(rect.bounds) for rect in _held(model_sizes, projection, bias, parallelism, rank)
             ]
             for projection, bias in parameters_of(layout, layers)
         }
@@ -158,7 +160,7 @@ def _held_by_rank(
     ]
 
 
-def _has_replicas(by_rank: Sequence[Held]) -> bool:
+def _has_replicas(by_rank: Sequence[HeldRects]) -> bool:
     held = [rects for rects in by_rank if rects]
     return len(set(held)) < len(held)
 

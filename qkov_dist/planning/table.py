@@ -64,8 +64,8 @@ def as_json(plan: RunPlan, phases: Sequence[Phase]) -> dict[str, Any]:
         "sum": asdict(total(plan.costs)),
         "peak": {"gpu": gpu, "host": host},
         "parallelism": asdict(plan.parallelism),
-        "parameters": plan.work.anatomy.num_parameters,
-        "windows": [list(window) for window in plan.windows],
+        "parameters": plan.work.model_sizes.num_parameters,
+        "sweeps": [list(sweep) for sweep in plan.sweeps],
         "seconds": {phase.name: phase.seconds for phase in phases},
     }
 
@@ -89,11 +89,13 @@ def seconds_in_words(seconds: float) -> str:
 
 def size_notes(plan: RunPlan) -> list[str]:
     """What the sizes rest on."""
-    anatomy = plan.work.anatomy
+    model_sizes = plan.work.model_sizes
     notes = ["activations are an estimate, within about a third; everything else is counted as the run counts it"]
-    if anatomy.quantized:
+    if model_sizes.quantized:
         dtype = plan.work.config.model.dtype
-        notes.append(f"the model is quantized ({anatomy.quantized}): its bytes are those of dtype {dtype}, not packed")
+        notes.append(
+            f"the model is quantized ({model_sizes.quantized}): its bytes are those of dtype {dtype}, not packed"
+        )
     if plan.parallelism.data == "device_map":
         notes.append("device_map: all layers are counted on one device; they are spread over those that there are")
     return notes
@@ -103,9 +105,9 @@ def _heading(plan: RunPlan) -> str:
     work, parallelism = plan.work, plan.parallelism
     num_a, num_b = work.num_samples
     cut = f" (tp {parallelism.tp}, {parallelism.data})" if plan.num_ranks > 1 else ""
-    passes = "once" if len(plan.windows) == 1 else f"{len(plan.windows)} times, for a part of the layers each"
+    passes = "once" if len(plan.sweeps) == 1 else f"{len(plan.sweeps)} times, for a part of the layers each"
     return (
-        f"plan: {work.anatomy.name} with {work.anatomy.num_parameters / 1e9:.3g} billion parameters on "
+        f"plan: {work.model_sizes.name} with {work.model_sizes.num_parameters / 1e9:.3g} billion parameters on "
         f"{plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}{cut}; {len(work.layers)} of "
         f"{work.layout.num_layers} layers scored; {num_a} + {num_b} samples, {sum(work.lengths_pooled):,} tokens, "
         f"run {passes}"

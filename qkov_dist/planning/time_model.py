@@ -83,9 +83,9 @@ class _Clock:
 
     def capture(self, cost: Cost) -> dict[str, float]:
         """Forward and backward passes."""
-        anatomy, parallelism = self.plan.work.anatomy, self.plan.parallelism
-        products = (cost.flops_forward + cost.flops_backward) / self._rate(anatomy.itemsize)
-        products += cost.flops_kept / self._rate(max(anatomy.itemsize, 4))
+        model_sizes, parallelism = self.plan.work.model_sizes, self.plan.parallelism
+        products = (cost.flops_forward + cost.flops_backward) / self._rate(model_sizes.itemsize)
+        products += cost.flops_kept / self._rate(max(model_sizes.itemsize, 4))
         shares = parallelism.replicas if parallelism.data in SHARDED else 1
         reading = 2 * cost.batches * cost.weights * shares / (self.hardware.bandwidth * BANDWIDTH)
         moving = cost.moved_weights / self._link(self.plan.num_ranks) + cost.moved_sums / self._link(parallelism.tp)
@@ -117,9 +117,9 @@ class _Clock:
 
     def _factors(self, cost: Cost) -> float:
         """Once over the host's link, and over that of the disk for those that wait there."""
-        windows = len(self.plan.windows)
-        copied = windows * (cost.factors_memory + cost.factors_disk) / HOST_LINK if self.hardware.is_gpu else 0.0
-        return copied + windows * cost.factors_disk / DISK
+        sweeps = len(self.plan.sweeps)
+        copied = sweeps * (cost.factors_memory + cost.factors_disk) / HOST_LINK if self.hardware.is_gpu else 0.0
+        return copied + sweeps * cost.factors_disk / DISK
 
     def _rate(self, itemsize: int) -> float:
         return self.hardware.rate(itemsize) * EFFICIENCY

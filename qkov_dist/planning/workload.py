@@ -6,23 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from qkov_dist.capture.factors import Table
+from qkov_dist.capture.factors import SampleIndex
 from qkov_dist.config import RunConfig
 from qkov_dist.data.batches import Objective, make_batches, sequence
 from qkov_dist.data.samples import Sample, Task
-from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.distributed.world import Alone
 from qkov_dist.layout.heads import Layout
 from qkov_dist.scoring.padded_groups import order_samples
 from qkov_dist.scoring.settings import DTYPES
 from qkov_dist.scoring.tiles import Selection
 
-from .model_sizes import Anatomy
-from .rank_shares import Scoring
+from .model_sizes import ModelSizes
+from .rank_work import Scoring
 
 
 @dataclass(frozen=True)
-class PretendedWorld(Alone):
+class SimulatedWorld(Alone):
     """A group of ranks of which nothing is there but their number."""
 
     rank: int = 0
@@ -62,7 +62,7 @@ class Workload:
 
     Attributes:
         config: Its configuration.
-        anatomy: The model in integers.
+        model_sizes: The model in integers.
         layout: Its heads.
         tasks: A and B; what samples contain does not matter.
         batch_tokens: Padded tokens in one compute batch.
@@ -74,7 +74,7 @@ class Workload:
     """
 
     config: RunConfig
-    anatomy: Anatomy
+    model_sizes: ModelSizes
     layout: Layout
     tasks: tuple[Task, Task]
     batch_tokens: int
@@ -98,7 +98,7 @@ class Workload:
             self.config.metric.include_bias,
             sum(self.num_samples),
             DTYPES[self.config.compute.score_dtype].itemsize,
-            {"float32": 4, "bfloat16": 2}.get(name, self.anatomy.itemsize),
+            {"float32": 4, "bfloat16": 2}.get(name, self.model_sizes.itemsize),
             self.on_gpu,
         )
 
@@ -142,35 +142,35 @@ class Workload:
 
 @dataclass(frozen=True, eq=False)
 class Dealt:
-    """A workload's samples as so many peers share them; ``lockstep``: every pass of one needs a pass of all."""
+    """A workload's samples as data-parallel ranks run them; ``gathers_weights``: every pass of one needs one of all."""
 
     work: Workload
-    num_peers: int
-    lockstep: bool
+    dp_size: int
+    gathers_weights: bool
 
     @cached_property
     def lengths(self) -> list[tuple[int, ...]]:
         """Tokens of each sample that a peer runs, by peer."""
-        found: list[tuple[int, ...]] = [()] * self.num_peers
+        found: list[tuple[int, ...]] = [()] * self.dp_size
         for lengths in self.work.lengths:
-            for peer, share in enumerate(self._shares(lengths)):
-                found[peer] += tuple(lengths[n] for n in share)
+            for dp_rank, share in enumerate(self._shares(lengths)):
+                found[dp_rank] += tuple(lengths[n] for n in share)
         return found
 
     @cached_property
     def passes(self) -> list[list[Pass]]:
         """The batches of each peer; where passes need all of them, with idle ones up to the longest list."""
-        found: list[list[Pass]] = [[] for _ in range(self.num_peers)]
+        found: list[list[Pass]] = [[] for _ in range(self.dp_size)]
         for task, lengths in zip(self.work.tasks, self.work.lengths, strict=True):
             of_task = [self._batches(task.samples, share) for share in self._shares(lengths)]
-            longest = max(map(len, of_task)) if self.lockstep else 0
-            for peer, batches in enumerate(of_task):
+            longest = max(map(len, of_task)) if self.gathers_weights else 0
+            for dp_rank, batches in enumerate(of_task):
                 idle = (batches or self._batches(task.samples, [0]))[:1]
-                found[peer] += batches + idle * (longest - len(batches))
+                found[dp_rank] += batches + idle * (longest - len(batches))
         return found
 
     def _shares(self, lengths: Sequence[int]) -> list[list[int]]:
-        return Team(peers=PretendedWorld(0, self.num_peers)).shares(lengths)
+        return Topology(dp_group=SimulatedWorld(0, self.dp_size)).deal_samples(lengths)
 
     def _batches(self, samples: Sequence[Sample], share: Sequence[int]) -> list[Pass]:
         chosen = [samples[n] for n in share]
@@ -182,7 +182,7 @@ class Dealt:
 
 @lru_cache(maxsize=64)
 def _padded(lengths: tuple[int, ...], above: int, cuts: tuple[int, ...]) -> int:
-    table = Table()
+    table = SampleIndex()
     for number, length in enumerate(lengths):
         table.add(number, length, as_gradient=length > above)
     groups = order_samples(range(len(lengths)), table, cuts).groups

@@ -21,7 +21,7 @@ from qkov_dist.scoring.tiles import SHARED_O_BIAS
 
 from .fisher_warnings import warnings_of
 from .heatmap import FISHER_KEYS, Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
-from .metadata import Frame, FrameLayer
+from .metadata import HeatmapMetadata, LayerAxes
 from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
 
 
@@ -39,7 +39,7 @@ class _Block:
 
 
 def assemble(
-    frame: Frame,
+    metadata: HeatmapMetadata,
     layers: Iterable[tuple[int, LayerPartial]],
     *,
     pooled: bool | None = None,
@@ -48,42 +48,42 @@ def assemble(
     """Put whole layers (summed over ranks) together as a heatmap.
 
     Args:
-        frame: Axes, samples and provenance.
-        layers: Layer numbers with their sums, each of the frame's once, in any order; one is held at a time.
-        pooled: Whether the sums are among all pooled samples; as the frame says by default.
+        metadata: Axes, samples and provenance.
+        layers: Layer numbers with their sums, each of the metadata's once, in any order; one is held at a time.
+        pooled: Whether the sums are among all pooled samples; as the metadata says by default.
         folder: Where scores wait that are too large for memory; the system's temporary folder by default.
 
     Raises:
         QkovError: for a layer, or a head of it, that is missing.
     """
-    pooled = frame.pooled if pooled is None else pooled
-    places = {layer.layer: place for place, layer in enumerate(frame.layers)}
+    pooled = metadata.pooled if pooled is None else pooled
+    places = {layer.layer: place for place, layer in enumerate(metadata.layers)}
     blocks: dict[str, _Block] = {}
     shared: dict[int, Floats] = {}
     without = WithoutGradient()
     seen = set()
     for number, part in layers:
         place = places[number]
-        for block, found in _take(blocks, frame, place, part, folder):
+        for block, found in _take(blocks, metadata, place, part, folder):
             without.see(number, block, found, pooled=pooled)
         if SHARED_O_BIAS in part.shared:
             shared[place] = part.shared[SHARED_O_BIAS]
         seen.add(number)
-    _check_all(frame, seen)
-    scores = {block: blocks[block].filled() for block in frame.blocks}
-    sums = {block: blocks[block].sums for block in frame.blocks}
-    num_a = len(frame.samples[0])
+    _check_all(metadata, seen)
+    scores = {block: blocks[block].filled() for block in metadata.blocks}
+    sums = {block: blocks[block].sums for block in metadata.blocks}
+    num_a = len(metadata.samples[0])
     cross = cross_of_pooled(scores, num_a) if pooled else scores
-    pairs = different(*(table.contents for table in frame.samples))
+    pairs = different(*(table.contents for table in metadata.samples))
     fisher = {block: _fisher(part) for block, part in sums.items()}
     return Heatmap(
-        *frame.tasks,
+        *metadata.tasks,
         layers=tuple(places),
-        heads=frame.query_heads,
-        kv_heads=frame.kv_heads,
-        groups=np.array([layer.group for layer in frame.layers], np.int64),
-        samples_a=frame.samples[0],
-        samples_b=frame.samples[1],
+        heads=metadata.query_heads,
+        kv_heads=metadata.kv_heads,
+        groups=np.array([layer.group for layer in metadata.layers], np.int64),
+        samples_a=metadata.samples[0],
+        samples_b=metadata.samples[1],
         mean=mean_over_pairs(cross, pairs),
         present={block: ~np.isnan(part[..., FISHER_COLUMNS.index("count")]) for block, part in sums.items()},
         fisher=fisher,
@@ -91,33 +91,33 @@ def assemble(
         pooled=scores if pooled else None,
         shared=_shared(shared, len(places), num_a if pooled else None, pairs),
         attributes={
-            **frame.attributes,
+            **metadata.attributes,
             "warnings": [
-                *frame.attributes.get("warnings", ()),  # known before the first batch: of the model, of the samples
-                *warnings_of(frame, fisher),
-                *without.warnings(frame.tasks, frame.samples),
+                *metadata.attributes.get("warnings", ()),  # known before the first batch: of the model, of the samples
+                *warnings_of(metadata, fisher),
+                *without.warnings(metadata.tasks, metadata.samples),
             ],
         },
     )
 
 
 def _take(
-    blocks: dict[str, _Block], frame: Frame, place: int, part: LayerPartial, folder: Path | None
+    blocks: dict[str, _Block], metadata: HeatmapMetadata, place: int, part: LayerPartial, folder: Path | None
 ) -> Iterator[tuple[str, BlockPartial]]:
     """Put one layer's heads in their places; yields each block's."""
-    layer = frame.layers[place]
-    for block in frame.blocks:
+    layer = metadata.layers[place]
+    for block in metadata.blocks:
         if block not in layer.heads:
             continue
-        found, axis = _block_of(part, layer, block), frame.axis(block)
+        found, axis = _block_of(part, layer, block), metadata.axis(block)
         if block not in blocks:
-            blocks[block] = _Block((len(frame.layers), len(axis)), found, folder)
+            blocks[block] = _Block((len(metadata.layers), len(axis)), found, folder)
         at = np.searchsorted(axis, found.heads)
         blocks[block].scores[place, at], blocks[block].sums[place, at] = found.scores, found.fisher_sums
         yield block, found
 
 
-def _block_of(part: LayerPartial, layer: FrameLayer, block: str) -> BlockPartial:
+def _block_of(part: LayerPartial, layer: LayerAxes, block: str) -> BlockPartial:
     found = part.blocks[block].heads.tolist() if block in part.blocks else []
     if tuple(found) != tuple(layer.heads[block]):
         raise QkovError(
@@ -129,11 +129,11 @@ def _block_of(part: LayerPartial, layer: FrameLayer, block: str) -> BlockPartial
     return part.blocks[block]
 
 
-def _check_all(frame: Frame, seen: set[int]) -> None:
-    if missing := [layer.layer for layer in frame.layers if layer.layer not in seen]:
+def _check_all(metadata: HeatmapMetadata, seen: set[int]) -> None:
+    if missing := [layer.layer for layer in metadata.layers if layer.layer not in seen]:
         raise QkovError(
             "merge",
-            expected=f"{len(frame.layers)} scored layers",
+            expected=f"{len(metadata.layers)} scored layers",
             got=f"no scores of layers {missing}",
             remedy="Run again with output.resume: true to score what is missing.",
         )

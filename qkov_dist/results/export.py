@@ -32,7 +32,7 @@ class Variable:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledArrays:
     """Coordinates by dimension, variables over them, and attributes."""
 
     coords: Mapping[str, npt.NDArray[Any]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .metadata import Frame
+from .metadata import HeatmapMetadata
 
 LOUD = 0.9  # from this share of I on, one task decides what the other is measured against
 RIDGED = 0.5  # from this share of elements on, a head's scores are those of an unweighted product
@@ -21,31 +21,31 @@ SMALLEST = 1e-30  # of the mean of I: below it float32 loses digits of squares
 Arrays = Mapping[str, np.ndarray]
 
 
-def warnings_of(frame: Frame, fisher: Mapping[str, Arrays]) -> list[str]:
+def warnings_of(metadata: HeatmapMetadata, fisher: Mapping[str, Arrays]) -> list[str]:
     """One sentence for each thing that is so.
 
     Args:
-        frame: Axes, samples and settings.
+        metadata: Axes, samples and settings.
         fisher: Block -> ``mean``, ``ridge_share`` and ``share_a``, [layer, native head].
     """
     found = []
     for block, parts in fisher.items():
-        found += [*_ridged(frame, block, parts), *_without(frame, block, parts), *_tiny(frame, block, parts)]
-    return found + _loud_task(frame, fisher)
+        found += [*_ridged(metadata, block, parts), *_without(metadata, block, parts), *_tiny(metadata, block, parts)]
+    return found + _loud_task(metadata, fisher)
 
 
-def _ridged(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
+def _ridged(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[str]:
     ridged = np.argwhere(parts["ridge_share"] > RIDGED)
     if not len(ridged):
         return
     worst = tuple(ridged[np.argmax(parts["ridge_share"][tuple(ridged.T)])])
-    terms = _terms(frame.attributes)
+    terms = _terms(metadata.attributes)
     mean = float(np.nanmean(parts["mean"][worst[0]]))  # of the layer's block, or of its selected heads
     yield (
         f"{block}: {_dominating(terms, mean)} exceeds I on more than half of the elements of {len(ridged)} heads (most "
-        f"in layer {frame.layers[worst[0]].layer}, head {frame.axis(block)[worst[1]]}: "
+        f"in layer {metadata.layers[worst[0]].layer}, head {metadata.axis(block)[worst[1]]}: "
         f"{parts['ridge_share'][worst]:.0%}); scores there are those of an unweighted product. "
-        f"Set {_advice(terms, mean, frame.attributes)}."
+        f"Set {_advice(terms, mean, metadata.attributes)}."
     )
 
 
@@ -76,18 +76,18 @@ def _advice(terms: Mapping[str, float], mean: float, attributes: Mapping[str, An
     return " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
 
 
-def _without(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
+def _without(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[str]:
     still = np.argwhere(parts["mean"] == 0)
     if len(still):
-        names = ", ".join(f"{frame.layers[i].layer}.{frame.axis(block)[h]}" for i, h in still[:5])
+        names = ", ".join(f"{metadata.layers[i].layer}.{metadata.axis(block)[h]}" for i, h in still[:5])
         yield f"{block}: every gradient of {len(still)} heads is zero (layer.head {names})."
 
 
-def _tiny(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
+def _tiny(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[str]:
     """Where squares leave what float32 can hold; in float64 they are far from it."""
-    config = frame.attributes.get("config")
+    config = metadata.attributes.get("config")
     compute = config.get("compute", {}) if isinstance(config, Mapping) else {}
-    if compute.get("score_dtype", frame.attributes.get("dtype")) == "float64":
+    if compute.get("score_dtype", metadata.attributes.get("dtype")) == "float64":
         return
     tiny = int(((parts["mean"] > 0) & (parts["mean"] < SMALLEST)).sum())
     if tiny:
@@ -97,9 +97,9 @@ def _tiny(frame: Frame, block: str, parts: Arrays) -> Iterator[str]:
         )
 
 
-def _loud_task(frame: Frame, fisher: Mapping[str, Arrays]) -> list[str]:
+def _loud_task(metadata: HeatmapMetadata, fisher: Mapping[str, Arrays]) -> list[str]:
     """A sentence where a pooled Fisher is nearly that of one task: said once, with each block's median."""
-    if frame.attributes.get("scope", "pooled") != "pooled":
+    if metadata.attributes.get("scope", "pooled") != "pooled":
         return []
     shares = {block: parts["share_a"][np.isfinite(parts["share_a"])] for block, parts in fisher.items()}
     medians = {block: float(np.median(share)) for block, share in shares.items() if len(share)}
@@ -108,7 +108,7 @@ def _loud_task(frame: Frame, fisher: Mapping[str, Arrays]) -> list[str]:
         if loud := {block: share for block, share in of_task.items() if share > LOUD}:
             listed = ", ".join(f"{block} {share:.0%}" for block, share in loud.items())
             return [
-                f"task {frame.tasks[task]!r} is loud: its gradients make up most of the pooled Fisher (median over "
+                f"task {metadata.tasks[task]!r} is loud: its gradients make up most of the pooled Fisher (median over "
                 f"heads: {listed}). Scores and cross_mean depend on that; overlap compares the tasks free of it."
             ]
     return []

@@ -13,12 +13,12 @@ from qkov_dist.distributed.world import World
 from qkov_dist.errors import QkovError
 from qkov_dist.values import written
 
-from .metadata import Frame, FrameLayer, from_json
+from .metadata import HeatmapMetadata, LayerAxes, from_json
 from .partial_schema import LayerPartial, PartialHeader
 from .partials import Partial, list_partials, read_partial
 from .reduce import add_layers
 
-Read = Callable[[FrameLayer], LayerPartial]
+Read = Callable[[LayerAxes], LayerPartial]
 NUM_LISTED = 8
 SAME = ("run_id", "world_size", "cut", "layers", "pooled", "n_left", "n_right")
 
@@ -44,12 +44,12 @@ class Gathered:
     Attributes:
         sources: All of them, by rank.
         mine: Those that this process adds.
-        frame: Axes, samples and provenance.
+        metadata: Axes, samples and provenance.
     """
 
     sources: tuple[Source, ...]
     mine: tuple[Partial, ...]
-    frame: Frame
+    metadata: HeatmapMetadata
 
     @property
     def run_id(self) -> str:
@@ -59,7 +59,7 @@ class Gathered:
     def reader(self, world: World) -> Read:
         """Reads one layer's sum over this process's files, one file in memory at a time; an error reaches all."""
 
-        def read(layer: FrameLayer) -> LayerPartial:
+        def read(layer: LayerAxes) -> LayerPartial:
             parts = (partial.read_layer(layer.layer) for partial in self.mine)
             return reduce(lambda total, part: add_layers([total, part]), parts, LayerPartial({}, {}))
 
@@ -77,23 +77,23 @@ def gather_partials(folder: Path, world: World) -> Gathered:
     mine = together(world, lambda: tuple(read_partial(path) for path in paths[world.rank :: world.size]))
     sources = _sources(world, mine)
     together(world, lambda: check_sources(folder, sources))
-    frame = world.gather(mine[0].header.extra if world.rank == 0 else None)[0]
-    return Gathered(sources, mine, together(world, lambda: _frame(frame, sources[0])))
+    metadata = world.all_gather(mine[0].header.extra if world.rank == 0 else None)[0]
+    return Gathered(sources, mine, together(world, lambda: _metadata(metadata, sources[0])))
 
 
-def _frame(raw: Mapping[str, Any], source: Source) -> Frame:
-    """The frame in a partial file, proved to be that of its scores."""
-    frame, header = from_json(raw, source.path), source.header
-    num_a, num_b = map(len, frame.samples)
-    told = (num_a + num_b, num_a + num_b) if frame.pooled else (num_a, num_b)
-    if (*told, frame.pooled) != (header.n_left, header.n_right, header.pooled):
+def _metadata(raw: Mapping[str, Any], source: Source) -> HeatmapMetadata:
+    """The metadata in a partial file, proved to be that of its scores."""
+    metadata, header = from_json(raw, source.path), source.header
+    num_a, num_b = map(len, metadata.samples)
+    told = (num_a + num_b, num_a + num_b) if metadata.pooled else (num_a, num_b)
+    if (*told, metadata.pooled) != (header.n_left, header.n_right, header.pooled):
         raise QkovError(
             source.path,
             expected=f"a description of the samples of {header.n_left} x {header.n_right} scores",
             got=f"one of {told[0]} x {told[1]}",
             remedy="Use a partial file that `qkov run` wrote.",
         )
-    return frame
+    return metadata
 
 
 def check_sources(folder: Path, sources: Sequence[Source]) -> None:
@@ -152,7 +152,7 @@ def _sources(world: World, mine: Sequence[Partial]) -> tuple[Source, ...]:
     described: list[list[Any]] = [[str(p.path), asdict(replace(p.header, extra={})), list(p.complete)] for p in mine]
     sources = [
         Source(path, PartialHeader(**{**header, "layers": tuple(header["layers"])}), tuple(complete))
-        for part in world.gather(described)
+        for part in world.all_gather(described)
         for path, header, complete in part
     ]
     return tuple(sorted(sources, key=lambda source: (source.header.rank, source.path)))

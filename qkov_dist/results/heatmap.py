@@ -22,7 +22,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 
 from .block_view import HEAD_DIM, BlockView, Floats, Ints, UnknownEntryError, plot_blocks
-from .export import Labelled, Variable, split_arrays
+from .export import LabelledArrays, Variable, split_arrays
 
 Pairs = Literal["none", "cross", "all"]
 FISHER_KEYS = ("mean", "min", "ridge_share", "share_a")
@@ -206,7 +206,7 @@ class Heatmap(Mapping[str, BlockView]):
         """A copy with test results: nested dicts of arrays [layer, native head] and of JSON values."""
         return dataclasses.replace(self, statistics=dict(results))
 
-    def labelled(self, pairs: Pairs = "all") -> Labelled:
+    def labelled(self, pairs: Pairs = "all") -> LabelledArrays:
         """All of it as labelled arrays, as stored; ``pairs`` limits which scores of sample pairs are among them."""
         arrays, others = split_arrays(self.statistics or {})
         sizes = {"sample_a": len(self.samples_a), "sample_b": len(self.samples_b)}
@@ -221,7 +221,7 @@ class Heatmap(Mapping[str, BlockView]):
         extra = {dim: np.arange(int(dim[1:])) for test in tests for dim in test.dims if dim not in coords}
         names = {"task_a": self.task_a, "task_b": self.task_b}
         stored = {**self.attributes, **names, **({"statistics": others} if self.statistics is not None else {})}
-        return Labelled(coords | extra, (*self._summaries(), *self._pair_scores(pairs), *tests), stored)
+        return LabelledArrays(coords | extra, (*self._summaries(), *self._pair_scores(pairs), *tests), stored)
 
     def _summaries(self) -> Iterator[Variable]:
         yield Variable("group", ("layer",), np.asarray(self.groups, np.int64))

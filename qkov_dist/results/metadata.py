@@ -17,7 +17,7 @@ from qkov_dist.capture.collect import SampleRecord
 from qkov_dist.config import RunConfig, to_dict
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS, Layout, layout_notes
-from qkov_dist.scoring.tiles import LayerPlan, Plan
+from qkov_dist.scoring.tiles import LayerTiles, TilePlan
 from qkov_dist.values import written
 
 from .heatmap import SampleTable
@@ -27,7 +27,7 @@ _LONGEST = 300  # of an error's text
 
 
 @dataclass(frozen=True)
-class FrameLayer:
+class LayerAxes:
     """One layer's axes: its number, query heads of one kv head, query heads scored, native heads of each block."""
 
     layer: int
@@ -37,7 +37,7 @@ class FrameLayer:
 
 
 @dataclass(frozen=True)
-class Frame:
+class HeatmapMetadata:
     """Everything that :func:`qkov_dist.results.assemble.assemble` needs besides scores.
 
     Attributes:
@@ -49,7 +49,7 @@ class Frame:
     """
 
     tasks: tuple[str, str]
-    layers: tuple[FrameLayer, ...]
+    layers: tuple[LayerAxes, ...]
     samples: tuple[SampleTable, SampleTable]
     pooled: bool
     attributes: Mapping[str, Any]
@@ -74,32 +74,32 @@ class Frame:
         return self.query_heads if block in ("Q", "O") else self.kv_heads
 
 
-def make_frame(
-    plan: Plan,
+def make_metadata(
+    plan: TilePlan,
     layout: Layout,
     tasks: tuple[str, str],
     records: tuple[Sequence[SampleRecord], Sequence[SampleRecord]],
     *,
     pooled: bool,
     attributes: Mapping[str, Any],
-) -> Frame:
-    """The frame of a plan and the samples that were run."""
-    layers = tuple(frame_layer(layer, layout) for layer in plan.layers)
-    return Frame(tasks, layers, (_table(records[0]), _table(records[1])), pooled, attributes)
+) -> HeatmapMetadata:
+    """The metadata of a plan and the samples that were run."""
+    layers = tuple(layer_axes(layer, layout) for layer in plan.layers)
+    return HeatmapMetadata(tasks, layers, (_table(records[0]), _table(records[1])), pooled, attributes)
 
 
-def frame_layer(layer: LayerPlan, layout: Layout) -> FrameLayer:
+def layer_axes(layer: LayerTiles, layout: Layout) -> LayerAxes:
     """The axes of one layer of a plan."""
-    return FrameLayer(layer.layer, layout.layer(layer.layer).group, layer.query_heads, layer.heads)
+    return LayerAxes(layer.layer, layout.layer(layer.layer).group, layer.query_heads, layer.heads)
 
 
-def to_json(frame: Frame) -> dict[str, Any]:
-    """The frame as JSON values."""
+def to_json(metadata: HeatmapMetadata) -> dict[str, Any]:
+    """The metadata as JSON values."""
     return {
-        "tasks": list(frame.tasks),
+        "tasks": list(metadata.tasks),
         "layers": [
             {"layer": x.layer, "group": x.group, "query_heads": list(x.query_heads), "heads": dict(x.heads)}
-            for x in frame.layers
+            for x in metadata.layers
         ],
         "samples": [
             {
@@ -109,24 +109,26 @@ def to_json(frame: Frame) -> dict[str, Any]:
                 "texts": list(table.texts),
                 "contents": list(table.contents),
             }
-            for table in frame.samples
+            for table in metadata.samples
         ],
-        "pooled": frame.pooled,
-        "attributes": dict(frame.attributes),
+        "pooled": metadata.pooled,
+        "attributes": dict(metadata.attributes),
     }
 
 
-def from_json(raw: Mapping[str, Any], where: str) -> Frame:
-    """The frame that :func:`to_json` wrote.
+def from_json(raw: Mapping[str, Any], where: str) -> HeatmapMetadata:
+    """The metadata that :func:`to_json` wrote.
 
     Raises:
-        QkovError: at ``where``, for anything that is not such a frame.
+        QkovError: at ``where``, for anything that is not such metadata.
     """
     try:
         layers = tuple(_layer_from(x) for x in raw["layers"])
         (task_a, task_b), (table_a, table_b) = map(str, raw["tasks"]), map(_table_from, raw["samples"])
-        frame = Frame((task_a, task_b), layers, (table_a, table_b), bool(raw["pooled"]), dict(raw["attributes"]))
-        check_attributes(frame.attributes, needed=("score", "estimator", "scope"))
+        metadata = HeatmapMetadata(
+            (task_a, task_b), layers, (table_a, table_b), bool(raw["pooled"]), dict(raw["attributes"])
+        )
+        check_attributes(metadata.attributes, needed=("score", "estimator", "scope"))
     except QkovError as error:
         raise error.within(where) from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -136,15 +138,15 @@ def from_json(raw: Mapping[str, Any], where: str) -> Frame:
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST]}",
             remedy="Use a partial file that `qkov run` wrote.",
         ) from error
-    return frame
+    return metadata
 
 
-def _layer_from(raw: Mapping[str, Any]) -> FrameLayer:
+def _layer_from(raw: Mapping[str, Any]) -> LayerAxes:
     heads = {str(block): tuple(map(_number, numbers)) for block, numbers in raw["heads"].items()}
     layer, group = _number(raw["layer"]), _number(raw["group"])
     if group == 0:
         raise ValueError("no query head of a kv head")
-    return FrameLayer(layer, group, tuple(map(_number, raw["query_heads"])), heads)
+    return LayerAxes(layer, group, tuple(map(_number, raw["query_heads"])), heads)
 
 
 def _table_from(raw: Mapping[str, Any]) -> SampleTable:

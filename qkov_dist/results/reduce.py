@@ -19,7 +19,7 @@ from qkov_dist.distributed.world import World
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.engine import BlockScores
 
-from .metadata import FrameLayer
+from .metadata import LayerAxes
 from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
 
 _MINIMUM = FISHER_COLUMNS.index("min")
@@ -58,7 +58,7 @@ def add_layers(parts: Sequence[LayerPartial]) -> LayerPartial:
     return LayerPartial(blocks, shared)
 
 
-def add_over_ranks(part: LayerPartial, layer: FrameLayer, shape: tuple[int, int], world: World) -> LayerPartial:
+def add_over_ranks(part: LayerPartial, layer: LayerAxes, shape: tuple[int, int], world: World) -> LayerPartial:
     """One layer's sum over all ranks, on every rank; all of them call this alike.
 
     Args:
@@ -70,30 +70,30 @@ def add_over_ranks(part: LayerPartial, layer: FrameLayer, shape: tuple[int, int]
     if world.size == 1:
         return part
     blocks = {block: _block_over_ranks(part.blocks.get(block), heads, shape, world) for block, heads in _native(layer)}
-    names = sorted({name for rank in world.gather(sorted(part.shared)) for name in rank})
+    names = sorted({name for rank in world.all_gather(sorted(part.shared)) for name in rank})
     dtype = next((scores.dtype for scores in part.shared.values()), np.dtype(np.float32))
-    shared = {name: world.sum(part.shared.get(name, np.zeros(shape, dtype))) for name in names}
+    shared = {name: world.all_reduce(part.shared.get(name, np.zeros(shape, dtype))) for name in names}
     return LayerPartial(blocks, shared)
 
 
-def _native(layer: FrameLayer) -> list[tuple[str, tuple[int, ...]]]:
+def _native(layer: LayerAxes) -> list[tuple[str, tuple[int, ...]]]:
     return [(block, tuple(layer.heads[block])) for block in BLOCKS if block in layer.heads]
 
 
 def _block_over_ranks(
     part: BlockPartial | None, heads: tuple[int, ...], shape: tuple[int, int], world: World
 ) -> BlockPartial:
-    wide = any(world.gather(part is not None and part.scores.dtype == np.float64))
+    wide = any(world.all_gather(part is not None and part.scores.dtype == np.float64))
     scores = np.zeros((len(heads), *shape), np.float64 if wide else np.float32)
     sums = _no_sums(len(heads))
     if part is not None:
         at = np.searchsorted(heads, part.heads)
         scores[at], sums[at] = part.scores, part.fisher_sums
-    minimum = np.min(world.gather(sums[:, _MINIMUM].tolist()), axis=0)
+    minimum = np.min(world.all_gather(sums[:, _MINIMUM].tolist()), axis=0)
     sums[:, _MINIMUM] = 0.0
-    total = world.sum(sums)
+    total = world.all_reduce(sums)
     total[:, _MINIMUM] = minimum
-    return BlockPartial(np.array(heads, np.int64), world.sum(scores), total)
+    return BlockPartial(np.array(heads, np.int64), world.all_reduce(scores), total)
 
 
 def _add(arrays: Sequence[Floats]) -> Floats:
@@ -121,7 +121,7 @@ def _no_sums(num_heads: int) -> npt.NDArray[np.float64]:
     return sums
 
 
-def deal_heads(layer: FrameLayer, num_ranks: int) -> list[dict[str, tuple[int, ...]]]:
+def deal_heads(layer: LayerAxes, num_ranks: int) -> list[dict[str, tuple[int, ...]]]:
     """A layer's heads for each rank: about as many each, in the order of blocks."""
     every = [(block, head) for block, heads in _native(layer) for head in heads]
     cuts = [len(every) * rank // num_ranks for rank in range(num_ranks + 1)]
@@ -131,7 +131,7 @@ def deal_heads(layer: FrameLayer, num_ranks: int) -> list[dict[str, tuple[int, .
     ]
 
 
-def add_dealt(part: LayerPartial, layer: FrameLayer, world: World) -> LayerPartial:
+def add_dealt(part: LayerPartial, layer: LayerAxes, world: World) -> LayerPartial:
     """The sum over all ranks of the heads dealt to this one; what no head owns is summed on rank 0.
 
     Every rank calls this alike. Sent are each head's partial scores, once, to the one rank that adds them.
@@ -152,7 +152,7 @@ def bring_to_first(part: LayerPartial, world: World) -> LayerPartial:
 
 def _exchanged(parts: Sequence[LayerPartial], world: World) -> LayerPartial:
     """Send ``parts[r]`` to rank r, and add what comes here."""
-    return add_layers([_unpacked(data) for data in world.exchange([_packed(part) for part in parts])])
+    return add_layers([_unpacked(data) for data in world.all_to_all([_packed(part) for part in parts])])
 
 
 def _heads_of(part: LayerPartial, heads: Mapping[str, tuple[int, ...]], with_shared: bool) -> LayerPartial:

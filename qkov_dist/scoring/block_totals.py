@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import Whole, Window
+from qkov_dist.capture.factors import FeatureSlice, Whole
 from qkov_dist.capture.numerics import products_as
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
 
-from .padded_groups import Group, order_samples
+from .padded_groups import PaddedGroup, order_samples
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource
-from .tiles import LayerPlan, Tile
+from .tiles import LayerTiles, Tile
 
 BlockTotals = dict[str, float]
 Seen = Callable[[Tile], Iterable[Rect]]  # the rectangles of a tile's parameter that a process looks at
@@ -49,7 +49,7 @@ class Part:
 
 
 def block_totals(
-    plan: LayerPlan,
+    plan: LayerTiles,
     source: FactorSource,
     roles: Roles,
     settings: ScoreSettings,
@@ -110,7 +110,7 @@ def _sums(
 ) -> Iterator[tuple[str, float]]:
     """Block by block, weighted sums of squared norms at projections that share an input."""
     weights = dict(zip(roles.members, roles.weights.sum(0).tolist(), strict=True))
-    table = source.table(sites[0])
+    table = source.sample_index(sites[0])
     here = [n for n in roles.members if weights[n] and (n in table.spans or n in table.whole)]
     ordering = order_samples(here, table, ())
     x, outputs, kept = source.x(sites[0]), {s: source.d(s) for s in sites}, {s: source.g(s) for s in sites}
@@ -123,9 +123,9 @@ def _sums(
                 whole = kept[site]
                 yield from _of_kept(group, whole, parts[site], of_group)  # type: ignore[arg-type]
             continue
-        inputs = Window(group.inputs(x.values), x.start)
-        of_sites = {site: Window(group.outputs(d.values), d.start) for site, d in outputs.items()}
-        widest = max(window.values.shape[2] for window in (inputs, *of_sites.values()))
+        inputs = FeatureSlice(group.inputs(x.values), x.start)
+        of_sites = {site: FeatureSlice(group.outputs(d.values), d.start) for site, d in outputs.items()}
+        widest = max(sweep.values.shape[2] for sweep in (inputs, *of_sites.values()))
         for chunk in _chunks(len(of_group), 8 * group.length * widest):
             products = _Products(inputs.values[chunk].to(device), inputs.start, len(sites))
             for site, d in of_sites.items():
@@ -135,7 +135,7 @@ def _sums(
                     yield part.block, float(squares.cpu() @ of_group[chunk])
 
 
-def _of_kept(group: Group, whole: Whole, parts: Sequence[Part], weights: Tensor) -> Iterator[tuple[str, float]]:
+def _of_kept(group: PaddedGroup, whole: Whole, parts: Sequence[Part], weights: Tensor) -> Iterator[tuple[str, float]]:
     """The same of samples that are kept as gradients."""
     values = whole.values[group.rows.to(whole.values.device)]
     for part in parts:
@@ -201,7 +201,7 @@ def _features(values: Tensor, wanted: tuple[int, ...], start: int) -> Tensor:
     """Some features along the last axis, a view where they lie one behind another."""
     first, last = wanted[0], wanted[-1]
     if last - first + 1 == len(wanted):
-        return Window(values, start).features(slice(first, last + 1))
+        return FeatureSlice(values, start).features(slice(first, last + 1))
     return values[..., torch.tensor(wanted, device=values.device) - start]
 
 

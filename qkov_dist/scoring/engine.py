@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.memory import scratch_array
 
 from .block_totals import BlockTotals, block_totals
@@ -29,9 +29,9 @@ from .schedule import Round, layers_of, make_rounds
 from .score import NO_ELEMENTS, FisherSums, compiled, fisher_sums
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, SiteFactors
-from .tiles import LayerPlan, Plan, Stack, Tile
+from .tiles import HeadBatch, LayerTiles, Tile, TilePlan
 
-LayerSource = tuple[LayerPlan, FactorSource] | None  # None: no layer now, but maybe later
+LayerSource = tuple[LayerTiles, FactorSource] | None  # None: no layer now, but maybe later
 
 
 @dataclass
@@ -51,7 +51,7 @@ class BlockScores:
     flops: int = 0
 
 
-Scored = tuple[LayerPlan, dict[str, BlockScores]]
+Scored = tuple[LayerTiles, dict[str, BlockScores]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def score_layers(
             ridges.update({(plan.layer, block): ridge for block, ridge in of_blocks.items()})
             yield Turn(plan, plan.tiles, source)
 
-    def score_heads(stack: Stack, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
+    def score_heads(stack: HeadBatch, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
         tile, sums = stack.first, [NO_ELEMENTS] * len(stack.heads)
         ridge = ridges[tile.site.layer, tile.block]
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, fused)
@@ -131,7 +131,7 @@ def score_layers(
 
 
 def score_layer(
-    plan: LayerPlan, source: FactorSource, roles: Roles, settings: ScoreSettings, totals: BlockTotals | None = None
+    plan: LayerTiles, source: FactorSource, roles: Roles, settings: ScoreSettings, totals: BlockTotals | None = None
 ) -> dict[str, BlockScores]:
     """Score one layer, as :func:`score_layers` does; a relative ridge is by default of the samples in ``source``."""
     if totals is None and settings.ridge_relative:
@@ -144,7 +144,7 @@ def _gradients(band: tuple[Tile, ...], site: SiteFactors, buffers: Buffers) -> T
     return tile_gradients(site.padded, [tile.rect for tile in band], bias=band[0].bias, buffers=buffers)
 
 
-def _ridges(plan: LayerPlan, settings: ScoreSettings, totals: Mapping[str, float]) -> dict[str, float]:
+def _ridges(plan: LayerTiles, settings: ScoreSettings, totals: Mapping[str, float]) -> dict[str, float]:
     """Lambda of each block."""
     if not settings.ridge_relative:
         return dict.fromkeys(plan.block_sizes, settings.ridge_absolute)
@@ -160,25 +160,25 @@ def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) ->
     return BlockScores(heads, torch.from_numpy(zeros), [NO_ELEMENTS] * len(heads))
 
 
-def rounds_of(plan: Plan, team: Team, *, done: Callable[[int], bool] = lambda layer: False) -> list[Round]:
+def rounds_of(plan: TilePlan, topology: Topology, *, done: Callable[[int], bool] = lambda layer: False) -> list[Round]:
     """The rounds of all ranks; each brings its own plan.
 
     Args:
         plan: This rank's tiles.
-        team: The ranks.
+        topology: The ranks.
         done: Whether this rank has scored a layer before.
     """
     mine = [layer.layer for layer in plan.layers if layer.tiles and not done(layer.layer)]
-    return make_rounds(team.world.gather(mine))
+    return make_rounds(topology.world.all_gather(mine))
 
 
 def score_rounds(
-    plan: Plan,
+    plan: TilePlan,
     rounds: Sequence[Round],
     exchange: Exchange,
     roles: Roles,
     settings: ScoreSettings,
-    team: Team,
+    topology: Topology,
     before_round: Callable[[], object] = lambda: None,
 ) -> Generator[Scored, None, None]:
     """Score this rank's layer of each round; all ranks go through all rounds.
@@ -192,7 +192,7 @@ def score_rounds(
         exchange: Brings factors.
         roles: The samples.
         settings: The metric.
-        team: The ranks.
+        topology: The ranks.
         before_round: Called by all ranks before each round.
 
     Yields:
@@ -202,25 +202,25 @@ def score_rounds(
     totals: Mapping[int, BlockTotals] = {}
     if settings.ridge_relative:
         totals = _totals(layers, rounds, exchange, roles, settings)
-    yield from score_layers(_sources(layers, rounds, exchange, team, before_round), roles, settings, totals)
+    yield from score_layers(_sources(layers, rounds, exchange, topology, before_round), roles, settings, totals)
 
 
 def _sources(
-    layers: Mapping[int, LayerPlan],
+    layers: Mapping[int, LayerTiles],
     rounds: Sequence[Round],
     exchange: Exchange,
-    team: Team,
+    topology: Topology,
     before_round: Callable[[], object] = lambda: None,
 ) -> Iterator[LayerSource]:
     """This rank's layer of each round, and its factors; None where it has none."""
     for turn in rounds:
         before_round()
         with exchange.round(turn) as source:
-            yield None if source is None else (layers[turn[team.world.rank] or 0], source)
+            yield None if source is None else (layers[turn[topology.world.rank] or 0], source)
 
 
 def _totals(
-    layers: Mapping[int, LayerPlan], rounds: Sequence[Round], exchange: Exchange, roles: Roles, settings: ScoreSettings
+    layers: Mapping[int, LayerTiles], rounds: Sequence[Round], exchange: Exchange, roles: Roles, settings: ScoreSettings
 ) -> dict[int, BlockTotals]:
     """Each layer's sum of I over its whole blocks, over all ranks: of each rank's own samples, before any exchange."""
     wanted, store = layers_of(rounds), exchange.store
@@ -233,7 +233,7 @@ def _totals(
         waiting = {str(number): submit(of_layer, number) for number in there}
         mine = {number: wait() for number, wait in waiting.items()}
     summed = {number: dict.fromkeys(layers[number].block_sizes, 0.0) for number in wanted}
-    for theirs in exchange.team.world.gather(mine):
+    for theirs in exchange.topology.world.all_gather(mine):
         for number, blocks in theirs.items():
             for block, total in blocks.items():
                 summed[int(number)][block] += total

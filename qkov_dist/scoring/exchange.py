@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import Table, Whole, Window
+from qkov_dist.capture.factors import FeatureSlice, SampleIndex, Whole
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.distributed.ownership import Owned
-from qkov_dist.distributed.topology import Team
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
 from qkov_dist.layout.rects import Rect
 
@@ -56,24 +56,24 @@ class Need:
 class _Received:
     """One layer's factors of all samples, at the features that this rank owns."""
 
-    tables: Mapping[int | None, Table]
+    tables: Mapping[int | None, SampleIndex]
     threshold: Callable[[Site], int | None]
     sharing: Mapping[Site, Site]
     series: dict[tuple[str, Site], tuple[Need, Tensor]] = field(default_factory=dict)
 
-    def table(self, site: Site) -> Table:
+    def sample_index(self, site: Site) -> SampleIndex:
         return self.tables[self.threshold(site)]
 
     def x_site(self, site: Site) -> Site:
         return self.sharing[site]
 
-    def x(self, site: Site) -> Window:
+    def x(self, site: Site) -> FeatureSlice:
         need, values = self.series["x", self.sharing[site]]
-        return Window(values, need.cols[0])
+        return FeatureSlice(values, need.cols[0])
 
-    def d(self, site: Site) -> Window:
+    def d(self, site: Site) -> FeatureSlice:
         need, values = self.series["d", site]
-        return Window(values, need.rows[0])
+        return FeatureSlice(values, need.rows[0])
 
     def g(self, site: Site) -> Whole | None:
         if ("g", site) not in self.series:
@@ -86,24 +86,26 @@ class Exchange:
     """Brings factors to the owners of their layers; all ranks make the same calls in the same order.
 
     Args:
-        team: The ranks.
+        topology: The ranks.
         store: The factors of the samples that this rank ran.
         layout: The layers.
         sites: The projections that are scored.
     """
 
-    def __init__(self, team: Team, store: FactorStore, layout: Layout, sites: Sequence[Site]) -> None:
-        self.team, self.store, self._layout, self._sites = team, store, layout, frozenset(sites)
+    def __init__(self, topology: Topology, store: FactorStore, layout: Layout, sites: Sequence[Site]) -> None:
+        self.topology, self.store, self._layout, self._sites = topology, store, layout, frozenset(sites)
         self.bytes_sent = 0
-        if team.peers.size == 1:
+        if topology.dp_group.size == 1:
             return
-        described = team.peers.gather(store.describe())
+        described = topology.dp_group.all_gather(store.describe())
         self._sharing = {_site(site): _site(shared) for d in described for site, shared in d["sharing"]}
         self._dtypes = {
-            (kind, _site(site)): getattr(torch, name) for d in described for kind, site, name in d["series"]
+            (kind, _site(site)): getattr(torch, name) for d in described for kind, site, name in d["row_buffers"]
         }
-        self._by_peer = [_tables(d["tables"]) for d in described]
-        self._tables = {above: _joined([tables[above] for tables in self._by_peer]) for above in self._by_peer[0]}
+        self._by_dp_rank = [_indexes(d["indexes"]) for d in described]
+        self._indexes = {
+            above: _joined([tables[above] for tables in self._by_dp_rank]) for above in self._by_dp_rank[0]
+        }
 
     @contextmanager
     def round(self, turn: Round) -> Iterator[FactorSource | None]:
@@ -112,8 +114,8 @@ class Exchange:
         Args:
             turn: The layer that each rank scores now.
         """
-        has_layer = turn[self.team.world.rank] is not None
-        if self.team.peers.size == 1:
+        has_layer = turn[self.topology.world.rank] is not None
+        if self.topology.dp_group.size == 1:
             yield self.store if has_layer else None
             return
         received = self._collect(turn)
@@ -122,44 +124,46 @@ class Exchange:
 
     def seen(self, tile: Tile) -> tuple[Rect, ...]:
         """What this rank and its peers own of a tile's parameter: of its own samples, what it counts for all peers."""
-        if self.team.peers.size == self.team.world.size:
+        if self.topology.dp_group.size == self.topology.world.size:
             return (tile.rect,)
         projection = next(p for p in self._layout.layer(tile.site.layer).projections if p.module == tile.site.module)
-        owned = (self.team.owned_by(rank)(projection, tile.bias) for rank in self.team.peer_ranks)
+        owned = (self.topology.owned_by(rank)(projection, tile.bias) for rank in self.topology.dp_ranks)
         return tuple(rect for rects in owned for rect in rects)
 
     def _collect(self, turn: Round) -> _Received:
-        team = self.team
-        by_peer = [self._needs(turn[rank], rank) for rank in team.peer_ranks]
-        sent = [self._held_of(needs, to_other=r != team.peers.rank) for r, needs in enumerate(by_peer)]
-        places = [(need, self._place(need)) for need in by_peer[team.peers.rank]]
+        topology = self.topology
+        by_dp_rank = [self._needs(turn[rank], rank) for rank in topology.dp_ranks]
+        sent = [self._held_of(needs, to_other=r != topology.dp_group.rank) for r, needs in enumerate(by_dp_rank)]
+        places = [(need, self._place(need)) for need in by_dp_rank[topology.dp_group.rank]]
         by_need = [self._by_sender(need, place) for need, place in places]
-        received = [[parts[peer] for parts in by_need] for peer in range(team.peers.size)]
-        self.bytes_sent += sum(part.nbytes for r, parts in enumerate(sent) if r != team.peers.rank for part in parts)
-        team.peers.pass_on(sent, received)
+        received = [[parts[dp_rank] for parts in by_need] for dp_rank in range(topology.dp_group.size)]
+        self.bytes_sent += sum(
+            part.nbytes for r, parts in enumerate(sent) if r != topology.dp_group.rank for part in parts
+        )
+        topology.dp_group.send_recv(sent, received)
         series = {(need.kind, need.site): (need, place) for need, place in places}
-        return _Received(self._tables, self.store.threshold, self._sharing, series)
+        return _Received(self._indexes, self.store.threshold, self._sharing, series)
 
     def _needs(self, layer: int | None, rank: int) -> list[Need]:
         """What a rank needs; series that no sample is in are left out."""
         if layer is None:
             return []
         sites = [site for site in self._sites if site.layer == layer]
-        needs = needs_of(self._layout.layer(layer), sites, self.team.owned_by(rank), self._sharing)
-        return [need for need in needs if need.kind != "g" or self._tables[self.store.threshold(need.site)].whole]
+        needs = needs_of(self._layout.layer(layer), sites, self.topology.owned_by(rank), self._sharing)
+        return [need for need in needs if need.kind != "g" or self._indexes[self.store.threshold(need.site)].whole]
 
     def _place(self, need: Need) -> Tensor:
         """Where a series of all peers' samples comes to lie, one peer after another."""
         dtype = self._dtypes.get((need.kind, need.site), torch.float32)  # of no rows at all, none is known
-        return torch.empty(self._num_rows(need, self._tables), *need.shape, dtype=dtype)
+        return torch.empty(self._num_rows(need, self._indexes), *need.shape, dtype=dtype)
 
     def _by_sender(self, need: Need, place: Tensor) -> tuple[Tensor, ...]:
         """The part of it that each peer sends."""
-        return torch.split(place, [self._num_rows(need, tables) for tables in self._by_peer])
+        return torch.split(place, [self._num_rows(need, tables) for tables in self._by_dp_rank])
 
     def _held_of(self, needs: Sequence[Need], *, to_other: bool) -> list[Tensor]:
         """This rank's samples at the features that a rank needs: X and D in memory as they lie, where it needs all."""
-        mine = self._by_peer[self.team.peers.rank]
+        mine = self._by_dp_rank[self.topology.dp_group.rank]
         held = [self._held(need) if self._num_rows(need, mine) else torch.empty(0, *need.shape) for need in needs]
         return [part.contiguous() for part in held] if to_other else held
 
@@ -174,7 +178,7 @@ class Exchange:
         assert whole is not None  # there are rows of it
         return torch.cat([whole.rect(rows, cols), whole.bias(rows)], dim=-1)
 
-    def _num_rows(self, need: Need, tables: Mapping[int | None, Table]) -> int:
+    def _num_rows(self, need: Need, tables: Mapping[int | None, SampleIndex]) -> int:
         table = tables[self.store.threshold(need.site)]
         return len(table.whole) if need.kind == "g" else table.num_rows
 
@@ -212,19 +216,19 @@ def _hull(intervals: Sequence[Features]) -> Features:
     return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 
-def _tables(described: Sequence[Sequence[Any]]) -> dict[int | None, Table]:
+def _indexes(described: Sequence[Sequence[Any]]) -> dict[int | None, SampleIndex]:
     """A peer's tables, by threshold."""
     tables = {}
     for above, spans, whole, num_rows in described:
         places = {number: place for place, number in enumerate(whole)}
-        tables[above] = Table({number: (start, stop) for number, start, stop in spans}, places, num_rows)
+        tables[above] = SampleIndex({number: (start, stop) for number, start, stop in spans}, places, num_rows)
     return tables
 
 
-def _joined(by_peer: Sequence[Table]) -> Table:
+def _joined(by_dp_rank: Sequence[SampleIndex]) -> SampleIndex:
     """One table over the rows of all peers, one peer after another."""
-    joined = Table()
-    for table in by_peer:
+    joined = SampleIndex()
+    for table in by_dp_rank:
         for number, (start, stop) in table.spans.items():
             joined.spans[number] = (joined.num_rows + start, joined.num_rows + stop)
         first = len(joined.whole)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import Whole, Window
+from qkov_dist.capture.factors import FeatureSlice, Whole
 from qkov_dist.layout.rects import Rect
 
-from .padded_groups import Group
+from .padded_groups import PaddedGroup
 from .score import Fused, Score, maps
 
 CHUNK_BYTES = 2 * 2**20  # of gradients; with their squares this is what a core's second-level cache holds, or nearly
@@ -29,9 +29,9 @@ BLOCK_PAIRS, LEAST_PART = 128, 512  # rows and columns of such a block; the fewe
 class Padded:
     """One group's factors at a projection: X [n, T, in] and D [n, T, out]; or its gradients, where these are kept."""
 
-    group: Group
-    x: Window
-    d: Window
+    group: PaddedGroup
+    x: FeatureSlice
+    d: FeatureSlice
     whole: Whole | None = None
 
     def put_gradients(self, rows: slice, cols: slice, bias: bool, out: Tensor) -> None:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import Span, Table, Whole
+from qkov_dist.capture.factors import SampleIndex, Span, Whole
 
 _SHORTEST, _SLACK = 7 / 8, 4  # of the longest of a group; tokens by which a member may be shorter in any case
 
 
 @dataclass(frozen=True)
-class Group:
+class PaddedGroup:
     """Samples ``first`` to ``last`` of an ordering, padded to ``length`` tokens.
 
     Attributes:
@@ -77,10 +77,10 @@ class Ordering:
 
     order: tuple[int, ...]
     place: tuple[int, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[PaddedGroup, ...]
 
 
-def order_samples(members: Sequence[int], table: Table, cuts: Sequence[int]) -> Ordering:
+def order_samples(members: Sequence[int], table: SampleIndex, cuts: Sequence[int]) -> Ordering:
     """Sort and group samples.
 
     Args:
@@ -90,7 +90,7 @@ def order_samples(members: Sequence[int], table: Table, cuts: Sequence[int]) -> 
     """
     edges = sorted({0, *cuts, len(members)})
     order: list[int] = []
-    groups: list[Group] = []
+    groups: list[PaddedGroup] = []
     for low, high in pairwise(edges):
         factored = [n for n in range(low, high) if members[n] in table.spans]
         spans = {n: table.spans[members[n]] for n in factored}
@@ -99,12 +99,12 @@ def order_samples(members: Sequence[int], table: Table, cuts: Sequence[int]) -> 
         order += factored
         if whole := [n for n in range(low, high) if members[n] not in table.spans]:
             places = torch.tensor([table.whole[members[n]] for n in whole])
-            groups.append(Group(len(order), len(order) + len(whole), 0, None, places, None))
+            groups.append(PaddedGroup(len(order), len(order) + len(whole), 0, None, places, None))
             order += whole
     return Ordering(tuple(order), tuple(int(n) for n in np.argsort(order)), tuple(groups))
 
 
-def _grouped(spans: Sequence[Span], first: int) -> Iterator[Group]:
+def _grouped(spans: Sequence[Span], first: int) -> Iterator[PaddedGroup]:
     """Cut samples, longest first, where one would be padded too much."""
     start = 0
     for end in range(1, len(spans) + 1):
@@ -117,13 +117,13 @@ def _grouped(spans: Sequence[Span], first: int) -> Iterator[Group]:
         start = end
 
 
-def _group(spans: Sequence[Span], first: int) -> Group:
+def _group(spans: Sequence[Span], first: int) -> PaddedGroup:
     starts, stops = torch.tensor(spans, dtype=torch.int64).T
     lengths = stops - starts
     longest = int(lengths[0])
     token = torch.arange(longest)
     rows = torch.minimum(starts.unsqueeze(1) + token, stops.unsqueeze(1) - 1)
     adjoin = bool((lengths == longest).all()) and bool((starts[1:] == stops[:-1]).all())
-    return Group(
+    return PaddedGroup(
         first, first + len(spans), longest, int(starts[0]) if adjoin else None, rows, token < lengths.unsqueeze(1)
     )

@@ -27,17 +27,17 @@ from qkov_dist.memory import is_shortage
 from .kernel import Buffers
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, SiteFactors, read_sites
-from .tiles import LayerPlan, Stack, Tile, stacks_of
+from .tiles import HeadBatch, LayerTiles, Tile, head_batches
 
 T = TypeVar("T")
-Work = Callable[[Stack, SiteFactors, Buffers], list[T]]
+Work = Callable[[HeadBatch, SiteFactors, Buffers], list[T]]
 
 
 @dataclass(frozen=True)
 class Turn:
     """A layer whose turn it is: which of its tiles are worked on, and where their factors come from."""
 
-    plan: LayerPlan
+    plan: LayerTiles
     tiles: Sequence[Tile]
     source: FactorSource
 
@@ -52,7 +52,7 @@ class Done(Generic[T]):
         is_last: Whether the layer is done with it.
     """
 
-    plan: LayerPlan
+    plan: LayerTiles
     results: list[tuple[Tile, T]]
     is_last: bool
 
@@ -61,8 +61,8 @@ class Done(Generic[T]):
 class _Started(Generic[T]):
     """One projection that workers have been given."""
 
-    plan: LayerPlan
-    waiting: Sequence[tuple[Stack, Callable[[], list[T]]]]
+    plan: LayerTiles
+    waiting: Sequence[tuple[HeadBatch, Callable[[], list[T]]]]
     is_last: bool
 
     def done(self) -> Done[T]:
@@ -126,13 +126,13 @@ def _start_layer(
         yield _Started(turn.plan, (), is_last=True)
     for site, factors in read_sites(turn.tiles, turn.source, roles, settings):
         left -= 1
-        stacks = stacks_of([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
-        waiting = [(stack, submit(_in_memory, settings.warn, work, stack, factors)) for stack in stacks]
+        batches = head_batches([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
+        waiting = [(stack, submit(_in_memory, settings.warn, work, stack, factors)) for stack in batches]
         yield _Started(turn.plan, waiting, is_last=not left)
 
 
 def _in_memory(
-    warn: Callable[[str], object], work: Work[T], stack: Stack, factors: SiteFactors, buffers: Buffers
+    warn: Callable[[str], object], work: Work[T], stack: HeadBatch, factors: SiteFactors, buffers: Buffers
 ) -> list[T]:
     """Do the work; where its tiles do not fit into memory, for half of the heads, or with tiles of half the height.
 

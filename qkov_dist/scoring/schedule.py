@@ -1,8 +1,8 @@
 """Which layer each rank scores when, and which layers' factors are kept at a time. Integers only.
 
 A rank scores the layers of which it owns an element, in order. In one round every rank scores one layer, its own next:
-so ranks that own different layers work at the same time. A window is consecutive rounds whose factors fit; the samples
-are run once for each window.
+so ranks that own different layers work at the same time. A sweep is consecutive rounds whose factors fit; the samples
+are run once for each sweep.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def gpu_budget(room: int, sizes: Mapping[int, int]) -> int:
     return room if sum(sizes.values()) <= room else max(room - max(sizes.values()), 0)
 
 
-def make_windows(rounds: Sequence[Round], sizes: Mapping[int, int], budget: int, on_gpu: int = 0) -> list[list[Round]]:
-    """Cut rounds into windows whose layers' factors fit.
+def make_sweeps(rounds: Sequence[Round], sizes: Mapping[int, int], budget: int, on_gpu: int = 0) -> list[list[Round]]:
+    """Cut rounds into sweeps whose layers' factors fit.
 
     Args:
         rounds: All rounds.
@@ -52,7 +52,7 @@ def make_windows(rounds: Sequence[Round], sizes: Mapping[int, int], budget: int,
         QkovError: where one round alone does not fit.
     """
     budget += on_gpu
-    windows: list[list[Round]] = []
+    sweeps: list[list[Round]] = []
     for layers in rounds:
         need = sum(sizes[layer] for layer in layers_of([layers]))
         if need > budget:
@@ -62,8 +62,8 @@ def make_windows(rounds: Sequence[Round], sizes: Mapping[int, int], budget: int,
                 got=f"{budget // 2**20} MiB",
                 remedy="Raise one of them, free disk space, or use more ranks or fewer samples.",
             )
-        if windows and sum(sizes[layer] for layer in layers_of([*windows[-1], layers])) <= budget:
-            windows[-1].append(layers)
+        if sweeps and sum(sizes[layer] for layer in layers_of([*sweeps[-1], layers])) <= budget:
+            sweeps[-1].append(layers)
         else:
-            windows.append([layers])
-    return windows
+            sweeps.append([layers])
+    return sweeps

@@ -29,12 +29,14 @@ class ScoreSettings:
     compile: bool = False
     scratch: Path | None = None  # where scores are that are too large for memory
     warn: Callable[[str], object] = lambda line: None  # takes a line where memory ran out
-    stack_bytes: int | None = None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
+    head_batch_bytes: int | None = (
+        None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
+    )
 
     def max_elements(self, num_samples: int) -> int:
         """Elements that the heads which are worked on together may have in a tile."""
         preferred = GPU_TILE_BYTES if torch.device(self.device).type == "cuda" else 0
-        size = preferred if self.stack_bytes is None else self.stack_bytes
+        size = preferred if self.head_batch_bytes is None else self.head_batch_bytes
         return size // (num_samples * self.dtype.itemsize)
 
 

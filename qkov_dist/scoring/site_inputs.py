@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import Table, Whole, Window
+from qkov_dist.capture.factors import FeatureSlice, SampleIndex, Whole
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage
@@ -25,16 +25,16 @@ from .tiles import Tile, in_order_of_work
 class FactorSource(Protocol):
     """Where a layer's factors come from: this process's own store, or the ranks that ran the samples."""
 
-    def table(self, site: Site) -> Table:
+    def sample_index(self, site: Site) -> SampleIndex:
         """Where each sample is at a site."""
 
     def x_site(self, site: Site) -> Site:
         """The site whose X this site shares."""
 
-    def x(self, site: Site) -> Window:
+    def x(self, site: Site) -> FeatureSlice:
         """Inputs of all factored samples' tokens."""
 
-    def d(self, site: Site) -> Window:
+    def d(self, site: Site) -> FeatureSlice:
         """Output gradients of all factored samples' tokens."""
 
     def g(self, site: Site) -> Whole | None:
@@ -98,13 +98,13 @@ def _read_sites(
     for tile in tiles:
         work[tile.site] += tile.rect.area
     for site in in_order_of_work({site: (source.x_site(site), area) for site, area in work.items()}):
-        ordering = order_samples(roles.members, source.table(site), cuts)
+        ordering = order_samples(roles.members, source.sample_index(site), cuts)
         if x_site != source.x_site(site):
             x_site, x = source.x_site(site), source.x(site).to(settings.device, settings.dtype)
-            inputs = [Window(group.inputs(x.values), x.start) for group in ordering.groups]
+            inputs = [FeatureSlice(group.inputs(x.values), x.start) for group in ordering.groups]
         d, whole = source.d(site).to(settings.device, settings.dtype), source.g(site)
         whole = whole and whole.to(settings.device, settings.dtype)
-        outputs = [Window(group.outputs(d.values), d.start) for group in ordering.groups]
+        outputs = [FeatureSlice(group.outputs(d.values), d.start) for group in ordering.groups]
         kept = [whole and group.wholes(whole) for group in ordering.groups]
         groups = zip(ordering.groups, inputs, outputs, kept, strict=True)
         yield site, SiteFactors(ordering, [Padded(*group) for group in groups], roles)

@@ -1,7 +1,7 @@
 """Who computes which piece of which head: head slices ∩ owned rectangles, cut into tiles, before anything runs.
 
 A plan is integers only. It is made from a layout and the rectangles a rank owns, needs no weights, and can be printed
-and costed for a pretended number of ranks. Hot code is handed its tiles and decides nothing.
+and costed for a simulated number of ranks. Hot code is handed its tiles and decides nothing.
 
 Heads that are worked on together: on a GPU, as many of one shape as fill it; on a CPU, one by one.
 """
@@ -40,7 +40,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerTiles:
     """The tiles of one layer.
 
     Attributes:
@@ -64,14 +64,14 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """All layers of a run."""
 
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerTiles, ...]
 
-    def only(self, layers: Sequence[int]) -> Plan:
+    def only(self, layers: Sequence[int]) -> TilePlan:
         """The plan of some of the layers."""
-        return Plan(tuple(layer for layer in self.layers if layer.layer in layers))
+        return TilePlan(tuple(layer for layer in self.layers if layer.layer in layers))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -149,7 +149,7 @@ def tile_bytes(device_type: str) -> int:
     return TILE_BYTES if device_type == "cpu" else GPU_TILE_BYTES
 
 
-def make_plan(
+def make_tile_plan(
     layout: Layout,
     selection: Selection,
     *,
@@ -158,7 +158,7 @@ def make_plan(
     itemsize: int = 4,
     owned: Owned | None = None,
     tile_bytes: int = TILE_BYTES,
-) -> Plan:
+) -> TilePlan:
     """Cut the selected heads into tiles.
 
     Args:
@@ -172,12 +172,14 @@ def make_plan(
     """
     max_elements = max(tile_bytes // (num_samples * itemsize), 1)
     layers = selection.layers_of(layout)
-    return Plan(tuple(_plan_layer(layer, selection, include_bias, owned or _whole, max_elements) for layer in layers))
+    return TilePlan(
+        tuple(_tiles_of_layer(layer, selection, include_bias, owned or _whole, max_elements) for layer in layers)
+    )
 
 
-def _plan_layer(
+def _tiles_of_layer(
     layer: AttentionLayer, selection: Selection, include_bias: bool, owned: Owned, max_elements: int
-) -> LayerPlan:
+) -> LayerTiles:
     slices = [tile for projection in layer.projections for tile in _head_tiles(layer, projection, include_bias)]
     _check_disjoint(slices)
     query_heads = selection.query_heads(layer)
@@ -194,7 +196,7 @@ def _plan_layer(
     sizes: dict[str, int] = {}
     for tile in slices:
         sizes[tile.block] = sizes.get(tile.block, 0) + tile.rect.area
-    return LayerPlan(
+    return LayerTiles(
         layer=layer.index,
         sites=tuple(sorted({tile.site for tile in slices if tile.head in heads[tile.block]})),
         query_heads=query_heads,
@@ -246,7 +248,7 @@ def _no_such_layer(index: int, layout: Layout) -> QkovError:
 
 
 @dataclass(frozen=True)
-class Stack:
+class HeadBatch:
     """The tiles of some heads of one block in one projection, cut alike.
 
     Attributes:
@@ -270,15 +272,17 @@ class Stack:
         """Rows of the tallest tile."""
         return max(tile.rect.shape[0] for tile in self.heads[0])
 
-    def smaller(self) -> list[Stack]:
+    def smaller(self) -> list[HeadBatch]:
         """The same tiles as stacks of half the heads; those of one head in tiles of half the height."""
         if (middle := len(self.heads) // 2) > 0:
-            return [Stack(self.heads[:middle]), Stack(self.heads[middle:])]
+            return [HeadBatch(self.heads[:middle]), HeadBatch(self.heads[middle:])]
         (tiles,), height = self.heads, self.tallest // 2
-        return [Stack((tuple(replace(tile, rect=half) for tile in tiles for half in tile.rect.split_rows(height)),))]
+        return [
+            HeadBatch((tuple(replace(tile, rect=half) for tile in tiles for half in tile.rect.split_rows(height)),))
+        ]
 
 
-def stacks_of(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0) -> list[Stack]:
+def head_batches(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0) -> list[HeadBatch]:
     """Put together the heads of one projection, in the order of the tiles.
 
     Args:
@@ -299,7 +303,7 @@ def stacks_of(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0) ->
             found[-1].append(of_head)
         else:
             found.append([of_head])
-    return [Stack(tuple(stack)) for stack in found]
+    return [HeadBatch(tuple(stack)) for stack in found]
 
 
 def _alike(one: Sequence[Tile], other: Sequence[Tile]) -> bool:

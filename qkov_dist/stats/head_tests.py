@@ -7,7 +7,7 @@ a block (``join``), and of all heads of all blocks the largest z under each labe
 The tests of layers, as ranks hold, send and join them: each head is tested where its scores are.
 
     mine = LayerTests.joined(layer_tests(design, layer, scores[layer], heads, ids) for layer in layers)
-    tests = LayerTests.joined(map(LayerTests.from_json, world.gather(mine.to_json())))
+    tests = LayerTests.joined(map(LayerTests.from_json, world.all_gather(mine.to_json())))
 
 holds on every rank what one process would have found, and a rank sends one ``max_z`` for each statistic. ``heads`` may
 be any of a layer's heads; a head's numbers do not depend on those that it is tested with.

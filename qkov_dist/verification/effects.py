@@ -37,7 +37,7 @@ from qkov_dist.scoring.score import Score, sample_gradients
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.stats.permutation import draw_labels, head_nulls, pair_counts
 
-from .examined_model import Captured, Subject
+from .examined_model import Captured, ExaminedModel
 
 Floats = npt.NDArray[np.float64]
 HARM = ("-signed", "interference", "overlap", "||gA|| ||gB||", "-gA.gB")
@@ -96,13 +96,13 @@ class Agreement:
     gain_interval: tuple[float, float]
 
 
-def sample_targets(subject: Subject, count: int, seed: int) -> tuple[Target, ...]:
+def sample_targets(examined: ExaminedModel, count: int, seed: int) -> tuple[Target, ...]:
     """About ``count`` heads, as many of each block, spread over the layers examined; at random within a layer."""
     rng = np.random.default_rng(seed)
     targets: list[Target] = []
     per_block = -(-count // len(BLOCKS))
     for block in BLOCKS:
-        layers = [layer for layer in subject.examined if block in layer.blocks]
+        layers = [layer for layer in examined.attention_layers if block in layer.blocks]
         left = {layer.index: rng.permutation(layer.heads(block)).tolist() for layer in layers}
         for place in range(min(per_block, sum(map(len, left.values())))):
             open_layers = [index for index in left if left[index]]
@@ -112,7 +112,7 @@ def sample_targets(subject: Subject, count: int, seed: int) -> tuple[Target, ...
 
 
 def measure(
-    subject: Subject,
+    examined: ExaminedModel,
     targets: Sequence[Target],
     steps: Sequence[float],
     on_head: Callable[[int], object] = lambda n: None,
@@ -120,7 +120,7 @@ def measure(
     """Score every target, take each step on B in it alone, and measure the change of A's mean loss.
 
     Args:
-        subject: The model and the samples; its layers are those of the targets.
+        examined: The model and the samples; its layers are those of the targets.
         targets: The heads.
         steps: Step sizes eta.
         on_head: Called with 1 after each head.
@@ -128,36 +128,36 @@ def measure(
     Raises:
         QkovError: where weights cannot be changed in place.
     """
-    if not subject.all_plain():
+    if not examined.all_plain():
         raise QkovError(
             "qkov validate",
             expected="weights that a step can change: dense and floating",
             got="quantized or sharded weights",
             remedy="Load the model with --dtype float32, in one process.",
         )
-    with subject.captured() as captured:
+    with examined.captured() as captured:
         gradients = {target: _mean_gradients(captured, target) for target in targets}
         predicted = _predictors(captured, gradients)
-    batches = _batches(subject, subject.a)
+    batches = _batches(examined, examined.a)
     effects = []
-    with evaluating(subject.model), torch.no_grad():
-        before = mean_loss(subject.model, batches)
+    with evaluating(examined.model), torch.no_grad():
+        before = mean_loss(examined.model, batches)
         for target in targets:
             changes = []
             for step in steps:
-                with stepped(subject, target, [step * of_b for _, of_b in gradients[target]]):
-                    changes.append(mean_loss(subject.model, batches) - before)
+                with stepped(examined, target, [step * of_b for _, of_b in gradients[target]]):
+                    changes.append(mean_loss(examined.model, batches) - before)
             effects.append(HeadEffect(target, predicted[target], tuple(changes)))
             on_head(1)
     return effects
 
 
 @contextmanager
-def stepped(subject: Subject, target: Target, updates: Sequence[Tensor]) -> Iterator[None]:
+def stepped(examined: ExaminedModel, target: Target, updates: Sequence[Tensor]) -> Iterator[None]:
     """Subtract one update [out, in] from each rectangle of a head's slice; restore the weights exactly."""
     with ExitStack() as stack:
-        for (projection, piece), update in zip(_pieces(subject, target), updates, strict=True):
-            weight = subject.model.get_submodule(projection.module).get_parameter("weight").detach()
+        for (projection, piece), update in zip(_pieces(examined, target), updates, strict=True):
+            weight = examined.model.get_submodule(projection.module).get_parameter("weight").detach()
             stored = piece.rect.transposed if projection.transposed else piece.rect
             stack.enter_context(
                 _subtracted(weight[stored.rows, stored.cols], update.T if projection.transposed else update)
@@ -181,24 +181,24 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     return float(torch.cat(losses).mean())
 
 
-def _batches(subject: Subject, samples: Sequence[Sample]) -> list[Batch]:
-    device = input_device(subject.model)
+def _batches(examined: ExaminedModel, samples: Sequence[Sample]) -> list[Batch]:
+    device = input_device(examined.model)
     names = [sample.id for sample in samples]
     made = make_batches(
         samples,
         names=names,
-        batch_tokens=subject.batch_tokens,
-        objective=subject.objective,
-        alone=subject.soundness.alone,
+        batch_tokens=examined.batch_tokens,
+        objective=examined.objective,
+        alone=examined.soundness.alone,
     )
     return [batch.to(device) for batch in made]
 
 
-def _pieces(subject: Subject, target: Target) -> list[tuple[Projection, HeadSlice]]:
+def _pieces(examined: ExaminedModel, target: Target) -> list[tuple[Projection, HeadSlice]]:
     """The rectangles of a head, each with its projection."""
     return [
         (projection, piece)
-        for projection in subject.layout.layer(target.layer).projections
+        for projection in examined.layout.layer(target.layer).projections
         for piece in projection.slices
         if (piece.block, piece.head) == (target.block, target.head)
     ]
@@ -206,10 +206,10 @@ def _pieces(subject: Subject, target: Target) -> list[tuple[Projection, HeadSlic
 
 def _mean_gradients(captured: Captured, target: Target) -> list[tuple[Tensor, Tensor]]:
     """Mean gradients of A and of B on each rectangle of a head, float64 [out, in]."""
-    subject, store = captured.subject, captured.store
-    spans, num_a = [store.spans[n] for n in range(subject.num_samples)], len(subject.a)
+    examined, store = captured.examined, captured.store
+    spans, num_a = [store.spans[n] for n in range(examined.num_samples)], len(examined.a)
     means = []
-    for projection, piece in _pieces(subject, target):
+    for projection, piece in _pieces(examined, target):
         site = Site(target.layer, projection.module)
         x, d = store.x(site).features(piece.rect.cols).double(), store.d(site).features(piece.rect.rows).double()
         gradients = sample_gradients(x, d, spans).view(-1, *piece.rect.shape)
@@ -241,14 +241,14 @@ def _predictors(
 
 def _pooled_statistics(captured: Captured, score: Score) -> dict[Target, dict[str, float]]:
     """``cross_mean`` and, but for signed scores, ``overlap`` of every head examined."""
-    subject, num = captured.subject, captured.subject.num_samples
-    roles = Roles(tuple(range(num)), subject.roles().weights, slice(0, num), slice(0, num))
-    observed = draw_labels(0, len(subject.a), len(subject.b), 0)
+    examined, num = captured.examined, captured.examined.num_samples
+    roles = Roles(tuple(range(num)), examined.roles().weights, slice(0, num), slice(0, num))
+    observed = draw_labels(0, len(examined.a), len(examined.b), 0)
     pairs = torch.from_numpy(different_pairs([""] * num))
     counts = pair_counts(observed, pairs)
-    device = next(subject.model.parameters()).device
+    device = next(examined.model.parameters()).device
     found = {}
-    for layer in subject.plan().layers:
+    for layer in examined.tile_plan().layers:
         for block, part in score_layer(layer, captured.store, roles, ScoreSettings(score=score, device=device)).items():
             nulls = head_nulls(part.scores.cpu(), observed, pairs, counts, with_overlap=score != "signed")
             for place, head in enumerate(part.heads):

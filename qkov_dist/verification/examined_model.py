@@ -23,7 +23,7 @@ from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
-from qkov_dist.scoring.tiles import Plan, Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, TilePlan, make_tile_plan
 
 FISHER_BATCH, DECAY, BUDGET = 8, 0.99, 2**30
 Scores = dict[int, dict[str, Tensor]]  # layer -> block -> [heads, left, right]
@@ -33,21 +33,21 @@ Scores = dict[int, dict[str, Tensor]]  # layer -> block -> [heads, left, right]
 class Captured:
     """The factors of both tasks' samples at the layers examined."""
 
-    subject: Subject
+    examined: ExaminedModel
     store: FactorStore
     losses: np.ndarray
 
     def scores(self, settings: ScoreSettings, *, swapped: bool = False, owned: Owned | None = None) -> Scores:
-        """Scores of A x B, or of B x A when ``swapped``; of one pretended rank's share where ``owned`` is given."""
-        roles = self.subject.roles(swapped=swapped)
+        """Scores of A x B, or of B x A when ``swapped``; of one simulated rank's part where ``owned`` is given."""
+        roles = self.examined.roles(swapped=swapped)
         return {
             layer.layer: {block: part.scores for block, part in score_layer(layer, self.store, roles, settings).items()}
-            for layer in self.subject.plan(owned).layers
+            for layer in self.examined.tile_plan(owned).layers
         }
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExaminedModel:
     """A model, its layout, and a few samples of two tasks.
 
     Attributes:
@@ -79,14 +79,14 @@ class Subject:
         return len(self.a) + len(self.b)
 
     @property
-    def examined(self) -> tuple[AttentionLayer, ...]:
+    def attention_layers(self) -> tuple[AttentionLayer, ...]:
         """The layers to score."""
         return tuple(self.layout.layer(index) for index in self.layers)
 
-    def plan(self, owned: Owned | None = None) -> Plan:
+    def tile_plan(self, owned: Owned | None = None) -> TilePlan:
         """The tiles of the layers examined."""
         selection = Selection(self.layers)
-        return make_plan(self.layout, selection, include_bias=False, num_samples=self.num_samples, owned=owned)
+        return make_tile_plan(self.layout, selection, include_bias=False, num_samples=self.num_samples, owned=owned)
 
     def roles(self, *, swapped: bool = False) -> Roles:
         """All samples, under one and the same Fisher whichever way the pairs go."""
@@ -101,7 +101,7 @@ class Subject:
         """Run the samples, in batches as a run does or each alone, and keep their factors inside the block."""
         with closing(FactorStore(BUDGET)) as store:
             batch_tokens = 1 if one_by_one else self.batch_tokens
-            sites = self.plan().sites
+            sites = self.tile_plan().sites
             collection = Collection(
                 store,
                 sites,
@@ -127,7 +127,7 @@ class Subject:
             changes: (block, whether a native head is meant, factor).
         """
         with ExitStack() as stack:
-            for layer in self.examined:
+            for layer in self.attention_layers:
                 for projection in layer.projections:
                     linear = self.model.get_submodule(projection.module)
                     for block, meant, factor in changes:
@@ -138,7 +138,7 @@ class Subject:
 
     def all_plain(self) -> bool:
         """Whether the weights of the layers examined can be changed in place (dense, unsharded, floating)."""
-        projections = (projection for layer in self.examined for projection in layer.projections)
+        projections = (projection for layer in self.attention_layers for projection in layer.projections)
         return all(is_plain(getattr(self.model.get_submodule(p.module), "weight", None)) for p in projections)
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Six properties that right scores have, measured on a user's own model.
 
-    additivity         sum over native heads = the block scored without slicing; = the sum over pretended ranks
+    additivity         sum over native heads = the block scored without slicing; = the sum over simulated ranks
     scale              c x loss: c x M;  V <- cV with O <- O/c: M^V / c, c M^O, and nothing else
     ablation           a head whose output is cut off, or whose values are zero, scores exactly 0 where it must
     symmetry           signed and symmetric: M_AB^T = M_BA under one Fisher
@@ -29,7 +29,7 @@ from qkov_dist.layout.rects import Rect, rects_of_flat_interval
 from qkov_dist.scoring.score import diagonal_fisher, pair_scores, sample_gradients
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 
-from .examined_model import Captured, Scores, Subject
+from .examined_model import Captured, ExaminedModel, Scores
 
 PLAIN = ScoreSettings()
 EXACT = ScoreSettings(epsilon=1e-300, ridge_relative=0.0, dtype=torch.float64)
@@ -42,7 +42,7 @@ TOP = 10
 
 
 @dataclass(frozen=True)
-class Finding:
+class PropertyResult:
     """One measured property.
 
     Attributes:
@@ -67,14 +67,14 @@ class Finding:
         return self.deviation <= self.bound
 
 
-def run_checks(subject: Subject) -> Iterator[Finding]:
+def run_checks(examined: ExaminedModel) -> Iterator[PropertyResult]:
     """Measure all six properties, one after the other.
 
     Raises:
         QkovError: where the model cannot be run at all.
     """
-    yield from check_layout(subject)
-    with subject.captured() as captured:
+    yield from check_layout(examined)
+    with examined.captured() as captured:
         yield from check_additivity(captured)
         yield from check_symmetry(captured)
         yield from check_batch_invariance(captured)
@@ -82,37 +82,39 @@ def run_checks(subject: Subject) -> Iterator[Finding]:
         yield from check_ablation(captured)
 
 
-def check_layout(subject: Subject) -> Iterator[Finding]:
+def check_layout(examined: ExaminedModel) -> Iterator[PropertyResult]:
     """Every slice of every layer, perturbed."""
     try:
-        rows = prove(subject.model, subject.layout)
+        rows = prove(examined.model, examined.layout)
     except QkovError as error:
-        yield Finding("layout", "slices that answer wrongly", 1, 0, str(error))
+        yield PropertyResult("layout", "slices that answer wrongly", 1, 0, str(error))
         return
-    yield Finding("layout", "slices that answer wrongly", 0, 0, f"{len(rows)} slices perturbed")
+    yield PropertyResult("layout", "slices that answer wrongly", 0, 0, f"{len(rows)} slices perturbed")
 
 
-def check_additivity(captured: Captured) -> Iterator[Finding]:
+def check_additivity(captured: Captured) -> Iterator[PropertyResult]:
     """Heads against the whole block, and ranks against one process."""
     scores = captured.scores(PLAIN)
-    whole = {layer.index: _unsliced(captured, layer) for layer in captured.subject.examined}
+    whole = {layer.index: _unsliced(captured, layer) for layer in captured.examined.attention_layers}
     summed = {layer: {block: part.sum(dim=0) for block, part in blocks.items()} for layer, blocks in scores.items()}
-    yield Finding("additivity", "sum over heads - unsliced block", _farthest(summed, whole), ADDITIVE)
-    shares = [captured.scores(PLAIN, owned=_pretended_rank(rank)) for rank in range(NUM_RANKS)]
+    yield PropertyResult("additivity", "sum over heads - unsliced block", _farthest(summed, whole), ADDITIVE)
+    partials = [captured.scores(PLAIN, owned=_simulated_rank(rank)) for rank in range(NUM_RANKS)]
     by_ranks = {
-        layer: {block: torch.stack([share[layer][block] for share in shares]).sum(dim=0) for block in blocks}
+        layer: {block: torch.stack([partial[layer][block] for partial in partials]).sum(dim=0) for block in blocks}
         for layer, blocks in scores.items()
     }
-    yield Finding("additivity", f"sum over {NUM_RANKS} ranks - one process", _farthest(by_ranks, scores), ADDITIVE)
+    yield PropertyResult(
+        "additivity", f"sum over {NUM_RANKS} ranks - one process", _farthest(by_ranks, scores), ADDITIVE
+    )
 
 
-def check_symmetry(captured: Captured) -> Iterator[Finding]:
+def check_symmetry(captured: Captured) -> Iterator[PropertyResult]:
     """Both directions under one Fisher."""
     for score in ("signed", "symmetric"):
         settings = replace(PLAIN, score=score)
         there, back = captured.scores(settings), captured.scores(settings, swapped=True)
         turned = {layer: {b: part.transpose(1, 2) for b, part in blocks.items()} for layer, blocks in back.items()}
-        yield Finding("symmetry", f"{score}: M_AB^T - M_BA", _farthest(turned, there), TRANSPOSED)
+        yield PropertyResult("symmetry", f"{score}: M_AB^T - M_BA", _farthest(turned, there), TRANSPOSED)
     there, back = captured.scores(PLAIN), captured.scores(PLAIN, swapped=True)
     means = [_head_means(scores) for scores in (there, back)]
     for block in means[0]:
@@ -120,94 +122,96 @@ def check_symmetry(captured: Captured) -> Iterator[Finding]:
         top = min(TOP, len(one))
         common = len({*np.argsort(one)[-top:]} & {*np.argsort(other)[-top:]})
         note = f"interference {block}: reported only; {common} of the top {top} heads in common"
-        yield Finding("symmetry", "rank correlation of A->B and B->A", _rank_correlation(one, other), None, note)
+        yield PropertyResult("symmetry", "rank correlation of A->B and B->A", _rank_correlation(one, other), None, note)
 
 
-def check_batch_invariance(captured: Captured) -> Iterator[Finding]:
+def check_batch_invariance(captured: Captured) -> Iterator[PropertyResult]:
     """Each sample's gradients, in the run's batches and alone."""
-    subject = captured.subject
-    dtype = next(p.dtype for p in subject.model.parameters() if p.is_floating_point())
+    examined = captured.examined
+    dtype = next(p.dtype for p in examined.model.parameters() if p.is_floating_point())
     worst = 0.0
-    with subject.captured(one_by_one=True) as alone:
-        for layer in subject.examined:
+    with examined.captured(one_by_one=True) as alone:
+        for layer in examined.attention_layers:
             for projection in layer.projections:
                 in_batch, single = (_whole_gradients(c, layer, projection) for c in (captured, alone))
                 difference = (in_batch - single).flatten(1).abs().amax(dim=1)
                 worst = max(worst, float((difference / single.flatten(1).abs().amax(dim=1).clamp_min(1e-300)).max()))
-    yield Finding(
+    yield PropertyResult(
         "batch invariance", "gradient in a batch - alone", worst, BATCHED[dtype], "share of its largest element"
     )
 
 
-def check_scale(captured: Captured) -> Iterator[Finding]:
+def check_scale(captured: Captured) -> Iterator[PropertyResult]:
     """The loss scaled; one kv group's V and O rescaled against each other; every weight doubled."""
-    subject, base = captured.subject, captured.scores(EXACT)
-    scaled = subject.scores(EXACT, loss_factor=LOSS_FACTOR)
+    examined, base = captured.examined, captured.scores(EXACT)
+    scaled = examined.scores(EXACT, loss_factor=LOSS_FACTOR)
     expected = {layer: {b: part * LOSS_FACTOR for b, part in blocks.items()} for layer, blocks in base.items()}
-    yield Finding("scale", f"M({LOSS_FACTOR:g} L) - {LOSS_FACTOR:g} M(L)", _farthest(scaled, expected), CLOSE)
-    if reason := _fixed_values(subject):
-        yield Finding("scale", "V and O of a kv group rescaled", None, CLOSE, f"not applicable: {reason}")
+    yield PropertyResult("scale", f"M({LOSS_FACTOR:g} L) - {LOSS_FACTOR:g} M(L)", _farthest(scaled, expected), CLOSE)
+    if reason := _fixed_values(examined):
+        yield PropertyResult("scale", "V and O of a kv group rescaled", None, CLOSE, f"not applicable: {reason}")
     else:
-        deviation = _rescaled_group(subject, base)
-        yield Finding(
+        deviation = _rescaled_group(examined, base)
+        yield PropertyResult(
             "scale", "V <- 2V, O <- O/2: M^V / 2, 2 M^O, else same", deviation, CLOSE, "kv head 0 of each layer"
         )
-    yield from _doubled(subject, captured)
+    yield from _doubled(examined, captured)
 
 
-def check_ablation(captured: Captured) -> Iterator[Finding]:
+def check_ablation(captured: Captured) -> Iterator[PropertyResult]:
     """Scores that must be exactly zero when a head's output, or a kv head's values, are."""
-    subject = captured.subject
-    if not subject.all_plain():
-        yield Finding("ablation", "zeroed heads", None, 0, "not applicable: weights are quantized or sharded")
+    examined = captured.examined
+    if not examined.all_plain():
+        yield PropertyResult("ablation", "zeroed heads", None, 0, "not applicable: weights are quantized or sharded")
         return
-    group = {layer.index: layer.group for layer in subject.examined}
-    coupled = any(NORM_NOTE in layer.notes for layer in subject.examined)
-    shares_kv = any("K" not in layer.blocks for layer in subject.layout.layers)
+    group = {layer.index: layer.group for layer in examined.attention_layers}
+    coupled = any(NORM_NOTE in layer.notes for layer in examined.attention_layers)
+    shares_kv = any("K" not in layer.blocks for layer in examined.layout.layers)
     base = captured.scores(PLAIN)
     if any(float(part.abs().max()) == 0 for blocks in base.values() for part in blocks.values()):
-        yield Finding(
+        yield PropertyResult(
             "ablation", "heads that score without ablation", 1, 0, "a block scores 0 before anything is zeroed"
         )
-    last = min(layer.num_heads for layer in subject.examined) - 1
-    with subject.heads_multiplied([("O", lambda head: head == last, 0.0)]):
-        cut = subject.scores(PLAIN)
+    last = min(layer.num_heads for layer in examined.attention_layers) - 1
+    with examined.heads_multiplied([("O", lambda head: head == last, 0.0)]):
+        cut = examined.scores(PLAIN)
     if not coupled:
         yield _zero("M^Q of a head whose O columns are zero", cut, "Q", lambda layer: [last])
     largest = max(group.values())
-    with subject.heads_multiplied([("O", lambda head: head < largest, 0.0)]):
-        cut = subject.scores(PLAIN)
+    with examined.heads_multiplied([("O", lambda head: head < largest, 0.0)]):
+        cut = examined.scores(PLAIN)
     blocks = ("V",) if coupled else ("K", "V")
     for block in () if shares_kv else blocks:
         yield _zero(f"M^{block} of a kv head whose group's O columns are zero", cut, block, lambda layer: [0])
-    if all("V" in layer.blocks for layer in subject.examined):
-        with subject.heads_multiplied([("V", lambda head: head == 0, 0.0)]):
-            cut = subject.scores(PLAIN)
+    if all("V" in layer.blocks for layer in examined.attention_layers):
+        with examined.heads_multiplied([("V", lambda head: head == 0, 0.0)]):
+            cut = examined.scores(PLAIN)
         yield _zero("M^O of a group whose V rows are zero", cut, "O", lambda layer: range(group[layer]))
         if not coupled:
             yield _zero("M^Q of a group whose V rows are zero", cut, "Q", lambda layer: range(group[layer]))
             yield _zero("M^K of a kv head whose V rows are zero", cut, "K", lambda layer: [0])
     if coupled:
-        yield Finding("ablation", "M^Q and M^K", None, 0, f"not applicable: {NORM_NOTE}")
+        yield PropertyResult("ablation", "M^Q and M^K", None, 0, f"not applicable: {NORM_NOTE}")
     if shares_kv:
-        yield Finding("ablation", "M^K and M^V of a group", None, 0, "not applicable: layers share keys and values")
+        yield PropertyResult(
+            "ablation", "M^K and M^V of a group", None, 0, "not applicable: layers share keys and values"
+        )
 
 
-def _zero(what: str, scores: Scores, block: str, heads: Callable[[int], object]) -> Finding:
+def _zero(what: str, scores: Scores, block: str, heads: Callable[[int], object]) -> PropertyResult:
     """The largest score of the heads that must score exactly 0, over all layers."""
     found = [float(blocks[block][list(heads(n))].abs().max()) for n, blocks in scores.items() if block in blocks]  # type: ignore[call-overload]
-    return Finding("ablation", what, max(found, default=0.0), 0.0)
+    return PropertyResult("ablation", what, max(found, default=0.0), 0.0)
 
 
-def _rescaled_group(subject: Subject, base: Scores) -> float:
+def _rescaled_group(examined: ExaminedModel, base: Scores) -> float:
     """V <- cV and O <- O/c of kv head 0 in every layer examined, against what theory says of it."""
-    group = max(layer.group for layer in subject.examined)
+    group = max(layer.group for layer in examined.attention_layers)
     changes = [
         ("V", lambda head: head == 0, WEIGHT_FACTOR),
         ("O", lambda head: head < group, 1 / WEIGHT_FACTOR),
     ]
-    with subject.heads_multiplied(changes):
-        found = subject.scores(EXACT)
+    with examined.heads_multiplied(changes):
+        found = examined.scores(EXACT)
     expected = {layer: {block: part.clone() for block, part in blocks.items()} for layer, blocks in base.items()}
     for blocks in expected.values():
         blocks["V"][0] /= WEIGHT_FACTOR
@@ -215,36 +219,40 @@ def _rescaled_group(subject: Subject, base: Scores) -> float:
     return _farthest(found, expected)
 
 
-def _fixed_values(subject: Subject) -> str:
+def _fixed_values(examined: ExaminedModel) -> str:
     """Why V and O cannot be rescaled against each other without changing the function, or ""."""
-    if not subject.all_plain():
+    if not examined.all_plain():
         return "weights are quantized or sharded"
-    if any("V" not in layer.blocks for layer in subject.examined):
+    if any("V" not in layer.blocks for layer in examined.attention_layers):
         return "a layer has no V projection of its own"
-    if any(hasattr(subject.model.get_submodule(layer.module), "v_norm") for layer in subject.examined):
+    if any(hasattr(examined.model.get_submodule(layer.module), "v_norm") for layer in examined.attention_layers):
         return "values are normalised"
-    if len({layer.group for layer in subject.examined}) > 1:
+    if len({layer.group for layer in examined.attention_layers}) > 1:
         return "layers have groups of different sizes"
     return ""
 
 
-def _doubled(subject: Subject, captured: Captured) -> Iterator[Finding]:
+def _doubled(examined: ExaminedModel, captured: Captured) -> Iterator[PropertyResult]:
     """Every weight doubled does not preserve a transformer's function: its rank correlation is a report."""
     before = _head_means(captured.scores(PLAIN))
     try:
-        with subject.all_weights_doubled():
-            after = _head_means(subject.scores(PLAIN))
+        with examined.all_weights_doubled():
+            after = _head_means(examined.scores(PLAIN))
     except QkovError as error:
-        yield Finding("scale", "rank correlation, every weight doubled", None, None, f"reported only: {error.got}")
+        yield PropertyResult(
+            "scale", "rank correlation, every weight doubled", None, None, f"reported only: {error.got}"
+        )
         return
     for block, means in before.items():
         correlation = _rank_correlation(means, after[block])
-        yield Finding("scale", "rank correlation, every weight doubled", correlation, None, f"{block}: reported only")
+        yield PropertyResult(
+            "scale", "rank correlation, every weight doubled", correlation, None, f"{block}: reported only"
+        )
 
 
 def _unsliced(captured: Captured, layer: AttentionLayer) -> dict[str, Tensor]:
     """Each block scored as one set of elements: no slice is looped over, none can be counted twice."""
-    roles = captured.subject.roles()
+    roles = captured.examined.roles()
     weights = torch.as_tensor(roles.weights.sum(0))
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for projection in layer.projections:
@@ -282,11 +290,11 @@ def _whole_gradients(captured: Captured, layer: AttentionLayer, projection: Proj
     """Per-sample gradients of a whole weight, float64 [N, out, in]."""
     site, whole = Site(layer.index, projection.module), Rect.of_shape(*projection.shape)
     x, d = captured.store.x(site).features(whole.cols).double(), captured.store.d(site).features(whole.rows).double()
-    spans = [captured.store.spans[n] for n in range(captured.subject.num_samples)]
+    spans = [captured.store.spans[n] for n in range(captured.examined.num_samples)]
     return sample_gradients(x, d, spans).view(-1, *projection.shape)
 
 
-def _pretended_rank(rank: int) -> Owned:
+def _simulated_rank(rank: int) -> Owned:
     """A flat partition of each weight, which cuts across rows, heads and blocks."""
 
     def owned(projection: Projection, bias: bool) -> tuple[Rect, ...]:

@@ -21,7 +21,7 @@ from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.data.batches import Batch, default_batch_tokens, make_batches
 from qkov_dist.data.samples import IGNORED
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
 BATCH_TOKENS = default_batch_tokens(on_cpu=not on_gpu(), moves=False, num_parameters=135 * 10**6)  # of everybody
 Gradients = Iterator[tuple[tuple[int, ...], Mapping[str, Tensor]]]
@@ -92,13 +92,13 @@ def vmap_of_grad(subject: Subject) -> Gradients:
 
 def from_factors(subject: Subject, layer: int) -> dict[str, Tensor]:
     """This product's gradients D^T X of one layer, {projection: [N, out, in]}."""
-    plan = make_plan(subject.layout, Selection((layer,)), include_bias=False, num_samples=2 * subject.samples)
+    tile_plan = make_tile_plan(subject.layout, Selection((layer,)), include_bias=False, num_samples=2 * subject.samples)
     found = {}
     with closing(FactorStore(2**40)) as store:
-        collection = Collection(store, plan.sites)
+        collection = Collection(store, tile_plan.sites)
         for number, samples in enumerate(subject.tasks):
             collection.run(subject.loaded.model, str(number), samples)
-        for site in plan.sites:
+        for site in tile_plan.sites:
             x, d = store.x(site).values, store.d(site).values
             spans = [store.spans[number] for number in range(2 * subject.samples)]
             found[site.module] = torch.stack([d[start:stop].t() @ x[start:stop] for start, stop in spans]).cpu()

@@ -31,7 +31,7 @@ from qkov_dist.data.tasks import load_task
 from qkov_dist.layout.heads import Layout
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.loading.models import LoadedModel, load_model
-from qkov_dist.scoring.tiles import Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
 TASKS = ("arithmetic", "code")
 MODEL = "model"
@@ -112,9 +112,9 @@ class Subject:
             sum(piece.rect.area for projection in layer.projections for piece in projection.slices)
             for layer in self.layout.layers
         ]
-        plan = make_plan(self.layout, Selection(), include_bias=False, num_samples=1)
+        tile_plan = make_tile_plan(self.layout, Selection(), include_bias=False, num_samples=1)
         with closing(FactorStore(2**40)) as store:
-            Collection(store, plan.sites).run(self.loaded.model, "one", self.tasks[0][:1])
+            Collection(store, tile_plan.sites).run(self.loaded.model, "one", self.tasks[0][:1])
             num, rows, size = 2 * self.samples, store.num_rows, store.bytes_in_memory
         return Facts(tuple(elements), num * rows, num * size)
 

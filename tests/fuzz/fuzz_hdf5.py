@@ -20,7 +20,7 @@ from fuzz_text import changed, json_texts, leaves, trees
 from hdf5_edits import CONTENT, FALSE_VALUES, Edit, json_word
 from hdf5_storage import STORAGE
 from hypothesis import strategies as st
-from result_files import HEATMAP, LAYER_FILE, PARTIALS, frame, old_results, results
+from result_files import HEATMAP, LAYER_FILE, PARTIALS, metadata, old_results, results
 
 from qkov_dist.results.metadata import to_json
 
@@ -105,6 +105,6 @@ _over_one = any_damage([HEATMAP]).map(
 merge_inputs = st.one_of(_of_two, _of_two, _over_one)
 heatmap_inputs = any_damage([HEATMAP]).map(lambda damage: {HEATMAP: damage})
 shown_inputs = lies([results()[HEATMAP]], FALSE_VALUES).map(lambda damage: {HEATMAP: damage})
-frame_inputs = st.builds(changed, st.builds(lambda: to_json(frame())), SEEDS, st.one_of(trees, leaves, leaves)).map(
+frame_inputs = st.builds(changed, st.builds(lambda: to_json(metadata())), SEEDS, st.one_of(trees, leaves, leaves)).map(
     lambda tree: {"frame.json": json.dumps(tree).encode()}
 )

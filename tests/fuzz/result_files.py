@@ -1,4 +1,4 @@
-"""Small valid files of every kind of result: a tested heatmap, the partial files of two ranks, and their frame.
+"""Small valid files of every kind of result: a tested heatmap, the partial files of two ranks, and their metadata.
 
 Each is also there as older tools would have written it: HDF5's first format has no checksums on its own structure.
 """
@@ -18,7 +18,7 @@ from qkov_dist.config import to_dict
 from qkov_dist.config_file import from_dict
 from qkov_dist.distributed.world import Alone
 from qkov_dist.results.heatmap import SampleTable
-from qkov_dist.results.metadata import Frame, FrameLayer, to_json
+from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes, to_json
 from qkov_dist.results.partial_schema import FISHER_COLUMNS, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
 
@@ -37,7 +37,7 @@ def _config() -> dict[str, Any]:
     return to_dict(from_dict({"model": {"path": "m"}, "tasks": tasks, "statistics": statistics, "output": output}))
 
 
-def frame() -> Frame:
+def metadata() -> HeatmapMetadata:
     """Two layers with all blocks, five samples."""
     tables = tuple(
         SampleTable(
@@ -58,8 +58,8 @@ def frame() -> Frame:
         "scope": "pooled",
         "notes": ["layer 3 (mamba) is not scored"],
     }
-    layers = tuple(FrameLayer(layer, 2, (0, 1), HEADS) for layer in LAYERS)
-    return Frame(("math", "code"), layers, tables, True, attributes)  # type: ignore[arg-type]
+    layers = tuple(LayerAxes(layer, 2, (0, 1), HEADS) for layer in LAYERS)
+    return HeatmapMetadata(("math", "code"), layers, tables, True, attributes)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def results() -> dict[str, bytes]:
 def header(rank: int, world_size: int = 2) -> PartialHeader:
     """Whose scores a partial file has."""
     num = NUM_A + NUM_B
-    return PartialHeader("run-1", rank, world_size, num, num, LAYERS, True, to_json(frame()))
+    return PartialHeader("run-1", rank, world_size, num, num, LAYERS, True, to_json(metadata()))
 
 
 def _layer(layer: int, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:

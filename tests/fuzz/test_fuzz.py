@@ -14,7 +14,7 @@ import yaml
 from fuzz_readers import READERS
 from hdf5_edits import CONTENT
 from hdf5_storage import STORAGE
-from result_files import HEATMAP, LAYER_FILE, PARTIALS, frame, results
+from result_files import HEATMAP, LAYER_FILE, PARTIALS, metadata, results
 from watchdog import Files, Outcome, Watchdog
 
 from qkov_dist.results.metadata import to_json
@@ -32,7 +32,7 @@ VALID: dict[str, Files] = {
     "partial": {PARTIALS[0]: results()[PARTIALS[0]]},
     "resume": {LAYER_FILE: results()[LAYER_FILE]},
     **{reader: {name: results()[name] for name in PARTIALS} for reader in ("carry", "gather", "merge")},
-    "frame": {"frame.json": json.dumps(to_json(frame())).encode()},
+    "frame": {"frame.json": json.dumps(to_json(metadata())).encode()},
     **{reader: {HEATMAP: results()[HEATMAP]} for reader in ("heatmap", "page", "report", "stats")},
 }
 

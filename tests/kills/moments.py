@@ -45,7 +45,7 @@ STEPS = (
     "qkov_dist.capture.row_buffer:Series.spill",
     "qkov_dist.scoring.kernel:add_tile",
     "qkov_dist.distributed.connect:TorchWorld.exchange",
-    "qkov_dist.distributed.connect:TorchWorld.pass_on",
+    "qkov_dist.distributed.connect:TorchWorld.send_recv",
     "qkov_dist.distributed.connect:TorchWorld.sum",
 )
 CALLS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate")

@@ -24,7 +24,7 @@ from qkov_dist.loading.models import LoadedModel
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
-from qkov_dist.scoring.tiles import Plan, Selection, make_plan
+from qkov_dist.scoring.tiles import Selection, TilePlan, make_tile_plan
 from qkov_dist.stats.head_tests import Design, correct, head_tests
 
 Scores = Mapping[str, Tensor]  # block -> [heads of all layers, N, N]
@@ -52,7 +52,7 @@ class Pool:
     """N captured samples."""
 
     store: FactorStore
-    plan: Plan
+    tile_plan: TilePlan
     num_samples: int
 
     def scores(
@@ -62,7 +62,7 @@ class Pool:
         num = len(order)
         roles = Roles(tuple(order), rule.weights(num_a, num - num_a), slice(0, num), slice(0, num))
         parts: dict[str, list[Tensor]] = {}
-        for layer in self.plan.layers:
+        for layer in self.tile_plan.layers:
             for block, found in score_layer(layer, self.store, roles, settings or ScoreSettings()).items():
                 parts.setdefault(block, []).append(found.scores)
         return {block: torch.cat(parts[block]) for block in BLOCKS if block in parts}
@@ -71,10 +71,10 @@ class Pool:
 @contextmanager
 def pooled(model: Any, samples: Sequence[Sample], layers: tuple[int, ...] | None = None) -> Iterator[Pool]:
     """Run the samples once and keep their factors inside the block."""
-    plan = make_plan(resolve(model), Selection(layers), include_bias=False, num_samples=len(samples))
+    tile_plan = make_tile_plan(resolve(model), Selection(layers), include_bias=False, num_samples=len(samples))
     with closing(FactorStore(BUDGET)) as store:
-        Collection(store, plan.sites).run(model, "pool", samples)
-        yield Pool(store, plan, len(samples))
+        Collection(store, tile_plan.sites).run(model, "pool", samples)
+        yield Pool(store, tile_plan, len(samples))
 
 
 def task_samples(loaded: LoadedModel, name: str, num: int, max_tokens: int = 64) -> tuple[Sample, ...]:

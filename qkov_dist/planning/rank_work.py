@@ -1,6 +1,6 @@
 """What one rank has of one layer to score, in integers: elements, heads, features that have to come, the largest tile.
 
-It is read off the rank's own ``scoring.tiles.LayerPlan`` and ``scoring.exchange.needs_of``, which a run
+It is read off the rank's own ``scoring.tiles.LayerTiles`` and ``scoring.exchange.needs_of``, which a run
 goes by. Layers of one kind of which a rank owns the same rectangles are looked at once.
 """
 
@@ -16,13 +16,13 @@ from qkov_dist.distributed.ownership import Owned
 from qkov_dist.layout.heads import AttentionLayer, Layout, Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.exchange import needs_of
-from qkov_dist.scoring.tiles import LayerPlan, Selection, Tile, in_order_of_work, make_plan, tile_bytes
+from qkov_dist.scoring.tiles import LayerTiles, Selection, Tile, in_order_of_work, make_tile_plan, tile_bytes
 
 UNCUT = 2**62  # bytes of a tile that nothing exceeds
 
 
 @dataclass(frozen=True)
-class SiteShare:
+class SiteWork:
     """One projection.
 
     Attributes:
@@ -47,7 +47,7 @@ class SiteShare:
 
 
 @dataclass(frozen=True)
-class LayerShare:
+class LayerWork:
     """One layer.
 
     Attributes:
@@ -57,12 +57,12 @@ class LayerShare:
         tile: Elements of the rank's largest tile, or of those that it works on together.
     """
 
-    sites: tuple[SiteShare, ...]
+    sites: tuple[SiteWork, ...]
     heads: Mapping[str, tuple[int, ...]]
     every_head: Mapping[str, tuple[int, ...]]
     tile: int
 
-    def in_order(self) -> list[SiteShare]:
+    def in_order(self) -> list[SiteWork]:
         """The projections of which the rank scores an element, in the order in which it does."""
         areas = {site: site.area + site.bias_area for site in self.sites}
         sites = {site.place: site for site, area in areas.items() if area}
@@ -97,13 +97,13 @@ class Scoring:
         return max(size // (self.num_samples * self.itemsize), 1)
 
 
-def layer_shares(
+def layer_work(
     layout: Layout, layers: Sequence[int], owned_by_rank: Sequence[Owned], scoring: Scoring
-) -> list[dict[int, LayerShare]]:
+) -> list[dict[int, LayerWork]]:
     """Every rank's share of every layer, by rank and layer number."""
-    known: dict[tuple[object, ...], LayerShare] = {}
+    known: dict[tuple[object, ...], LayerWork] = {}
     kinds: dict[tuple[object, ...], int] = {}
-    found: list[dict[int, LayerShare]] = [{} for _ in owned_by_rank]
+    found: list[dict[int, LayerWork]] = [{} for _ in owned_by_rank]
     for index in layers:
         layer = layout.layer(index)
         kind = kinds.setdefault(tuple((p.shape, p.has_bias, p.slices) for p in layer.projections), len(kinds))
@@ -115,9 +115,9 @@ def layer_shares(
     return found
 
 
-def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerShare:
+def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerWork:
     only = Layout("", "", 1, (layer,), ())
-    (plan,) = make_plan(
+    (plan,) = make_tile_plan(
         only,
         Selection(None, scoring.selection.heads),
         include_bias=scoring.include_bias,
@@ -129,15 +129,15 @@ def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerShare:
     heads: dict[str, set[int]] = {}
     for tile in plan.tiles:
         heads.setdefault(tile.block, set()).add(tile.head)
-    return LayerShare(
-        _site_shares(layer, plan, owned, scoring),
+    return LayerWork(
+        _site_work(layer, plan, owned, scoring),
         {block: tuple(sorted(found)) for block, found in heads.items()},
         plan.heads,
         _largest_tile(plan, scoring),
     )
 
 
-def _site_shares(layer: AttentionLayer, plan: LayerPlan, owned: Owned, scoring: Scoring) -> tuple[SiteShare, ...]:
+def _site_work(layer: AttentionLayer, plan: LayerTiles, owned: Owned, scoring: Scoring) -> tuple[SiteWork, ...]:
     sharing = {site: group[0][0] for group in shared_inputs(layer, plan.sites) for site, _ in group}
     places = {Site(layer.index, projection.module): n for n, projection in enumerate(layer.projections)}
     above = gradients_above([layer], scoring.factor_itemsize)
@@ -151,7 +151,7 @@ def _site_shares(layer: AttentionLayer, plan: LayerPlan, owned: Owned, scoring: 
         return 0 if need is None else math.prod(need.shape)
 
     return tuple(
-        SiteShare(
+        SiteWork(
             place=place,
             above=above[site],
             input=places[sharing[site]],
@@ -166,7 +166,7 @@ def _site_shares(layer: AttentionLayer, plan: LayerPlan, owned: Owned, scoring: 
     )
 
 
-def _largest_tile(plan: LayerPlan, scoring: Scoring) -> int:
+def _largest_tile(plan: LayerTiles, scoring: Scoring) -> int:
     """Elements of the largest tile that heads' rectangles are cut into; on a GPU of as many heads as it takes at once.
 
     Args:
