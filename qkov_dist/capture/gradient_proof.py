@@ -17,7 +17,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.linear_map import Forward, check_linear_map
 from qkov_dist.layout.modules import is_transposed
-from qkov_dist.layout.probe import is_plain
+from qkov_dist.layout.weights import is_plain
 from qkov_dist.modes import input_device
 
 from .hooks import capture

@@ -68,7 +68,7 @@ def tensor_parallel_rect(parameter: Any, projection: Projection, gathered: Gathe
     (rect,) = held_by_placements(matrix_shape(tuple(parameter.shape)), [placements_of_matrix(parameter)[axis]]) or (
         Rect(0, 0, 0, 0),
     )
-    return rect.transposed if projection.transposed else rect
+    return projection.stored(rect)
 
 
 def is_cut_between_samples(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout, Projection
 from qkov_dist.layout.rects import Rect
+from qkov_dist.layout.weights import is_sharded
 
 from .placements import (
     HeldRects,
@@ -95,19 +96,13 @@ def held_parameters(model: nn.Module, layout: Layout, layers: Sequence[int]) -> 
     found = {}
     for projection, bias in parameters_of(layout, layers):
         parameter = getattr(model.get_submodule(projection.module), "bias" if bias else "weight")
-        whole = (Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1]),)
         if is_sharded(parameter):
             rects = held(parameter)
-            rects = tuple(rect.transposed for rect in rects) if projection.transposed and not bias else rects
+            rects = rects if bias else tuple(map(projection.stored, rects))
         else:
-            rects = whole  # a quantized weight is packed: it has no shape to read
+            rects = (projection.whole(bias),)  # a quantized weight is packed: it has no shape to read
         found[parameter_name(projection, bias)] = [list(rect.bounds) for rect in rects]
     return found
-
-
-def is_sharded(parameter: object) -> bool:
-    """Whether this process may hold only a part of a parameter."""
-    return hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
 
 
 def local_bytes(tensor: Any) -> int:

@@ -67,7 +67,7 @@ class Topology:
 
         def owned(projection: Projection, bias: bool) -> tuple[Rect, ...]:
             if ownership is None:
-                return (Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1]),)
+                return (projection.whole(bias),)
             return ownership.of_rank(projection, bias, rank)
 
         return owned

@@ -19,9 +19,10 @@ from qkov_dist.modes import ModelError, bare
 
 from .heads import AttentionLayer, HeadSlice, Layout, Projection
 from .modules import text_config
-from .probe import Call, Probe, is_plain, is_sharded, make_probe, probe_tokens, quiet_eval, randomized, record_calls
+from .probe import Call, Probe, make_probe, probe_tokens, quiet_eval, randomized, record_calls
 from .resolve import candidates, known_family, resolve, unresolved
 from .signatures import SilentError, SliceCheck
+from .weights import is_plain, is_sharded
 
 
 @dataclass(frozen=True)

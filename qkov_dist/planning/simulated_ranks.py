@@ -101,18 +101,13 @@ def _held(
     model_sizes: ModelSizes, projection: Projection, bias: bool, parallelism: Parallelism, rank: int
 ) -> HeldRects:
     """What a rank would hold of a projection's weight or bias, [out, in]."""
-    shape = (projection.shape[0], 1) if bias else _stored(projection)
+    shape = (projection.whole(bias) if bias else projection.stored(projection.whole())).shape
     if parallelism.data == "zero3" and parallelism.replicas > 1:
         rects = held_by_flat_partition(shape, -(-shape[0] * shape[1] // parallelism.replicas), rank // parallelism.tp)
     else:
         style = model_sizes.styles.get(projection.module)
         rects = held_by_placements(shape, _placements(style, 1 if bias else 2, parallelism, rank))
-    return tuple(rect.transposed for rect in rects) if projection.transposed and not bias else rects
-
-
-def _stored(projection: Projection) -> tuple[int, int]:
-    out, into = projection.shape
-    return (into, out) if projection.transposed else (out, into)
+    return rects if bias else tuple(map(projection.stored, rects))
 
 
 def _seen(model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], tp: int, place: int) -> dict[Site, Rect]:

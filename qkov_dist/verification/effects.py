@@ -31,6 +31,7 @@ from qkov_dist.data.copies import different_pairs
 from qkov_dist.data.samples import Sample
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS, HeadSlice, Projection, Site
+from qkov_dist.layout.weights import changed, region_of
 from qkov_dist.modes import evaluating, input_device
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.score import Score, sample_gradients
@@ -157,22 +158,9 @@ def stepped(examined: ExaminedModel, target: Target, updates: Sequence[Tensor]) 
     """Subtract one update [out, in] from each rectangle of a head's slice; restore the weights exactly."""
     with ExitStack() as stack:
         for (projection, piece), update in zip(_pieces(examined, target), updates, strict=True):
-            weight = examined.model.get_submodule(projection.module).get_parameter("weight").detach()
-            stored = piece.rect.transposed if projection.transposed else piece.rect
-            stack.enter_context(
-                _subtracted(weight[stored.rows, stored.cols], update.T if projection.transposed else update)
-            )
+            region = region_of(examined.model.get_submodule(projection.module), projection, piece.rect)
+            stack.enter_context(changed([region], lambda region, update=update: region.sub_(update.to(region))))
         yield
-
-
-@contextmanager
-def _subtracted(region: Tensor, update: Tensor) -> Iterator[None]:
-    saved = region.clone()
-    try:
-        region.sub_(update.to(region))
-        yield
-    finally:
-        region.copy_(saved)
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:

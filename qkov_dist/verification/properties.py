@@ -288,7 +288,7 @@ def _whole_scores(parts: Sequence[tuple[Tensor, Tensor]], roles: Roles) -> Tenso
 
 def _whole_gradients(captured: Captured, layer: AttentionLayer, projection: Projection) -> Tensor:
     """Per-sample gradients of a whole weight, float64 [N, out, in]."""
-    site, whole = Site(layer.index, projection.module), Rect.of_shape(*projection.shape)
+    site, whole = Site(layer.index, projection.module), projection.whole()
     x, d = captured.store.x(site).features(whole.cols).double(), captured.store.d(site).features(whole.rows).double()
     spans = [captured.store.spans[n] for n in range(captured.examined.num_samples)]
     return sample_gradients(x, d, spans).view(-1, *projection.shape)
@@ -298,9 +298,9 @@ def _simulated_rank(rank: int) -> Owned:
     """A flat partition of each weight, which cuts across rows, heads and blocks."""
 
     def owned(projection: Projection, bias: bool) -> tuple[Rect, ...]:
-        num_cols = 1 if bias else projection.shape[1]
-        size = projection.shape[0] * num_cols
-        return rects_of_flat_interval(size * rank // NUM_RANKS, size * (rank + 1) // NUM_RANKS, num_cols)
+        whole = projection.whole(bias)
+        start, stop = (whole.area * n // NUM_RANKS for n in (rank, rank + 1))
+        return rects_of_flat_interval(start, stop, whole.shape[1])
 
     return owned
 
