@@ -19,7 +19,8 @@ from qkov_dist.data.tasks import load_task
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.proof import resolve_proved
 from qkov_dist.loading.models import LoadedModel, load_model
-from qkov_dist.verification.effects import Agreement, HeadEffect, agreements, measure, sample_targets
+from qkov_dist.verification.agreement import Agreement, agreements
+from qkov_dist.verification.effects import HeadEffect, measure, sample_targets
 from qkov_dist.verification.examined_model import ExaminedModel
 
 from .arguments import Commands, _add, _add_model_arguments, _model_config, _positive, _positive_float, say
