@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from .capture.factors import gradients_above
+from .capture.passes import DealtTask
 from .capture.soundness import Soundness
 from .config import RunConfig, canonical_json, to_dict
-from .data.batches import Objective, content_of, sequence
+from .data.batches import Objective, content_of
 from .data.copies import look_for_copies
 from .data.samples import Task, task_fingerprint
 from .data.tasks import load_task
@@ -94,11 +95,9 @@ class Job:
     @cached_property
     def lengths_here(self) -> tuple[int, ...]:
         """Tokens of each sample that this rank runs."""
-        found: list[int] = []
-        for task in self.tasks:
-            lengths = [len(sequence(sample, self.objective).input_ids) for sample in task.samples]
-            found += [lengths[n] for n in self.topology.deal_samples(lengths)[self.topology.dp_group.rank]]
-        return tuple(found)
+        group = self.topology.dp_group
+        dealt = [DealtTask(task.samples, self.objective, group.size) for task in self.tasks]
+        return tuple(length for of_task in dealt for length in of_task.lengths_on(group.rank))
 
     @property
     def factor_dtype(self) -> torch.dtype:

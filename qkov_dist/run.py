@@ -236,8 +236,7 @@ def _capture(
         say=voice.warn,
         soundness=job.soundness,
     )
-    num_here = -(-job.num_samples // job.topology.dp_group.size)
-    with progress_bar("capturing", num_here, "sample", show=voice.show_progress) as advance:
+    with progress_bar("capturing", len(job.lengths_here), "sample", show=voice.show_progress) as advance:
 
         def after_batch(count: int) -> None:
             advance(count)

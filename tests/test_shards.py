@@ -24,7 +24,7 @@ from qkov_dist.distributed.placements import (
     shard_interval,
 )
 from qkov_dist.distributed.sharding import parameter_name, parameters_of
-from qkov_dist.distributed.topology import Topology
+from qkov_dist.distributed.topology import deal_samples
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.rects import Rect, check_exact_cover
 from qkov_dist.layout.resolve import resolve
@@ -162,16 +162,9 @@ def test_an_overlap_names_the_parameter_and_the_ranks():
         assign(LAYOUT, LAYERS, held)
 
 
-class DpGroup:
-    """A world of simulated size."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.rank = size, 0
-
-
 @given(lengths=st.lists(st.integers(1, 100), max_size=30), size=AXES)
 def test_every_sample_is_run_by_exactly_one_rank_of_a_dp_group(lengths, size):
-    dealt = Topology(dp_group=DpGroup(size)).deal_samples(lengths)
+    dealt = deal_samples(lengths, size)
     assert sorted(n for numbers in dealt for n in numbers) == list(range(len(lengths)))
     loads = [sum(lengths[n] for n in numbers) for numbers in dealt]
     assert max(loads) - min(loads) <= max(lengths, default=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from qkov_dist.data.batches import Batch, Objective, content_of, make_batches, sequence
+from qkov_dist.data.batches import Batch, Objective, content_of
 from qkov_dist.data.samples import Sample
 from qkov_dist.distributed.shared_errors import together
 from qkov_dist.distributed.topology import Topology
@@ -17,6 +17,7 @@ from qkov_dist.memory import is_shortage
 from qkov_dist.modes import ModelError, input_device
 
 from .hooks import Capture, capture
+from .passes import DealtTask, TaskPasses
 from .sinks import Nowhere
 from .soundness import Soundness, richest
 from .store import FactorStore
@@ -136,26 +137,15 @@ class Collection:
 
     def _passes(self, task: str, samples: Sequence[Sample]) -> list[tuple[Batch, bool]]:
         """This rank's batches, each counted; then, where passes need all ranks, idle ones up to the longest list."""
-        by_dp_rank = self.topology.deal_samples([len(sequence(sample, self.objective).input_ids) for sample in samples])
-        mine = self._batches(task, samples, by_dp_rank[self.topology.dp_group.rank])
-        passes = [(batch, True) for batch in mine]
-        if self.topology.gathers_weights:
-            longest = max(len(self._batches(task, samples, numbers)) for numbers in by_dp_rank)
-            (idle, *_) = mine or self._batches(task, samples, [0])
-            passes += [(idle, False)] * (longest - len(mine))
-        return passes
-
-    def _batches(self, task: str, samples: Sequence[Sample], numbers: Sequence[int]) -> list[Batch]:
-        chosen, first = [samples[n] for n in numbers], len(self.records)
-        batches = make_batches(
-            chosen,
-            names=[_named(task, sample) for sample in chosen],
-            numbers=[first + n for n in numbers],
-            batch_tokens=self.batch_tokens,
-            objective=self.objective,
+        passes = TaskPasses(
+            DealtTask(samples, self.objective, self.topology.dp_group.size),
+            self.batch_tokens,
+            self.topology.gathers_weights,
+            [_named(task, sample) for sample in samples],
+            first=len(self.records),
             alone=self.soundness.alone,
         )
-        return list(batches)
+        return passes.on(self.topology.dp_group.rank)
 
     def _run_here(
         self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]

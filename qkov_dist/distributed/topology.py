@@ -72,18 +72,19 @@ class Topology:
 
         return owned
 
-    def deal_samples(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Sample numbers for each rank of the data-parallel group, in file order: about as many tokens each.
 
-        The longest are dealt first.
-        """
-        dealt: list[list[int]] = [[] for _ in range(self.dp_group.size)]
-        loads = [0] * len(dealt)
-        for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-            lightest = loads.index(min(loads))
-            dealt[lightest].append(n)
-            loads[lightest] += lengths[n]
-        return [sorted(numbers) for numbers in dealt]
+def deal_samples(lengths: Sequence[int], dp_size: int) -> list[list[int]]:
+    """Sample numbers for each rank of a data-parallel group, in file order: about as many tokens each.
+
+    The longest are dealt first.
+    """
+    dealt: list[list[int]] = [[] for _ in range(dp_size)]
+    loads = [0] * dp_size
+    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        lightest = loads.index(min(loads))
+        dealt[lightest].append(n)
+        loads[lightest] += lengths[n]
+    return [sorted(numbers) for numbers in dealt]
 
 
 def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequence[int]) -> Topology:
