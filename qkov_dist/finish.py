@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .config import RunConfig
-from .console import Voice, progress_bar
+from .console import Console
 from .distributed.world import World
 from .results.assemble import assemble
 from .results.gather import Read
@@ -45,7 +45,7 @@ def finish(
     config: RunConfig,
     path: Path,
     world: World,
-    voice: Voice,
+    console: Console,
     statistics: QKOVStatistics | None,
 ) -> Heatmap | None:
     """Add up, test and write as a configuration says, and pass on warnings and notes.
@@ -56,7 +56,7 @@ def finish(
         config: Whose output this is.
         path: The heatmap's file.
         world: The ranks; all of them call this alike.
-        voice: Takes warnings and notes, and shows progress.
+        console: Takes warnings and notes, and shows progress.
         statistics: The tests; None leaves them out.
 
     Returns:
@@ -64,7 +64,7 @@ def finish(
     """
     pairs = cast(Pairs, config.output.pairs)
     what = "adding up" if statistics is None else "testing"
-    with progress_bar(what, len(metadata.layers), "layer", show=voice.show_progress) as advance:
+    with console.bar(what, len(metadata.layers), "layer") as advance:
         heatmap = combine(
             metadata, read, world, statistics=statistics, pairs=pairs, folder=path.parent, on_layer=advance
         )
@@ -72,9 +72,9 @@ def finish(
         return None
     heatmap.save(path, pairs)
     for warning in heatmap.attributes["warnings"]:
-        voice.say(f"warning: {warning}")
+        console.say(f"warning: {warning}")
     for note in (heatmap.statistics or {}).get("notes", ()):
-        voice.say(f"note: {note}")
+        console.say(f"note: {note}")
     return heatmap
 
 

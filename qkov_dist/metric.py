@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .collector import FisherCollector, QKOVConfig
-from .console import progress_bar
+from .console import Console
 from .data.copies import look_for_copies
 from .distributed.connect import step
 from .distributed.shared_errors import together
@@ -30,6 +30,7 @@ from .results.partial_schema import LayerPartial
 from .results.reduce import add_over_ranks, layer_partial
 from .scoring.engine import rounds_of, score_rounds
 from .scoring.exchange import Exchange
+from .scoring.extent import sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_weights
 from .scoring.score import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
@@ -177,7 +178,7 @@ class QKOVInterferenceMetric:
         topology, mine = collection.topology, {}
         exchange = Exchange(topology, collection.store, layout, tile_plan.sites)
         rounds = rounds_of(tile_plan, topology)
-        bar = progress_bar("scoring", len(rounds), "layer", show=self.show_progress)
+        bar = Console(show_progress=self.show_progress).bar("scoring", len(rounds), "layer")
         with (
             bar as advance,
             closing(score_rounds(tile_plan, rounds, exchange, roles, self._settings(), topology)) as scored,
@@ -277,8 +278,7 @@ class QKOVInterferenceMetric:
         )
         scored = [*of_a, *of_b]
         members = (*scored, *(n for n in np.flatnonzero(weights).tolist() if n not in set(scored)))
-        left = slice(0, len(scored) if pooled else len(of_a))
-        right = slice(0 if pooled else len(of_a), len(scored))
+        left, right = sides(len(of_a), len(scored), pooled=pooled)
         in_a = [self.collector.records[n].task == task_a for n in members]
         return Roles(members, by_task(weights[list(members)], in_a), left, right)
 

@@ -13,6 +13,7 @@ from rounding import PASSES, assert_same_fisher, reordered
 from zoo import RELATIVES, TINY, VOCAB
 
 from qkov_dist.config_file import from_dict
+from qkov_dist.console import Console
 from qkov_dist.errors import QkovError
 from qkov_dist.planning.measured import Measured
 from qkov_dist.results.assemble import assemble
@@ -87,7 +88,7 @@ def run_quietly(*configurations: dict) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for raw in configurations:
-            run(from_dict(raw), say=said.append, show_progress=False)
+            run(from_dict(raw), Console.of(said.append, show_progress=False))
     return said
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from qkov_dist.console import Console
 from qkov_dist.data.batches import Batch, Objective, content_of
 from qkov_dist.data.samples import Sample
 from qkov_dist.distributed.shared_errors import together
@@ -57,7 +58,7 @@ class Collection:
         batch_tokens: Padded tokens in one compute batch.
         topology: Who runs which samples.
         records: Every sample by its pooled number.
-        say: Takes a line where something did not go as planned.
+        console: Is warned where something did not go as planned.
         soundness: What is known of the model's passes; one for all collections of a model.
     """
 
@@ -69,7 +70,7 @@ class Collection:
     batch_tokens: int = 2048
     topology: Topology = field(default_factory=Topology)
     records: list[SampleRecord] = field(default_factory=list)
-    say: Callable[[str], object] = lambda line: None
+    console: Console = field(default_factory=Console)
     soundness: Soundness = field(default_factory=Soundness)
 
     def run(
@@ -133,7 +134,9 @@ class Collection:
                 raise
             raise _plan_fails(model, error) from error
         if self.soundness.alone and not before:
-            self.say("outputs depend on the length of a batch: samples run uncut, each beside those of its length")
+            self.console.warn(
+                "outputs depend on the length of a batch: samples run uncut, each beside those of its length"
+            )
 
     def _passes(self, task: str, samples: Sequence[Sample]) -> list[tuple[Batch, bool]]:
         """This rank's batches, each counted; then, where passes need all ranks, idle ones up to the longest list."""
@@ -200,7 +203,7 @@ class Collection:
         else:
             yield batch, found
             return
-        self.say(f"out of memory with {len(batch.samples)} samples in a batch: going on with half of them")
+        self.console.warn(f"out of memory with {len(batch.samples)} samples in a batch: going on with half of them")
         for half in batch.halves():
             yield from self._pass(session, half)
 

@@ -13,12 +13,10 @@ from qkov_dist.data.batches import Batch, Objective
 from qkov_dist.data.samples import Task
 from qkov_dist.distributed.world import Alone
 from qkov_dist.layout.heads import Layout
+from qkov_dist.scoring.extent import Scoring, sides
 from qkov_dist.scoring.padded_groups import order_samples
-from qkov_dist.scoring.settings import DTYPES
-from qkov_dist.scoring.tiles import Selection
 
 from .model_sizes import ModelSizes
-from .rank_work import Scoring
 
 
 @dataclass(frozen=True)
@@ -92,14 +90,8 @@ class Workload:
     @cached_property
     def scoring(self) -> Scoring:
         """What is scored, and in which numbers."""
-        name = self.config.compute.factor_dtype
-        return Scoring(
-            Selection(self.config.metric.layers, self.config.metric.heads),
-            self.config.metric.include_bias,
-            sum(self.num_samples),
-            DTYPES[self.config.compute.score_dtype].itemsize,
-            {"float32": 4, "bfloat16": 2}.get(name, self.model_sizes.itemsize),
-            self.on_gpu,
+        return Scoring.of(
+            self.config, sum(self.num_samples), model_itemsize=self.model_sizes.itemsize, on_gpu=self.on_gpu
         )
 
     @property
@@ -108,15 +100,10 @@ class Workload:
         return len(self.tasks[0].samples), len(self.tasks[1].samples)
 
     @property
-    def pooled(self) -> bool:
-        """Whether scores among all pooled samples are needed."""
-        return self.config.statistics.enabled or self.config.output.pairs == "all"
-
-    @property
     def pairs(self) -> tuple[int, int]:
         """(samples in the role of i, samples in the role of j)."""
-        num_a, num_b = self.num_samples
-        return (num_a + num_b, num_a + num_b) if self.pooled else (num_a, num_b)
+        left, right = sides(self.num_samples[0], sum(self.num_samples), pooled=self.config.pooled)
+        return left.stop - left.start, right.stop - right.start
 
     @cached_property
     def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -136,7 +123,7 @@ class Workload:
     def padded_tokens(self, above: int) -> int:
         """Tokens of all samples kept as factors (no longer than ``above``), with the padding of their groups."""
         num_a, num = self.num_samples[0], sum(self.num_samples)
-        cuts = (0, num) if self.pooled else (0, num_a, num)
+        cuts = (0, num) if self.config.pooled else (0, num_a, num)
         return _padded(self.lengths_pooled, above, cuts)
 
 

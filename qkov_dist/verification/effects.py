@@ -13,7 +13,7 @@ product can be. A score is worth its Fisher where it ranks heads at least as wel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,8 +122,12 @@ def stepped(examined: ExaminedModel, target: Target, updates: Sequence[Tensor]) 
     with ExitStack() as stack:
         for (projection, piece), update in zip(_pieces(examined, target), updates, strict=True):
             region = region_of(examined.model.get_submodule(projection.module), projection, piece.rect)
-            stack.enter_context(changed([region], lambda region, update=update: region.sub_(update.to(region))))
+            stack.enter_context(_subtracted(region, update))
         yield
+
+
+def _subtracted(region: Tensor, update: Tensor) -> AbstractContextManager[None]:
+    return changed([region], lambda place: place.sub_(update.to(place)))
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
