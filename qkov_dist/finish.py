@@ -105,11 +105,8 @@ def combine(
     Raises:
         QkovError: for a layer or head that is missing, and as the tests do.
     """
-    design = None
-    if statistics is not None:
-        num_a, num_b = map(len, metadata.samples)
-        contents = [content for table in metadata.samples for content in table.contents]
-        design = statistics.design(num_a, num_b, statistics.names(str(metadata.attributes["score"])), contents)
+    design = None if statistics is None else _design(statistics, metadata)
+    keeps_pooled = metadata.pooled and pairs == "all"
     tested: list[LayerTests] = []
 
     def summed() -> Iterator[tuple[int, LayerPartial]]:
@@ -120,7 +117,6 @@ def combine(
             yield layer.layer, bring_to_first(part if keeps_pooled else _between_tasks(part, metadata), world)
             on_layer(1)
 
-    keeps_pooled = metadata.pooled and pairs == "all"
     heatmap = None
     if world.rank == 0:
         heatmap = assemble(metadata, summed(), pooled=keeps_pooled, folder=folder)
@@ -133,6 +129,13 @@ def combine(
         return None
     tests = LayerTests.joined(map(LayerTests.from_json, gathered))
     return heatmap.with_statistics(statistics.results(heatmap, design, tests))
+
+
+def _design(statistics: QKOVStatistics, metadata: HeatmapMetadata) -> Design:
+    """What all tests of a heatmap have in common."""
+    num_a, num_b = map(len, metadata.samples)
+    contents = [content for table in metadata.samples for content in table.contents]
+    return statistics.design(num_a, num_b, statistics.names(str(metadata.attributes["score"])), contents)
 
 
 def _tests(design: Design, layer: LayerAxes, part: LayerPartial, metadata: HeatmapMetadata) -> LayerTests:
