@@ -23,12 +23,14 @@ from torch import nn
 from .capture.collect import Collection, SampleRecord
 from .capture.factors import gradients_above
 from .capture.store import FactorStore
-from .data.batches import Objective, default_batch_tokens, samples_of_batch
+from .data.batches import Objective, default_batch_tokens
+from .data.given import samples_given
 from .data.samples import Sample, Task, task_fingerprint
 from .distributed.connect import step
 from .distributed.sharded_proof import proved_layout
+from .distributed.shared_errors import same_on_all, together
 from .distributed.topology import make_topology
-from .distributed.world import World, same_on_all, together
+from .distributed.world import World
 from .errors import QkovError, choose, wrong_argument
 from .layout.heads import Layout
 from .layout.modules import inner_model, is_masked_lm, text_config
@@ -243,34 +245,9 @@ class FisherCollector:
         )
 
     def _samples(self, model: nn.Module, batch: Mapping[str, Any] | Sequence[Sample], task: str) -> list[Sample]:
-        where = _batch_of(task)
-        if not isinstance(batch, Mapping) and not _are_samples(batch):
-            raise QkovError(
-                where,
-                expected="a mapping with input_ids [samples, tokens], or a list of Sample",
-                got=_kind_of(batch),
-                remedy="Tokenize with padding=True and return_tensors='pt'; single encodings with tokenizer.pad.",
-            )
-        if isinstance(batch, Mapping):
-            vocab_size = int(text_config(model).vocab_size)
-            batch = list(samples_of_batch(batch, where=where, vocab_size=vocab_size))
-        if not batch:
-            raise QkovError(
-                where,
-                expected="at least one sample",
-                got="none",
-                remedy="Leave out empty batches: each call is one step of the Fisher average.",
-            )
-        limit = None if has_rope(model) else max_positions(model, text_config(model))
-        for sample in batch:
-            if limit is not None and sample.num_tokens > limit:
-                raise QkovError(
-                    f"{where}, sample {sample.id}",
-                    expected=f"at most {limit} tokens, the model's longest input",
-                    got=f"{sample.num_tokens} tokens",
-                    remedy="Cut the sample, or leave it out.",
-                )
-        return list(batch)
+        text = text_config(model)
+        limit = None if has_rope(model) else max_positions(model, text)
+        return samples_given(batch, where=_batch_of(task), vocab_size=int(text.vocab_size), max_tokens=limit)
 
     def _start(self, model: nn.Module, world: World) -> Collection:
         together(world, lambda: self._refuse_another(model))
@@ -316,14 +293,3 @@ class FisherCollector:
 
 def _batch_of(task: str) -> str:
     return f"batch of task {task!r}"
-
-
-def _are_samples(batch: object) -> bool:
-    return isinstance(batch, Sequence) and not isinstance(batch, str) and all(isinstance(s, Sample) for s in batch)
-
-
-def _kind_of(batch: object) -> str:
-    """What was passed in place of a batch, in short."""
-    if isinstance(batch, list | tuple):
-        return f"a {type(batch).__name__} of {type(next(s for s in batch if not isinstance(s, Sample))).__name__}"
-    return type(batch).__name__

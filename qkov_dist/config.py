@@ -211,6 +211,11 @@ class RunConfig:
                 remedy="Rename one of the tasks.",
             )
 
+    @property
+    def pooled(self) -> bool:
+        """Whether scores among all pooled samples are needed."""
+        return self.statistics.enabled or self.output.pairs == "all"
+
 
 SECTIONS: dict[str, type[_Section]] = {
     "model": ModelConfig,

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, for long work on rank 0."""
+"""Lines and progress bars for a user who waits, on rank 0 alone; bars go to stderr."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+Say = Callable[[str], object]
 
-@contextmanager
-def progress_bar(what: str, total: int, unit: str, *, show: bool) -> Iterator[Callable[[int], object]]:
-    """Show a bar of ``total`` units with the time that is left; yields the function that counts so many more."""
-    with tqdm(
-        total=total, desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.5, disable=not show
-    ) as bar:
-        yield bar.update
+
+def _nothing(line: str) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True)
-class Voice:
-    """How a run speaks to its user.
+class Console:
+    """How long work speaks to its user; silent by default.
 
     Attributes:
         say: Takes a line about a stage; silent but on rank 0.
@@ -29,16 +26,35 @@ class Voice:
         show_progress: Whether to show progress bars.
     """
 
-    say: Callable[[str], object]
-    warn: Callable[[str], object]
-    show_progress: bool
+    say: Say = _nothing
+    warn: Say = _nothing
+    show_progress: bool = False
 
     @staticmethod
-    def of_rank(rank: int, size: int, say: Callable[[str], object], *, show_progress: bool) -> Voice:
-        """That of one of several ranks, or of a process alone."""
+    def of(say: Say, *, show_progress: bool) -> Console:
+        """That of a process alone."""
+        return Console(say, say, show_progress)
+
+    def on_rank(self, rank: int, size: int) -> Console:
+        """That of one of several ranks, where this one is that of a process alone."""
         if size == 1:
-            return Voice(say, say, show_progress)
-        is_first = rank == 0
-        return Voice(
-            say if is_first else lambda line: None, lambda line: say(f"rank {rank}: {line}"), is_first and show_progress
-        )
+            return self
+        say = self.say if rank == 0 else _nothing
+        return Console(say, lambda line: self.say(f"rank {rank}: {line}"), self.show_progress and rank == 0)
+
+    @contextmanager
+    def bar(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+        """Show a bar of ``total`` units with the time that is left; yields the function that counts so many more."""
+        with tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not self.show_progress,
+        ) as bar:
+            yield bar.update
+
+
+SILENT = Console()

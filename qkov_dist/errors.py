@@ -8,7 +8,9 @@ Checks of the arguments of public functions: one message, naming the argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from numbers import Integral
 
 
 class QkovError(ValueError):
@@ -58,3 +60,18 @@ def is_broken_call(error: RuntimeError) -> bool:
     """Whether a call failed because of another rank, by its type or text."""
     text = str(error).lower()
     return type(error).__name__.startswith("Dist") or any(sign in text for sign in SIGNS)
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether a value is a whole number, of any library, of at least ``least``."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def ascending(name: str, numbers: Iterable[int] | None) -> tuple[int, ...] | None:
+    """An argument of numbers, each above the one before; None where there is none."""
+    if numbers is None:
+        return None
+    chosen = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
+    if not chosen or not all(is_whole(n, 0) for n in chosen) or any(a >= b for a, b in pairwise(chosen)):
+        raise wrong_argument(name, "ascending whole numbers from 0, each once", list(chosen))
+    return tuple(map(int, chosen))

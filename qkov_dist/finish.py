@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .config import RunConfig
-from .console import Voice, progress_bar
+from .console import Console
 from .distributed.world import World
 from .results.assemble import assemble
 from .results.gather import Read
@@ -45,7 +45,7 @@ def finish(
     config: RunConfig,
     path: Path,
     world: World,
-    voice: Voice,
+    console: Console,
     statistics: QKOVStatistics | None,
 ) -> Heatmap | None:
     """Add up, test and write as a configuration says, and pass on warnings and notes.
@@ -56,7 +56,7 @@ def finish(
         config: Whose output this is.
         path: The heatmap's file.
         world: The ranks; all of them call this alike.
-        voice: Takes warnings and notes, and shows progress.
+        console: Takes warnings and notes, and shows progress.
         statistics: The tests; None leaves them out.
 
     Returns:
@@ -64,7 +64,7 @@ def finish(
     """
     pairs = cast(Pairs, config.output.pairs)
     what = "adding up" if statistics is None else "testing"
-    with progress_bar(what, len(metadata.layers), "layer", show=voice.show_progress) as advance:
+    with console.bar(what, len(metadata.layers), "layer") as advance:
         heatmap = combine(
             metadata, read, world, statistics=statistics, pairs=pairs, folder=path.parent, on_layer=advance
         )
@@ -72,9 +72,9 @@ def finish(
         return None
     heatmap.save(path, pairs)
     for warning in heatmap.attributes["warnings"]:
-        voice.say(f"warning: {warning}")
+        console.say(f"warning: {warning}")
     for note in (heatmap.statistics or {}).get("notes", ()):
-        voice.say(f"note: {note}")
+        console.say(f"note: {note}")
     return heatmap
 
 
@@ -105,11 +105,8 @@ def combine(
     Raises:
         QkovError: for a layer or head that is missing, and as the tests do.
     """
-    design = None
-    if statistics is not None:
-        num_a, num_b = map(len, metadata.samples)
-        contents = [content for table in metadata.samples for content in table.contents]
-        design = statistics.design(num_a, num_b, statistics.names(str(metadata.attributes["score"])), contents)
+    design = None if statistics is None else _design(statistics, metadata)
+    keeps_pooled = metadata.pooled and pairs == "all"
     tested: list[LayerTests] = []
 
     def summed() -> Iterator[tuple[int, LayerPartial]]:
@@ -120,7 +117,6 @@ def combine(
             yield layer.layer, bring_to_first(part if keeps_pooled else _between_tasks(part, metadata), world)
             on_layer(1)
 
-    keeps_pooled = metadata.pooled and pairs == "all"
     heatmap = None
     if world.rank == 0:
         heatmap = assemble(metadata, summed(), pooled=keeps_pooled, folder=folder)
@@ -133,6 +129,13 @@ def combine(
         return None
     tests = LayerTests.joined(map(LayerTests.from_json, gathered))
     return heatmap.with_statistics(statistics.results(heatmap, design, tests))
+
+
+def _design(statistics: QKOVStatistics, metadata: HeatmapMetadata) -> Design:
+    """What all tests of a heatmap have in common."""
+    num_a, num_b = map(len, metadata.samples)
+    contents = [content for table in metadata.samples for content in table.contents]
+    return statistics.design(num_a, num_b, statistics.names(str(metadata.attributes["score"])), contents)
 
 
 def _tests(design: Design, layer: LayerAxes, part: LayerPartial, metadata: HeatmapMetadata) -> LayerTests:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,29 +11,32 @@ from typing import cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from .capture.factors import gradients_above
+from .capture.passes import DealtTask
 from .capture.soundness import Soundness
 from .config import RunConfig, canonical_json, to_dict
-from .data.batches import Objective, content_of, sequence
+from .console import SILENT, Console
+from .data.batches import Objective, content_of
 from .data.copies import look_for_copies
 from .data.samples import Task, task_fingerprint
 from .data.tasks import load_task
 from .distributed.fingerprint import fingerprint
 from .distributed.parallelism import load_parallel, resolve_parallelism
 from .distributed.sharded_proof import proved_layout
+from .distributed.shared_errors import same_on_all
 from .distributed.topology import Topology, make_topology
-from .distributed.world import World, same_on_all
+from .distributed.world import World
 from .errors import QkovError
 from .layout.heads import Layout, Site
 from .loading.models import LoadedModel
 from .memory import num_parameters
+from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.score import MEANING, Score, compiled, worth_compiling
 from .scoring.settings import DTYPES, Roles, ScoreSettings
-from .scoring.tiles import Selection, TilePlan, make_tile_plan, tile_bytes
-
-Say = Callable[[str], object]
+from .scoring.tiles import TilePlan
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Job:
         layout: Where each head is, proved.
         tasks: A and B.
         topology: Who runs which samples, and owns what.
+        scoring: What is scored, and in which numbers.
         tile_plan: This rank's tiles of every layer.
         batch_tokens: Padded tokens in one compute batch.
         run_id: Hash of the configuration's identity, the model and the samples.
@@ -59,6 +62,7 @@ class Job:
     layout: Layout
     tasks: tuple[Task, Task]
     topology: Topology
+    scoring: Scoring
     tile_plan: TilePlan
     batch_tokens: int
     run_id: str
@@ -69,11 +73,6 @@ class Job:
     def folder(self) -> Path:
         """The output folder."""
         return Path(self.config.output.dir)
-
-    @property
-    def pooled(self) -> bool:
-        """Whether scores among all pooled samples are needed."""
-        return self.config.statistics.enabled or self.config.output.pairs == "all"
 
     @property
     def num_samples(self) -> int:
@@ -93,18 +92,9 @@ class Job:
     @cached_property
     def lengths_here(self) -> tuple[int, ...]:
         """Tokens of each sample that this rank runs."""
-        found: list[int] = []
-        for task in self.tasks:
-            lengths = [len(sequence(sample, self.objective).input_ids) for sample in task.samples]
-            found += [lengths[n] for n in self.topology.deal_samples(lengths)[self.topology.dp_group.rank]]
-        return tuple(found)
-
-    @property
-    def factor_dtype(self) -> torch.dtype:
-        """In which captured factors wait."""
-        name = self.config.compute.factor_dtype
-        found: torch.dtype = next(self.loaded.model.parameters()).dtype if name == "auto" else getattr(torch, name)
-        return found
+        group = self.topology.dp_group
+        dealt = [DealtTask(task.samples, self.objective, group.size) for task in self.tasks]
+        return tuple(length for of_task in dealt for length in of_task.lengths_on(group.rank))
 
     @cached_property
     def soundness(self) -> Soundness:
@@ -114,20 +104,20 @@ class Job:
     def gradients_above(self) -> dict[Site, int]:
         """By site, the tokens above which a sample's gradient is smaller than its factors."""
         layers = (self.layout.layer(layer.layer) for layer in self.tile_plan.layers)
-        return gradients_above(layers, self.factor_dtype.itemsize)
+        return gradients_above(layers, self.scoring.factor_itemsize)
 
-    def settings(self, scratch: Path | None = None, warn: Say = lambda line: None) -> ScoreSettings:
+    def settings(self, scratch: Path | None = None, console: Console = SILENT) -> ScoreSettings:
         """The metric's numbers.
 
         Args:
             scratch: The folder for scores too large for memory.
-            warn: Takes a line where memory ran out.
+            console: Is told where memory ran out.
         """
         metric, ridge = self.config.metric, self.config.ridge
         dtype, fuses = DTYPES[self.config.compute.score_dtype], self.config.compute.compile
         if fuses == "auto":
             elements = self.num_samples * sum(tile.rect.area for layer in self.tile_plan.layers for tile in layer.tiles)
-            fuses = worth_compiling(elements, on_gpu=self.device.type == "cuda") and self._can_compile(warn)
+            fuses = worth_compiling(elements, on_gpu=self.device.type == "cuda") and self._can_compile(console)
         return ScoreSettings(
             cast(Score, metric.score),
             ridge.epsilon,
@@ -138,14 +128,14 @@ class Job:
             self.device,
             bool(fuses),
             scratch,
-            warn,
+            console.warn,
         )
 
-    def _can_compile(self, warn: Say) -> bool:
+    def _can_compile(self, console: Console) -> bool:
         try:
             compiled(self.device.type)
         except QkovError as error:
-            warn(f"scores are formed without torch.compile: {error}")
+            console.warn(f"scores are formed without torch.compile: {error}")
             return False
         return True
 
@@ -156,64 +146,68 @@ class Job:
         steps = fisher_steps(num_a, num - num_a, batch_size=fisher.batch_size, scope=scope)
         weights = fisher_weights(steps, num, estimator=estimator, decay=fisher.decay)
         weights = by_task(weights, np.arange(num) < num_a)
-        if self.pooled:
-            return Roles(tuple(range(num)), weights, slice(0, num), slice(0, num))
-        return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num))
+        return Roles(tuple(range(num)), weights, *sides(num_a, num, pooled=self.config.pooled))
 
 
-def prepare(config: RunConfig, world: World, say: Say = print) -> Job:
+def prepare(config: RunConfig, world: World, console: Console = SILENT) -> Job:
     """Load and check everything, on every rank alike; nothing is written.
 
     Raises:
         QkovError: for anything wrong with the configuration, the model or the tasks, and for ranks that differ.
     """
     same_on_all(world, "configuration", _flat(to_dict(config)))
-    folder = Path(config.output.dir)
-    if folder.exists() and not folder.is_dir():
-        remedy = "Name a folder; it is made where it does not exist."
-        raise QkovError("output.dir", expected="a folder", got=f"the file {folder}", remedy=remedy)
+    _refuse_a_file(Path(config.output.dir))
     parallelism = resolve_parallelism(config.parallel, world.size, os.environ)
     cut = f" on {world.size} ranks (tp {parallelism.tp}, {parallelism.data})" if world.size > 1 else ""
-    say(f"loading {config.model.path}{cut}")
+    console.say(f"loading {config.model.path}{cut}")
     loaded = load_parallel(config.model, parallelism, world)
     layout = proved_layout(loaded.model, world)
     tasks = _tasks(config, loaded)
-    copies = look_for_copies(
-        [task.name for task in tasks],
-        [[content_of(sample, cast(Objective, loaded.objective)) for sample in task.samples] for task in tasks],
-        [[sample.id for sample in task.samples] for task in tasks],
-        allowed=config.statistics.allow_shared_samples,
+    copies = _copies(config, tasks, cast(Objective, loaded.objective))
+    scoring = _scoring(config, tasks, loaded.model)
+    topology = make_topology(
+        world, loaded.model, layout, [layer.index for layer in scoring.selection.layers_of(layout)]
     )
-    device_type = next(loaded.model.parameters()).device.type
-    selection = Selection(config.metric.layers, config.metric.heads)
-    layers = [layer.index for layer in selection.layers_of(layout)]
-    topology = make_topology(world, loaded.model, layout, layers)
-    tile_plan = make_tile_plan(
-        layout,
-        selection,
-        include_bias=config.metric.include_bias,
-        num_samples=sum(len(task.samples) for task in tasks),
-        itemsize=DTYPES[config.compute.score_dtype].itemsize,
-        owned=topology.owned(),
-        tile_bytes=tile_bytes(device_type),
-    )
-    content = [
-        f"scores of meaning {MEANING}",
-        canonical_json(config),
-        fingerprint(loaded.model, world),
-        *map(task_fingerprint, tasks),
-    ]
-    run_id = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+    tile_plan = scoring.tile_plan(layout, topology.owned())
+    run_id = _run_id(config, fingerprint(loaded.model, world), tasks)
     same_on_all(world, "model and samples", {"run_id": run_id})
-    say(_summary(layout, tile_plan, tasks))
+    console.say(_summary(layout, tile_plan, tasks))
     batch_tokens = parallelism.batch_tokens(
-        config.compute, on_gpu=device_type != "cpu", num_parameters=num_parameters(loaded.model)
+        config.compute, on_gpu=scoring.on_gpu, num_parameters=num_parameters(loaded.model)
     )
     warnings = (*loaded.warnings, *(warning for task in tasks for warning in task.warnings), *copies)
     notes = (*loaded.notes, *(note for task in tasks for note in task.notes))
     for note in notes:
-        say(f"note: {note}")
-    return Job(config, loaded, layout, tasks, topology, tile_plan, batch_tokens, run_id, warnings, notes)
+        console.say(f"note: {note}")
+    return Job(config, loaded, layout, tasks, topology, scoring, tile_plan, batch_tokens, run_id, warnings, notes)
+
+
+def _refuse_a_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        remedy = "Name a folder; it is made where it does not exist."
+        raise QkovError("output.dir", expected="a folder", got=f"the file {folder}", remedy=remedy)
+
+
+def _copies(config: RunConfig, tasks: tuple[Task, Task], objective: Objective) -> list[str]:
+    """Warnings of samples that both tasks have."""
+    return look_for_copies(
+        [task.name for task in tasks],
+        [[content_of(sample, objective) for sample in task.samples] for task in tasks],
+        [[sample.id for sample in task.samples] for task in tasks],
+        allowed=config.statistics.allow_shared_samples,
+    )
+
+
+def _scoring(config: RunConfig, tasks: tuple[Task, Task], model: nn.Module) -> Scoring:
+    """What is scored, on the device of the model."""
+    first, num_samples = next(model.parameters()), sum(len(task.samples) for task in tasks)
+    return Scoring.of(config, num_samples, model_itemsize=first.dtype.itemsize, on_gpu=first.device.type != "cpu")
+
+
+def _run_id(config: RunConfig, model: str, tasks: tuple[Task, Task]) -> str:
+    """A hash of what a run's scores follow from; ``model`` is the model's fingerprint."""
+    content = [f"scores of meaning {MEANING}", canonical_json(config), model, *map(task_fingerprint, tasks)]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 
 def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:

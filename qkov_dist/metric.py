@@ -10,18 +10,17 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from .collector import FisherCollector, QKOVConfig
-from .console import progress_bar
+from .console import Console
 from .data.copies import look_for_copies
 from .distributed.connect import step
-from .distributed.world import together
-from .errors import QkovError, choose, wrong_argument
+from .distributed.shared_errors import together
+from .errors import QkovError, ascending, choose, is_whole, wrong_argument
 from .layout.heads import BLOCKS
 from .results.assemble import assemble
 from .results.heatmap import Heatmap
@@ -30,6 +29,7 @@ from .results.partial_schema import LayerPartial
 from .results.reduce import add_over_ranks, layer_partial
 from .scoring.engine import rounds_of, score_rounds
 from .scoring.exchange import Exchange
+from .scoring.extent import sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_weights
 from .scoring.score import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
@@ -143,33 +143,42 @@ class QKOVInterferenceMetric:
             choose("pairs", pairs, ("cross", "all"))
             if task_a == task_b:
                 raise wrong_argument("task_b", "another task than task_a", repr(task_b))
-            if max_samples_per_task is not None and not _is_whole(max_samples_per_task, 1):
+            if max_samples_per_task is not None and not is_whole(max_samples_per_task, 1):
                 raise wrong_argument("max_samples_per_task", "a whole number of at least 1", max_samples_per_task)
             of_a, of_b = (self.collector.samples_of(task)[:max_samples_per_task] for task in (task_a, task_b))
-            records = self.collector.records
-            both = [[records[n] for n in of_task] for of_task in (of_a, of_b)]
-            copies = look_for_copies(
-                (task_a, task_b),
-                [[record.content for record in of_task] for of_task in both],
-                [[record.id for record in of_task] for of_task in both],
-                allowed=allow_shared_samples,
-                name="allow_shared_samples",
-            )
+            copies = self._copies((task_a, task_b), (of_a, of_b), allowed=allow_shared_samples)
             roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
             tile_plan = self._tile_plan(layers, heads, len(roles.members))
-            metadata = make_metadata(
-                tile_plan,
-                self.config.layout,
-                (task_a, task_b),
-                (both[0], both[1]),
-                pooled=pairs == "all",
-                attributes=self._attributes(task_a, task_b, copies),
-            )
-            return tile_plan, roles, metadata
+            return tile_plan, roles, self._metadata(tile_plan, (task_a, task_b), (of_a, of_b), pairs, copies)
 
         with step() as world:
             tile_plan, roles, metadata = together(world, prepared)
             return assemble(metadata, self._scored(tile_plan, roles).items())
+
+    def _copies(self, tasks: tuple[str, str], numbers: tuple[list[int], list[int]], *, allowed: bool) -> list[str]:
+        """Warnings of samples that both tasks have."""
+        both = [[self.collector.records[n] for n in of_task] for of_task in numbers]
+        return look_for_copies(
+            tasks,
+            [[record.content for record in of_task] for of_task in both],
+            [[record.id for record in of_task] for of_task in both],
+            allowed=allowed,
+            name="allow_shared_samples",
+        )
+
+    def _metadata(
+        self,
+        tile_plan: TilePlan,
+        tasks: tuple[str, str],
+        numbers: tuple[list[int], list[int]],
+        pairs: str,
+        copies: Sequence[str],
+    ) -> HeatmapMetadata:
+        of_a, of_b = ([self.collector.records[n] for n in of_task] for of_task in numbers)
+        attributes = self._attributes(*tasks, copies)
+        return make_metadata(
+            tile_plan, self.config.layout, tasks, (of_a, of_b), pooled=pairs == "all", attributes=attributes
+        )
 
     def _scored(self, tile_plan: TilePlan, roles: Roles) -> dict[int, LayerPartial]:
         """Every layer's scores, added up over the ranks."""
@@ -177,7 +186,7 @@ class QKOVInterferenceMetric:
         topology, mine = collection.topology, {}
         exchange = Exchange(topology, collection.store, layout, tile_plan.sites)
         rounds = rounds_of(tile_plan, topology)
-        bar = progress_bar("scoring", len(rounds), "layer", show=self.show_progress)
+        bar = Console(show_progress=self.show_progress).bar("scoring", len(rounds), "layer")
         with (
             bar as advance,
             closing(score_rounds(tile_plan, rounds, exchange, roles, self._settings(), topology)) as scored,
@@ -239,8 +248,8 @@ class QKOVInterferenceMetric:
         if self.collector.config.layout != self.config.layout:
             raise wrong_argument("config", "the configuration of the model that was collected", "another layout")
         captured = self.collector.layers
-        chosen = _ascending("layers", layers) or tuple(sorted(captured))
-        selection = Selection(chosen, _ascending("heads", heads))
+        chosen = ascending("layers", layers) or tuple(sorted(captured))
+        selection = Selection(chosen, ascending("heads", heads))
         for layer in selection.layers_of(self.config.layout):
             if layer.index not in captured:
                 raise QkovError(
@@ -277,24 +286,9 @@ class QKOVInterferenceMetric:
         )
         scored = [*of_a, *of_b]
         members = (*scored, *(n for n in np.flatnonzero(weights).tolist() if n not in set(scored)))
-        left = slice(0, len(scored) if pooled else len(of_a))
-        right = slice(0 if pooled else len(of_a), len(scored))
+        left, right = sides(len(of_a), len(scored), pooled=pooled)
         in_a = [self.collector.records[n].task == task_a for n in members]
         return Roles(members, by_task(weights[list(members)], in_a), left, right)
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
-
-
-def _ascending(name: str, numbers: Iterable[int] | None) -> tuple[int, ...] | None:
-    """The numbers as they are, which is also the order of the result's axis."""
-    if numbers is None:
-        return None
-    chosen = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
-    if not chosen or not all(_is_whole(n, 0) for n in chosen) or any(a >= b for a, b in pairwise(chosen)):
-        raise wrong_argument(name, "ascending whole numbers from 0, each once", list(chosen))
-    return tuple(map(int, chosen))
 
 
 def _place(numbers: list[int], place: int, task: str, argument: str) -> int:

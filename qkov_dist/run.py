@@ -18,12 +18,12 @@ from .capture.collect import Collection
 from .capture.finite import refuse_not_finite
 from .capture.store import FactorStore
 from .config import RunConfig
-from .console import Voice, progress_bar
+from .console import SILENT, Console
 from .distributed.connect import current
 from .distributed.preemption import stoppable
-from .distributed.world import together
+from .distributed.shared_errors import together
 from .finish import HEATMAP_FILE, finish, statistics_of
-from .job import Job, Say, prepare
+from .job import Job, prepare
 from .memory import kept_heap
 from .planning.hardware import this_hardware
 from .planning.measured import Measured, comparison_lines
@@ -47,15 +47,14 @@ from .scoring.tiles import TilePlan
 Planned = tuple[RunPlan, list[Phase]]
 
 
-def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> Heatmap | None:
+def run(config: RunConfig, console: Console = SILENT) -> Heatmap | None:
     """Run a configuration to the end and write ``heatmap.h5`` into its output folder.
 
     Every rank of a distributed run calls this; rank 0 writes the heatmap.
 
     Args:
         config: The resolved configuration.
-        say: Takes one line about each stage, on rank 0.
-        show_progress: Show progress bars on stderr, on rank 0.
+        console: Takes a line about each stage, and shows progress; of a process alone, rank 0 alone uses it.
 
     Returns:
         On rank 0 the heatmap as written, or the one on disk where this very run was finished before; None elsewhere.
@@ -64,42 +63,42 @@ def run(config: RunConfig, *, say: Say = print, show_progress: bool = True) -> H
         QkovError: for anything wrong with the input, the model, or the output folder.
     """
     world = current()
-    voice = Voice.of_rank(world.rank, world.size, say, show_progress=show_progress)
+    console = console.on_rank(world.rank, world.size)
     is_first = world.rank == 0
-    job = prepare(config, world, voice.say)
+    job = prepare(config, world, console)
     path = job.folder / HEATMAP_FILE
     refuse_other_run(path, job.run_id)
     if world.all_gather(path.exists() and config.output.resume)[0]:
-        voice.say(f"{path} is finished already (run {job.run_id}); set output.resume=false to compute it again")
+        console.say(f"{path} is finished already (run {job.run_id}); set output.resume=false to compute it again")
         if is_first and not config.output.partials:
             remove_run(job.folder, job.run_id)  # a run killed after it had written the heatmap could not
         return load_heatmap(path) if is_first else None
     with ExitStack() as folder:
         together(world, lambda: folder.enter_context(locked(job.folder)) if is_first else None)
-        return _run(job, path, voice)
+        return _run(job, path, console)
 
 
-def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
+def _run(job: Job, path: Path, console: Console) -> Heatmap | None:
     """Score what is missing, then add up, test and write."""
     config, world = job.config, job.topology.world
     header, measured = _header(job), Measured()
     measured.see_model(job.loaded.model)
-    carried = _carried(job, header, voice.say)
+    carried = _carried(job, header, console)
     with PartialWriter(partial_path(job.folder, world.rank), header, resume=config.output.resume) as writer:
         _take_over(job, carried, writer)
-        planned = _score_missing_layers(job, writer, voice, measured)
+        planned = _score_missing_layers(job, writer, console, measured)
         _record_what_others_score(job, writer)
     partial = read_partial(writer.path)
     metadata = from_json(world.all_gather(partial.header.extra if world.rank == 0 else None)[0], str(writer.path))
     with measured.phase("combining"):
         read, tests = (lambda layer: partial.read_layer(layer.layer)), statistics_of(config)
-        heatmap = finish(metadata, read, config, path, world, voice, tests)
+        heatmap = finish(metadata, read, config, path, world, console, tests)
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
     everyone = [Measured(**found) for found in world.all_gather(dataclasses.asdict(measured))]
     if planned is not None:
         for line in comparison_lines(*planned, everyone):
-            voice.say(line)
+            console.say(line)
     if not config.output.partials:
         world.all_gather(None)  # not before rank 0 has written the heatmap
         with file_errors(partial.path, OSError):
@@ -107,13 +106,13 @@ def _run(job: Job, path: Path, voice: Voice) -> Heatmap | None:
     return heatmap
 
 
-def _carried(job: Job, header: PartialHeader, say: Say) -> list[int]:
+def _carried(job: Job, header: PartialHeader, console: Console) -> list[int]:
     """Layers that this run finished on another number of ranks, known to every rank; none where all starts again."""
     world = job.topology.world
     if not job.config.output.resume:
         together(world, lambda: remove_run(job.folder, job.run_id) if world.rank == 0 else None)
         return []
-    found = together(world, lambda: carry_over(job.folder, header, say) if world.rank == 0 else [])
+    found = together(world, lambda: carry_over(job.folder, header, console) if world.rank == 0 else [])
     layers: list[int] = world.all_gather(found)[0]
     return layers
 
@@ -127,7 +126,7 @@ def _take_over(job: Job, carried: list[int], writer: PartialWriter) -> None:
     together(world, lambda: forget(job.folder) if not world.rank else None)
 
 
-def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice, measured: Measured) -> Planned | None:
+def _score_missing_layers(job: Job, writer: PartialWriter, console: Console, measured: Measured) -> Planned | None:
     """Capture and score what is not on disk yet, sweep by sweep, and record each layer as it is done.
 
     Returns:
@@ -138,17 +137,17 @@ def _score_missing_layers(job: Job, writer: PartialWriter, voice: Voice, measure
     if not rounds:
         return None
     if done := len(job.tile_plan.layers) - len(layers_of(rounds)):
-        voice.say(f"resuming: {done} of {len(job.tile_plan.layers)} layers are on disk")
-    planned = plan, _ = _planned(job, rounds, voice)
+        console.say(f"resuming: {done} of {len(job.tile_plan.layers)} layers are on disk")
+    planned = plan, _ = _planned(job, rounds, console)
     with stoppable(topology.world) as may_stop:
         for number, sweep in enumerate(plan.rounds, start=1):
             if len(plan.rounds) > 1:
-                voice.say(f"sweep {number} of {len(plan.rounds)}: layers {', '.join(map(str, layers_of(sweep)))}")
-            _score_sweep(job, sweep, plan.gpu_room, writer, voice, may_stop, measured)
+                console.say(f"sweep {number} of {len(plan.rounds)}: layers {', '.join(map(str, layers_of(sweep)))}")
+            _score_sweep(job, sweep, plan.gpu_room, writer, console, may_stop, measured)
     return planned
 
 
-def _planned(job: Job, rounds: Sequence[Round], voice: Voice) -> Planned:
+def _planned(job: Job, rounds: Sequence[Round], console: Console) -> Planned:
     """The plan of some rounds and the time expected of it on this hardware, and both said."""
     plan = plan_of_job(job, rounds)
     here = this_hardware() if job.topology.world.rank == 0 else None  # it is rank 0 that says so
@@ -156,7 +155,7 @@ def _planned(job: Job, rounds: Sequence[Round], voice: Voice) -> Planned:
     phases = expected(plan, here, ranks_per_node) if here else []
     notes = [*size_notes(plan), *(assumptions(here) if here else [])]
     for line in plan_lines(plan, phases, here.name if here else "", notes):
-        voice.say(line)
+        console.say(line)
     return plan, phases
 
 
@@ -165,20 +164,20 @@ def _score_sweep(
     sweep: Sequence[Round],
     gpu_room: int,
     writer: PartialWriter,
-    voice: Voice,
+    console: Console,
     may_stop: Callable[[], None],
     measured: Measured,
 ) -> None:
     """Run all samples for the layers of one sweep, then score and record these."""
-    topology, roles, settings = job.topology, job.roles(), job.settings(writer.folder, voice.warn)
+    topology, roles, settings = job.topology, job.roles(), job.settings(writer.folder, console)
     tile_plan = job.tile_plan.only(layers_of(sweep))
     with closing(_store(job, writer.folder, gpu_room)) as store:
         with measured.phase("capture"):
-            metadata = _capture(job, tile_plan, store, voice, may_stop)
+            metadata = _capture(job, tile_plan, store, console, may_stop)
         measured.see_factors(store)
         writer.header = dataclasses.replace(writer.header, extra=to_json(metadata))
         exchange = Exchange(topology, store, job.layout, tile_plan.sites)
-        bar = progress_bar("scoring", len(sweep), "layer", show=voice.show_progress)
+        bar = console.bar("scoring", len(sweep), "layer")
         scores = score_rounds(tile_plan, sweep, exchange, roles, settings, topology, may_stop)
         with measured.phase("scoring"), bar as advance, kept_heap(job.device), closing(scores) as scored:
             for layer, blocks in scored:
@@ -223,7 +222,7 @@ def _record_what_others_score(job: Job, writer: PartialWriter) -> None:
 
 
 def _capture(
-    job: Job, tile_plan: TilePlan, store: FactorStore, voice: Voice, may_stop: Callable[[], None]
+    job: Job, tile_plan: TilePlan, store: FactorStore, console: Console, may_stop: Callable[[], None]
 ) -> HeatmapMetadata:
     """Run every sample once; returns the metadata of the whole job."""
     collection = Collection(
@@ -233,11 +232,10 @@ def _capture(
         job.config.metric.loss_reduction,
         batch_tokens=job.batch_tokens,
         topology=job.topology,
-        say=voice.warn,
+        console=console,
         soundness=job.soundness,
     )
-    num_here = -(-job.num_samples // job.topology.dp_group.size)
-    with progress_bar("capturing", num_here, "sample", show=voice.show_progress) as advance:
+    with console.bar("capturing", len(job.lengths_here), "sample") as advance:
 
         def after_batch(count: int) -> None:
             advance(count)
@@ -253,7 +251,7 @@ def _capture(
         job.layout,
         (job.tasks[0].name, job.tasks[1].name),
         (collection.records[:num_a], collection.records[num_a:]),
-        pooled=job.pooled,
+        pooled=job.config.pooled,
         attributes=run_attributes(job.config, job.layout, job.run_id, job.warnings, job.notes),
     )
 
@@ -262,4 +260,4 @@ def _header(job: Job) -> PartialHeader:
     (num_left, num_right), world, ownership = job.roles().shape, job.topology.world, job.topology.ownership
     layers = tuple(layer.layer for layer in job.tile_plan.layers)
     cut = ownership.digest if ownership and world.size > 1 else ""
-    return PartialHeader(job.run_id, world.rank, world.size, num_left, num_right, layers, job.pooled, cut=cut)
+    return PartialHeader(job.run_id, world.rank, world.size, num_left, num_right, layers, job.config.pooled, cut=cut)

@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from qkov_dist.data.batches import Batch, Objective, content_of, make_batches, sequence
+from qkov_dist.console import Console
+from qkov_dist.data.batches import Batch, Objective, content_of
 from qkov_dist.data.samples import Sample
+from qkov_dist.distributed.shared_errors import together
 from qkov_dist.distributed.topology import Topology
-from qkov_dist.distributed.world import together
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage
 from qkov_dist.modes import ModelError, input_device
 
-from .hooks import Capture, Nowhere, capture
+from .hooks import Capture, capture
+from .passes import DealtTask, TaskPasses
+from .sinks import Nowhere
 from .soundness import Soundness, richest
 from .store import FactorStore
 
@@ -55,7 +58,7 @@ class Collection:
         batch_tokens: Padded tokens in one compute batch.
         topology: Who runs which samples.
         records: Every sample by its pooled number.
-        say: Takes a line where something did not go as planned.
+        console: Is warned where something did not go as planned.
         soundness: What is known of the model's passes; one for all collections of a model.
     """
 
@@ -67,7 +70,7 @@ class Collection:
     batch_tokens: int = 2048
     topology: Topology = field(default_factory=Topology)
     records: list[SampleRecord] = field(default_factory=list)
-    say: Callable[[str], object] = lambda line: None
+    console: Console = field(default_factory=Console)
     soundness: Soundness = field(default_factory=Soundness)
 
     def run(
@@ -131,30 +134,21 @@ class Collection:
                 raise
             raise _plan_fails(model, error) from error
         if self.soundness.alone and not before:
-            self.say("outputs depend on the length of a batch: samples run uncut, each beside those of its length")
+            self.console.warn(
+                "outputs depend on the length of a batch: samples run uncut, each beside those of its length"
+            )
 
     def _passes(self, task: str, samples: Sequence[Sample]) -> list[tuple[Batch, bool]]:
         """This rank's batches, each counted; then, where passes need all ranks, idle ones up to the longest list."""
-        by_dp_rank = self.topology.deal_samples([len(sequence(sample, self.objective).input_ids) for sample in samples])
-        mine = self._batches(task, samples, by_dp_rank[self.topology.dp_group.rank])
-        passes = [(batch, True) for batch in mine]
-        if self.topology.gathers_weights:
-            longest = max(len(self._batches(task, samples, numbers)) for numbers in by_dp_rank)
-            (idle, *_) = mine or self._batches(task, samples, [0])
-            passes += [(idle, False)] * (longest - len(mine))
-        return passes
-
-    def _batches(self, task: str, samples: Sequence[Sample], numbers: Sequence[int]) -> list[Batch]:
-        chosen, first = [samples[n] for n in numbers], len(self.records)
-        batches = make_batches(
-            chosen,
-            names=[_named(task, sample) for sample in chosen],
-            numbers=[first + n for n in numbers],
-            batch_tokens=self.batch_tokens,
-            objective=self.objective,
+        passes = TaskPasses(
+            DealtTask(samples, self.objective, self.topology.dp_group.size),
+            self.batch_tokens,
+            self.topology.gathers_weights,
+            [_named(task, sample) for sample in samples],
+            first=len(self.records),
             alone=self.soundness.alone,
         )
-        return list(batches)
+        return passes.on(self.topology.dp_group.rank)
 
     def _run_here(
         self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
@@ -209,7 +203,7 @@ class Collection:
         else:
             yield batch, found
             return
-        self.say(f"out of memory with {len(batch.samples)} samples in a batch: going on with half of them")
+        self.console.warn(f"out of memory with {len(batch.samples)} samples in a batch: going on with half of them")
         for half in batch.halves():
             yield from self._pass(session, half)
 

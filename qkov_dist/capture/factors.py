@@ -115,7 +115,7 @@ def shared_inputs(layer: AttentionLayer, sites: Collection[Site] | None = None) 
         site = Site(layer.index, projection.module)
         if sites is None or site in sites:
             key = "O" in projection.blocks, projection.shape[1]
-            groups.setdefault(key, []).append((site, Rect.of_shape(*projection.shape)))
+            groups.setdefault(key, []).append((site, projection.whole()))
     return list(groups.values())
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,75 +31,12 @@ from qkov_dist.modes import evaluating, explained_pass, frozen, input_device, pl
 
 from .finite import all_finite, check_finite, check_losses, total
 from .losses import sample_losses
+from .pass_state import PassState
+from .sinks import DeferredSink, Factors, FactorSink, Nowhere
 
 FP16_LOSS_SCALES = (2.0**14, 2.0**10, 2.0**6, 1.0)
 AnyRank = Callable[[bool], bool]
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What one batch leaves at one site: X [tokens, in] and D [tokens, out] of the kept tokens, sample after sample.
-
-    ``x_site`` is the first site of the layer that was handed this very input: q, k and v share one X.
-    """
-
-    site: Site
-    x_site: Site
-    x: Tensor
-    d: Tensor
-
-
 Inspect = Callable[[Site, nn.Module, Forward, Tensor, Tensor], None]
-
-
-class FactorSink(Protocol):
-    """Where factors go as the backward pass produces them."""
-
-    def add(self, factors: Factors) -> None:
-        """Take one site's factors of the current batch."""
-
-
-@dataclass(frozen=True)
-class _Input:
-    """X as a projection saw it: whose it was first, the tensor, and its version then."""
-
-    x_site: Site
-    x: Tensor
-    version: int
-
-
-@dataclass
-class _Pass:
-    """What the hooks share during one batch.
-
-    Attributes:
-        batch: The batch.
-        kept_tokens: Rows of the flattened batch whose factors are kept; None for all.
-        sink: Takes the factors.
-        loss_scale: By what the loss is multiplied in the backward pass.
-        sums: Of what was seen, where whether all is finite is asked at the end; None asks at each site.
-        is_half: Whether some number of the pass is a float16: weak gradients vanish in it unless the loss is scaled.
-    """
-
-    batch: Batch
-    kept_tokens: Tensor | None
-    sink: FactorSink
-    loss_scale: float = 1.0
-    sums: list[Tensor] | None = None
-    is_half: bool = False
-    inputs: dict[Site, _Input] = field(default_factory=dict)
-    finished: set[Site] = field(default_factory=set)
-    in_backward: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the batch, padding among them."""
-        return self.batch.attention_mask.numel()
-
-    def kept(self, tensor: Tensor) -> Tensor:
-        """[N, T, width] to [kept tokens, width]."""
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        return flat if self.kept_tokens is None else flat.index_select(0, self.kept_tokens)
 
 
 class Capture:
@@ -116,17 +53,17 @@ class Capture:
         self,
         model: nn.Module,
         sites: Sequence[Site],
-        loss_reduction: str = "mean",
-        loss_factor: float = 1.0,
-        check_at_end: bool = False,
-        any_rank: AnyRank = bool,
-        inspect: Inspect | None = None,
+        loss_reduction: str,
+        loss_factor: float,
+        check_at_end: bool,
+        any_rank: AnyRank,
+        inspect: Inspect | None,
     ) -> None:
         self._model, self._sites = model, tuple(sites)
         self._reduction, self._factor = loss_reduction, loss_factor
         self._check_at_end, self._any_rank, self._inspect = check_at_end, any_rank, inspect
         self._has_half = any(p.dtype == torch.float16 for p in model.parameters())
-        self._current: _Pass | None = None
+        self._current: PassState | None = None
         self.loss_scale = 1.0
 
     def run(self, batch: Batch, sink: FactorSink) -> Tensor:
@@ -151,22 +88,22 @@ class Capture:
             )
         batch = batch.to(input_device(self._model))
         for scale in FP16_LOSS_SCALES:
-            held = _DeferredSink(sink)
+            deferred = DeferredSink(sink)
             state, losses = self._forward(batch, sink)
             if not state.is_half:
                 return self._backward(state, losses)
-            state.sink, state.loss_scale, state.sums = held, scale, []
+            state.sink, state.loss_scale, state.sums = deferred, scale, []
             found = self._backward(state, losses)
             if not self._any_rank(not all_finite(state.sums)):
-                held.release()
+                deferred.release()
                 return found
         return self._name_what_is_not_finite(batch, scale)
 
-    def _forward(self, batch: Batch, sink: FactorSink) -> tuple[_Pass, Tensor]:
+    def _forward(self, batch: Batch, sink: FactorSink) -> tuple[PassState, Tensor]:
         rows = batch.kept.reshape(-1).nonzero().squeeze(1)
         whole = rows.numel() == batch.kept.numel()
         sums: list[Tensor] | None = [] if self._check_at_end else None
-        state = _Pass(batch, None if whole else rows, sink, sums=sums, is_half=self._has_half)
+        state = PassState(batch, None if whole else rows, sink, sums=sums, is_half=self._has_half)
         with self._hooks(state), torch.enable_grad(), explained_pass(self._model):
             losses = sample_losses(self._model, batch, self._reduction)
             check_losses(losses, batch)
@@ -174,7 +111,7 @@ class Capture:
             raise _not_reached(self._sites)
         return state, losses
 
-    def _backward(self, state: _Pass, losses: Tensor) -> Tensor:
+    def _backward(self, state: PassState, losses: Tensor) -> Tensor:
         state.in_backward, self.loss_scale = True, state.loss_scale
         with self._hooks(state), torch.enable_grad(), explained_pass(self._model):
             (losses.sum() * (self._factor * state.loss_scale)).backward()  # type: ignore[no-untyped-call]
@@ -190,11 +127,11 @@ class Capture:
         state.loss_scale, state.sums = loss_scale, None
         found = self._backward(state, losses)
         if state.is_half:
-            raise _not_finite_elsewhere()
+            raise _NOT_FINITE_ELSEWHERE.at("gradients")
         return found
 
     @contextmanager
-    def _hooks(self, state: _Pass) -> Iterator[None]:
+    def _hooks(self, state: PassState) -> Iterator[None]:
         """Have the hooks work for a batch."""
         self._current = state
         try:
@@ -212,11 +149,11 @@ class Capture:
             return None
         if site not in state.inputs:
             x = local_part(x, state.num_tokens, site.module)
-            state.inputs[site] = _input_of(site, x, state.inputs)
+            state.note_input(site, x)
             if self._inspect:
                 self._inspect(site, module, forward, x, y)
         elif not state.in_backward:
-            raise _called_twice(site)
+            raise _CALLED_TWICE.at(site.module)
         root = not y.requires_grad
         if root:
             y = y.detach().requires_grad_()
@@ -230,10 +167,10 @@ class Capture:
             with torch.autocast(d.device.type, enabled=False):  # the user's is for the model, not for what is made of D
                 self._hand_on(state, site, d)
 
-    def _hand_on(self, state: _Pass, site: Site, d: Tensor) -> None:
+    def _hand_on(self, state: PassState, site: Site, d: Tensor) -> None:
         known = state.inputs[site]
         if known.x._version != known.version:
-            raise _changed_in_place(site)
+            raise _CHANGED_IN_PLACE.at(site.module)
         d = state.kept(local_part(d, state.num_tokens, site.module))
         d = d if state.loss_scale == 1.0 and d.dtype != torch.float16 else d.float() / state.loss_scale
         factors = Factors(site, known.x_site, state.kept(known.x.detach()), d)
@@ -243,43 +180,6 @@ class Capture:
             state.sums += map(total, _looked_at(factors).values())
         state.finished.add(site)
         state.sink.add(factors)
-
-
-def _input_of(site: Site, x: Tensor, known: dict[Site, _Input]) -> _Input:
-    """Find which site of the layer was handed this very tensor first, or another view of it (as under ZeRO-3)."""
-    first = next((s for s, other in known.items() if s.layer == site.layer and _is_same(other.x, x)), site)
-    return _Input(first, x, x._version)
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers at one place; both are alive, so that a place is never reused."""
-    return one is other or (
-        one.data_ptr() == other.data_ptr()
-        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
-        and one._version == other._version
-    )
-
-
-class Nowhere:
-    """Takes the factors of a pass that is made for something else."""
-
-    def add(self, factors: Factors) -> None:
-        """Drop them."""
-
-
-class _DeferredSink:
-    """Keeps a batch's factors until the whole backward pass proved finite."""
-
-    def __init__(self, sink: FactorSink) -> None:
-        self._sink = sink
-        self._waiting: list[Factors] = []
-
-    def add(self, factors: Factors) -> None:
-        self._waiting.append(factors)
-
-    def release(self) -> None:
-        for factors in self._waiting:
-            self._sink.add(factors)
 
 
 @contextmanager
@@ -335,38 +235,42 @@ def _looked_at(factors: Factors) -> dict[str, Tensor]:
     return {"gradient": factors.d} if shared else {"gradient": factors.d, "input": factors.x}
 
 
-def _not_finite_elsewhere() -> QkovError:
-    return QkovError(
-        "gradients",
-        expected="finite ones at some scale of the loss (float16)",
-        got="NaN or infinity on another rank of this pass, or in a sum",
-        remedy="Load the model in a wider type (model.dtype: float32 or bfloat16).",
-    )
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a pass cannot be used, but for where."""
+
+    expected: str
+    got: str
+    remedy: str
+
+    def at(self, place: str, **facts: int) -> QkovError:
+        """The error; ``facts`` fill in what was found."""
+        return QkovError(place, expected=self.expected, got=self.got.format(**facts), remedy=self.remedy)
 
 
-def _called_twice(site: Site) -> QkovError:
-    return QkovError(
-        site.module,
-        expected="one call of the projection in a forward pass",
-        got="a second call",
-        remedy="A projection shared by several layers is not supported; choose other layers (metric.layers).",
-    )
-
-
-def _changed_in_place(site: Site) -> QkovError:
-    return QkovError(
-        site.module,
-        expected="an input that stays as the projection saw it",
-        got="an input changed in place after the call",
-        remedy="Replace the in-place operation in the model's forward.",
-    )
+_NOT_FINITE_ELSEWHERE = _Refusal(
+    "finite ones at some scale of the loss (float16)",
+    "NaN or infinity on another rank of this pass, or in a sum",
+    "Load the model in a wider type (model.dtype: float32 or bfloat16).",
+)
+_CALLED_TWICE = _Refusal(
+    "one call of the projection in a forward pass",
+    "a second call",
+    "A projection shared by several layers is not supported; choose other layers (metric.layers).",
+)
+_CHANGED_IN_PLACE = _Refusal(
+    "an input that stays as the projection saw it",
+    "an input changed in place after the call",
+    "Replace the in-place operation in the model's forward.",
+)
+_NOT_REACHED = _Refusal(
+    "a forward and a backward pass through every projection",
+    "{count} projection(s) that the loss does not depend on",
+    "Restrict metric.layers to layers that take part, remove what cuts them off (a hook that detaches, a "
+    "kernel without a gradient), or register the layout that the model really uses.",
+)
 
 
 def _not_reached(missing: Sequence[Site]) -> QkovError:
-    return QkovError(
-        ", ".join(site.module for site in missing[:4]) + (", …" if len(missing) > 4 else ""),
-        expected="a forward and a backward pass through every projection",
-        got=f"{len(missing)} projection(s) that the loss does not depend on",
-        remedy="Restrict metric.layers to layers that take part, remove what cuts them off (a hook that detaches, a "
-        "kernel without a gradient), or register the layout that the model really uses.",
-    )
+    place = ", ".join(site.module for site in missing[:4]) + (", …" if len(missing) > 4 else "")
+    return _NOT_REACHED.at(place, count=len(missing))

@@ -8,10 +8,7 @@ at a site depends on its length alone, so that all ranks agree on it.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -25,12 +22,11 @@ from qkov_dist.data.batches import Batch
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
-from qkov_dist.memory import is_shortage
 
 from .factors import FeatureSlice, SampleIndex, Span, Whole
-from .hooks import Factors
 from .numerics import products_as
-from .row_buffer import RowBuffer, Spilled
+from .row_tiers import RowTiers
+from .sinks import Factors
 
 _FORMING = threading.Lock()  # backward passes of several devices run in threads; how products are formed is one for all
 
@@ -52,9 +48,6 @@ class FactorStore:
         matmul_precision: Of the float32 products that form kept gradients.
 
     Attributes:
-        bytes_on_gpu: Size of what has its place on a GPU.
-        bytes_in_memory: Size of what is held in the host's memory.
-        bytes_on_disk: Size of what was spilled.
         flops: Floating-point operations of the gradients formed here.
     """
 
@@ -70,19 +63,28 @@ class FactorStore:
         gradients_above: Mapping[Site, int] | None = None,
         matmul_precision: str = "highest",
     ) -> None:
-        self.budget_bytes, self.gpu_budget_bytes = budget_bytes, gpu_budget_bytes
-        self.bytes_on_gpu = self.bytes_in_memory = self.bytes_on_disk = self.flops = 0
+        self._rows, self.flops = RowTiers(budget_bytes, gpu_budget_bytes, folder), 0
         self._tp_rects, self._above = dict(tp_rects or {}), dict(gradients_above or {})
         self._lengths, self._dtype, self._precision = tuple(lengths), dtype, matmul_precision
         self._indexes: dict[int | None, SampleIndex] = {above: SampleIndex() for above in (None, *self._above.values())}
-        self._buffers: dict[tuple[str, Site], RowBuffer] = {}
         self._x_site: dict[Site, Site] = {}
-        self._added: list[RowBuffer] = []
-        self._copying: set[torch.device] = set()  # GPUs that copy into the host's memory
         self._shape: dict[Site, tuple[int, int]] = {}  # features that hooks see, [out, in]
         self._batch_lengths: tuple[int, ...] = ()
-        self._folder = Path(tempfile.mkdtemp(prefix="qkov-factors-", dir=folder))
-        self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    @property
+    def bytes_on_gpu(self) -> int:
+        """Size of what has its place on a GPU."""
+        return self._rows.bytes_on_gpu
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Size of what is held in the host's memory."""
+        return self._rows.bytes_in_memory
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of what was spilled."""
+        return self._rows.bytes_on_disk
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -113,7 +115,7 @@ class FactorStore:
             "sharing": [[_named(site), _named(shared)] for site, shared in self._x_site.items()],
             "row_buffers": [
                 [kind, _named(site), str(row_buffer.dtype).removeprefix("torch.")]
-                for (kind, site), row_buffer in self._buffers.items()
+                for (kind, site), row_buffer in self._rows.buffers.items()
             ],
         }
 
@@ -123,25 +125,25 @@ class FactorStore:
 
     def close(self) -> None:
         """Forget everything and remove the temporary folder."""
-        self._buffers.clear()
-        self._finalizer()
+        self._rows.close()
 
     @contextmanager
     def batch(self, batch: Batch) -> Iterator[FactorStore]:
         """Take one batch's factors; if the batch fails, the store is as if it had not begun."""
-        self._added, self._batch_lengths = [], batch.lengths
+        self._batch_lengths = batch.lengths
+        self._rows.begin()
         try:
             yield self
-            self._finish_copies()
+            self._rows.finish_copies()
         except BaseException:
-            self._drop_added()
+            self._rows.drop_added()
             raise
         for above, index in self._indexes.items():
             for number, length in zip(batch.samples, batch.lengths, strict=True):
                 index.add(number, length, as_gradient=above is not None and length > above)
 
     def add(self, factors: Factors) -> None:
-        """Take one site's factors (a :class:`~qkov_dist.capture.hooks.FactorSink`)."""
+        """Take one site's factors (a :class:`~qkov_dist.capture.sinks.FactorSink`)."""
         known = self._x_site.setdefault(factors.site, factors.x_site)
         if known != factors.x_site:
             raise QkovError(
@@ -158,8 +160,7 @@ class FactorStore:
         if not d.shape[0]:
             return
         self._append("d", factors.site, d)
-        x_key = ("x", factors.x_site)
-        if not any(row_buffer is self._buffers.get(x_key) for row_buffer in self._added):
+        if not self._rows.has_added(("x", factors.x_site)):
             self._append("x", factors.x_site, x)
 
     def _without_long(self, factors: Factors, above: int) -> tuple[Tensor, Tensor]:
@@ -198,50 +199,28 @@ class FactorStore:
 
     def x(self, site: Site) -> FeatureSlice:
         """The inputs of all factored samples' tokens at one site, [tokens, in]."""
-        values, shard = self._read("x", self.x_site(site), self._shape[site][1]), self._tp_rects.get(site)
+        values, shard = self._rows.read(("x", self.x_site(site)), self._shape[site][1]), self._tp_rects.get(site)
         return FeatureSlice(values, shard.col if shard and values.shape[1] == shard.shape[1] else 0)
 
     def d(self, site: Site) -> FeatureSlice:
         """The output gradients of all factored samples' tokens at one site, [tokens, out]."""
         self.x_site(site)
-        values, shard = self._read("d", site, self._shape[site][0]), self._tp_rects.get(site)
+        values, shard = self._rows.read(("d", site), self._shape[site][0]), self._tp_rects.get(site)
         return FeatureSlice(values, shard.row if shard and values.shape[1] == shard.shape[0] else 0)
 
     def g(self, site: Site) -> Whole | None:
         """The gradients of all other samples at one site, [n, out, in + 1]; None where there are none."""
         self.x_site(site)
-        if ("g", site) not in self._buffers:
+        if ("g", site) not in self._rows.buffers:
             return None
         (num_out, num_in), shard = self._shape[site], self._tp_rects.get(site)
-        values = self._read("g", site, num_out * (num_in + 1)).view(-1, num_out, num_in + 1)
+        values = self._rows.read(("g", site), num_out * (num_in + 1)).view(-1, num_out, num_in + 1)
         row = shard.row if shard and num_out == shard.shape[0] else 0
         return Whole(values, row, shard.col if shard and num_in == shard.shape[1] else 0)
 
-    def _read(self, kind: str, site: Site, width: int) -> Tensor:
-        """All rows of a buffer; none where every sample is kept in the other form."""
-        row_buffer = self._buffers.get((kind, site))
-        return torch.empty(0, width) if row_buffer is None else row_buffer.read()
-
     def _append(self, kind: str, site: Site, rows: Tensor) -> None:
-        rows, dtype = rows.detach(), rows.dtype if kind == "g" else self._dtype or rows.dtype
-        row_buffer = self._buffers.get((kind, site))
-        if row_buffer is None:
-            path = self._folder / f"{kind}_{len(self._buffers):05d}.bin"
-            row_buffer = self._buffers[kind, site] = RowBuffer(path, rows.shape[1], dtype)
-            row_buffer.buffer = self._place_for(row_buffer, self._rows_expected(kind, site), rows.device)
-        if row_buffer.buffer is not None:
-            row_buffer.keep(rows)
-            self._added.append(row_buffer)
-            if rows.device.type == "cuda" and row_buffer.buffer.device.type == "cpu":
-                self._copying.add(rows.device)
-            return
-        rows = rows.to("cpu", dtype)
-        if self.bytes_in_memory + rows.nbytes <= self.budget_bytes:
-            row_buffer.keep(rows)
-            self.bytes_in_memory += rows.nbytes
-        else:
-            self._spill(row_buffer, rows)
-        self._added.append(row_buffer)
+        dtype = rows.dtype if kind == "g" else self._dtype or rows.dtype
+        self._rows.append((kind, site), rows, dtype, self._rows_expected(kind, site))
 
     def _rows_expected(self, kind: str, site: Site) -> int:
         """Rows that a buffer will have, from the lengths that were told; 0 where none were."""
@@ -249,60 +228,6 @@ class FactorStore:
         if kind == "g":
             return sum(1 for length in self._lengths if above is not None and length > above)
         return sum(length for length in self._lengths if above is None or length <= above)
-
-    def _place_for(self, row_buffer: RowBuffer, num_rows: int, device: torch.device) -> Tensor | None:
-        """Memory for all rows of a buffer, where their number is known and it is within a budget."""
-        size = num_rows * row_buffer.row_bytes
-        if size and device.type != "cpu" and self.bytes_on_gpu + size <= self.gpu_budget_bytes:
-            try:
-                place = torch.empty(num_rows, row_buffer.width, dtype=row_buffer.dtype, device=device)
-            except RuntimeError as error:
-                if not is_shortage(error):
-                    raise
-                self.gpu_budget_bytes = self.bytes_on_gpu
-            else:
-                self.bytes_on_gpu += size
-                return place
-        if not size or self.bytes_in_memory + size > self.budget_bytes:
-            return None
-        pinned = self._pinned(num_rows, row_buffer) if device.type == "cuda" else None
-        self.bytes_in_memory += size
-        return torch.empty(num_rows, row_buffer.width, dtype=row_buffer.dtype) if pinned is None else pinned
-
-    def _pinned(self, num_rows: int, row_buffer: RowBuffer) -> Tensor | None:
-        """Memory that a GPU copies into by itself; none where the system has no more of it."""
-        try:
-            return torch.empty(num_rows, row_buffer.width, dtype=row_buffer.dtype, pin_memory=True)
-        except RuntimeError as error:
-            if not is_shortage(error):
-                raise
-            return None
-
-    def _finish_copies(self) -> None:
-        """Wait for the copies of this batch that GPUs make into the host's memory by themselves."""
-        for device in self._copying:
-            torch.cuda.synchronize(device)
-        self._copying.clear()
-
-    def _drop_added(self) -> None:
-        for row_buffer in reversed(self._added):
-            last = row_buffer.drop_last()
-            if isinstance(last, Spilled):
-                self.bytes_on_disk -= last.num_rows * row_buffer.row_bytes
-            elif row_buffer.buffer is None:
-                self.bytes_in_memory -= last.nbytes
-
-    def _spill(self, row_buffer: RowBuffer, rows: Tensor) -> None:
-        try:
-            row_buffer.spill(rows)
-        except OSError as error:
-            raise QkovError(
-                str(self._folder),
-                expected=f"room for {rows.nbytes} bytes of spilled factors",
-                got=str(error),
-                remedy="Free disk space, set TMPDIR to a larger disk, or raise compute.factor_memory_mb.",
-            ) from error
-        self.bytes_on_disk += rows.nbytes
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from qkov_dist.layout.resolve import candidates, known_family, resolve
 from qkov_dist.loading.models import LoadedModel, load_model
 from qkov_dist.scoring.tiles import Selection
 from qkov_dist.verification.examined_model import ExaminedModel
-from qkov_dist.verification.properties import PropertyResult, run_checks
+from qkov_dist.verification.properties import run_checks
+from qkov_dist.verification.property_result import PropertyResult
 
 from .arguments import Commands, _add, _add_model_arguments, _model_config, _positive, say
 

@@ -72,6 +72,7 @@ def _add_demo(group: Commands) -> None:
 
 def demo_command(options: argparse.Namespace) -> None:
     """Run the demo's configuration."""
+    from qkov_dist.console import Console
     from qkov_dist.distributed.connect import connected
     from qkov_dist.run import run
 
@@ -79,5 +80,5 @@ def demo_command(options: argparse.Namespace) -> None:
         model=options.model, samples=options.samples, max_tokens=options.max_tokens, output=options.output
     )
     with connected():
-        heatmap = run(config, say=say, show_progress=not options.quiet)
+        heatmap = run(config, Console.of(say, show_progress=not options.quiet))
     _show(heatmap, Path(config.output.dir))

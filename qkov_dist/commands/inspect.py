@@ -13,7 +13,8 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout, layout_notes, layout_table
 from qkov_dist.layout.proof import prove, resolve_proved
 from qkov_dist.layout.resolve import candidates, resolve
-from qkov_dist.loading.models import load_model, meta_model
+from qkov_dist.loading.architecture import meta_model
+from qkov_dist.loading.models import load_model
 
 from .arguments import Commands, _add, _add_model_arguments, _model_config
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from qkov_dist.config import RunConfig
 from qkov_dist.config_file import from_dict
-from qkov_dist.console import Voice
-from qkov_dist.distributed.world import Alone, World, together
+from qkov_dist.console import SILENT, Console
+from qkov_dist.distributed.shared_errors import together
+from qkov_dist.distributed.world import Alone, World
 from qkov_dist.errors import QkovError
 from qkov_dist.finish import HEATMAP_FILE, finish, statistics_of
-from qkov_dist.job import Say
 from qkov_dist.results.gather import gather_partials
 from qkov_dist.results.hdf5_write import refuse_other_run
 from qkov_dist.results.heatmap import Heatmap
@@ -31,8 +31,7 @@ def merge_folder(
     output: str | Path | None = None,
     *,
     world: World | None = None,
-    say: Say = print,
-    show_progress: bool = True,
+    console: Console = SILENT,
     keep_tests: bool | None = None,
 ) -> Heatmap | None:
     """Add up the partial files of a folder, test the sum as its run would have, and write it.
@@ -41,8 +40,7 @@ def merge_folder(
         folder: Where the partial files are.
         output: The file to write; ``heatmap.h5`` in ``folder`` by default.
         world: The processes that share the files; all of them call this alike.
-        say: Takes one line about each stage, on rank 0.
-        show_progress: Show a progress bar on stderr, on rank 0.
+        console: Takes one line about each stage, and shows progress; of a process alone, rank 0 alone uses it.
         keep_tests: Where the file holds tests with other settings than the run's, test with these (True), with the
             run's (False), or refuse (None).
 
@@ -57,12 +55,12 @@ def merge_folder(
     gathered = gather_partials(folder, world)
     together(world, lambda: _check_output(output, gathered.run_id))
     num_files, num_layers = len(gathered.sources), len(gathered.metadata.layers)
-    voice = Voice.of_rank(world.rank, world.size, say, show_progress=show_progress)
-    voice.say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
+    console = console.on_rank(world.rank, world.size)
+    console.say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
     config = together(world, lambda: _config_of(gathered.metadata))
     asked, score = statistics_of(config), str(gathered.metadata.attributes["score"])
     tests = together(world, lambda: tests_to_keep(output, asked, score, keep_tests))
-    return finish(gathered.metadata, gathered.reader(world), config, output, world, voice, tests)
+    return finish(gathered.metadata, gathered.reader(world), config, output, world, console, tests)
 
 
 def _check_output(output: Path, run_id: str) -> None:
@@ -104,7 +102,7 @@ def _add_merge(group: Commands) -> None:
 def merge_command(options: argparse.Namespace) -> None:
     """Add up partial files."""
     from qkov_dist.distributed.connect import connected_by_mpi
-    from qkov_dist.distributed.world import SharedError
+    from qkov_dist.distributed.shared_errors import SharedError
     from qkov_dist.finish import HEATMAP_FILE
 
     folder = _run_folder(options.folder)
@@ -113,7 +111,7 @@ def merge_command(options: argparse.Namespace) -> None:
         with connected_by_mpi() as world:
             keep = {"keep": True, "run": False, None: None}[options.tests]
             heatmap = merge_folder(
-                folder, output, world=world, say=say, show_progress=not options.quiet, keep_tests=keep
+                folder, output, world=world, console=Console.of(say, show_progress=not options.quiet), keep_tests=keep
             )
     except SharedError:
         if world.rank:

@@ -27,6 +27,7 @@ def run_command(options: argparse.Namespace) -> None:
     """Score two tasks as a configuration says."""
     from qkov_dist.config import describe
     from qkov_dist.config_file import load_config
+    from qkov_dist.console import Console
     from qkov_dist.distributed.connect import connected
     from qkov_dist.run import run
 
@@ -42,5 +43,5 @@ def run_command(options: argparse.Namespace) -> None:
         )
     with connected():
         config = load_config(options.config, options.overrides)
-        heatmap = run(config, say=say, show_progress=not options.quiet)
+        heatmap = run(config, Console.of(say, show_progress=not options.quiet))
     _show(heatmap, Path(config.output.dir))

@@ -12,14 +12,15 @@ from typing import cast
 from tabulate import tabulate
 
 from qkov_dist.config import ModelConfig, TaskConfig
-from qkov_dist.console import progress_bar
+from qkov_dist.console import Console
 from qkov_dist.data.batches import Objective
 from qkov_dist.data.samples import Sample
 from qkov_dist.data.tasks import load_task
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.proof import resolve_proved
 from qkov_dist.loading.models import LoadedModel, load_model
-from qkov_dist.verification.effects import Agreement, HeadEffect, agreements, measure, sample_targets
+from qkov_dist.verification.agreement import Agreement, agreements
+from qkov_dist.verification.effects import HeadEffect, measure, sample_targets
 from qkov_dist.verification.examined_model import ExaminedModel
 
 from .arguments import Commands, _add, _add_model_arguments, _model_config, _positive, _positive_float, say
@@ -71,7 +72,7 @@ def validate(
     examined = ExaminedModel(loaded.model, layout, a, b, layers, cast(Objective, loaded.objective))
     targets = sample_targets(examined, heads, seed)
     say(f"one step of {tasks[1]} in each of {len(targets)} heads, measured on {tasks[0]}")
-    with progress_bar("stepping", len(targets), "head", show=show_progress) as advance:
+    with Console(show_progress=show_progress).bar("stepping", len(targets), "head") as advance:
         effects = measure(examined, targets, steps, advance)
     rows = agreements(effects, steps, resamples=bootstrap, seed=seed)
     _print(tasks, layers, effects, rows)

@@ -31,11 +31,6 @@ class Sample:
         """T."""
         return len(self.input_ids)
 
-    @property
-    def num_labels(self) -> int:
-        """Number of tokens in the loss."""
-        return int((self.labels != IGNORED).sum())
-
 
 @dataclass(frozen=True, eq=False)
 class Task:

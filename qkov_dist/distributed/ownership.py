@@ -16,7 +16,8 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout, Projection
 from qkov_dist.layout.rects import Rect, check_exact_cover
 
-from .sharding import HeldRects, parameter_name, parameters_of
+from .placements import HeldRects
+from .sharding import parameter_name, parameters_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def assign(layout: Layout, layers: Sequence[int], held_by_rank: Sequence[Mapping
             for name, rects in of_rank:
                 owned[name][rank] = (*owned[name][rank], *rects)
     for projection, bias, name in names:
-        whole = Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1])
-        _check_cover(name, whole, owned[name])
+        _check_cover(name, projection.whole(bias), owned[name])
     return Ownership(everything, {name: tuple(by_rank) for name, by_rank in owned.items()})
 
 

@@ -26,7 +26,9 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout
 from qkov_dist.layout.modules import routed
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.loading.models import LoadedModel, base_config, fill_computed_buffers, load_model, meta_model
+from qkov_dist.loading.architecture import fill_computed_buffers, meta_model
+from qkov_dist.loading.models import LoadedModel, load_model
+from qkov_dist.loading.whereabouts import base_config
 
 from .builds import locks_end
 from .world import World, timeout_seconds

@@ -1,15 +1,7 @@
-"""Which rectangles of each logical weight a rank holds.
+"""What a rank has in its memory of a model's tensors, and where in the whole it lies.
 
-A rank *holds* what is in its memory: the interval of a DTensor placement (tensor parallel, FSDP2, or both on a mesh of
-two axes), the flat interval of a ZeRO-3 partition cut into at most three rectangles, or the whole of a replicated
-weight. This module alone knows these forms; what it hands out is integers.
-
-    placement on an axis of n ranks, this rank at coordinate c, of the interval left by the axes before it
-    Replicate              the interval itself
-    Shard(dim)             chunk c of n along ``dim``, each ceil(size / n) long, the last ones shorter or empty
-    _StridedShard(dim)     the same, but cut after the plain shards of the other axes (FSDP2 over tensor parallel)
-
-What a rank holds of a tensor of any rank: the values, and where in the whole they are.
+A rank *holds* the interval of a DTensor placement (tensor parallel, FSDP2, or both on a mesh of two axes), the flat
+interval of a ZeRO-3 partition cut into at most three rectangles, or the whole of a replicated tensor.
 """
 
 from __future__ import annotations
@@ -23,48 +15,18 @@ from torch import Tensor, nn
 
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout, Projection
-from qkov_dist.layout.rects import Rect, rects_of_flat_interval
+from qkov_dist.layout.rects import Rect
+from qkov_dist.layout.weights import is_sharded
 
-HeldRects = tuple[Rect, ...]
-Gathered = frozenset[tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How one mesh axis treats a weight: ``dim`` is the storage dim that it cuts, None where it replicates.
-
-    ``late`` marks a shard that is cut after the plain shards of the other axes.
-    """
-
-    axis_size: int
-    coordinate: int
-    dim: int | None
-    late: bool = False
-
-
-def shard_interval(size: int, axis_size: int, coordinate: int) -> tuple[int, int]:
-    """The interval of chunk ``coordinate``: torch's rule, ceil(size / n) each, the last ones shorter or empty."""
-    chunk = -(-size // axis_size)
-    return min(chunk * coordinate, size), min(chunk * (coordinate + 1), size)
-
-
-def held_by_placements(shape: tuple[int, int], placements: Sequence[Placement]) -> HeldRects:
-    """The rectangle of a matrix in storage orientation that is left after every axis has cut its dim."""
-    bounds = [(0, shape[0]), (0, shape[1])]
-    for placement in sorted(placements, key=lambda p: p.late):
-        if placement.dim is not None:
-            start, stop = bounds[placement.dim]
-            low, high = shard_interval(stop - start, placement.axis_size, placement.coordinate)
-            bounds[placement.dim] = (start + low, start + high)
-    rect = Rect(*bounds[0], *bounds[1])
-    return (rect,) if rect.area else ()
-
-
-def held_by_flat_partition(shape: tuple[int, int], num_partition: int, index: int) -> HeldRects:
-    """The rectangles of ZeRO-3's partition ``index``: ``num_partition`` elements of the row-major flattened weight."""
-    size = shape[0] * shape[1]
-    start = min(num_partition * index, size)
-    return rects_of_flat_interval(start, min(start + num_partition, size), shape[1])
+from .placements import (
+    HeldRects,
+    held_by_flat_partition,
+    held_by_placements,
+    intervals_by_placements,
+    matrix_shape,
+    placements_of,
+    placements_of_matrix,
+)
 
 
 def held(parameter: Tensor) -> HeldRects:
@@ -75,23 +37,7 @@ def held(parameter: Tensor) -> HeldRects:
     """
     if hasattr(parameter, "ds_id"):
         return held_zero3(parameter)
-    shape = matrix_shape(tuple(parameter.shape))
-    placements = getattr(parameter, "placements", None)
-    if placements is None:
-        return (Rect.of_shape(*shape),)
-    mesh = parameter.device_mesh  # type: ignore[attr-defined]
-    coordinate = mesh.get_coordinate()
-    axes = [_placement(p, mesh.size(n), coordinate[n], parameter.ndim) for n, p in enumerate(placements)]
-    return held_by_placements(shape, axes)
-
-
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The first dim by all others; a vector is one column."""
-    rows = shape[0] if shape else 1
-    cols = 1
-    for size in shape[1:]:
-        cols *= size
-    return rows, cols
+    return held_by_placements(matrix_shape(tuple(parameter.shape)), placements_of_matrix(parameter))
 
 
 def held_zero3(parameter: Any) -> HeldRects:
@@ -101,77 +47,6 @@ def held_zero3(parameter: Any) -> HeldRects:
     group = parameter.ds_process_group
     shape, size = matrix_shape(tuple(parameter.ds_shape)), int(parameter.ds_tensor.ds_numel)
     return held_by_flat_partition(shape, size, int(group.rank()))
-
-
-def _placement(placement: Any, axis_size: int, coordinate: int, ndim: int) -> Placement:
-    if placement.is_replicate():
-        return Placement(axis_size, coordinate, None)
-    dim = getattr(placement, "dim", None)
-    if dim is None or dim % ndim > 1:
-        raise QkovError(
-            "sharded weight",
-            expected="DTensor placements Replicate, Shard(0) or Shard(1)",
-            got=str(placement),
-            remedy="Shard the attention projections along their first two dims, or run them replicated.",
-        )
-    return Placement(axis_size, coordinate, dim % ndim, late=type(placement).__name__ == "_StridedShard")
-
-
-def gathered_over(model: nn.Module) -> Gathered:
-    """The groups over which FSDP2 gathers weights for a pass, or keeps replicas of its shards."""
-    found = set()
-    for module in model.modules():
-        if not _is_fsdp(module):
-            continue
-        state = module._get_fsdp_state()  # type: ignore[operator]
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            if group is not None:
-                info = group.mesh_info
-                axes = (getattr(info, "shard_mesh_dim", None), getattr(info, "replicate_mesh_dim", None))
-                found |= {_ranks_along(info.mesh, axis) for axis in axes if axis is not None}
-    return frozenset(found)
-
-
-def tensor_parallel_ranks(model: nn.Module, rank: int, gathered: Gathered) -> tuple[int, ...]:
-    """The ranks, this one among them, whose shards together make one pass: the group of the tensor-parallel axis.
-
-    Args:
-        model: The model.
-        rank: This rank.
-        gathered: :func:`gathered_over` of the model.
-
-    Raises:
-        QkovError: for parameters that are cut over different groups.
-    """
-    found: dict[tuple[int, ...], str] = {}
-    for name, parameter in model.named_parameters():
-        axis = _tensor_parallel_axis(parameter, gathered)
-        if axis is not None:
-            found.setdefault(_ranks_along(parameter.device_mesh, axis), name)  # type: ignore[attr-defined]
-    if len(found) > 1:
-        raise QkovError(
-            "tensor parallelism",
-            expected="one group of ranks that shares every layer",
-            got="; ".join(f"ranks {', '.join(map(str, ranks))} for {name}" for ranks, name in found.items()),
-            remedy="Cut all parameters over the same mesh axis, without pipeline, context or expert parallelism.",
-        )
-    return next(iter(found), (rank,))
-
-
-def tensor_parallel_rect(parameter: Any, projection: Projection, gathered: Gathered) -> Rect | None:
-    """The shard that a tensor-parallel rank works with in a pass, [out, in]; None where there is no such axis."""
-    axis = _tensor_parallel_axis(parameter, gathered)
-    if axis is None:
-        return None
-    mesh = parameter.device_mesh
-    placement = _placement(parameter.placements[axis], mesh.size(axis), mesh.get_coordinate()[axis], parameter.ndim)
-    (rect,) = held_by_placements(matrix_shape(tuple(parameter.shape)), [placement]) or (Rect(0, 0, 0, 0),)
-    return rect.transposed if projection.transposed else rect
-
-
-def is_cut_between_samples(model: nn.Module) -> bool:
-    """Whether weights are gathered for each pass (FSDP2, ZeRO-3), so that all ranks have to pass together."""
-    return any(hasattr(p, "ds_id") for p in model.parameters()) or _is_fully_sharded(model)
 
 
 def local_part(tensor: Any, num_tokens: int, module: str) -> Tensor:
@@ -202,52 +77,6 @@ def local_part(tensor: Any, num_tokens: int, module: str) -> Tensor:
     return local
 
 
-def _is_fully_sharded(model: nn.Module) -> bool:
-    return any(map(_is_fsdp, model.modules()))
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
-
-
-def _ranks_along(mesh: Any, axis: int) -> tuple[int, ...]:
-    """The ranks that differ from this one along one axis alone, this one among them."""
-    place = [slice(None) if n == axis else c for n, c in enumerate(mesh.get_coordinate())]
-    return tuple(mesh.mesh[tuple(place)].tolist())
-
-
-def _tensor_parallel_axis(parameter: Any, gathered: Gathered) -> int | None:
-    """The mesh axis along which passes work with shards: one that cuts the parameter and is not gathered over.
-
-    Raises:
-        QkovError: for pipeline or expert-parallel axes, and for two such axes.
-    """
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None:
-        return None
-    names = tuple(mesh.mesh_dim_names or ())
-    if other := [name for n, name in enumerate(names) if name in ("pp", "ep", "cp") and mesh.size(n) > 1]:
-        raise QkovError(
-            "device mesh",
-            expected="tensor-parallel and data-parallel axes",
-            got=", ".join(other),
-            remedy="Load the model without pipeline, context or expert parallelism.",
-        )
-    cut = [
-        n
-        for n, placement in enumerate(parameter.placements)
-        if mesh.size(n) > 1 and not placement.is_replicate() and _ranks_along(mesh, n) not in gathered
-    ]
-    if len(cut) > 1:
-        raise QkovError(
-            "device mesh",
-            expected="one axis of tensor parallelism",
-            got=f"{len(cut)} ({parameter.placements})",
-            remedy="Cut each weight along one axis, and use the others for data parallelism.",
-        )
-    return cut[0] if cut else None
-
-
 def parameter_name(projection: Projection, bias: bool) -> str:
     """Name of a projection's parameter."""
     return f"{projection.module}.{'bias' if bias else 'weight'}"
@@ -267,19 +96,13 @@ def held_parameters(model: nn.Module, layout: Layout, layers: Sequence[int]) -> 
     found = {}
     for projection, bias in parameters_of(layout, layers):
         parameter = getattr(model.get_submodule(projection.module), "bias" if bias else "weight")
-        whole = (Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1]),)
         if is_sharded(parameter):
             rects = held(parameter)
-            rects = tuple(rect.transposed for rect in rects) if projection.transposed and not bias else rects
+            rects = rects if bias else tuple(map(projection.stored, rects))
         else:
-            rects = whole  # a quantized weight is packed: it has no shape to read
+            rects = (projection.whole(bias),)  # a quantized weight is packed: it has no shape to read
         found[parameter_name(projection, bias)] = [list(rect.bounds) for rect in rects]
     return found
-
-
-def is_sharded(parameter: object) -> bool:
-    """Whether this process may hold only a part of a parameter."""
-    return hasattr(parameter, "placements") or hasattr(parameter, "ds_id")
 
 
 def local_bytes(tensor: Any) -> int:
@@ -317,29 +140,17 @@ def local_shards(name: str, tensor: Any) -> Iterator[LocalShard]:
         remedy = "Load the weights without offloading to CPU or disk."
         raise QkovError(name, expected="a weight in memory", got="a tensor on the meta device", remedy=remedy)
     shape = tuple(tensor.shape) or (1,)
-    starts = _starts(tensor, shape)
-    stops = [start + size for start, size in zip(starts, tuple(local.shape) or (1,), strict=True)]
-    ranges = [torch.arange(start, stop) for start, stop in zip(starts, stops, strict=True)]
+    intervals = intervals_by_placements(shape, placements_of(tensor))
+    ranges = [torch.arange(start, stop) for start, stop in intervals]
     cols = torch.zeros(1, dtype=torch.int64)
     for size, indices in zip(shape[1:], ranges[1:], strict=True):
         cols = (cols[:, None] * size + indices).reshape(-1)
-    yield LocalShard(local.detach().reshape(len(ranges[0]), len(cols)), ranges[0], cols, [*starts, *stops])
-
-
-def _starts(tensor: Any, shape: tuple[int, ...]) -> list[int]:
-    """The first index of the local shard along each dim."""
-    bounds = [(0, size) for size in shape]
-    placements = getattr(tensor, "placements", ())
-    if placements:
-        mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-        late = [type(p).__name__ == "_StridedShard" for p in placements]
-        for n in sorted(range(len(placements)), key=lambda n: late[n]):
-            dim = getattr(placements[n], "dim", None)
-            if dim is not None:
-                start, stop = bounds[dim]
-                low, high = shard_interval(stop - start, mesh.size(n), coordinate[n])
-                bounds[dim] = (start + low, start + high)
-    return [start for start, _ in bounds]
+    yield LocalShard(
+        local.detach().reshape(len(ranges[0]), len(cols)),
+        ranges[0],
+        cols,
+        [start for start, _ in intervals] + [stop for _, stop in intervals],
+    )
 
 
 def _zero3_shards(parameter: Any) -> Iterator[LocalShard]:

@@ -18,15 +18,11 @@ from qkov_dist.layout.heads import Layout, Projection, Site
 from qkov_dist.layout.modules import routed
 from qkov_dist.layout.rects import Rect
 
+from .mesh_axes import gathered_over, is_cut_between_samples, tensor_parallel_ranks, tensor_parallel_rect
 from .ownership import Owned, Ownership, assign
-from .sharding import (
-    gathered_over,
-    held_parameters,
-    is_cut_between_samples,
-    tensor_parallel_ranks,
-    tensor_parallel_rect,
-)
-from .world import Alone, TorchWorld, World, together
+from .sharding import held_parameters
+from .shared_errors import together
+from .world import Alone, TorchWorld, World
 
 
 @dataclass(frozen=True)
@@ -71,23 +67,24 @@ class Topology:
 
         def owned(projection: Projection, bias: bool) -> tuple[Rect, ...]:
             if ownership is None:
-                return (Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1]),)
+                return (projection.whole(bias),)
             return ownership.of_rank(projection, bias, rank)
 
         return owned
 
-    def deal_samples(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Sample numbers for each rank of the data-parallel group, in file order: about as many tokens each.
 
-        The longest are dealt first.
-        """
-        dealt: list[list[int]] = [[] for _ in range(self.dp_group.size)]
-        loads = [0] * len(dealt)
-        for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-            lightest = loads.index(min(loads))
-            dealt[lightest].append(n)
-            loads[lightest] += lengths[n]
-        return [sorted(numbers) for numbers in dealt]
+def deal_samples(lengths: Sequence[int], dp_size: int) -> list[list[int]]:
+    """Sample numbers for each rank of a data-parallel group, in file order: about as many tokens each.
+
+    The longest are dealt first.
+    """
+    dealt: list[list[int]] = [[] for _ in range(dp_size)]
+    loads = [0] * dp_size
+    for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        lightest = loads.index(min(loads))
+        dealt[lightest].append(n)
+        loads[lightest] += lengths[n]
+    return [sorted(numbers) for numbers in dealt]
 
 
 def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequence[int]) -> Topology:

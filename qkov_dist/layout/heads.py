@@ -51,6 +51,14 @@ class Projection:
         found = {piece.block for piece in self.slices}
         return tuple(block for block in BLOCKS if block in found)
 
+    def whole(self, bias: bool = False) -> Rect:
+        """All of its weight, or of its bias."""
+        return Rect.of_shape(self.shape[0], 1 if bias else self.shape[1])
+
+    def stored(self, rect: Rect) -> Rect:
+        """Where a rectangle of its weight lies in storage; of a rectangle in storage, where it lies in the weight."""
+        return rect.transposed if self.transposed else rect
+
 
 @dataclass(frozen=True)
 class AttentionLayer:

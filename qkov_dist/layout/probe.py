@@ -26,6 +26,7 @@ from qkov_dist.modes import evaluating, explained_pass, input_device, plain_outp
 from .heads import AttentionLayer, Projection
 from .modules import text_config
 from .rects import Rect
+from .weights import changed, is_sharded, region_of
 
 NUM_TOKENS = 8
 
@@ -143,51 +144,21 @@ def make_probe(model: nn.Module, layer: AttentionLayer, call: Call, tokens: Tens
     return Probe(layer, model, run, norms, baseline)
 
 
-def is_plain(weight: object) -> bool:
-    """Whether a weight is an ordinary dense floating tensor that can be nudged in place."""
-    return (
-        isinstance(weight, Tensor)
-        and type(weight.detach()) is Tensor
-        and weight.is_floating_point()
-        and weight.device.type != "meta"
-        and not is_sharded(weight)
-    )
-
-
-def is_sharded(weight: object) -> bool:
-    """Whether this process holds only a part of a weight (DTensor placements, ZeRO-3 partitions)."""
-    return hasattr(weight, "placements") or hasattr(weight, "ds_id")
-
-
-@contextmanager
-def randomized(module: nn.Module, seed: int) -> Iterator[None]:
-    """Give all parameters of a module random values of useful size; the saved values are copied back exactly."""
+def randomized(module: nn.Module, seed: int) -> AbstractContextManager[None]:
+    """Give all parameters of a module random values of useful size, for a while."""
     generator = torch.Generator().manual_seed(seed)
-    saved = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
-    try:
-        for parameter, _ in saved:
-            noise = torch.randn(parameter.shape, generator=generator)
-            near_one = 1 + 0.2 * noise  # a norm's neutral value; a bias may have any
-            parameter.copy_(near_one if parameter.ndim < 2 else noise * parameter.shape[-1] ** -0.5)
-        yield
-    finally:
-        for parameter, values in saved:
-            parameter.copy_(values)
+
+    def randomize(parameter: Tensor) -> None:
+        noise = torch.randn(parameter.shape, generator=generator)
+        near_one = 1 + 0.2 * noise  # a norm's neutral value; a bias may have any
+        parameter.copy_(near_one if parameter.ndim < 2 else noise * parameter.shape[-1] ** -0.5)
+
+    return changed(module.parameters(), randomize)
 
 
-@contextmanager
-def nudge_weight(linear: nn.Module, projection: Projection, rect: Rect, noise: Tensor) -> Iterator[None]:
-    """Add ``noise`` [rows, columns] to a rectangle of a plain weight; the saved values are copied back exactly."""
-    stored = rect.transposed if projection.transposed else rect
-    with torch.no_grad():
-        region = linear.get_parameter("weight").detach()[stored.rows, stored.cols]
-        saved = region.clone()
-        region.add_((noise.T if projection.transposed else noise).to(region))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            region.copy_(saved)
+def nudge_weight(linear: nn.Module, projection: Projection, rect: Rect, noise: Tensor) -> AbstractContextManager[None]:
+    """Add ``noise`` [rows, columns] to a rectangle of a plain weight, for a while."""
+    return changed([region_of(linear, projection, rect)], lambda region: region.add_(noise.to(region)))
 
 
 @contextmanager

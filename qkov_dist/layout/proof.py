@@ -19,9 +19,10 @@ from qkov_dist.modes import ModelError, bare
 
 from .heads import AttentionLayer, HeadSlice, Layout, Projection
 from .modules import text_config
-from .probe import Call, Probe, is_plain, is_sharded, make_probe, probe_tokens, quiet_eval, randomized, record_calls
+from .probe import Call, Probe, make_probe, probe_tokens, quiet_eval, randomized, record_calls
 from .resolve import candidates, known_family, resolve, unresolved
 from .signatures import SilentError, SliceCheck
+from .weights import is_plain, is_sharded
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,18 @@ def _cannot_revive(error: SilentError) -> QkovError:
     )
 
 
-def prove_candidates(model: nn.Module, layouts: Sequence[Layout], *, seed: int = 0) -> Layout:
+def prove_candidates(model: nn.Module, layouts: Sequence[Layout]) -> Layout:
     """The one layout that the model does not refute, marked proved.
 
     Raises:
         QkovError: where none or more than one is left; the message lists the attention parameters found.
     """
-    probe_tokens(model, seed)  # a model that cannot run at all refutes nothing: its error is raised here
+    probe_tokens(model, seed=0)  # a model that cannot run at all refutes nothing: its error is raised here
     standing, refusals = [], []
     for layout in layouts:
         try:
-            prove(model, layout, layers=[layout.layers[0].index], seed=seed)  # most wrong guesses fail on one layer
-            prove(model, layout, seed=seed)
+            prove(model, layout, layers=[layout.layers[0].index])  # most wrong guesses fail on one layer
+            prove(model, layout)
         except ModelError:  # it says nothing of a layout
             raise
         except QkovError as refusal:
@@ -149,21 +150,21 @@ def prove_candidates(model: nn.Module, layouts: Sequence[Layout], *, seed: int =
     raise unresolved(model, f"of the layouts that its module names allow, {tried}")
 
 
-def resolve_proved(model: nn.Module, *, layers: Iterable[int] | None = None, seed: int = 0) -> Layout:
+def resolve_proved(model: nn.Module) -> Layout:
     """Find the layout of any model and prove it: known families by their data, others from structure.
+
+    Proved is the first layer of each kind, or all of them where the architecture is unknown.
 
     Args:
         model: With weights; its state is restored exactly.
-        layers: Layers to prove; by default the first one of each kind (all of them where the architecture is unknown).
-        seed: Of the tokens and nudges.
 
     Raises:
         QkovError: as ``resolve``, ``prove`` and ``prove_candidates`` do.
     """
     if known_family(text_config(model)) is None:
-        return prove_candidates(model, candidates(model), seed=seed)
+        return prove_candidates(model, candidates(model))
     layout = resolve(model)
-    prove(model, layout, layers=layout.distinct_layers() if layers is None else layers, seed=seed)
+    prove(model, layout, layers=layout.distinct_layers())
     return replace(layout, proved=True)
 
 

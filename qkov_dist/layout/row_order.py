@@ -56,11 +56,6 @@ class Recipe:
     pattern: str
     terms: tuple[Term, ...]
 
-    @property
-    def atoms(self) -> frozenset[str]:
-        """The atoms that occur."""
-        return frozenset(_atoms_of(self.terms))
-
     def layout(self, num_heads: int, num_kv_heads: int, sizes: Mapping[str, int]) -> tuple[RowSlice, ...]:
         """Lay the order out for these counts and atom sizes; slices follow each other without a gap.
 
@@ -153,14 +148,6 @@ def _count(tokens: list[str], position: int) -> tuple[str, int, int]:
     if tail[:1] != ["*"] or symbol == "0":
         raise _OrderError(f"'*' after the count {symbol}", repr(tail[0]) if tail else "the end")
     return symbol, divisor, position + 2
-
-
-def _atoms_of(terms: tuple[Term, ...]) -> Iterator[str]:
-    for term in terms:
-        if term.body:
-            yield from _atoms_of(term.body)
-        else:
-            yield term.atom
 
 
 def _expand(term: Term, counts: Mapping[str, int]) -> Iterator[str]:

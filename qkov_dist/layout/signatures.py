@@ -31,7 +31,8 @@ from qkov_dist.errors import QkovError
 
 from .heads import HeadSlice, Projection
 from .linear_map import check_linear_map
-from .probe import Probe, is_plain, nudge_rows, nudge_weight
+from .probe import Probe, nudge_rows, nudge_weight
+from .weights import is_plain, region_of
 
 DRAWS = 8
 AMPLITUDE, ESCALATION = 30.0, 4.0  # first nudge in units of the projection's own RMS; growth from draw to draw
@@ -166,8 +167,7 @@ class SliceCheck:
 
     def _weight_noise(self, linear: nn.Module, scale: float) -> Tensor:
         rect = self.piece.rect
-        stored = rect.transposed if self.projection.transposed else rect
-        rms = linear.get_parameter("weight").detach()[stored.rows, stored.cols].float().pow(2).mean().sqrt()
+        rms = region_of(linear, self.projection, rect).float().pow(2).mean().sqrt()
         unit = float(rms) or self.projection.shape[1] ** -0.5
         return torch.randn(rect.shape, generator=self.generator) * (unit * scale)
 

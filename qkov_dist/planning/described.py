@@ -18,7 +18,8 @@ from qkov_dist.data.samples import IGNORED, Sample, Task
 from qkov_dist.data.tasks import load_task
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.modules import is_masked_lm, text_config
-from qkov_dist.loading.models import LOAD_ERRORS, meta_model
+from qkov_dist.loading.architecture import meta_model
+from qkov_dist.loading.explained import LOAD_ERRORS
 
 SHORTEST = 2  # tokens: the first is never predicted
 

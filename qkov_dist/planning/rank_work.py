@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qkov_dist.capture.factors import gradients_above, shared_inputs
 from qkov_dist.distributed.ownership import Owned
 from qkov_dist.layout.heads import AttentionLayer, Layout, Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.exchange import needs_of
-from qkov_dist.scoring.tiles import LayerTiles, Selection, Tile, in_order_of_work, make_tile_plan, tile_bytes
+from qkov_dist.scoring.extent import Scoring
+from qkov_dist.scoring.tiles import LayerTiles, Selection, Tile, in_order_of_work
 
 UNCUT = 2**62  # bytes of a tile that nothing exceeds
 
@@ -70,33 +71,6 @@ class LayerWork:
         return [sites[place] for place in in_order_of_work(work)]
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """What is scored, and in which numbers.
-
-    Attributes:
-        selection: Layers and heads.
-        include_bias: Whether biases count.
-        num_samples: Samples whose gradients a tile holds.
-        itemsize: Bytes of a score.
-        factor_itemsize: Bytes of a number of a captured factor.
-        on_gpu: Whether heads are scored on a GPU.
-    """
-
-    selection: Selection
-    include_bias: bool
-    num_samples: int
-    itemsize: int
-    factor_itemsize: int
-    on_gpu: bool = False
-
-    @property
-    def max_elements(self) -> int:
-        """Elements that a tile may have."""
-        size = tile_bytes("cuda" if self.on_gpu else "cpu")
-        return max(size // (self.num_samples * self.itemsize), 1)
-
-
 def layer_work(
     layout: Layout, layers: Sequence[int], owned_by_rank: Sequence[Owned], scoring: Scoring
 ) -> list[dict[int, LayerWork]]:
@@ -117,15 +91,8 @@ def layer_work(
 
 def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerWork:
     only = Layout("", "", 1, (layer,), ())
-    (plan,) = make_tile_plan(
-        only,
-        Selection(None, scoring.selection.heads),
-        include_bias=scoring.include_bias,
-        num_samples=scoring.num_samples,
-        itemsize=scoring.itemsize,
-        owned=owned,
-        tile_bytes=UNCUT,
-    ).layers
+    every_layer = replace(scoring, selection=Selection(None, scoring.selection.heads))
+    (plan,) = every_layer.tile_plan(only, owned, UNCUT).layers
     heads: dict[str, set[int]] = {}
     for tile in plan.tiles:
         heads.setdefault(tile.block, set()).add(tile.head)

@@ -22,7 +22,6 @@ from qkov_dist.capture.factors import GRADIENT_BYTES, factor_bytes
 from qkov_dist.distributed.parallelism import SHARDED_BY_HOOKS
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
-from qkov_dist.layout.rects import Rect
 from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.partial_schema import FISHER_COLUMNS
 from qkov_dist.results.reduce import deal_heads
@@ -97,7 +96,7 @@ class ScoringCost:
         for layer in layers:
             for site, projection, share in self._captured(layer):
                 rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
-                area = (rect or Rect.of_shape(*projection.shape)).area
+                area = (rect or projection.whole()).area
                 flops += 2 * area * sum(length for length in lengths if length > share.above)
         return flops
 
@@ -111,7 +110,7 @@ class ScoringCost:
             readers = Counter(share.input for _, _, share in captured)
             for site, projection, share in captured:
                 rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
-                shape = (rect or Rect.of_shape(*projection.shape)).shape
+                shape = (rect or projection.whole()).shape
                 factored = (length for length in lengths if length <= share.above)
                 flops += sum(norm_flops(length, *shape, readers[share.input]) for length in factored)
         return flops

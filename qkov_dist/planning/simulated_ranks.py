@@ -16,15 +16,14 @@ from collections.abc import Sequence
 
 from qkov_dist.distributed.ownership import Ownership, assign
 from qkov_dist.distributed.parallelism import SHARDED, Parallelism
-from qkov_dist.distributed.sharding import (
+from qkov_dist.distributed.placements import (
     HeldRects,
     Placement,
     held_by_flat_partition,
     held_by_placements,
-    parameter_name,
-    parameters_of,
-    shard_interval,
+    intervals_by_placements,
 )
+from qkov_dist.distributed.sharding import parameter_name, parameters_of
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
 from qkov_dist.layout.rects import Rect
@@ -65,20 +64,21 @@ def local_shape(weight: Weight, parallelism: Parallelism, rank: int, *, gathered
 
     ZeRO-3 pads the last partition, so that all are of one length.
     """
-    replica, place = divmod(rank, parallelism.tp)
-    shape = list(weight.shape)
-    dim = _cut_dim(weight.style, len(shape)) if parallelism.tp > 1 else None
-    if dim is not None:
-        low, high = shard_interval(shape[dim], parallelism.tp, place)
-        shape[dim] = high - low
-    if gathered or parallelism.replicas == 1:
-        return tuple(shape)
-    if parallelism.data == "zero3":
+    if parallelism.data == "zero3" and parallelism.replicas > 1 and not gathered:
         return (-(-weight.numel // parallelism.replicas),)
-    if parallelism.data == "fsdp" and shape:
-        low, high = shard_interval(shape[0], parallelism.replicas, replica)
-        shape[0] = high - low
-    return tuple(shape)
+    placements = _placements(weight.style, len(weight.shape), parallelism, rank)
+    intervals = intervals_by_placements(weight.shape, placements[:1] if gathered else placements)
+    return tuple(stop - start for start, stop in intervals)
+
+
+def _placements(style: str | None, num_dims: int, parallelism: Parallelism, rank: int) -> list[Placement]:
+    """How tensor parallelism cuts a tensor, and FSDP2 what is left."""
+    replica, place = divmod(rank, parallelism.tp)
+    dim = _cut_dim(style, num_dims) if parallelism.tp > 1 else None
+    cut = [Placement(parallelism.tp, place, dim)]
+    if parallelism.data == "fsdp" and num_dims:
+        cut.append(Placement(parallelism.replicas, replica, 0, late=True))
+    return cut
 
 
 def _keeps_step(parallelism: Parallelism) -> bool:
@@ -101,22 +101,13 @@ def _held(
     model_sizes: ModelSizes, projection: Projection, bias: bool, parallelism: Parallelism, rank: int
 ) -> HeldRects:
     """What a rank would hold of a projection's weight or bias, [out, in]."""
-    replica, place = divmod(rank, parallelism.tp)
-    shape = (projection.shape[0], 1) if bias else _stored(projection)
+    shape = (projection.whole(bias) if bias else projection.stored(projection.whole())).shape
     if parallelism.data == "zero3" and parallelism.replicas > 1:
-        rects = held_by_flat_partition(shape, -(-shape[0] * shape[1] // parallelism.replicas), replica)
+        rects = held_by_flat_partition(shape, -(-shape[0] * shape[1] // parallelism.replicas), rank // parallelism.tp)
     else:
-        dim = _cut_dim(model_sizes.styles.get(projection.module), 1 if bias else 2) if parallelism.tp > 1 else None
-        placements = [Placement(parallelism.tp, place, dim)]
-        if parallelism.data == "fsdp":
-            placements.append(Placement(parallelism.replicas, replica, 0, late=True))
-        rects = held_by_placements(shape, placements)
-    return tuple(rect.transposed for rect in rects) if projection.transposed and not bias else rects
-
-
-def _stored(projection: Projection) -> tuple[int, int]:
-    out, into = projection.shape
-    return (into, out) if projection.transposed else (out, into)
+        style = model_sizes.styles.get(projection.module)
+        rects = held_by_placements(shape, _placements(style, 1 if bias else 2, parallelism, rank))
+    return rects if bias else tuple(map(projection.stored, rects))
 
 
 def _seen(model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], tp: int, place: int) -> dict[Site, Rect]:

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from qkov_dist.capture.factors import SampleIndex
+from qkov_dist.capture.passes import DealtTask, TaskPasses
 from qkov_dist.config import RunConfig
-from qkov_dist.data.batches import Objective, make_batches, sequence
-from qkov_dist.data.samples import Sample, Task
-from qkov_dist.distributed.topology import Topology
+from qkov_dist.data.batches import Batch, Objective
+from qkov_dist.data.samples import Task
 from qkov_dist.distributed.world import Alone
 from qkov_dist.layout.heads import Layout
+from qkov_dist.scoring.extent import Scoring, sides
 from qkov_dist.scoring.padded_groups import order_samples
-from qkov_dist.scoring.settings import DTYPES
-from qkov_dist.scoring.tiles import Selection
 
 from .model_sizes import ModelSizes
-from .rank_work import Scoring
 
 
 @dataclass(frozen=True)
@@ -92,14 +90,8 @@ class Workload:
     @cached_property
     def scoring(self) -> Scoring:
         """What is scored, and in which numbers."""
-        name = self.config.compute.factor_dtype
-        return Scoring(
-            Selection(self.config.metric.layers, self.config.metric.heads),
-            self.config.metric.include_bias,
-            sum(self.num_samples),
-            DTYPES[self.config.compute.score_dtype].itemsize,
-            {"float32": 4, "bfloat16": 2}.get(name, self.model_sizes.itemsize),
-            self.on_gpu,
+        return Scoring.of(
+            self.config, sum(self.num_samples), model_itemsize=self.model_sizes.itemsize, on_gpu=self.on_gpu
         )
 
     @property
@@ -108,20 +100,15 @@ class Workload:
         return len(self.tasks[0].samples), len(self.tasks[1].samples)
 
     @property
-    def pooled(self) -> bool:
-        """Whether scores among all pooled samples are needed."""
-        return self.config.statistics.enabled or self.config.output.pairs == "all"
-
-    @property
     def pairs(self) -> tuple[int, int]:
         """(samples in the role of i, samples in the role of j)."""
-        num_a, num_b = self.num_samples
-        return (num_a + num_b, num_a + num_b) if self.pooled else (num_a, num_b)
+        left, right = sides(self.num_samples[0], sum(self.num_samples), pooled=self.config.pooled)
+        return left.stop - left.start, right.stop - right.start
 
     @cached_property
     def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens of each sample of A and of B, as the model sees them."""
-        of_a, of_b = (tuple(len(sequence(s, self.objective).input_ids) for s in task.samples) for task in self.tasks)
+        of_a, of_b = (DealtTask(task.samples, self.objective).lengths for task in self.tasks)
         return of_a, of_b
 
     @cached_property
@@ -136,7 +123,7 @@ class Workload:
     def padded_tokens(self, above: int) -> int:
         """Tokens of all samples kept as factors (no longer than ``above``), with the padding of their groups."""
         num_a, num = self.num_samples[0], sum(self.num_samples)
-        cuts = (0, num) if self.pooled else (0, num_a, num)
+        cuts = (0, num) if self.config.pooled else (0, num_a, num)
         return _padded(self.lengths_pooled, above, cuts)
 
 
@@ -150,34 +137,28 @@ class Dealt:
 
     @cached_property
     def lengths(self) -> list[tuple[int, ...]]:
-        """Tokens of each sample that a peer runs, by peer."""
-        found: list[tuple[int, ...]] = [()] * self.dp_size
-        for lengths in self.work.lengths:
-            for dp_rank, share in enumerate(self._shares(lengths)):
-                found[dp_rank] += tuple(lengths[n] for n in share)
-        return found
+        """Tokens of each sample that a rank runs, by rank."""
+        of_a, of_b = self._tasks
+        return [(*of_a.lengths_on(rank), *of_b.lengths_on(rank)) for rank in range(self.dp_size)]
 
     @cached_property
     def passes(self) -> list[list[Pass]]:
-        """The batches of each peer; where passes need all of them, with idle ones up to the longest list."""
-        found: list[list[Pass]] = [[] for _ in range(self.dp_size)]
-        for task, lengths in zip(self.work.tasks, self.work.lengths, strict=True):
-            of_task = [self._batches(task.samples, share) for share in self._shares(lengths)]
-            longest = max(map(len, of_task)) if self.gathers_weights else 0
-            for dp_rank, batches in enumerate(of_task):
-                idle = (batches or self._batches(task.samples, [0]))[:1]
-                found[dp_rank] += batches + idle * (longest - len(batches))
-        return found
+        """The batches of each rank; where passes need all of them, with idle ones up to the longest list."""
+        both = [
+            TaskPasses(dealt, self.work.batch_tokens, self.gathers_weights, [sample.id for sample in dealt.samples])
+            for dealt in self._tasks
+        ]
+        ranks = range(self.dp_size)
+        return [[_shape(batch) for of_task in both for batch, _ in of_task.on(rank)] for rank in ranks]
 
-    def _shares(self, lengths: Sequence[int]) -> list[list[int]]:
-        return Topology(dp_group=SimulatedWorld(0, self.dp_size)).deal_samples(lengths)
+    @cached_property
+    def _tasks(self) -> tuple[DealtTask, DealtTask]:
+        of_a, of_b = (DealtTask(task.samples, self.work.objective, self.dp_size) for task in self.work.tasks)
+        return of_a, of_b
 
-    def _batches(self, samples: Sequence[Sample], share: Sequence[int]) -> list[Pass]:
-        chosen = [samples[n] for n in share]
-        names = [sample.id for sample in chosen]
-        size, objective = self.work.batch_tokens, self.work.objective
-        batches = make_batches(chosen, names=names, batch_tokens=size, objective=objective)
-        return [Pass(*map(int, (*batch.targets.shape, batch.num_targets.sum()))) for batch in batches]
+
+def _shape(batch: Batch) -> Pass:
+    return Pass(*map(int, (*batch.targets.shape, batch.num_targets.sum())))
 
 
 @lru_cache(maxsize=64)

@@ -11,11 +11,13 @@ files lie beside it hold what it holds, and go, whichever ranks' they are.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import count
 from pathlib import Path
+
+from qkov_dist.console import SILENT, Console
 
 from .disk import file_errors
 from .hdf5_write import remove_leftovers
@@ -26,7 +28,7 @@ from .reduce import add_layers
 CARRIED = "carried.h5"
 
 
-def carry_over(folder: Path, header: PartialHeader, say: Callable[[str], object]) -> list[int]:
+def carry_over(folder: Path, header: PartialHeader, console: Console = SILENT) -> list[int]:
     """Add up what other numbers of ranks finished; returns the layers that ``carried.h5`` has then.
 
     One process calls this, before any rank opens its partial file.
@@ -34,7 +36,7 @@ def carry_over(folder: Path, header: PartialHeader, say: Callable[[str], object]
     Args:
         folder: The output folder; it may not exist yet.
         header: That of rank 0 in this run.
-        say: Takes a line about what was found.
+        console: Is told what was found.
 
     Raises:
         QkovError: for damaged files, and a folder that cannot be written.
@@ -60,7 +62,7 @@ def carry_over(folder: Path, header: PartialHeader, say: Callable[[str], object]
     for partial in others:
         _put_away(partial, set(carried))
     worlds = ", ".join(str(n) for n in sorted({partial.header.world_size for partial in others}))
-    say(f"{len(carried)} layers of this run were finished on {worlds} ranks and are taken over")
+    console.say(f"{len(carried)} layers of this run were finished on {worlds} ranks and are taken over")
     return carried
 
 

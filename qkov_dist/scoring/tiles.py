@@ -234,7 +234,7 @@ def _check_disjoint(tiles: Sequence[Tile]) -> None:
 
 
 def _whole(projection: Projection, bias: bool) -> tuple[Rect, ...]:
-    return (Rect.of_shape(projection.shape[0], 1 if bias else projection.shape[1]),)
+    return (projection.whole(bias),)
 
 
 def _no_such_layer(index: int, layout: Layout) -> QkovError:

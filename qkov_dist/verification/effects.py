@@ -7,22 +7,17 @@ For one head's slice W of one block, with gbar_T the mean gradient of task T's s
 the mean loss of A's samples after one gradient step on B that moves nothing but this slice; weights are restored bit
 for bit. To first order the change is -eta gbar_A . gbar_B, so that for a small step no number can predict the *signed*
 change better than the plain inner product. The other plain baseline is ||gbar_A|| ||gbar_B||, the most that the inner
-product can be. A score is worth its Fisher where it ranks heads at least as well as these.
-
-Ranks are compared over all heads, and within each block (then averaged), since scores of different blocks are not on
-one scale. Intervals resample heads, within their block.
+product can be. A score is worth its Fisher where it ranks heads at least as well as these (``agreement``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from qkov_dist.capture.losses import sample_losses
@@ -31,6 +26,7 @@ from qkov_dist.data.copies import different_pairs
 from qkov_dist.data.samples import Sample
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS, HeadSlice, Projection, Site
+from qkov_dist.layout.weights import changed, region_of
 from qkov_dist.modes import evaluating, input_device
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.score import Score, sample_gradients
@@ -38,11 +34,6 @@ from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.stats.permutation import draw_labels, head_nulls, pair_counts
 
 from .examined_model import Captured, ExaminedModel
-
-Floats = npt.NDArray[np.float64]
-HARM = ("-signed", "interference", "overlap", "||gA|| ||gB||", "-gA.gB")
-SIZE = ("|signed|", "interference", "overlap", "||gA|| ||gB||", "|gA.gB|")
-BASELINE = {"change": "-gA.gB", "|change|": "||gA|| ||gB||"}
 
 
 @dataclass(frozen=True)
@@ -67,33 +58,6 @@ class HeadEffect:
     target: Target
     predicted: Mapping[str, float]
     changes: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Rank correlation of one predictor with the measured change.
-
-    Attributes:
-        step: eta.
-        measured: ``change`` (signed; above 0 is harm) or ``|change|``.
-        predictor: Which number.
-        rho: Spearman's rank correlation over all heads.
-        interval: Its 95% bootstrap interval.
-        within: Mean of the blocks' own correlations.
-        within_interval: Its 95% bootstrap interval.
-        gain: ``within`` minus that of the plain baseline; 0 for the baseline itself.
-        gain_interval: Its 95% bootstrap interval, over the same resamples.
-    """
-
-    step: float
-    measured: str
-    predictor: str
-    rho: float
-    interval: tuple[float, float]
-    within: float
-    within_interval: tuple[float, float]
-    gain: float
-    gain_interval: tuple[float, float]
 
 
 def sample_targets(examined: ExaminedModel, count: int, seed: int) -> tuple[Target, ...]:
@@ -157,22 +121,13 @@ def stepped(examined: ExaminedModel, target: Target, updates: Sequence[Tensor]) 
     """Subtract one update [out, in] from each rectangle of a head's slice; restore the weights exactly."""
     with ExitStack() as stack:
         for (projection, piece), update in zip(_pieces(examined, target), updates, strict=True):
-            weight = examined.model.get_submodule(projection.module).get_parameter("weight").detach()
-            stored = piece.rect.transposed if projection.transposed else piece.rect
-            stack.enter_context(
-                _subtracted(weight[stored.rows, stored.cols], update.T if projection.transposed else update)
-            )
+            region = region_of(examined.model.get_submodule(projection.module), projection, piece.rect)
+            stack.enter_context(_subtracted(region, update))
         yield
 
 
-@contextmanager
-def _subtracted(region: Tensor, update: Tensor) -> Iterator[None]:
-    saved = region.clone()
-    try:
-        region.sub_(update.to(region))
-        yield
-    finally:
-        region.copy_(saved)
+def _subtracted(region: Tensor, update: Tensor) -> AbstractContextManager[None]:
+    return changed([region], lambda place: place.sub_(update.to(place)))
 
 
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -255,53 +210,3 @@ def _pooled_statistics(captured: Captured, score: Score) -> dict[Target, dict[st
                 values = {name: float(null.values[place, 0]) for name, null in nulls.items()}
                 found[Target(layer.layer, block, head)] = values
     return found
-
-
-def agreements(effects: Sequence[HeadEffect], steps: Sequence[float], *, resamples: int, seed: int) -> list[Agreement]:
-    """Rank correlation of every predictor with the measured changes, for every step size."""
-    blocks = np.array([effect.target.block for effect in effects])
-    members = [np.flatnonzero(blocks == block) for block in dict.fromkeys(blocks.tolist())]
-    draws = [np.arange(len(effects)), *_resamples(members, resamples, seed)]
-    rows = []
-    for place, step in enumerate(steps):
-        change = np.array([effect.changes[place] for effect in effects])
-        for measured, values, names in (("change", change, HARM), ("|change|", np.abs(change), SIZE)):
-            columns = np.array([[effect.predicted[name] for name in names] for effect in effects])
-            overall = np.array([_rhos(columns[d], values[d]) for d in draws])
-            within = np.array([_within(columns, values, blocks, d) for d in draws])
-            gain = within - within[:, [names.index(BASELINE[measured])]]
-            for at, name in enumerate(names):
-                numbers = (number for drawn in (overall, within, gain) for number in _with_interval(drawn[:, at]))
-                rows.append(Agreement(step, measured, name, *numbers))  # type: ignore[arg-type]
-    return rows
-
-
-def _resamples(members: Sequence[npt.NDArray[np.intp]], count: int, seed: int) -> Iterator[npt.NDArray[np.intp]]:
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        yield np.concatenate([rng.choice(of_block, len(of_block)) for of_block in members])
-
-
-def _rhos(columns: Floats, values: Floats) -> Floats:
-    """Spearman's rank correlation of each column [heads, P] with values [heads]; NaN where one side is constant."""
-    ranks = rankdata(np.column_stack([columns, values]), axis=0)
-    ranks -= ranks.mean(axis=0)
-    norms = np.linalg.norm(ranks, axis=0)
-    scale = norms[:-1] * norms[-1]
-    rhos: Floats = np.divide(ranks[:, :-1].T @ ranks[:, -1], scale, out=np.full(len(scale), np.nan), where=scale > 0)
-    return rhos
-
-
-def _within(columns: Floats, values: Floats, blocks: npt.NDArray[np.str_], drawn: npt.NDArray[np.intp]) -> Floats:
-    """Mean over blocks of the correlations inside a block, [P]."""
-    of_block = [drawn[blocks[drawn] == block] for block in np.unique(blocks)]
-    found: Floats = np.mean([_rhos(columns[heads], values[heads]) for heads in of_block], axis=0)
-    return found
-
-
-def _with_interval(drawn: Floats) -> tuple[float, tuple[float, float]]:
-    """The observed value (the first) and the middle 95% of the resampled ones."""
-    if len(drawn) < 2 or np.isnan(drawn[1:]).all():
-        return float(drawn[0]), (float("nan"), float("nan"))
-    low, high = np.nanquantile(drawn[1:], (0.025, 0.975))
-    return float(drawn[0]), (float(low), float(high))

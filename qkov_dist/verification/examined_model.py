@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,8 +18,8 @@ from qkov_dist.data.batches import Objective
 from qkov_dist.data.samples import Sample
 from qkov_dist.distributed.ownership import Owned
 from qkov_dist.layout.heads import AttentionLayer, Layout, Projection
-from qkov_dist.layout.probe import is_plain
 from qkov_dist.layout.rects import Rect
+from qkov_dist.layout.weights import changed, is_plain, region_of
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
@@ -152,20 +152,13 @@ class ExaminedModel:
             _multiply_all(unique.values(), 0.5)
 
 
-@contextmanager
-def _multiplied(linear: nn.Module, projection: Projection, rect: Rect, factor: float, block: str) -> Iterator[None]:
-    stored = rect.transposed if projection.transposed else rect
-    regions = [linear.get_parameter("weight").detach()[stored.rows, stored.cols]]
+def _multiplied(
+    linear: nn.Module, projection: Projection, rect: Rect, factor: float, block: str
+) -> AbstractContextManager[None]:
+    regions = [region_of(linear, projection, rect)]
     if projection.has_bias and block != "O":
         regions.append(linear.get_parameter("bias").detach()[rect.rows])
-    saved = [region.clone() for region in regions]
-    try:
-        for region in regions:
-            region.mul_(factor)
-        yield
-    finally:
-        for region, values in zip(regions, saved, strict=True):
-            region.copy_(values)
+    return changed(regions, lambda region: region.mul_(factor))
 
 
 def _multiply_all(parameters: Iterable[Tensor], factor: float) -> None:

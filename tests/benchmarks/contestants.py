@@ -101,7 +101,7 @@ def product(subject: Subject, order: Order) -> Work:
 
     def work() -> Found:
         with timed_phases() as watch, counted_bytes() as sent:
-            run(next(configs), say=lambda line: None, show_progress=False)
+            run(next(configs))
         phases = {name: watch.wall[name] for name in (*PHASES, REST)}
         cpu = {f"{name} (cpu)": watch.cpu[name] for name in phases}
         return {
@@ -180,7 +180,7 @@ def agreement(subject: Subject, order: Order) -> Work:
     config = same_metric(_product_config(few, order, 0))
 
     def work() -> Found:
-        heatmap = run(config, say=lambda line: None, show_progress=False)
+        heatmap = run(config)
         assert isinstance(heatmap, Heatmap)
         return {"deviation": loop_deviation(few, heatmap)}
 

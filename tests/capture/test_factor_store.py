@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qkov_dist.capture.hooks import Factors
+from qkov_dist.capture.sinks import Factors
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.data.batches import Batch
 from qkov_dist.errors import QkovError

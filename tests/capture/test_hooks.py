@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from zoo import TINY, VOCAB
 
-from qkov_dist.capture.hooks import Factors, capture
+from qkov_dist.capture.hooks import capture
+from qkov_dist.capture.sinks import Factors
 from qkov_dist.data.batches import make_batches
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site

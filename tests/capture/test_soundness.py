@@ -120,7 +120,7 @@ def test_a_projection_that_is_no_linear_map_is_refused_by_name(kind, projection)
         job_for(LLAMA).run(model)
     if projection == "o_proj":  # the layout's own proof names the map too, not the layout
         with pytest.raises(QkovError, match="expected a projection that is Y = X W"):
-            resolve_proved(model, layers=[1])
+            prove(model, resolve(model), layers=[1])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -57,7 +57,7 @@ def finished(tmp_path_factory):
         "output": {"dir": str(folder / "one"), "pairs": "all"},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
-    run(from_dict(raw), say=lambda _: None, show_progress=False)
+    run(from_dict(raw))
     _write_as_three_ranks(raw, folder)
     return folder
 
@@ -70,7 +70,7 @@ def _write_as_three_ranks(raw: dict, folder: Path) -> None:
             patch.setattr(qkov_dist.distributed.topology.Topology, "owned", lambda self, owner=owner: owner)
             place = {"dir": str(folder / f"third-{rank}"), "pairs": "all"}
             with contextlib.suppress(QkovError):  # a third of the scores is no heatmap
-                run(from_dict({**raw, "output": place}), say=lambda _: None, show_progress=False)
+                run(from_dict({**raw, "output": place}))
             third = read_partial(partial_path(folder / f"third-{rank}", 0))
             header = dataclasses.replace(third.header, rank=rank, world_size=3)
             with PartialWriter(partial_path(folder / "three", rank), header) as writer:
@@ -337,7 +337,7 @@ def _with_key(extra: dict, section: str, key: str, value: object) -> dict:
 def test_the_simulated_ranks_are_those_of_the_run(finished):
     """The thirds are of one and the same run, so that what is merged here is what a run of three would leave."""
     raw = yaml.safe_load((finished / "run.yaml").read_text())
-    job = prepare(from_dict(raw), Alone(), lambda _: None)
+    job = prepare(from_dict(raw), Alone())
     assert {read_partial(partial_path(finished / "three", rank)).header.run_id for rank in range(3)} == {job.run_id}
 
 

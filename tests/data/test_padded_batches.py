@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qkov_dist.data.batches import samples_of_batch
+from qkov_dist.data.given import samples_of_batch
 from qkov_dist.errors import QkovError
 
 IDS = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 9]])

@@ -19,7 +19,8 @@ from qkov_dist.config import ModelConfig
 from qkov_dist.distributed import fingerprint as fingerprint_module
 from qkov_dist.distributed.fingerprint import checksum, fingerprint
 from qkov_dist.errors import QkovError
-from qkov_dist.loading.models import load_model, meta_model
+from qkov_dist.loading.architecture import meta_model
+from qkov_dist.loading.models import load_model
 
 
 def parts(matrix: torch.Tensor, rows: list[int], cols: list[int]) -> list[tuple[int, int]]:

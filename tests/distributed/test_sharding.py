@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from zoo import TINY
 
 from qkov_dist.config import ParallelConfig
 from qkov_dist.distributed.ownership import assign
 from qkov_dist.distributed.parallelism import Parallelism, resolve_parallelism
-from qkov_dist.distributed.sharding import (
+from qkov_dist.distributed.placements import (
     Placement,
     held_by_flat_partition,
     held_by_placements,
-    parameter_name,
-    parameters_of,
+    intervals_by_placements,
+    placements_of,
     shard_interval,
 )
-from qkov_dist.distributed.topology import Topology
+from qkov_dist.distributed.sharding import parameter_name, parameters_of
+from qkov_dist.distributed.topology import deal_samples
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.rects import Rect, check_exact_cover
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.loading.models import meta_model
+from qkov_dist.loading.architecture import meta_model
 
 SIZES = st.integers(1, 40)
 AXES = st.integers(1, 6)
@@ -58,6 +64,43 @@ def test_fully_sharded_rows_are_cut_inside_the_tensor_parallel_shard():
     assert held[0] == (Rect(0, 2, 0, 4),)  # fsdp 0 of tp 0
     assert held[3] == (Rect(2, 4, 0, 4),)  # fsdp 1 of tp 0
     assert held[1] == (Rect(4, 6, 0, 4),)  # fsdp 0 of tp 1
+
+
+KINDS = {
+    "both replicate": (Replicate(), Replicate()),
+    "fsdp": (Shard(0), Replicate()),
+    "tp columns": (Replicate(), Shard(1)),
+    "rows and columns": (Shard(0), Shard(1)),
+    "rows twice": (Shard(0), Shard(0)),
+    "fsdp inside tp": (_StridedShard(0, split_factor=3), Shard(0)),
+}
+
+
+class Mesh:
+    """One place of a mesh of 4 x 3 ranks."""
+
+    ndim = 2
+
+    def __init__(self, place: tuple[int, int]) -> None:
+        self.place = place
+
+    def size(self, axis: int) -> int:
+        return (4, 3)[axis]
+
+    def get_coordinate(self) -> list[int]:
+        return list(self.place)
+
+
+@given(rows=SIZES, cols=SIZES, place=st.tuples(st.integers(0, 3), st.integers(0, 2)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_lie_where_torch_says_that_they_do(kind, rows, cols, place):
+    rows *= 3  # heads are cut evenly by tensor parallelism; where it is uneven torch's own word is not what FSDP2 does
+    tensor = SimpleNamespace(ndim=2, device_mesh=Mesh(place), placements=KINDS[kind])
+    intervals = intervals_by_placements((rows, cols), placements_of(tensor))
+    shape, offset = _compute_local_shape_and_global_offset((rows, cols), (4, 3), list(place), KINDS[kind])
+    assert tuple(stop - start for start, stop in intervals) == shape
+    if 0 not in shape:
+        assert tuple(start for start, _ in intervals) == offset
 
 
 @given(rows=SIZES, cols=SIZES, num=AXES)
@@ -119,16 +162,9 @@ def test_an_overlap_names_the_parameter_and_the_ranks():
         assign(LAYOUT, LAYERS, held)
 
 
-class DpGroup:
-    """A world of simulated size."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.rank = size, 0
-
-
 @given(lengths=st.lists(st.integers(1, 100), max_size=30), size=AXES)
 def test_every_sample_is_run_by_exactly_one_rank_of_a_dp_group(lengths, size):
-    dealt = Topology(dp_group=DpGroup(size)).deal_samples(lengths)
+    dealt = deal_samples(lengths, size)
     assert sorted(n for numbers in dealt for n in numbers) == list(range(len(lengths)))
     loads = [sum(lengths[n] for n in numbers) for numbers in dealt]
     assert max(loads) - min(loads) <= max(lengths, default=0)

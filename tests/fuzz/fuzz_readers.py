@@ -69,7 +69,7 @@ def _resume(folder: Path) -> None:
 
 def _carry(folder: Path) -> None:
     """One rank takes over what two had finished."""
-    carry_over(folder, header(0, world_size=1), lambda _: None)
+    carry_over(folder, header(0, world_size=1))
 
 
 def _gather(folder: Path) -> None:
@@ -77,7 +77,7 @@ def _gather(folder: Path) -> None:
 
 
 def _merge(folder: Path) -> None:
-    heatmap = merge_folder(folder, world=Alone(), say=lambda _: None, show_progress=False)
+    heatmap = merge_folder(folder, world=Alone())
     assert heatmap is not None
     print_summary(heatmap, folder)
 

@@ -74,7 +74,7 @@ def results() -> dict[str, bytes]:
                     writer.write_layer(layer, *_layer(layer, rank))
                     if (folder / LAYER_FILE).exists():
                         found[LAYER_FILE] = (folder / LAYER_FILE).read_bytes()
-        merge_folder(folder, world=Alone(), say=lambda _: None, show_progress=False)
+        merge_folder(folder, world=Alone())
         return found | {name: (folder / name).read_bytes() for name in (HEATMAP, *PARTIALS)}
 
 

@@ -25,7 +25,9 @@ from qkov_dist.distributed.fingerprint import fingerprint
 from qkov_dist.distributed.parallelism import Parallelism, load_parallel
 from qkov_dist.distributed.world import Alone
 from qkov_dist.errors import QkovError
-from qkov_dist.loading.models import base_config, load_model, meta_model
+from qkov_dist.loading.architecture import meta_model
+from qkov_dist.loading.models import load_model
+from qkov_dist.loading.whereabouts import base_config
 
 SAMPLES = {"a": mixed_samples(3, VOCAB, seed=1), "b": mixed_samples(2, VOCAB, seed=2)}
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]}

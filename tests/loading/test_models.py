@@ -34,8 +34,9 @@ from zoo import TINY
 from qkov_dist.config import ModelConfig
 from qkov_dist.distributed.fingerprint import fingerprint
 from qkov_dist.errors import QkovError
-from qkov_dist.loading import models
-from qkov_dist.loading.models import LoadedModel, load_model, meta_model
+from qkov_dist.loading import explained, whereabouts
+from qkov_dist.loading.architecture import meta_model
+from qkov_dist.loading.models import LoadedModel, load_model
 
 BERT_SIZES = {
     "vocab_size": 40,
@@ -231,7 +232,7 @@ def test_real_gguf() -> None:
 )
 def test_local_path_that_is_not_there_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "_hub_reachable", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(whereabouts, "_hub_reachable", lambda: pytest.fail("asked the hub"))
     error = refused(path)
     assert error.where == path
 
@@ -247,7 +248,7 @@ def test_hub_id_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch, t
         raise TimeoutError("no route")
 
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "getproxies", dict)
+    monkeypatch.setattr(whereabouts, "getproxies", dict)
     monkeypatch.setattr(socket, "create_connection", unreachable)
     for path in ("some-org/model-that-is-not-cached", "model-that-is-not-cached"):
         error = refused(path, revision="main")
@@ -260,13 +261,13 @@ def test_hub_id_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch, t
 
 def test_hub_behind_a_proxy_is_taken_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "getproxies", lambda: {"https": "proxy:1"})
-    assert models._hub_reachable()
+    monkeypatch.setattr(whereabouts, "getproxies", lambda: {"https": "proxy:1"})
+    assert whereabouts._hub_reachable()
 
 
 def test_an_id_that_the_hub_does_not_know_points_to_the_id_and_the_network() -> None:
     text = f"org/none is not a valid model identifier listed on '{hub.HUGGINGFACE_CO_URL_HOME}models'"
-    with pytest.raises(QkovError, match="Check the id"), models._explained("org/none", "a model that loads"):
+    with pytest.raises(QkovError, match="Check the id"), explained.explained("org/none", "a model that loads"):
         raise OSError(text)
 
 

@@ -23,7 +23,8 @@ from qkov_dist.config import ModelConfig
 from qkov_dist.distributed.sharded_proof import prove_stand_in
 from qkov_dist.layout.proof import resolve_proved
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.loading.models import load_model, meta_model
+from qkov_dist.loading.architecture import meta_model
+from qkov_dist.loading.models import load_model
 
 TEXT = {**COMMON, **GROUPED}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}

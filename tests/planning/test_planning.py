@@ -80,7 +80,7 @@ def measure(raw: dict, folder: Path) -> tuple[list[Cost], list[list[int]], list[
     """Plan a job and run it as `qkov run` does; every rank's costs, the sweeps, and what this rank measured."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        job = prepare(from_dict(raw), current(), lambda line: None)
+        job = prepare(from_dict(raw), current())
         plan = plan_of_job(job)
         measured = Measured()
         measured.see_model(job.loaded.model)
@@ -172,11 +172,7 @@ def simulate(raw: dict, world_size: int) -> RunPlan:
     parallelism = Parallelism(parallel.get("tp", 1), parallel.get("shard", "none"), replicas)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return plan_simulated(workload_of(prepare(from_dict({**raw, "parallel": {}}), current(), silent)), parallelism)
-
-
-def silent(_line: str) -> None:
-    """Say nothing."""
+        return plan_simulated(workload_of(prepare(from_dict({**raw, "parallel": {}}), current())), parallelism)
 
 
 def test_factors_beyond_memory_and_disk_are_planned_as_they_are_kept(folder, tmp_path):
@@ -431,7 +427,7 @@ def test_measured_figures_stand_beside_planned_ones(folder, tmp_path):
     raw = settings(folder, "llama", "x", {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = plan_of_job(prepare(from_dict(raw), current(), silent))
+        plan = plan_of_job(prepare(from_dict(raw), current()))
     _, _, measured = measure(raw, tmp_path)
     (cost,) = plan.costs
     measured[0].weights = cost.weights // 2
@@ -454,7 +450,7 @@ def test_files_are_planned_as_they_are_written(pairs, folder, tmp_path):
     raw["tasks"] = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("more_a", "more_b")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (cost,) = plan_of_job(prepare(from_dict(raw), current(), silent)).costs
-        run(from_dict(raw), say=silent, show_progress=False)
+        (cost,) = plan_of_job(prepare(from_dict(raw), current())).costs
+        run(from_dict(raw))
     written = sum((tmp_path / name).stat().st_size for name in ("heatmap.h5", "partial_rank00000.h5"))
     assert cost.written == pytest.approx(written, rel=0.1)

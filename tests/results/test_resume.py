@@ -62,7 +62,7 @@ def run_until(raw: dict, layer: int) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run(from_dict(raw), say=lambda line: None, show_progress=False)
+            run(from_dict(raw))
     except QkovError as error:
         current().all_gather(None)  # every rank owns a part of every layer: each has recorded what it finished
         return str(error)
@@ -168,9 +168,9 @@ def test_a_kill_at_any_step_of_carrying_loses_nothing_and_counts_nothing_twice(s
         else:
             patch.setattr(resume, "read_partial", killed)
         with pytest.raises(KeyboardInterrupt):
-            carry_over(half, header, lambda line: None)
-    assert carry_over(half, header, lambda line: None) == [0, 1, 2]
-    assert carry_over(half, header, lambda line: None) == [0, 1, 2]
+            carry_over(half, header)
+    assert carry_over(half, header) == [0, 1, 2]
+    assert carry_over(half, header) == [0, 1, 2]
     assert list_partials(half) == ()
     run_quietly(resumed(folder, half.name))
     assert_right(folder, half.name)
@@ -182,7 +182,7 @@ def test_what_a_killed_rank_left_behind_goes(half, folder):
         left.mkdir(parents=True)
         (left / "x_00000.bin").write_bytes(bytes(100))
         (left.parent / "layer_0004.h5.part").write_bytes(bytes(10))
-    assert carry_over(half, header_of(half, 2), lambda line: None) == [0, 1, 2]
+    assert carry_over(half, header_of(half, 2)) == [0, 1, 2]
     assert not list(half.rglob("qkov-factors-*"))[1:]  # rank 1 clears its own folder
     run_quietly(resumed(folder, half.name))
     assert_right(folder, half.name)
@@ -193,7 +193,7 @@ def test_files_of_another_run_are_left_alone(half):
     header = header_of(half, 2)
     other = qkov_dist.results.partials.PartialHeader("another", 0, 2, header.n_left, header.n_right, header.layers)
     before = {path: path.stat().st_mtime_ns for path in half.rglob("*")}
-    assert carry_over(half, other, lambda line: None) == []
+    assert carry_over(half, other) == []
     assert {path: path.stat().st_mtime_ns for path in half.rglob("*")} == before
 
 

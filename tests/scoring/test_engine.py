@@ -16,7 +16,7 @@ from samples import mixed_samples
 from zoo import TINY, VOCAB, Tiny
 
 from qkov_dist.capture.collect import Collection
-from qkov_dist.capture.hooks import Factors
+from qkov_dist.capture.sinks import Factors
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.data.batches import Batch
 from qkov_dist.layout.heads import Site

@@ -10,7 +10,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import AttentionLayer, HeadSlice, Layout, Projection
 from qkov_dist.layout.rects import Rect, check_exact_cover
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.loading.models import meta_model
+from qkov_dist.loading.architecture import meta_model
 from qkov_dist.scoring.tiles import SHARED_O_BIAS, Selection, make_tile_plan
 
 

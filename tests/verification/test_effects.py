@@ -18,7 +18,8 @@ from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.verification.effects import HeadEffect, Target, agreements, measure, sample_targets, stepped
+from qkov_dist.verification.agreement import agreements
+from qkov_dist.verification.effects import HeadEffect, Target, measure, sample_targets, stepped
 from qkov_dist.verification.examined_model import ExaminedModel
 
 STEP = 0.3

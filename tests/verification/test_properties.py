@@ -10,8 +10,8 @@ from samples import mixed_samples
 from zoo import TINY, VOCAB
 
 import qkov_dist.data.batches
+import qkov_dist.verification.changed_model
 import qkov_dist.verification.examined_model
-import qkov_dist.verification.properties
 from qkov_dist.data.batches import Batch
 from qkov_dist.data.samples import IGNORED
 from qkov_dist.layout.heads import HeadSlice, Layout
@@ -19,7 +19,8 @@ from qkov_dist.layout.rects import Rect
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.verification.examined_model import ExaminedModel
-from qkov_dist.verification.properties import PropertyResult, run_checks
+from qkov_dist.verification.properties import run_checks
+from qkov_dist.verification.property_result import PropertyResult
 
 SIX = {"layout", "additivity", "symmetry", "batch invariance", "scale", "ablation"}
 
@@ -135,7 +136,7 @@ def test_a_leaking_pad_breaks_batch_invariance(monkeypatch):
 
 
 def test_a_fixed_ridge_breaks_scale(monkeypatch):
-    monkeypatch.setattr(qkov_dist.verification.properties, "EXACT", ScoreSettings(ridge_absolute=1.0))
+    monkeypatch.setattr(qkov_dist.verification.changed_model, "EXACT", ScoreSettings(ridge_absolute=1.0))
     assert broken(list(run_checks(examined_of("llama")))) == {"scale"}
 
 

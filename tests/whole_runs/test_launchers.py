@@ -50,7 +50,7 @@ def job(tmp_path_factory) -> Path:
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run(from_dict(raw), say=lambda _: None, show_progress=False)
+        run(from_dict(raw))
     return folder
 
 

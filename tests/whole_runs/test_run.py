@@ -40,7 +40,7 @@ def test_a_run_equals_the_oracle_and_writes_what_it_promises(config, entry, tmp_
     heatmap = load_heatmap(tmp_path / "out" / "heatmap.h5")
     assert_close(as_blocks(heatmap), expected_scores(entry, entry.build(), job_for(entry)))
     assert heatmap.samples_a.ids == tuple(s.id for s in job_for(entry).a)
-    assert heatmap.samples_b.num_tokens.tolist() == [s.num_labels for s in job_for(entry).b]
+    assert heatmap.samples_b.num_tokens.tolist() == [(s.labels != -100).sum() for s in job_for(entry).b]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "heatmap.h5",
         "partial_rank00000.h5",

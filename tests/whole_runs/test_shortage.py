@@ -165,6 +165,7 @@ from samples import mixed_samples
 from zoo import TINY
 from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.store import FactorStore
+from qkov_dist.console import Console
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
 model = TINY["llama"].build(vocab_size=60000)
@@ -174,7 +175,8 @@ said = []
 Collection(FactorStore(2**30), plan.sites).run(model, "warm", samples[:2])
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, resource.RLIM_INFINITY))
-run = Collection(FactorStore(2**30), plan.sites, batch_tokens=10**6, say=said.append)
+console = Console(warn=said.append)
+run = Collection(FactorStore(2**30), plan.sites, batch_tokens=10**6, console=console)
 run.run(model, "a", samples)
 print(json.dumps({"losses": [r.loss for r in run.records], "said": said}))
 """

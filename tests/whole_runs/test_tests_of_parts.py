@@ -67,8 +67,8 @@ def run_and_merge_again(raw: dict, merged: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = from_dict(raw)
-        run(config, say=lambda line: None, show_progress=False)
-    merge_folder(config.output.dir, merged, world=current(), say=lambda line: None, show_progress=False)
+        run(config)
+    merge_folder(config.output.dir, merged, world=current())
 
 
 @pytest.mark.parametrize(("world_size", "shard"), [(2, "ddp"), (3, "fsdp")])
@@ -80,7 +80,7 @@ def test_ranks_test_the_heads_they_hold(world_size, shard, ranks, folder, one_pr
     assert_same_results(found, one_process)
     assert found.statistics["fdr_corrected"].keys() == one_process.statistics["fdr_corrected"].keys()
     alone = out / "alone.h5"
-    merge_folder(out, alone, say=lambda line: None, show_progress=False)
+    merge_folder(out, alone)
     for again in (load_heatmap(alone), load_heatmap(out / "merged.h5")):
         for block in found.blocks:  # added in the order of ranks wherever that is done: bit for bit
             np.testing.assert_array_equal(again.cross[block], found.cross[block])

@@ -1,0 +1,90 @@
+"""What a model's outputs depend on: tokens that come later, and how long a batch is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qkov_dist.data.batches import Batch, Sequenced, make_batch
+from qkov_dist.errors import QkovError
+from qkov_dist.modes import evaluating, explained_pass, input_device, plain_outputs, without_graph
+
+from .losses import labelled_logits
+from .numerics import moved_by_order
+from .ropes import ropes_by_length
+
+
+def check_causal(model: nn.Module, ids: Tensor) -> None:
+    """Raise where the last of a few tokens [1, T] changes what is predicted at earlier ones.
+
+    Raises:
+        QkovError: names the model.
+    """
+    other = ids.clone()
+    other[0, -1] = next((token for token in ids[0].tolist() if token != ids[0, -1]), 0 if ids[0, -1] else 1)
+    rows = torch.cat([ids, other])
+    logits = _logits(model, batch_of_rows(rows, rows, "row")).view(2, ids.shape[1], -1)[:, :-1]
+    if _differ(logits[0], logits[1], _dtype(model)):
+        raise QkovError(
+            type(model).__name__,
+            expected="a causal decoder: the last token changes no earlier output",
+            got="earlier outputs that change with it (bidirectional, or a prefix without a causal mask)",
+            remedy="Its samples cannot be cut at their last label, nor their tokens be predicted from those before. "
+            "Load it as a causal decoder (is_causal, use_bidirectional_attention), or use a masked LM's class.",
+        )
+
+
+def depends_on_length(model: nn.Module, shortest: Sequenced, longest: int) -> bool:
+    """Whether a sample's outputs change when it is padded to the length of the longest.
+
+    Args:
+        model: The model; all ranks of a pass call this alike.
+        shortest: The sample of fewest tokens, cut where batches would cut it.
+        longest: Tokens of the longest sample, uncut.
+    """
+    if len(shortest.input_ids) == longest:
+        return False
+    if any(_threshold(rope) < longest for rope in ropes_by_length(model)):
+        return True
+    alone = make_batch([shortest], [0], [""])
+    padded = make_batch([shortest], [0], [""], length=longest)
+    return _differ(_logits(model, alone), _logits(model, padded), _dtype(model))
+
+
+def _threshold(rope: nn.Module) -> int:
+    """The longest input of a rope that is as the shortest's; 0 where it does not say."""
+    config = getattr(rope, "config", None)
+    stated = getattr(config, "rope_parameters", None) or {}
+    layers = stated.values() if any(isinstance(value, dict) for value in stated.values()) else [stated]
+    limits = [part.get("original_max_position_embeddings") for part in layers if isinstance(part, dict)]
+    limits += [getattr(rope, "original_max_seq_len", None)]
+    return min((limit for limit in limits if isinstance(limit, int)), default=0)
+
+
+def batch_of_rows(ids: Tensor, targets: Tensor, name: str) -> Batch:
+    """Rows of one length."""
+    ones = torch.ones_like(ids)
+    return Batch(tuple(range(len(ids))), (name,) * len(ids), ids, ones, targets, ones)
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits at the labelled positions, row after row [labelled, vocabulary], on the CPU."""
+    batch = batch.to(input_device(model))
+    with evaluating(model), plain_outputs(model), without_graph(), explained_pass(model):
+        return labelled_logits(model, batch).cpu()
+
+
+def _differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two logits of the same positions are different functions, not different sums."""
+    one, other = one.double(), other.double()
+    size, deviation = (one - one.mean()).norm(), (one - other).norm()
+    return bool(deviation > moved_by_order(dtype) * size)  # not so where either is not finite: that has a name
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The coarsest type that a pass computes in, as far as it can be told: of weights, or of autocast."""
+    device_type = input_device(model).type
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled(device_type):
+        types.add(torch.get_autocast_dtype(device_type))
+    return min(types, key=lambda dtype: (dtype.itemsize, dtype != torch.bfloat16), default=torch.float32)

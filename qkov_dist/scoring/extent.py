@@ -1,0 +1,74 @@
+"""What is scored, and in which numbers: derived from a configuration here, for a run as for its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qkov_dist.config import RunConfig
+from qkov_dist.distributed.ownership import Owned
+from qkov_dist.layout.heads import Layout
+
+from .settings import DTYPES
+from .tiles import Selection, TilePlan, make_tile_plan, tile_bytes
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2}  # of factors, where a configuration names their type
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored, and in which numbers.
+
+    Attributes:
+        selection: Layers and heads.
+        include_bias: Whether biases count.
+        num_samples: Samples whose gradients a tile holds.
+        itemsize: Bytes of a score.
+        factor_itemsize: Bytes of a number of a captured factor.
+        on_gpu: Whether heads are scored on a GPU.
+    """
+
+    selection: Selection
+    include_bias: bool
+    num_samples: int
+    itemsize: int
+    factor_itemsize: int
+    on_gpu: bool = False
+
+    @staticmethod
+    def of(config: RunConfig, num_samples: int, *, model_itemsize: int, on_gpu: bool) -> Scoring:
+        """What a configuration asks for, of a model whose weights have ``model_itemsize`` bytes a number."""
+        return Scoring(
+            Selection(config.metric.layers, config.metric.heads),
+            config.metric.include_bias,
+            num_samples,
+            DTYPES[config.compute.score_dtype].itemsize,
+            ITEMSIZES.get(config.compute.factor_dtype, model_itemsize),
+            on_gpu,
+        )
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of gradients that a tile may have."""
+        return tile_bytes("cuda" if self.on_gpu else "cpu")
+
+    @property
+    def max_elements(self) -> int:
+        """Elements that a tile may have."""
+        return max(self.tile_bytes // (self.num_samples * self.itemsize), 1)
+
+    def tile_plan(self, layout: Layout, owned: Owned | None, most_bytes: int | None = None) -> TilePlan:
+        """The tiles of a rank, of at most ``most_bytes`` of gradients; by default as suits where they are formed."""
+        return make_tile_plan(
+            layout,
+            self.selection,
+            include_bias=self.include_bias,
+            num_samples=self.num_samples,
+            itemsize=self.itemsize,
+            owned=owned,
+            tile_bytes=self.tile_bytes if most_bytes is None else most_bytes,
+        )
+
+
+def sides(num_a: int, num: int, *, pooled: bool) -> tuple[slice, slice]:
+    """Samples in the role of i and of j, among ``num`` of which A's come first: A x B, or all x all where pooled."""
+    return (slice(0, num), slice(0, num)) if pooled else (slice(0, num_a), slice(num_a, num))
