@@ -10,6 +10,7 @@ from zoo import RELATIVES, TINY, VOCAB
 
 from qkov_dist.cli import main
 from qkov_dist.config_file import from_dict
+from qkov_dist.console import Console
 from qkov_dist.results.assemble import assemble
 from qkov_dist.results.metadata import from_json
 from qkov_dist.results.partials import list_partials, read_partial
@@ -49,7 +50,7 @@ def run_quietly(*configurations: dict) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for raw in configurations:
-            run(from_dict(raw), say=said.append, show_progress=False)
+            run(from_dict(raw), Console.of(said.append, show_progress=False))
     return said
 
 
