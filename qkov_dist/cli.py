@@ -19,7 +19,7 @@ from .commands.report import _add_report
 from .commands.run import _add_run
 from .commands.stats import _add_stats
 from .commands.validate import _add_validate
-from .distributed.connect import launched_size
+from .distributed.launchers import launched_size
 from .errors import QkovError
 from .results.disk import disk_errors
 

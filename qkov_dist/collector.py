@@ -27,8 +27,9 @@ from .data.batches import Objective, default_batch_tokens, samples_of_batch
 from .data.samples import Sample, Task, task_fingerprint
 from .distributed.connect import step
 from .distributed.sharded_proof import proved_layout
+from .distributed.shared_errors import same_on_all, together
 from .distributed.topology import make_team
-from .distributed.world import World, same_on_all, together
+from .distributed.world import World
 from .errors import QkovError, choose, wrong_argument
 from .layout.heads import Layout
 from .layout.modules import inner_model, is_masked_lm, text_config

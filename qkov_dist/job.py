@@ -23,8 +23,9 @@ from .data.tasks import load_task
 from .distributed.fingerprint import fingerprint
 from .distributed.parallelism import load_parallel, resolve_parallelism
 from .distributed.sharded_proof import proved_layout
+from .distributed.shared_errors import same_on_all
 from .distributed.topology import Team, make_team
-from .distributed.world import World, same_on_all
+from .distributed.world import World
 from .errors import QkovError
 from .layout.heads import Layout, Site
 from .loading.models import LoadedModel

@@ -20,7 +20,7 @@ from .collector import FisherCollector, QKOVConfig
 from .console import progress_bar
 from .data.copies import look_for_copies
 from .distributed.connect import step
-from .distributed.world import together
+from .distributed.shared_errors import together
 from .errors import QkovError, choose, wrong_argument
 from .layout.heads import BLOCKS
 from .results.assemble import assemble

@@ -21,7 +21,7 @@ from .config import RunConfig
 from .console import Voice, progress_bar
 from .distributed.connect import current
 from .distributed.preemption import stoppable
-from .distributed.world import together
+from .distributed.shared_errors import together
 from .finish import HEATMAP_FILE, finish, statistics_of
 from .job import Job, Say, prepare
 from .memory import kept_heap

@@ -23,7 +23,8 @@ from torch.distributed import distributed_c10d
 
 from qkov_dist.distributed import connect as comm
 from qkov_dist.distributed.connect import connected, connected_by_mpi, current
-from qkov_dist.distributed.world import Alone, SharedError, World, same_on_all, together
+from qkov_dist.distributed.shared_errors import SharedError, same_on_all, together
+from qkov_dist.distributed.world import Alone, World
 from qkov_dist.errors import QkovError
 
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"

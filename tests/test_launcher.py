@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qkov_dist.cli import main
-from qkov_dist.distributed.connect import check_interface, first_host, launched_size, rendezvous
+from qkov_dist.distributed.launchers import check_interface, first_host, launched_size, rendezvous
 from qkov_dist.errors import QkovError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "1234"}

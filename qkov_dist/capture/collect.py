@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qkov_dist.data.batches import Batch, Objective, content_of, make_batches, sequence
 from qkov_dist.data.samples import Sample
+from qkov_dist.distributed.shared_errors import together
 from qkov_dist.distributed.topology import Team
-from qkov_dist.distributed.world import together
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage

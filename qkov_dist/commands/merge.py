@@ -13,7 +13,8 @@ from pathlib import Path
 from qkov_dist.config import RunConfig
 from qkov_dist.config_file import from_dict
 from qkov_dist.console import Voice
-from qkov_dist.distributed.world import Alone, World, together
+from qkov_dist.distributed.shared_errors import together
+from qkov_dist.distributed.world import Alone, World
 from qkov_dist.errors import QkovError
 from qkov_dist.finish import HEATMAP_FILE, finish, statistics_of
 from qkov_dist.job import Say
@@ -104,7 +105,7 @@ def _add_merge(group: Commands) -> None:
 def merge_command(options: argparse.Namespace) -> None:
     """Add up partial files."""
     from qkov_dist.distributed.connect import connected_by_mpi
-    from qkov_dist.distributed.world import SharedError
+    from qkov_dist.distributed.shared_errors import SharedError
     from qkov_dist.finish import HEATMAP_FILE
 
     folder = _run_folder(options.folder)

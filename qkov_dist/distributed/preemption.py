@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from .world import SharedError, World
+from .shared_errors import SharedError
+from .world import World
 
 EXIT_CODE = 128 + signal.SIGTERM
 

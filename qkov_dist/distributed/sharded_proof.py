@@ -23,7 +23,8 @@ from qkov_dist.layout.proof import prove, resolve_proved
 from qkov_dist.layout.resolve import resolve
 
 from .sharding import is_sharded
-from .world import SharedError, World, together
+from .shared_errors import SharedError, together
+from .world import World
 
 NARROW, VOCABULARY = 16, 128
 PER_LAYER = re.compile("layer|block|pattern|_types$")  # names of lists with an entry for each layer, in configurations

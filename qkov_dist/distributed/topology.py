@@ -25,7 +25,8 @@ from .sharding import (
     tensor_parallel_ranks,
     tensor_parallel_rect,
 )
-from .world import Alone, TorchWorld, World, together
+from .shared_errors import together
+from .world import Alone, TorchWorld, World
 
 
 @dataclass(frozen=True)

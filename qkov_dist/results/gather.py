@@ -8,7 +8,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from qkov_dist.distributed.world import World, same_on_all, together
+from qkov_dist.distributed.shared_errors import same_on_all, together
+from qkov_dist.distributed.world import World
 from qkov_dist.errors import QkovError
 from qkov_dist.values import written
 
