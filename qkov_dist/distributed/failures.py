@@ -3,7 +3,8 @@
 A rank that fails leaves a note (:mod:`qkov_dist.distributed.failure_notes`), then closes its connections. The calls of
 the others break on that, and they read the note: a *cause* is a rank's own error, a *symptom* a call that broke because
 of another rank. Where no cause turns up, the ranks without any note are those that died or hang; the first rank to find
-out leaves that too, so that all name the same. A rank whose process holds the store stays until the others have read it.
+out leaves that too, so that all name the same. A rank whose process holds the store stays until the others have read
+it.
 
 Some backends (NCCL) do not notice that a peer is gone, and a rank may be far from its next call: a thread looks for
 notes too, answers that its rank is alive, and ends a process that does not end by itself.
