@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complete(parser, commands.values())  # answers the shell, and ends the process
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(words)
-    if options.name is None:
+    if options.name is None or options.version or options.print_completion:
         return _without_command(parser, options, more)
     _take_overrides(commands[options.name], options, more, words)
     return _exit_code(options)

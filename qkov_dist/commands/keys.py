@@ -75,13 +75,14 @@ def _hint(word: str, words: Sequence[str], flags: Collection[str], *, with_keys:
     """The key or section that a flag names, or the flag or key that it nearly is; nothing where it is like none."""
     flag, equals, value = word.partition("=")
     keys = _keys_by_flag() if with_keys else {}
-    spelled = f"--{flag.lstrip('-').replace('_', '-')}"
-    if spelled in {f"--{key.partition('.')[0]}" for key in keys.get(spelled, ())}:
-        return f"{flag} is a section of the configuration, with the keys {', '.join(keys[spelled])}."
-    near = spelled if spelled in keys else nearest(spelled, [*flags, *keys])
+    spelled = flag.lstrip("-").replace("_", "-")
+    near = spelled if spelled in keys else nearest(spelled, [*(known.lstrip("-") for known in flags), *keys])
     if near not in keys:
-        return f"{flag}: did you mean {near}?" if near else ""
-    settings = [f"{key}={value if equals else _value_after(word, words)}" for key in keys[near]]
+        return f"{flag}: did you mean --{near}?" if near else ""
+    names = keys[near]
+    if near == names[0].partition(".")[0]:
+        return f"The configuration's section {near} has the keys {', '.join(names)}."
+    settings = [f"{name}={value if equals else _value_after(word, words)}" for name in names]
     written = settings[0] if len(settings) == 1 else f"one of {', '.join(settings)}"
     if near != spelled:
         return f"{flag}: did you mean {written}?"
@@ -89,11 +90,11 @@ def _hint(word: str, words: Sequence[str], flags: Collection[str], *, with_keys:
 
 
 def _keys_by_flag() -> dict[str, list[str]]:
-    """Keys by what they might be called as flags: ``--layers``, ``--metric.layers``, or ``--metric`` for all of it."""
+    """Keys by what they might be called as flags: ``layers``, ``metric.layers``, or ``metric`` for all of it."""
     found: dict[str, list[str]] = {}
     for key in KEYS:
         for name in dict.fromkeys((key.rpartition(".")[2], key.partition(".")[0], key)):
-            found.setdefault(f"--{name.replace('_', '-')}", []).append(key)
+            found.setdefault(name.replace("_", "-"), []).append(key)
     return found
 
 
