@@ -38,7 +38,7 @@ def complete(parser: Parser, commands: Iterable[CommandParser]) -> None:
     """Answer the shell that asks for completions, and end the process."""
     for command in commands:
         command.load()
-        for action in command._actions:
+        for action in command.arguments:
             _choose(action)
     autocomplete(parser, always_complete_options=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -18,6 +18,11 @@ class Parser(argparse.ArgumentParser):
     def flags(self) -> Collection[str]:
         """Options as they are written, such as ``--quiet``."""
         return self._option_string_actions.keys()
+
+    @property
+    def arguments(self) -> Sequence[argparse.Action]:
+        """All arguments and options."""
+        return self._actions
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, on one line, and end with exit code 2."""
