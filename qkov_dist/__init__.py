@@ -3,17 +3,22 @@
     from qkov_dist import QKOVConfig, FisherCollector, QKOVInterferenceMetric, QKOVStatistics, load_heatmap
 
 The engine from Python is :mod:`qkov_dist.collector` and :mod:`qkov_dist.metric`; the command line is ``qkov --help``.
+A name is loaded when it is first used: what reads a file need not wait for torch and transformers.
 """
 
 from __future__ import annotations
 
-from .collector import FisherCollector, QKOVConfig
-from .errors import QkovError
-from .layout.resolve import register_layout
-from .metric import QKOVInterferenceMetric
-from .results.heatmap import Heatmap
-from .results.heatmap_file import load_heatmap
-from .stats.statistics import QKOVStatistics
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .collector import FisherCollector, QKOVConfig
+    from .errors import QkovError
+    from .layout.resolve import register_layout
+    from .metric import QKOVInterferenceMetric
+    from .results.heatmap import Heatmap
+    from .results.heatmap_file import load_heatmap
+    from .stats.statistics import QKOVStatistics
 
 __all__ = [
     "FisherCollector",
@@ -25,3 +30,26 @@ __all__ = [
     "load_heatmap",
     "register_layout",
 ]
+
+_HOMES = {  # the imports above once more, for when the program runs
+    "FisherCollector": "collector",
+    "Heatmap": "results.heatmap",
+    "QKOVConfig": "collector",
+    "QKOVInterferenceMetric": "metric",
+    "QKOVStatistics": "stats.statistics",
+    "QkovError": "errors",
+    "load_heatmap": "results.heatmap_file",
+    "register_layout": "layout.resolve",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value  # the next use finds it there
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,12 +1,12 @@
-"""What a key of the configuration accepts: in words, and as a reader of plain values."""
+"""What a key of the configuration accepts: in words, as a reader of plain values, and as a JSON Schema."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 _HIGHEST = 100_000  # above every number of a layer or head
@@ -15,10 +15,17 @@ _LONGEST_KEY = 200  # that is compared with known ones
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key accepts, in words, and the reader that returns the value or raises ValueError."""
+    """What a key accepts, in words, and the reader that returns the value or raises ValueError.
+
+    Attributes:
+        expected: In words.
+        read: Takes a plain value and returns it as the program uses it.
+        schema: The same as JSON Schema, as far as that can say it; empty where values come from no configuration.
+    """
 
     expected: str
     read: Callable[[object], Any]
+    schema: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _require(ok: bool) -> None:
@@ -49,17 +56,18 @@ def whole(minimum: int) -> Kind:
         _require(minimum <= value < 2**63)
         return value
 
-    return Kind(f"a whole number of at least {minimum}", read)
+    schema = {"type": "integer", "minimum": minimum, "exclusiveMaximum": 2**63}
+    return Kind(f"a whole number of at least {minimum}", read, schema)
 
 
-def _real(expected: str, accepts: Callable[[float], bool]) -> Kind:
+def _real(expected: str, accepts: Callable[[float], bool], **bounds: float) -> Kind:
     def read(value: object) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError
         _require(math.isfinite(value) and accepts(value))
         return float(value)
 
-    return Kind(expected, read)
+    return Kind(expected, read, {"type": "number", **bounds})
 
 
 def one_of(*options: str | bool) -> Kind:
@@ -71,12 +79,13 @@ def one_of(*options: str | bool) -> Kind:
                 return option
         raise ValueError
 
-    return Kind("one of " + ", ".join(str(option).lower() for option in options), read)
+    return Kind("one of " + ", ".join(str(option).lower() for option in options), read, {"enum": [*options]})
 
 
 def optional(kind: Kind) -> Kind:
     """The same kind, or null."""
-    return Kind(f"{kind.expected}, or null", lambda value: None if value is None else kind.read(value))
+    schema = {"anyOf": [kind.schema, {"type": "null"}]}
+    return Kind(f"{kind.expected}, or null", lambda value: None if value is None else kind.read(value), schema)
 
 
 def as_it_is(expected: str, accepts: Callable[[Any], bool]) -> Kind:
@@ -103,12 +112,21 @@ def _selection(value: object) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-TEXT = Kind("text", _text)
-FLAG = Kind("true or false", _flag)
+_NUMBER, _SPAN = {"type": "integer", "minimum": 0, "exclusiveMaximum": _HIGHEST}, r"\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?"
+_NUMBERS = {
+    "anyOf": [
+        {"type": "string", "pattern": f"^{_SPAN}(,{_SPAN})*$"},
+        _NUMBER,
+        {"type": "array", "items": _NUMBER, "minItems": 1},
+    ]
+}
+
+TEXT = Kind("text", _text, {"type": "string", "pattern": r"\S"})
+FLAG = Kind("true or false", _flag, {"type": "boolean"})
 COUNT = whole(1)
-NON_NEGATIVE = _real("a finite number of at least 0", lambda x: x >= 0)
-FRACTION = _real("a number above 0 and below 1", lambda x: 0 < x < 1)
-SELECTION = optional(Kind("a list of numbers from 0, or text such as '0-3,7'", _selection))
+NON_NEGATIVE = _real("a finite number of at least 0", lambda x: x >= 0, minimum=0)
+FRACTION = _real("a number above 0 and below 1", lambda x: 0 < x < 1, exclusiveMinimum=0, exclusiveMaximum=1)
+SELECTION = optional(Kind("a list of numbers from 0, or text such as '0-3,7'", _selection, _NUMBERS))
 
 
 def shown(value: object) -> str:

@@ -1,1 +1,1 @@
-"""The commands of `qkov`: arguments, and one call each."""
+"""The commands of `qkov`, one file each: its arguments, and one call. What a command needs is imported by that call."""

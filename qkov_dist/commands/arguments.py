@@ -1,20 +1,21 @@
-"""What each command does: its parsed options -> one call. Imports wait for the command that needs them."""
+"""Arguments that several commands share, and what becomes of them."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING
 
-from qkov_dist.config import ModelConfig
 from qkov_dist.errors import QkovError
-from qkov_dist.results.heatmap import Heatmap
+
+if TYPE_CHECKING:
+    from qkov_dist.config import ModelConfig
+    from qkov_dist.results.heatmap import Heatmap
 
 
-def _run_folder(place: str) -> Path:
+def run_folder(place: str) -> Path:
     """The folder of a run, given itself or one of the files that the run keeps its scores in.
 
     Raises:
@@ -29,7 +30,8 @@ def _run_folder(place: str) -> Path:
     return path.parent
 
 
-def _model_config(options: argparse.Namespace) -> ModelConfig:
+def model_config(options: argparse.Namespace) -> ModelConfig:
+    """The model that `add_model_arguments` asked for."""
     from qkov_dist.config import ModelConfig
 
     return ModelConfig(
@@ -46,7 +48,7 @@ def say(line: str) -> None:
     print(f"qkov: {line}", file=sys.stderr)
 
 
-def _show(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> None:
+def show_result(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> None:
     """Print the summary on rank 0, and write the page beside ``heatmap.h5``."""
     from qkov_dist.report.summary import print_page, print_summary
     from qkov_dist.report.write import write_page
@@ -59,26 +61,17 @@ def _show(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> No
         print_page(write_page(heatmap, folder))
 
 
-Command = Callable[[argparse.Namespace], None]
+def add_configuration(parser: argparse.ArgumentParser, text: str, *, optional: bool = False) -> None:
+    """The configuration's file, and settings that replace the file's."""
+    if optional:
+        parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help=text)
+    else:
+        parser.add_argument("config", metavar="CONFIG.yaml", help=text)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in the project's own form."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}. See `{self.prog} --help`.", file=sys.stderr)
-        sys.exit(2)
-
-
-def _add(group: Commands, name: str, command: Command, text: str, example: str) -> _Parser:
-    parser = group.add_parser(name, help=text, description=text, epilog=f"example: {example}")
-    parser.set_defaults(command=command)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
-    return parser
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """A model, and how it is loaded."""
     text = "hub id, model directory or .gguf file"
     if optional:
         parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{text} (default: the demo's model)")
@@ -90,18 +83,17 @@ def _add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
-def _positive_float(text: str) -> float:
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return number
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
     return number
-
-
-Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"

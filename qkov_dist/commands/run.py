@@ -3,45 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
+from qkov_dist.distributed.launchers import launched_size
 from qkov_dist.errors import QkovError
 
-from .arguments import Commands, _add, _show, say
+from .arguments import add_configuration, say, show_result
+
+EXAMPLE = "qkov run configs/laptop.yaml metric.layers=0-3 output.dir=runs/first"
 
 
-def _add_run(group: Commands) -> None:
-    parser = _add(
-        group,
-        "run",
-        run_command,
-        "Score two tasks as a configuration says; write heatmap.h5.",
-        "qkov run configs/laptop.yaml metric.layers=0-3 output.dir=runs/first",
-    )
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="configuration file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A configuration, or what it may hold."""
+    add_configuration(parser, "configuration file", optional=True)
     parser.add_argument("--keys", action="store_true", help="list every setting with its default and meaning")
+    parser.add_argument("--schema", action="store_true", help="print the configuration's JSON Schema, for editors")
 
 
-def run_command(options: argparse.Namespace) -> None:
+def execute(options: argparse.Namespace) -> None:
     """Score two tasks as a configuration says."""
-    from qkov_dist.config import describe
-    from qkov_dist.config_file import load_config
-    from qkov_dist.console import Console
-    from qkov_dist.distributed.connect import connected
-    from qkov_dist.run import run
-
-    if options.keys:
-        print(describe())
-        return
-    if options.config is None:
+    if options.keys or options.schema:
+        _print_keys(as_schema=options.schema)
+    elif options.config is None:
         raise QkovError(
             "qkov run",
             expected="a configuration file",
             got="none",
             remedy="Write `qkov run CONFIG.yaml`; `qkov run --keys` lists what it may hold.",
         )
+    else:
+        _run(options)
+
+
+def _print_keys(*, as_schema: bool) -> None:
+    from qkov_dist.config import describe
+
+    from .keys import schema_text
+
+    print(schema_text() if as_schema else describe())
+
+
+def _run(options: argparse.Namespace) -> None:
+    from qkov_dist.config_file import load_config
+
+    # A process alone reads the configuration before it loads what runs one; several ranks refuse it together.
+    early = load_config(options.config, options.overrides) if launched_size(os.environ) == 1 else None
+    from qkov_dist.console import Console
+    from qkov_dist.distributed.connect import connected
+    from qkov_dist.run import run
+
     with connected():
-        config = load_config(options.config, options.overrides)
+        config = early or load_config(options.config, options.overrides)
         heatmap = run(config, Console.of(say, show_progress=not options.quiet))
-    _show(heatmap, Path(config.output.dir))
+    show_result(heatmap, Path(config.output.dir))

@@ -11,22 +11,47 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qkov_dist.distributed.world import Alone
+from qkov_dist.config import RETIRED
 from qkov_dist.errors import QkovError
-from qkov_dist.finish import HEATMAP_FILE, combine
-from qkov_dist.results.gather import gather_partials
-from qkov_dist.results.hdf5_write import refuse_other_run
+from qkov_dist.results.hdf5_write import refuse_output
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.results.heatmap_file import HEATMAP_FILE, load_heatmap
 from qkov_dist.results.partials import list_partials
-from qkov_dist.stats.statistics import QKOVStatistics
-from qkov_dist.stats.stored_tests import changes, settings_of, stored_settings
 
-from .arguments import Commands, _add, _run_folder, _show, say
+from .arguments import run_folder, say, show_result
+
+if TYPE_CHECKING:
+    from qkov_dist.stats.statistics import QKOVStatistics
 
 Say = Callable[[str], object]
+EXAMPLE = "qkov stats runs/demo --permutations 5400 --statistic cross_mean"
+SETTINGS = ("n_permutations", "confidence", "fdr_alpha", "seed", "statistic", "alternative")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A run, the tests' settings, and where they go."""
+    parser.add_argument("folder", metavar="DIR", help="output folder of the run, or heatmap.h5 in it")
+    parser.add_argument("--permutations", dest="n_permutations", type=int, metavar="K", help="relabellings")
+    parser.add_argument("--bootstrap", help=argparse.SUPPRESS)  # given up: says what took its place
+    parser.add_argument("--confidence", type=float, help="of intervals, and of the null's band")
+    parser.add_argument("--alpha", dest="fdr_alpha", type=float, help="level of the false discovery rate")
+    parser.add_argument("--seed", type=int, help="of relabellings")
+    parser.add_argument("--statistic", choices=("overlap", "cross_mean"), help="which one decides what is significant")
+    parser.add_argument("--alternative", choices=("greater", "less", "two-sided"), help="direction of the test")
+    parser.add_argument("--output", metavar="FILE", help="write here and leave DIR/heatmap.h5 as it is")
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Test a finished run again."""
+    if options.bootstrap is not None:
+        remedy = RETIRED["statistics.bootstrap"].replace("statistics.confidence", "--confidence")
+        raise QkovError("--bootstrap", expected="no such option any more", got=options.bootstrap, remedy=remedy)
+    chosen = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    folder = run_folder(options.folder)
+    output = Path(options.output or folder / HEATMAP_FILE)
+    show_result(retest(folder, chosen, say, output), output.parent, output.name)
 
 
 def retest(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | None = None) -> Heatmap:
@@ -49,9 +74,12 @@ def retest(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | N
         remedy = "Finish the run with `qkov run`, or name its output.dir."
         raise QkovError(str(path), expected="the heatmap of a finished run", got="no such file", remedy=remedy)
     stored, output = load_heatmap(path), output or path
+    from qkov_dist.stats.statistics import QKOVStatistics
+    from qkov_dist.stats.stored_tests import settings_of
+
     last = settings_of(stored.attributes, stored.statistics)
     tests = QKOVStatistics(**{**last, **settings})
-    refuse_other_run(output, stored.run_id)
+    refuse_output(output, stored.run_id)
     _say_what_is_replaced(output, tests, str(stored.attributes["score"]), say)
     if stored.pooled is not None:
         say("testing heads")
@@ -67,6 +95,8 @@ def retest(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | N
 
 
 def _say_what_is_replaced(output: Path, tests: QKOVStatistics, score: str, say: Say) -> None:
+    from qkov_dist.stats.stored_tests import changes, stored_settings
+
     before = stored_settings(output)
     if before is None:
         say(f"writing tests into {output}")
@@ -79,6 +109,10 @@ def _tested_partials(folder: Path, run_id: str, tests: QKOVStatistics, say: Say)
     """The tests of the sums of all ranks' partial files."""
     if not list_partials(folder):
         raise _no_pooled_scores(folder, "no partial files, and scores between the two tasks at most")
+    from qkov_dist.distributed.world import Alone
+    from qkov_dist.finish import combine
+    from qkov_dist.results.gather import gather_partials
+
     gathered = gather_partials(folder, Alone())
     if gathered.run_id != run_id:
         remedy = "Move the files of one of the two runs away."
@@ -103,39 +137,3 @@ def _no_pooled_scores(folder: Path, got: str) -> QkovError:
         remedy="Run again into another output.dir, with output.pairs=all, or with statistics.enabled=true and "
         "output.partials=true.",
     )
-
-
-def _add_stats(group: Commands) -> None:
-    parser = _add(
-        group,
-        "stats",
-        stats_command,
-        "Test a finished run again with other settings; what is not given stays as in the last test.",
-        "qkov stats runs/demo --permutations 5400 --statistic cross_mean",
-    )
-    parser.add_argument("folder", metavar="DIR", help="output folder of the run, or heatmap.h5 in it")
-    parser.add_argument("--permutations", dest="n_permutations", type=int, metavar="K", help="relabellings")
-    parser.add_argument("--bootstrap", help=argparse.SUPPRESS)  # given up: says what took its place
-    parser.add_argument("--confidence", type=float, help="of intervals, and of the null's band")
-    parser.add_argument("--alpha", dest="fdr_alpha", type=float, help="level of the false discovery rate")
-    parser.add_argument("--seed", type=int, help="of relabellings")
-    parser.add_argument("--statistic", choices=("overlap", "cross_mean"), help="which one decides what is significant")
-    parser.add_argument("--alternative", choices=("greater", "less", "two-sided"), help="direction of the test")
-    parser.add_argument("--output", metavar="FILE", help="write here and leave DIR/heatmap.h5 as it is")
-
-
-def stats_command(options: argparse.Namespace) -> None:
-    """Test a finished run again."""
-    from qkov_dist.finish import HEATMAP_FILE
-
-    if options.bootstrap is not None:
-        from qkov_dist.config import RETIRED
-
-        remedy = RETIRED["statistics.bootstrap"].replace("statistics.confidence", "--confidence")
-        raise QkovError("--bootstrap", expected="no such option any more", got=options.bootstrap, remedy=remedy)
-    names = ("n_permutations", "confidence", "fdr_alpha", "seed", "statistic", "alternative")
-    chosen = {name: getattr(options, name) for name in names}
-    changes = {name: value for name, value in chosen.items() if value is not None}
-    folder = _run_folder(options.folder)
-    output = Path(options.output or folder / HEATMAP_FILE)
-    _show(retest(folder, changes, say, output), output.parent, output.name)

@@ -1,178 +1,43 @@
-"""``qkov validate``: do scores predict what a step on one task does to the other? A table for a user's own model."""
+"""``qkov validate``: do scores predict what a step on one task does to the other?"""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import cast
 
-from tabulate import tabulate
+from .arguments import add_model_arguments, model_config, positive, positive_float, say
 
-from qkov_dist.config import ModelConfig, TaskConfig
-from qkov_dist.console import Console
-from qkov_dist.data.batches import Objective
-from qkov_dist.data.samples import Sample
-from qkov_dist.data.tasks import load_task
-from qkov_dist.errors import QkovError
-from qkov_dist.layout.proof import resolve_proved
-from qkov_dist.loading.models import LoadedModel, load_model
-from qkov_dist.verification.agreement import Agreement, agreements
-from qkov_dist.verification.effects import HeadEffect, measure, sample_targets
-from qkov_dist.verification.examined_model import ExaminedModel
-
-from .arguments import Commands, _add, _add_model_arguments, _model_config, _positive, _positive_float, say
-
-MAX_LAYERS = 10
+EXAMPLE = "qkov validate ./my-model --heads 40"
 
 
-def validate(
-    config: ModelConfig,
-    *,
-    tasks: tuple[str, str],
-    samples: int,
-    max_tokens: int,
-    heads: int,
-    steps: Sequence[float],
-    bootstrap: int,
-    seed: int,
-    output: str | None,
-    say: Callable[[str], object],
-    show_progress: bool,
-) -> None:
-    """Measure and print.
-
-    Args:
-        config: The model.
-        tasks: Paths of A and of B, as in a configuration.
-        samples: Samples of each task.
-        max_tokens: Samples are cut after so many tokens.
-        heads: How many heads to step in.
-        steps: Step sizes.
-        bootstrap: Resamples of heads for the intervals.
-        seed: Of the choice of heads and the resamples.
-        output: A JSON file to write all numbers to.
-        say: Takes one line about each stage.
-        show_progress: Show a progress bar on stderr.
-
-    Raises:
-        QkovError: for a model or task that cannot be read or run, or weights that cannot be changed.
-    """
-    say(f"loading {config.path}")
-    loaded = load_model(config)
-    for line in loaded.remarks:
-        say(line)
-    layout = resolve_proved(loaded.model)
-    indices = [layer.index for layer in layout.layers]
-    count = min(len(indices), max(-(-heads // 4), 1), MAX_LAYERS)
-    layers = tuple(indices[place * (len(indices) - 1) // max(count - 1, 1)] for place in range(count))
-    a, b = (_samples(loaded, path, samples, max_tokens, say) for path in tasks)
-    examined = ExaminedModel(loaded.model, layout, a, b, layers, cast(Objective, loaded.objective))
-    targets = sample_targets(examined, heads, seed)
-    say(f"one step of {tasks[1]} in each of {len(targets)} heads, measured on {tasks[0]}")
-    with Console(show_progress=show_progress).bar("stepping", len(targets), "head") as advance:
-        effects = measure(examined, targets, steps, advance)
-    rows = agreements(effects, steps, resamples=bootstrap, seed=seed)
-    _print(tasks, layers, effects, rows)
-    if output:
-        _write(Path(output), effects, rows)
-
-
-def _samples(
-    loaded: LoadedModel, path: str, count: int, max_tokens: int, say: Callable[[str], object]
-) -> tuple[Sample, ...]:
-    task = TaskConfig(name=path, path=path, max_samples=count, max_tokens=max_tokens)
-    limits = {"vocab_size": loaded.vocab_size, "max_positions": loaded.max_positions, "objective": loaded.objective}
-    found = load_task(task, loaded.tokenizer, **limits)  # type: ignore[arg-type]
-    for warning in found.warnings:
-        say(f"warning: {warning}")
-    return found.samples
-
-
-def _print(
-    tasks: tuple[str, str], layers: Sequence[int], effects: Sequence[HeadEffect], rows: Sequence[Agreement]
-) -> None:
-    print(f"\nA = {tasks[0]}, B = {tasks[1]}: {len(effects)} heads of layers {list(layers)}")
-    print("Spearman rank correlation with the change of A's loss after one gradient step on B in that head alone")
-    for step in dict.fromkeys(row.step for row in rows):
-        place = list(dict.fromkeys(row.step for row in rows)).index(step)
-        changes = [effect.changes[place] for effect in effects]
-        print(f"\nstep {step:g}: changes from {min(changes):+.2g} to {max(changes):+.2g}\n")
-        print(tabulate([_shown(row) for row in rows if row.step == step], headers="keys", disable_numparse=True))
-    print(f"\n{_verdict(rows)}")
-
-
-def _shown(row: Agreement) -> dict[str, str]:
-    return {
-        "measured": row.measured,
-        "predictor": row.predictor,
-        "all heads": _number(row.rho, row.interval),
-        "within blocks": _number(row.within, row.within_interval),
-        "gain over plain gradients": "baseline"
-        if row.gain_interval == (0, 0)
-        else _number(row.gain, row.gain_interval),
-    }
-
-
-def _number(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
-
-
-def _verdict(rows: Sequence[Agreement]) -> str:
-    """Which scores rank heads better or worse than plain gradients, beyond the intervals."""
-    scores = [row for row in rows if "signed" in row.predictor or row.predictor in ("interference", "overlap")]
-    better = [f"{r.predictor} for {r.measured} at step {r.step:g}" for r in scores if r.gain_interval[0] > 0]
-    worse = [f"{r.predictor} for {r.measured} at step {r.step:g}" for r in scores if r.gain_interval[1] < 0]
-    return (
-        f"better than plain gradients within blocks: {'; '.join(better) or 'none'}\n"
-        f"worse than plain gradients within blocks: {'; '.join(worse) or 'none'}"
-    )
-
-
-def _write(path: Path, effects: Sequence[HeadEffect], rows: Sequence[Agreement]) -> None:
-    content = {"heads": [asdict(effect) for effect in effects], "agreements": [asdict(row) for row in rows]}
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        remedy = "Choose a file in an existing folder with --output."
-        raise QkovError(str(path), expected="a file that can be written", got=str(error), remedy=remedy) from error
-
-
-def _add_validate(group: Commands) -> None:
-    parser = _add(
-        group,
-        "validate",
-        validate_command,
-        "Measure whether scores predict what a gradient step on task B, in one head alone, does to task A's loss.",
-        "qkov validate ./my-model --heads 40",
-    )
-    _add_model_arguments(parser, optional=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A model, two tasks, and how much of them to measure."""
+    add_model_arguments(parser, optional=True)
     parser.set_defaults(dtype="float32")
     parser.add_argument("--task-a", default="builtin:arithmetic", help="whose loss is measured (default: %(default)s)")
     parser.add_argument("--task-b", default="builtin:python", help="whose step is taken (default: %(default)s)")
-    parser.add_argument("--samples", type=_positive, default=8, help="samples of each task (default: 8)")
-    parser.add_argument("--max-tokens", type=_positive, default=48, help="tokens of a sample at most (default: 48)")
+    parser.add_argument("--samples", type=positive, default=8, help="samples of each task (default: 8)")
+    parser.add_argument("--max-tokens", type=positive, default=48, help="tokens of a sample at most (default: 48)")
+    parser.add_argument("--heads", type=positive, default=40, help="heads, spread over blocks and layers (default: 40)")
     parser.add_argument(
-        "--heads", type=_positive, default=40, help="heads, spread over blocks and layers (default: 40)"
+        "--step", type=positive_float, nargs="+", default=[0.1, 1.0], help="step sizes (default: 0.1 1)"
     )
-    parser.add_argument(
-        "--step", type=_positive_float, nargs="+", default=[0.1, 1.0], help="step sizes (default: 0.1 1)"
-    )
-    parser.add_argument("--bootstrap", type=_positive, default=1000, help="resamples of heads (default: 1000)")
+    parser.add_argument("--bootstrap", type=positive, default=1000, help="resamples of heads (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of heads and the resamples (default: 0)")
     parser.add_argument("--output", metavar="FILE.json", help="write all numbers here")
 
 
-def validate_command(options: argparse.Namespace) -> None:
+def execute(options: argparse.Namespace) -> None:
     """Measure what the scores predict."""
     from .demo import demo_model
 
     if options.model is None:
         options.model = str(demo_model())
+    config = model_config(options)
+    from qkov_dist.console import Console
+    from qkov_dist.verification.validate import validate
+
     validate(
-        _model_config(options),
+        config,
         tasks=(options.task_a, options.task_b),
         samples=options.samples,
         max_tokens=options.max_tokens,
@@ -181,6 +46,5 @@ def validate_command(options: argparse.Namespace) -> None:
         bootstrap=options.bootstrap,
         seed=options.seed,
         output=options.output,
-        say=say,
-        show_progress=not options.quiet,
+        console=Console.of(say, show_progress=not options.quiet),
     )

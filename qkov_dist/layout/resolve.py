@@ -231,7 +231,7 @@ def unresolved(model: nn.Module, why: str) -> QkovError:
         got=f"{why}; attention-like parameters [out, in]: {'; '.join(found) or 'none'}",
         remedy=(
             "Register its layout before using it:\n"
-            "    from qkov_dist.layout.resolve import register_layout\n"
+            "    from qkov_dist import register_layout\n"
             f"    orders = {{'q_proj': 'H*q', 'k_proj': 'K*k', 'v_proj': 'K*v', 'o_proj': 'cols H*v'}}\n"
             f"    register_layout({model_type!r}, orders, head_dim='head_dim'{optional})"
         ),

@@ -203,6 +203,18 @@ def refuse_other_run(path: Path, run_id: str) -> None:
         raise QkovError(str(path), expected=wanted, got=got, remedy=remedy)
 
 
+def refuse_output(path: Path, run_id: str) -> None:
+    """Refuse before anything is added up or tested what could not be written after: a path without a folder too.
+
+    Raises:
+        QkovError: as `refuse_other_run` does, and where the file's folder does not exist.
+    """
+    refuse_other_run(path, run_id)
+    if not path.parent.is_dir():
+        remedy = "Make the folder, or choose another --output."
+        raise QkovError(str(path), expected="a file in an existing folder", got="none", remedy=remedy)
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove unfinished files that a killed writer of ``path`` left."""
     for file in path.parent.iterdir():

@@ -238,6 +238,7 @@ def test_what_cannot_be_resolved_is_refused_with_parameters_and_remedy(
     with pytest.raises(QkovError, match=why) as refusal:
         resolve(model)
     message = str(refusal.value)
+    assert "\n    from qkov_dist import register_layout\n" in message
     assert f"register_layout({model_type!r}, orders, head_dim='head_dim')" in message
     assert "attention-like parameters [out, in]: " in message
     if model_type == "stranger":

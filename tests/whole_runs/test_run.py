@@ -220,8 +220,8 @@ def test_other_samples_or_another_model_are_another_run(config, entry, tmp_path,
     entry.build().save_pretrained(folder)
 
 
-def test_no_arguments_and_wrong_commands_exit_with_2(capsys):
-    for arguments in ([], ["fly"], ["run"], ["inspect"], ["demo", "--samples", "0"], ["demo", "--samples", "x"]):
+def test_wrong_commands_exit_with_2(capsys):
+    for arguments in (["fly"], ["run"], ["inspect"], ["demo", "--samples", "0"], ["demo", "--samples", "x"]):
         with pytest.raises(SystemExit) if arguments != ["run"] else _returns() as caught:
             code = main(arguments)
         assert (caught.value.code if arguments != ["run"] else code) == 2
