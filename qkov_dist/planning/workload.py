@@ -44,16 +44,16 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Held:
+class KeptSamples:
     """Some samples at the sites of one threshold: tokens of those kept as factors, and how many are kept otherwise."""
 
     tokens: int
     wholes: int
 
     @staticmethod
-    def of(lengths: Sequence[int], above: int) -> Held:
+    def of(lengths: Sequence[int], above: int) -> KeptSamples:
         """Of samples of these lengths."""
-        return Held(sum(n for n in lengths if n <= above), sum(1 for n in lengths if n > above))
+        return KeptSamples(sum(n for n in lengths if n <= above), sum(1 for n in lengths if n > above))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +129,9 @@ class Workload:
         """Tokens of every sample."""
         return (*self.lengths[0], *self.lengths[1])
 
-    def held(self, above: int) -> Held:
+    def kept(self, above: int) -> KeptSamples:
         """All samples at the sites of one threshold."""
-        return Held.of(self.lengths_pooled, above)
+        return KeptSamples.of(self.lengths_pooled, above)
 
     def padded_tokens(self, above: int) -> int:
         """Tokens of all samples kept as factors (no longer than ``above``), with the padding of their groups."""
@@ -150,30 +150,30 @@ class Dealt:
 
     @cached_property
     def lengths(self) -> list[tuple[int, ...]]:
-        """Tokens of each sample that a peer runs, by peer."""
+        """Tokens of each sample that a data-parallel rank runs, by rank."""
         found: list[tuple[int, ...]] = [()] * self.dp_size
         for lengths in self.work.lengths:
-            for dp_rank, share in enumerate(self._shares(lengths)):
-                found[dp_rank] += tuple(lengths[n] for n in share)
+            for dp_rank, numbers in enumerate(self._numbers_by_dp_rank(lengths)):
+                found[dp_rank] += tuple(lengths[n] for n in numbers)
         return found
 
     @cached_property
     def passes(self) -> list[list[Pass]]:
-        """The batches of each peer; where passes need all of them, with idle ones up to the longest list."""
+        """The batches of each data-parallel rank; where passes need all ranks, with idle ones up to the longest."""
         found: list[list[Pass]] = [[] for _ in range(self.dp_size)]
         for task, lengths in zip(self.work.tasks, self.work.lengths, strict=True):
-            of_task = [self._batches(task.samples, share) for share in self._shares(lengths)]
+            of_task = [self._batches(task.samples, numbers) for numbers in self._numbers_by_dp_rank(lengths)]
             longest = max(map(len, of_task)) if self.gathers_weights else 0
             for dp_rank, batches in enumerate(of_task):
                 idle = (batches or self._batches(task.samples, [0]))[:1]
                 found[dp_rank] += batches + idle * (longest - len(batches))
         return found
 
-    def _shares(self, lengths: Sequence[int]) -> list[list[int]]:
+    def _numbers_by_dp_rank(self, lengths: Sequence[int]) -> list[list[int]]:
         return Topology(dp_group=SimulatedWorld(0, self.dp_size)).deal_samples(lengths)
 
-    def _batches(self, samples: Sequence[Sample], share: Sequence[int]) -> list[Pass]:
-        chosen = [samples[n] for n in share]
+    def _batches(self, samples: Sequence[Sample], numbers: Sequence[int]) -> list[Pass]:
+        chosen = [samples[n] for n in numbers]
         names = [sample.id for sample in chosen]
         size, objective = self.work.batch_tokens, self.work.objective
         batches = make_batches(chosen, names=names, batch_tokens=size, objective=objective)
@@ -182,8 +182,8 @@ class Dealt:
 
 @lru_cache(maxsize=64)
 def _padded(lengths: tuple[int, ...], above: int, cuts: tuple[int, ...]) -> int:
-    table = SampleIndex()
+    sample_index = SampleIndex()
     for number, length in enumerate(lengths):
-        table.add(number, length, as_gradient=length > above)
-    groups = order_samples(range(len(lengths)), table, cuts).groups
+        sample_index.add(number, length, as_gradient=length > above)
+    groups = order_samples(range(len(lengths)), sample_index, cuts).groups
     return sum((group.last - group.first) * group.length for group in groups)

@@ -1,7 +1,7 @@
 """Summed layers become a heatmap: axes, means, what was learnt of the Fisher, and what a reader has to be warned of.
 
-Normalisation (a mean over pairs, a mean of I, a share of elements) happens here, after all sums. Layers come one at a
-time; scores too large for memory wait in a scratch file.
+Normalisation (a mean over pairs, a mean of I, a fraction of elements) happens here, after all sums. Layers come one at
+a time; scores too large for memory wait in a scratch file.
 
 What scores say of single samples: that one's gradients overflow, or that one has none.
 """
