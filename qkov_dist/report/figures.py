@@ -15,6 +15,7 @@ import numpy as np
 
 from qkov_dist.results.block_view import HEAD_DIM, Floats, Ints
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness
 from .tables import test_arrays
@@ -67,7 +68,7 @@ def draw_heatmaps(heatmap: Heatmap) -> Any:
     for axes, (title, key) in zip(figure.subplots(len(rows), len(blocks), squeeze=False), rows, strict=True):
         for axis, block in zip(axes, blocks, strict=True):
             values = _values(heatmap, block, key)
-            is_signed = key != "score" or heatmap.attributes.get("score") == "signed"
+            is_signed = key != "score" or may_be_negative(heatmap.attributes.get("score"))
             scale = values if key == "score" else np.concatenate([_values(heatmap, b, key) for b in blocks], axis=None)
             image = axis.imshow(np.ma.masked_invalid(values), **_colors(scale, is_signed))
             axis.set_facecolor("0.85")
