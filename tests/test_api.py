@@ -12,6 +12,7 @@ from zoo import TINY, VOCAB
 
 from qkov_dist import FisherCollector, QKOVConfig, QkovError, QKOVInterferenceMetric, QKOVStatistics, load_heatmap
 from qkov_dist.scoring.engine import BlockScores
+from qkov_dist.scoring.fisher_sums import no_sums
 
 
 def padded(samples, side: str):
@@ -54,7 +55,11 @@ def as_blocks(heatmap):
     """A heatmap's native scores in the engine's form."""
     return {
         layer: {
-            block: BlockScores(heatmap.natives(block), torch.from_numpy(heatmap.cross[block][place].copy()))
+            block: BlockScores(
+                heads := heatmap.natives(block),
+                torch.from_numpy(heatmap.cross[block][place].copy()),
+                no_sums(len(heads)),
+            )
             for block in heatmap.blocks
         }
         for place, layer in enumerate(heatmap.layers)

@@ -24,9 +24,9 @@ from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.results.metadata import LayerAxes
-from qkov_dist.results.partial_schema import FISHER_COLUMNS
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.block_totals import norm_flops
+from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
 from qkov_dist.scoring.schedule import Round
 from qkov_dist.scoring.score import worth_compiling

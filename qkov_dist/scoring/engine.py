@@ -12,7 +12,7 @@ Every layer that this rank has to score, round by round: factors come, scores go
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ from qkov_dist.memory import scratch_array
 
 from .block_totals import BlockTotals, block_totals
 from .exchange import Exchange
+from .fisher_sums import FisherSums, add, no_sums
 from .kernel import Buffers, Rule, add_tile, tile_flops, tile_gradients
 from .pipeline import Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
-from .score import NO_ELEMENTS, FisherSums, compiled, fisher_sums
+from .score import compiled, fisher_sums
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, SiteFactors
 from .tiles import HeadBatch, LayerTiles, Tile, TilePlan
@@ -41,13 +42,13 @@ class BlockScores:
     Attributes:
         heads: Native heads, [h].
         scores: Partial scores [h, samples left, samples right] in the score dtype, on the CPU.
-        fisher: Summary of I over each head's elements, [h].
+        fisher: What is known of I over each head's elements, [h, columns].
         flops: Floating-point operations of its matrix products.
     """
 
     heads: tuple[int, ...]
     scores: Tensor
-    fisher: list[FisherSums] = field(default_factory=list)
+    fisher: FisherSums
     flops: int = 0
 
 
@@ -102,7 +103,7 @@ def score_layers(
             yield Turn(layer_tiles, layer_tiles.tiles, source)
 
     def score_heads(batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
-        tile, sums = batch.first, [NO_ELEMENTS] * len(batch.heads)
+        tile, sums = batch.first, no_sums(len(batch.heads))
         ridge = ridges[tile.site.layer, tile.block]
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, fused)
         weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
@@ -110,7 +111,7 @@ def score_layers(
         for band in batch.bands:
             gradients = _gradients(band, site, buffers)
             by_task = add_tile(scores, gradients, weights, rule, buffers)
-            sums = [known + more for known, more in zip(sums, fisher_sums(by_task, least), strict=True)]
+            add(sums, fisher_sums(by_task, least))
         flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in batch.heads[0])
         found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
         return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
@@ -123,7 +124,7 @@ def score_layers(
             block = blocks[tile.block]
             at = block.heads.index(tile.head)
             block.scores[at] += part.scores
-            block.fisher[at] += part.fisher
+            add(block.fisher, part.fisher, at)
             block.flops += part.flops
         if done.is_last:
             yield done.layer_tiles, blocks
@@ -161,7 +162,7 @@ def _ridges(layer_tiles: LayerTiles, settings: ScoreSettings, totals: Mapping[st
 def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) -> BlockScores:
     dtype = np.float64 if settings.dtype == torch.float64 else np.float32
     zeros = scratch_array((len(heads), *roles.shape), dtype, settings.scratch)
-    return BlockScores(heads, torch.from_numpy(zeros), [NO_ELEMENTS] * len(heads))
+    return BlockScores(heads, torch.from_numpy(zeros), no_sums(len(heads)))
 
 
 def rounds_of(

@@ -17,7 +17,6 @@ Symmetric scores put 1/sqrt(R) on both sides, which makes M_AB and M_BA transpos
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from qkov_dist.errors import QkovError
 
+from .fisher_sums import FisherSums, records
 from .score_kinds import KINDS, ElementMap, Score
 
 MEANING = 2  # of a score, as a number that grows when it changes: part of a run's id, so that files are never mixed
@@ -35,37 +35,6 @@ MAPS: Mapping[ElementMap, Callable[[Tensor], Tensor]] = {
     "magnitude": torch.abs,
     "square": torch.square,
 }
-
-
-@dataclass(frozen=True)
-class FisherSums:
-    """Additive summary of I over some elements (the minimum combines by minimum).
-
-    Attributes:
-        total: Sum of I.
-        from_a: The part of it that task A's samples contribute.
-        count: Number of elements.
-        minimum: Smallest I.
-        below_ridge: Number of elements whose I is smaller than epsilon or lambda.
-    """
-
-    total: float
-    from_a: float
-    count: int
-    minimum: float
-    below_ridge: int
-
-    def __add__(self, other: FisherSums) -> FisherSums:
-        return FisherSums(
-            self.total + other.total,
-            self.from_a + other.from_a,
-            self.count + other.count,
-            min(self.minimum, other.minimum),
-            self.below_ridge + other.below_ridge,
-        )
-
-
-NO_ELEMENTS = FisherSums(0.0, 0.0, 0, float("inf"), 0)
 
 
 def sample_gradients(x: Tensor | None, d: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -92,10 +61,13 @@ def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
     return weights @ gradients.square()
 
 
-def fisher_sums(by_task: Tensor, least: float) -> list[FisherSums]:
+def fisher_sums(by_task: Tensor, least: float) -> FisherSums:
     """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [2, heads, P].
 
     ``least`` is what I must exceed to have a say: the larger of epsilon and lambda.
+
+    Returns:
+        Records [heads, columns].
     """
     fisher = by_task.sum(0)
     found = [
@@ -104,9 +76,11 @@ def fisher_sums(by_task: Tensor, least: float) -> list[FisherSums]:
         fisher.amin(1).double(),
         (fisher < least).sum(1).double(),
     ]
-    numbers = torch.stack(found, dim=1).tolist()  # all at once: each transfer from a GPU waits for it
-    count = fisher.shape[1]
-    return [FisherSums(total, from_a, count, least, int(below)) for total, from_a, least, below in numbers]
+    total, of_a, smallest, below = (
+        torch.stack(found).cpu().numpy()
+    )  # all at once: each transfer from a GPU waits for it
+    columns = {"sum": total, "sum_of_a": of_a, "min": smallest, "num_ridge_above": below, "count": fisher.shape[1]}
+    return records(columns)
 
 
 def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
