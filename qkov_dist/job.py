@@ -34,7 +34,8 @@ from .loading.models import LoadedModel
 from .memory import num_parameters
 from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
-from .scoring.score import MEANING, Score, compiled, worth_compiling
+from .scoring.score import MEANING, compiled, worth_compiling
+from .scoring.score_kinds import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
 from .scoring.tiles import TilePlan
 

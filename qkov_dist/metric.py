@@ -31,7 +31,7 @@ from .scoring.engine import rounds_of, score_rounds
 from .scoring.exchange import Exchange
 from .scoring.extent import sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_weights
-from .scoring.score import Score
+from .scoring.score_kinds import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
 from .scoring.tiles import Selection, TilePlan, make_tile_plan, tile_bytes
 

@@ -74,7 +74,7 @@ class LayerWork:
 def layer_work(
     layout: Layout, layers: Sequence[int], owned_by_rank: Sequence[Owned], scoring: Scoring
 ) -> list[dict[int, LayerWork]]:
-    """Every rank's share of every layer, by rank and layer number."""
+    """What every rank has of every layer, by rank and layer number."""
     known: dict[tuple[object, ...], LayerWork] = {}
     kinds: dict[tuple[object, ...], int] = {}
     found: list[dict[int, LayerWork]] = [{} for _ in owned_by_rank]
@@ -84,31 +84,31 @@ def layer_work(
         for rank, owned in enumerate(owned_by_rank):
             rects = tuple((owned(p, False), owned(p, True) if p.has_bias else ()) for p in layer.projections)
             if (kind, rects) not in known:
-                known[kind, rects] = _share(layer, owned, scoring)
+                known[kind, rects] = _layer_work(layer, owned, scoring)
             found[rank][index] = known[kind, rects]
     return found
 
 
-def _share(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerWork:
+def _layer_work(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerWork:
     only = Layout("", "", 1, (layer,), ())
     every_layer = replace(scoring, selection=Selection(None, scoring.selection.heads))
-    (plan,) = every_layer.tile_plan(only, owned, UNCUT).layers
+    (layer_tiles,) = every_layer.tile_plan(only, owned, UNCUT).layers
     heads: dict[str, set[int]] = {}
-    for tile in plan.tiles:
+    for tile in layer_tiles.tiles:
         heads.setdefault(tile.block, set()).add(tile.head)
     return LayerWork(
-        _site_work(layer, plan, owned, scoring),
+        _site_work(layer, layer_tiles, owned, scoring),
         {block: tuple(sorted(found)) for block, found in heads.items()},
-        plan.heads,
-        _largest_tile(plan, scoring),
+        layer_tiles.heads,
+        _largest_tile(layer_tiles, scoring),
     )
 
 
-def _site_work(layer: AttentionLayer, plan: LayerTiles, owned: Owned, scoring: Scoring) -> tuple[SiteWork, ...]:
-    sharing = {site: group[0][0] for group in shared_inputs(layer, plan.sites) for site, _ in group}
+def _site_work(layer: AttentionLayer, layer_tiles: LayerTiles, owned: Owned, scoring: Scoring) -> tuple[SiteWork, ...]:
+    sharing = {site: group[0][0] for group in shared_inputs(layer, layer_tiles.sites) for site, _ in group}
     places = {Site(layer.index, projection.module): n for n, projection in enumerate(layer.projections)}
     above = gradients_above([layer], scoring.factor_itemsize)
-    needs = {(need.kind, need.site): need for need in needs_of(layer, plan.sites, owned, sharing)}
+    needs = {(need.kind, need.site): need for need in needs_of(layer, layer_tiles.sites, owned, sharing)}
 
     def count(tiles: Sequence[Tile], site: Site, bias: bool) -> int:
         return sum(tile.rect.area for tile in tiles if tile.site == site and tile.bias == bias)
@@ -122,8 +122,8 @@ def _site_work(layer: AttentionLayer, plan: LayerTiles, owned: Owned, scoring: S
             place=place,
             above=above[site],
             input=places[sharing[site]],
-            area=count(plan.tiles, site, False),
-            bias_area=count(plan.tiles, site, True),
+            area=count(layer_tiles.tiles, site, False),
+            bias_area=count(layer_tiles.tiles, site, True),
             cols=width("x", site),
             rows=width("d", site),
             whole=width("g", site),
@@ -133,15 +133,15 @@ def _site_work(layer: AttentionLayer, plan: LayerTiles, owned: Owned, scoring: S
     )
 
 
-def _largest_tile(plan: LayerTiles, scoring: Scoring) -> int:
+def _largest_tile(layer_tiles: LayerTiles, scoring: Scoring) -> int:
     """Elements of the largest tile that heads' rectangles are cut into; on a GPU of as many heads as it takes at once.
 
     Args:
-        plan: Heads' rectangles, uncut.
+        layer_tiles: Heads' rectangles, uncut.
         scoring: What is scored.
     """
     most = scoring.max_elements
-    alike = Counter((tile.site, tile.block, tile.rect.shape, tile.bias) for tile in plan.tiles)
+    alike = Counter((tile.site, tile.block, tile.rect.shape, tile.bias) for tile in layer_tiles.tiles)
     sizes = [
         (max(band.area for band in Rect.of_shape(*shape).split_rows(most // shape[1])), num)
         for (_, _, shape, _), num in alike.items()

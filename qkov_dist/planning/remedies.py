@@ -148,7 +148,7 @@ class _Search:
         return None
 
     def more_ranks(self, setting: Setting) -> Setting | None:
-        """A share of every weight on each rank, of ever more ranks: the fewest that fit, with batches that do."""
+        """A part of every weight on each of ever more ranks: the fewest that fit, with batches that do."""
         wider = setting if setting.config.parallel.shard in SHARDED else _fsdp(setting)
         has_replicas = setting.num_ranks > setting.config.parallel.tp
         num_ranks = setting.num_ranks if has_replicas and wider is not setting else 2 * setting.num_ranks

@@ -1,6 +1,6 @@
 """A whole run's costs, rank by rank, before its first batch: of a job that is loaded, or of ranks that are not there.
 
-Both go the same way: the integers by which a run is cut (teams, shares, rounds, sweeps) are those that the run itself
+Both go the same way: the integers by which a run is cut (topology, work, rounds, sweeps) are those that the run itself
 makes; what is counted over them is in ``planning.capture_cost``, ``planning.scoring_cost`` and
 :mod:`~qkov_dist.planning.statistics_cost`.
 """
@@ -182,7 +182,7 @@ class _Scene:
 
     @staticmethod
     def of(work: Workload, parallelism: Parallelism, topology: Topology) -> _Scene:
-        """The scene of a team's ranks."""
+        """The scene of a topology's ranks."""
         owned = [topology.owned_by(rank) for rank in range(topology.world.size)]
         dealt = Dealt(work, topology.dp_group.size, topology.gathers_weights)
         scoring = ScoringCost(work, dealt, layer_work(work.layout, work.layers, owned, work.scoring))
@@ -190,7 +190,7 @@ class _Scene:
 
     def rounds(self) -> list[Round]:
         """What every rank scores, and when."""
-        return make_rounds([[n for n, share in of.items() if share.heads] for of in self.scoring.shares])
+        return make_rounds([[n for n, here in of.items() if here.heads] for of in self.scoring.by_rank])
 
     def gpu_room(self, topology: Topology, weights: int | None = None) -> int:
         """Bytes of captured factors that may stay on a rank's GPU: most of what is left, or what is asked for.

@@ -1,4 +1,4 @@
-"""What it costs a rank to score its share: factors waiting and exchanged, tiles, scores, files.
+"""What it costs a rank to score what it owns: factors waiting and exchanged, tiles, scores, files.
 
 Counted is what the run itself counts or holds, from the same integers.
 
@@ -23,16 +23,16 @@ from qkov_dist.distributed.parallelism import SHARDED_BY_HOOKS
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
 from qkov_dist.results.metadata import LayerAxes
-from qkov_dist.results.partial_schema import FISHER_COLUMNS
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.block_totals import norm_flops
+from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
 from qkov_dist.scoring.schedule import Round
 from qkov_dist.scoring.score import worth_compiling
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
 from .rank_work import LayerWork, SiteWork
-from .workload import Dealt, Held, Workload
+from .workload import Dealt, KeptSamples, Workload
 
 FISHER_BYTES = 8 * len(FISHER_COLUMNS)
 TABLE_BYTES = 8 * (4 + 2 * 18)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests
@@ -55,17 +55,17 @@ class Sent:
 
 @dataclass(frozen=True, eq=False)
 class ScoringCost:
-    """Counts for one way to share out the scores; ranks differ in what they own and in the samples they run.
+    """Counts for one way to divide the scores; ranks differ in what they own and in the samples they run.
 
     Attributes:
         work: What is scored.
         dealt: Who runs which samples.
-        shares: Every rank's share of every layer.
+        by_rank: What every rank has of every layer.
     """
 
     work: Workload
     dealt: Dealt
-    shares: Sequence[Mapping[int, LayerWork]]
+    by_rank: Sequence[Mapping[int, LayerWork]]
 
     @property
     def matrix(self) -> int:
@@ -75,29 +75,29 @@ class ScoringCost:
     @cached_property
     def cells(self) -> dict[str, int]:
         """By block, layers times heads of the heatmap: its axis of heads is the longest of any layer."""
-        shares = self.shares[0].values()
-        axes = {block: max((len(s.every_head.get(block, ())) for s in shares), default=0) for block in BLOCKS}
-        return {block: len(shares) * width for block, width in axes.items()}
+        layer_works = self.by_rank[0].values()
+        axes = {block: max((len(s.every_head.get(block, ())) for s in layer_works), default=0) for block in BLOCKS}
+        return {block: len(layer_works) * width for block, width in axes.items()}
 
     def factors(self, topology: Topology) -> dict[int, int]:
         """By layer, bytes of the factors of the samples that a rank runs."""
         lengths, size = self.dealt.lengths[topology.dp_group.rank], self.work.scoring.factor_itemsize
         seen = {site: rect for site, rect in topology.tp_rects.items() if self._is_cut_by_hooks(site)}
         known: dict[int, int] = {}  # layers of one kind are alike
-        for layer, share in self.shares[0].items():
-            if id(share) not in known:
+        for layer, layer_work in self.by_rank[0].items():
+            if id(layer_work) not in known:
                 attention, sites = self.work.layout.layer(layer), self._sites(layer)
-                known[id(share)] = factor_bytes(attention, sites, lengths, size, seen)
-        return {layer: known[id(share)] for layer, share in self.shares[0].items()}
+                known[id(layer_work)] = factor_bytes(attention, sites, lengths, size, seen)
+        return {layer: known[id(layer_work)] for layer, layer_work in self.by_rank[0].items()}
 
     def flops_kept(self, topology: Topology, layers: Sequence[int]) -> int:
         """Operations of the gradients that a rank forms while it captures."""
         lengths, flops = self.dealt.lengths[topology.dp_group.rank], 0
         for layer in layers:
-            for site, projection, share in self._captured(layer):
+            for site, projection, site_work in self._captured(layer):
                 rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
                 area = (rect or projection.whole()).area
-                flops += 2 * area * sum(length for length in lengths if length > share.above)
+                flops += 2 * area * sum(length for length in lengths if length > site_work.above)
         return flops
 
     def flops_ridge(self, topology: Topology, layers: Sequence[int]) -> int:
@@ -107,20 +107,20 @@ class ScoringCost:
         lengths, flops = self.dealt.lengths[topology.dp_group.rank], 0
         for layer in layers:
             captured = self._captured(layer)
-            readers = Counter(share.input for _, _, share in captured)
-            for site, projection, share in captured:
+            readers = Counter(site_work.input for _, _, site_work in captured)
+            for site, projection, site_work in captured:
                 rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
                 shape = (rect or projection.whole()).shape
-                factored = (length for length in lengths if length <= share.above)
-                flops += sum(norm_flops(length, *shape, readers[share.input]) for length in factored)
+                factored = (length for length in lengths if length <= site_work.above)
+                flops += sum(norm_flops(length, *shape, readers[site_work.input]) for length in factored)
         return flops
 
     def flops(self, rank: int, layers: Sequence[int]) -> int:
         """Operations of a rank's scores."""
         (left, right), num = self.work.pairs, sum(self.work.num_samples)
         scoring = 0
-        for share, times in self._counted(rank, layers):
-            for site in share.sites:
+        for layer_work, times in self._counted(rank, layers):
+            for site in layer_work.sites:
                 tokens = self.work.padded_tokens(site.above)
                 scoring += times * 2 * site.area * (tokens + 2 * num + left * right)
                 scoring += times * 2 * site.bias_area * (2 * num + left * right)
@@ -129,7 +129,9 @@ class ScoringCost:
     def elements(self, rank: int, layers: Sequence[int]) -> int:
         """Elements of all gradients that a rank forms for its scores."""
         areas = (
-            times * (site.area + site.bias_area) for share, times in self._counted(rank, layers) for site in share.sites
+            times * (site.area + site.bias_area)
+            for layer_work, times in self._counted(rank, layers)
+            for site in layer_work.sites
         )
         return self.work.scoring.num_samples * sum(areas)
 
@@ -139,20 +141,20 @@ class ScoringCost:
             return Sent()
         rank, to_others, largest, in_work = topology.world.rank, 0, 0, 0
         lengths = self.dealt.lengths[topology.dp_group.rank]
-        held = {above: Held.of(lengths, above) for above in self._held}
+        kept = {above: KeptSamples.of(lengths, above) for above in self._kept}
         for turn in rounds:
             mine = self._needs(rank, turn[rank])
-            others = self._bytes(self._needs_of_all(topology.dp_ranks, turn), held) - self._bytes(mine, held)
+            others = self._bytes(self._needs_of_all(topology.dp_ranks, turn), kept) - self._bytes(mine, kept)
             to_others += others
-            largest = max(largest, others + self._bytes(mine, self._held) + in_work)
+            largest = max(largest, others + self._bytes(mine, self._kept) + in_work)
             in_work = self._received_last(rank, turn[rank])
         return Sent(to_others, largest)
 
     @cached_property
-    def _held(self) -> dict[int, Held]:
+    def _kept(self) -> dict[int, KeptSamples]:
         """All samples, at the sites of each threshold."""
-        every = {site.above for share in self.shares[0].values() for site in share.sites}
-        return {above: self.work.held(above) for above in every}
+        every = {site.above for layer_work in self.by_rank[0].values() for site in layer_work.sites}
+        return {above: self.work.kept(above) for above in every}
 
     @cached_property
     def _known_needs(self) -> dict[tuple[tuple[int, ...], Round], Needs]:
@@ -171,52 +173,54 @@ class ScoringCost:
         return self._known_needs[key]
 
     def _needs(self, rank: int, layer: int | None) -> Needs:
-        """What the owner of a share needs."""
+        """What the owner of a part of a layer needs."""
         if layer is None:
             return ()
-        return tuple((site.above, site.cols + site.rows, site.whole) for site in self.shares[rank][layer].sites)
+        return tuple((site.above, site.cols + site.rows, site.whole) for site in self.by_rank[rank][layer].sites)
 
     def _received_last(self, rank: int, layer: int | None) -> int:
         """What was sent for the projection that is still in work when the next round begins."""
-        if layer is None or not (order := self.shares[rank][layer].in_order()):
+        if layer is None or not (order := self.by_rank[rank][layer].in_order()):
             return 0
-        sites = {site.place: site for site in self.shares[rank][layer].sites}
+        sites = {site.place: site for site in self.by_rank[rank][layer].sites}
         last = order[-1]
         needs = ((last.above, sites[last.input].cols + last.rows, last.whole),)
-        return self._bytes(needs, self._held)
+        return self._bytes(needs, self._kept)
 
-    def _bytes(self, needs: Needs, held: Mapping[int, Held]) -> int:
+    def _bytes(self, needs: Needs, kept: Mapping[int, KeptSamples]) -> int:
         """Bytes of what is needed of some samples."""
         size = self.work.scoring.factor_itemsize
         return sum(
-            size * per_token * held[above].tokens + GRADIENT_BYTES * whole * held[above].wholes
+            size * per_token * kept[above].tokens + GRADIENT_BYTES * whole * kept[above].wholes
             for above, per_token, whole in needs
         )
 
     def buffers(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of tiles in work and of padded factors, at most."""
-        shares = [(share, times) for share, times in self._counted(rank, layers) if share.heads]
+        layer_works = [(layer_work, times) for layer_work, times in self._counted(rank, layers) if layer_work.heads]
         compiled = self._compiles(rank)
-        tiles = max((self._tiles(share, compiled) for share, _ in shares), default=0)
-        return tiles + self._padded_factors(shares)
+        tiles = max((self._tiles(layer_work, compiled) for layer_work, _ in layer_works), default=0)
+        return tiles + self._padded_factors(layer_works)
 
     def _compiles(self, rank: int) -> bool:
         """Whether the elementwise part of a rank's scores is compiled."""
         setting = self.work.config.compute.compile
         if setting != "auto":
             return bool(setting)
-        return worth_compiling(self.elements(rank, list(self.shares[rank])), on_gpu=self.work.on_gpu)
+        return worth_compiling(self.elements(rank, list(self.by_rank[rank])), on_gpu=self.work.on_gpu)
 
     def scores(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of one layer's scores; a rank has room for all heads, whether or not it owns a part of them."""
-        shares = (self.shares[rank][layer] for layer in layers)
-        return max((self.matrix * _num(share.every_head) for share in shares if share.heads), default=0)
+        layer_works = (self.by_rank[rank][layer] for layer in layers)
+        return max(
+            (self.matrix * _num(layer_work.every_head) for layer_work in layer_works if layer_work.heads), default=0
+        )
 
     def partials(self, rank: int) -> int:
         """Bytes of a rank's partial file."""
-        shares = self.shares[rank].values()
-        datasets = 2 * sum(len(share.heads) for share in shares)
-        scores = sum(_num(share.heads) for share in shares) * (self.matrix + FISHER_BYTES)
+        layer_works = self.by_rank[rank].values()
+        datasets = 2 * sum(len(layer_work.heads) for layer_work in layer_works)
+        scores = sum(_num(layer_work.heads) for layer_work in layer_works) * (self.matrix + FISHER_BYTES)
         return scores + datasets * DATASET_BYTES + FILE_BYTES
 
     def heatmap(self) -> int:
@@ -234,13 +238,13 @@ class ScoringCost:
 
     def sent_scores(self, rank: int) -> int:
         """Bytes of partial scores for the ranks that add them up, and of sums for rank 0."""
-        if len(self.shares) == 1:
+        if len(self.by_rank) == 1:
             return 0
         (num_a, num_b), config = self.work.num_samples, self.work.config
         kept = self.matrix if config.output.pairs == "all" else num_a * num_b * self.work.scoring.itemsize
         sent = 0
         for layer, dealt in self._dealt.items():
-            heads = self.shares[rank][layer].heads
+            heads = self.by_rank[rank][layer].heads
             others = sum(len(set(found) - set(dealt[rank].get(block, ()))) for block, found in heads.items())
             sent += others * (self.matrix + FISHER_BYTES)
             sent += _num(dealt[rank]) * (kept + FISHER_BYTES) if rank else 0
@@ -251,23 +255,26 @@ class ScoringCost:
         """By layer, the heads that are added up on each rank."""
         known: dict[int, list[dict[str, tuple[int, ...]]]] = {}
         found = {}
-        for layer, share in self.shares[0].items():
-            heads = {block: part for block, part in share.every_head.items() if block in BLOCKS}
-            if id(share) not in known:
-                known[id(share)] = deal_heads(LayerAxes(layer, 1, (), heads), len(self.shares))
-            found[layer] = known[id(share)]
+        for layer, layer_work in self.by_rank[0].items():
+            heads = {block: part for block, part in layer_work.every_head.items() if block in BLOCKS}
+            if id(layer_work) not in known:
+                known[id(layer_work)] = deal_heads(LayerAxes(layer, 1, (), heads), len(self.by_rank))
+            found[layer] = known[id(layer_work)]
         return found
 
     def _counted(self, rank: int, layers: Sequence[int]) -> list[tuple[LayerWork, int]]:
-        """A rank's shares of some layers, those that are one and the same with their number."""
-        shares = [self.shares[rank][layer] for layer in layers]
-        counts = Counter(map(id, shares))
-        return [(share, counts[n]) for n, share in {id(share): share for share in shares}.items()]
+        """What a rank has of some layers: each thing once, and of how many layers it is."""
+        layer_works = [self.by_rank[rank][layer] for layer in layers]
+        counts = Counter(map(id, layer_works))
+        return [
+            (layer_work, counts[n])
+            for n, layer_work in {id(layer_work): layer_work for layer_work in layer_works}.items()
+        ]
 
     def _captured(self, layer: int) -> list[tuple[Site, Projection, SiteWork]]:
         projections = self.work.layout.layer(layer).projections
-        shares = self.shares[0][layer].sites
-        return [(Site(layer, projections[s.place].module), projections[s.place], s) for s in shares]
+        sites = self.by_rank[0][layer].sites
+        return [(Site(layer, projections[s.place].module), projections[s.place], s) for s in sites]
 
     def _sites(self, layer: int) -> list[Site]:
         return [site for site, _, _ in self._captured(layer)]
@@ -276,45 +283,45 @@ class ScoringCost:
         """Whether hooks see a rank's own features alone; other styles gather them first."""
         return self.work.model_sizes.styles.get(site.module) in SHARDED_BY_HOOKS
 
-    def _tiles(self, share: LayerWork, compiled: bool) -> int:
-        gradients = share.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
+    def _tiles(self, layer_work: LayerWork, compiled: bool) -> int:
+        gradients = layer_work.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
         squares = gradients if self.work.on_gpu else min(CHUNK_BYTES, gradients)
         squares = 2 * gradients if compiled else squares
-        return self.work.workers * (gradients + squares) + (self._pairs(share) if self.work.on_gpu else 0)
+        return self.work.workers * (gradients + squares) + (self._pairs(layer_work) if self.work.on_gpu else 0)
 
-    def _pairs(self, share: LayerWork) -> int:
+    def _pairs(self, layer_work: LayerWork) -> int:
         """Bytes of the scores of the heads that a GPU works on together, and of products in parts."""
-        heads = max(map(len, share.heads.values()))
+        heads = max(map(len, layer_work.heads.values()))
         together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
         return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
-    def _padded_factors(self, shares: Sequence[tuple[LayerWork, int]]) -> int:
+    def _padded_factors(self, layer_works: Sequence[tuple[LayerWork, int]]) -> int:
         """Bytes of two projections' factors in the type of scores, one in work and one on its way."""
         within, firsts, lasts = [0], [0], [0]
-        for share, _ in shares:
-            order = share.in_order()
+        for layer_work, _ in layer_works:
+            order = layer_work.in_order()
             pairs: list[Sequence[SiteWork]] = [*pairwise(order)] or [order]
-            within += [self._copies_of(share, pair) for pair in pairs]
-            firsts.append(self._copies_of(share, order[:1]))
-            lasts.append(self._copies_of(share, order[-1:]))
-        several_layers = sum(times for _, times in shares) > 1
+            within += [self._copies_of(layer_work, pair) for pair in pairs]
+            firsts.append(self._copies_of(layer_work, order[:1]))
+            lasts.append(self._copies_of(layer_work, order[-1:]))
+        several_layers = sum(times for _, times in layer_works) > 1
         return max(*within, max(lasts) + max(firsts) if several_layers else 0)
 
-    def _copies_of(self, share: LayerWork, sites: Sequence[SiteWork]) -> int:
-        of_input = {site.place: self._copies(site.cols, site) for site in share.sites}
+    def _copies_of(self, layer_work: LayerWork, sites: Sequence[SiteWork]) -> int:
+        of_input = {site.place: self._copies(site.cols, site) for site in layer_work.sites}
         own = sum(self._copies(site.rows, site) + self._whole_copies(site) for site in sites)
         return own + sum(of_input[place] for place in {site.input for site in sites})
 
     def _copies(self, width: int, site: SiteWork) -> int:
-        """A series in the type of scores, and padded where samples differ in length."""
+        """A factor in the type of scores, and padded where samples differ in length."""
         scoring = self.work.scoring
         copies = self.work.padded_tokens(site.above) if len(set(self.work.lengths_pooled)) > 1 else 0
         if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:
-            copies += self._held[site.above].tokens
+            copies += self._kept[site.above].tokens
         return copies * width * scoring.itemsize
 
     def _whole_copies(self, site: SiteWork) -> int:
-        return 2 * self._held[site.above].wholes * site.whole * self.work.scoring.itemsize
+        return 2 * self._kept[site.above].wholes * site.whole * self.work.scoring.itemsize
 
 
 def _num(heads: Mapping[str, tuple[int, ...]]) -> int:

@@ -35,7 +35,7 @@ from .workload import SimulatedWorld
 def simulated_topologies(
     model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], parallelism: Parallelism, *, thin: bool = False
 ) -> list[Topology]:
-    """Every rank's team.
+    """Every rank's topology.
 
     Args:
         model_sizes: The model.

@@ -25,7 +25,7 @@ ROWS = 64  # of a head's scores in one product, at most
 
 @dataclass(frozen=True, eq=False)
 class StatisticsCost:
-    """Counts for one way to share out the heads."""
+    """Counts for one way to divide the heads."""
 
     scoring: ScoringCost
 
@@ -64,14 +64,14 @@ class StatisticsCost:
     @cached_property
     def _layer(self) -> int:
         """Bytes of a layer's scores on a rank that adds them up: what comes, twice while it is unpacked, and sums."""
-        shares, most = self.scoring.shares, 0
-        for layer, share in shares[0].items():
-            heads = sum(map(len, share.every_head.values()))
-            if len(shares) == 1:
+        by_rank, most = self.scoring.by_rank, 0
+        for layer, layer_work in by_rank[0].items():
+            heads = sum(map(len, layer_work.every_head.values()))
+            if len(by_rank) == 1:
                 most = max(most, heads * self.scoring.matrix)
                 continue
-            parts = sum(len(found) for rank in shares for found in rank[layer].heads.values())
-            most = max(most, -(-(2 * parts + heads) // len(shares)) * self.scoring.matrix)
+            parts = sum(len(found) for rank in by_rank for found in rank[layer].heads.values())
+            most = max(most, -(-(2 * parts + heads) // len(by_rank)) * self.scoring.matrix)
         return most
 
     @cached_property

@@ -86,8 +86,8 @@ class _Clock:
         model_sizes, parallelism = self.plan.work.model_sizes, self.plan.parallelism
         products = (cost.flops_forward + cost.flops_backward) / self._rate(model_sizes.itemsize)
         products += cost.flops_kept / self._rate(max(model_sizes.itemsize, 4))
-        shares = parallelism.replicas if parallelism.data in SHARDED else 1
-        reading = 2 * cost.batches * cost.weights * shares / (self.hardware.bandwidth * BANDWIDTH)
+        num_cuts = parallelism.replicas if parallelism.data in SHARDED else 1
+        reading = 2 * cost.batches * cost.weights * num_cuts / (self.hardware.bandwidth * BANDWIDTH)
         moving = cost.moved_weights / self._link(self.plan.num_ranks) + cost.moved_sums / self._link(parallelism.tp)
         together = {"products": products, "reading weights": reading, "moving weights and sums": moving}
         longest = max(together, key=lambda name: together[name])

@@ -42,16 +42,16 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Held:
+class KeptSamples:
     """Some samples at the sites of one threshold: tokens of those kept as factors, and how many are kept otherwise."""
 
     tokens: int
     wholes: int
 
     @staticmethod
-    def of(lengths: Sequence[int], above: int) -> Held:
+    def of(lengths: Sequence[int], above: int) -> KeptSamples:
         """Of samples of these lengths."""
-        return Held(sum(n for n in lengths if n <= above), sum(1 for n in lengths if n > above))
+        return KeptSamples(sum(n for n in lengths if n <= above), sum(1 for n in lengths if n > above))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +116,9 @@ class Workload:
         """Tokens of every sample."""
         return (*self.lengths[0], *self.lengths[1])
 
-    def held(self, above: int) -> Held:
+    def kept(self, above: int) -> KeptSamples:
         """All samples at the sites of one threshold."""
-        return Held.of(self.lengths_pooled, above)
+        return KeptSamples.of(self.lengths_pooled, above)
 
     def padded_tokens(self, above: int) -> int:
         """Tokens of all samples kept as factors (no longer than ``above``), with the padding of their groups."""
@@ -163,8 +163,8 @@ def _shape(batch: Batch) -> Pass:
 
 @lru_cache(maxsize=64)
 def _padded(lengths: tuple[int, ...], above: int, cuts: tuple[int, ...]) -> int:
-    table = SampleIndex()
+    sample_index = SampleIndex()
     for number, length in enumerate(lengths):
-        table.add(number, length, as_gradient=length > above)
-    groups = order_samples(range(len(lengths)), table, cuts).groups
+        sample_index.add(number, length, as_gradient=length > above)
+    groups = order_samples(range(len(lengths)), sample_index, cuts).groups
     return sum((group.last - group.first) * group.length for group in groups)

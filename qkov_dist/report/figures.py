@@ -15,6 +15,7 @@ import numpy as np
 
 from qkov_dist.results.block_view import HEAD_DIM, Floats, Ints
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness
 from .tables import test_arrays
@@ -67,7 +68,7 @@ def draw_heatmaps(heatmap: Heatmap) -> Any:
     for axes, (title, key) in zip(figure.subplots(len(rows), len(blocks), squeeze=False), rows, strict=True):
         for axis, block in zip(axes, blocks, strict=True):
             values = _values(heatmap, block, key)
-            is_signed = key != "score" or heatmap.attributes.get("score") == "signed"
+            is_signed = key != "score" or may_be_negative(heatmap.attributes.get("score"))
             scale = values if key == "score" else np.concatenate([_values(heatmap, b, key) for b in blocks], axis=None)
             image = axis.imshow(np.ma.masked_invalid(values), **_colors(scale, is_signed))
             axis.set_facecolor("0.85")
@@ -145,8 +146,8 @@ def draw_blocks(heatmap: Heatmap) -> Any:
                 axis.axhline(0, color="0.4", linewidth=0.6)
             axis.set(title=block, xlabel="heads, sorted")
         axes[0].set_ylabel(title)
-    share = (heatmap.statistics or {}).get("settings", {}).get("confidence", 0.95)
-    _legend(figure, heatmap, f"; grey: middle {share:.0%} of each head's null, exchanged labels, and its mean")
+    fraction = (heatmap.statistics or {}).get("settings", {}).get("confidence", 0.95)
+    _legend(figure, heatmap, f"; grey: middle {fraction:.0%} of each head's null, exchanged labels, and its mean")
     return figure
 
 
@@ -171,8 +172,8 @@ def _draw_heads(axis: Any, heatmap: Heatmap, block: str, values: Floats, order: 
 
 def _frame(values: Floats, bands: Sequence[tuple[Floats, Floats]]) -> tuple[float, float]:
     """All values and most of the bands: a single wild one must not flatten the rest."""
-    drawn = [(end, share) for band in bands for end, share in zip(band, (0.02, 0.98), strict=True)]
-    most = [np.nanquantile(end, share) for end, share in drawn if not np.isnan(end).all()]
+    drawn = [(end, fraction) for band in bands for end, fraction in zip(band, (0.02, 0.98), strict=True)]
+    most = [np.nanquantile(end, fraction) for end, fraction in drawn if not np.isnan(end).all()]
     ends = np.concatenate([values, most])
     margin = 0.05 * float(np.nanmax(ends) - np.nanmin(ends)) or 1.0
     return float(np.nanmin(ends)) - margin, float(np.nanmax(ends)) + margin

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from qkov_dist.results.block_view import Floats, Ints
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.scoring.score_kinds import may_be_negative
 
 Side = Literal["above", "below"]
 SIDEDNESS = {"two-sided": "two-sided", "greater": "one-sided above", "less": "one-sided below"}
@@ -78,7 +79,13 @@ def findings(heatmap: Heatmap) -> tuple[Finding, ...]:
     """What this heatmap's significant heads can show; empty before a test."""
     if not heatmap.tests:
         return ()
-    known = _OVERLAP if heatmap.deciding == "overlap" else _SIGNED if _is_signed(heatmap) else _MEAN
+    known = (
+        _OVERLAP
+        if heatmap.deciding == "overlap"
+        else _SIGNED
+        if may_be_negative(heatmap.attributes.get("score"))
+        else _MEAN
+    )
     return (*known, _NO_SIDE)
 
 
@@ -203,10 +210,6 @@ def _labellings(settings: Mapping[str, Any]) -> str:
         seed = f" (seed {settings['seed']})" if "seed" in settings else ""
         drawn = f"{number - 1:,} random labellings{samples}{seed} and the observed one"
     return f"{drawn}, the same for all heads; no p can be below {1 / number:.2g}."
-
-
-def _is_signed(heatmap: Heatmap) -> bool:
-    return heatmap.attributes.get("score") == "signed"
 
 
 def _settings(heatmap: Heatmap) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from qkov_dist.report import page_parts as parts
 from qkov_dist.results.block_view import HEAD_DIM
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness, sides
 from .tables import test_arrays, top_conflicts
@@ -85,6 +86,7 @@ def page_data(heatmap: Heatmap) -> dict[str, Any]:
     settings = (heatmap.statistics or {}).get("settings", {})
     return {
         "score": str(heatmap.attributes.get("score", "score")),
+        "may_be_negative": may_be_negative(heatmap.attributes.get("score")),
         "statistic": heatmap.deciding if heatmap.tests else None,
         "sided": sidedness(heatmap) if heatmap.tests else None,
         "findings": [_finding(heatmap, finding) for finding in findings(heatmap)],
@@ -158,8 +160,8 @@ def _finding(heatmap: Heatmap, finding: Finding) -> dict[str, Any]:
 
 def _strongest_pairs(heatmap: Heatmap, block: str) -> Any:
     """For each head the place of its strongest pair in [n_a, n_b], flat; 0 where the head is absent."""
-    sign = -1 if heatmap.attributes.get("score") == "signed" else 1
     view = heatmap[block]
+    sign = -1 if view.conflict_is_low else 1
     rows = ((sign * view.of_different(layer)).reshape(len(layer), -1) for layer in heatmap.cross[block])  # type: ignore[index]
     return np.stack([np.argmax(np.where(np.isnan(row), -np.inf, row), axis=-1) for row in rows])
 

@@ -1,7 +1,7 @@
 """Summed layers become a heatmap: axes, means, what was learnt of the Fisher, and what a reader has to be warned of.
 
-Normalisation (a mean over pairs, a mean of I, a share of elements) happens here, after all sums. Layers come one at a
-time; scores too large for memory wait in a scratch file.
+Normalisation (a mean over pairs, a mean of I, a fraction of elements) happens here, after all sums. Layers come one at
+a time; scores too large for memory wait in a scratch file.
 
 What scores say of single samples: that one's gradients overflow, or that one has none.
 """
@@ -17,16 +17,17 @@ import numpy as np
 from qkov_dist.data.copies import different
 from qkov_dist.errors import QkovError
 from qkov_dist.memory import scratch_array
+from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums, column
 from qkov_dist.scoring.tiles import SHARED_O_BIAS
 
 from .fisher_warnings import warnings_of
 from .heatmap import FISHER_KEYS, Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
 from .metadata import HeatmapMetadata, LayerAxes
-from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
+from .partial_schema import BlockPartial, Floats, LayerPartial
 
 
 class _Block:
-    """Scores [layer, head, left, right] and Fisher sums [layer, head, 5] of one block; NaN where there is no head."""
+    """Scores [layer, head, left, right] and Fisher sums [layer, head, columns] of one block; NaN where no head is."""
 
     def __init__(self, shape: tuple[int, int], some: BlockPartial, folder: Path | None) -> None:
         self.scores = scratch_array((*shape, *some.scores.shape[1:]), some.scores.dtype, folder)
@@ -85,7 +86,7 @@ def assemble(
         samples_a=metadata.samples[0],
         samples_b=metadata.samples[1],
         mean=mean_over_pairs(cross, pairs),
-        present={block: ~np.isnan(part[..., FISHER_COLUMNS.index("count")]) for block, part in sums.items()},
+        present={block: ~np.isnan(column(part, "count")) for block, part in sums.items()},
         fisher=fisher,
         cross=cross,
         pooled=scores if pooled else None,
@@ -139,10 +140,12 @@ def _check_all(metadata: HeatmapMetadata, seen: set[int]) -> None:
         )
 
 
-def _fisher(sums: np.ndarray) -> dict[str, np.ndarray]:
-    total, count, minimum, below, of_a = np.moveaxis(sums, -1, 0)
-    share_a = np.divide(of_a, total, out=np.full_like(total, np.nan), where=total > 0)
-    return dict(zip(FISHER_KEYS, (total / count, minimum, below / count, share_a), strict=True))
+def _fisher(sums: FisherSums) -> dict[str, np.ndarray]:
+    """What a heatmap says of I, from sums [layer, head, columns]."""
+    total, count = column(sums, "sum"), column(sums, "count")
+    share_a = np.divide(column(sums, "sum_of_a"), total, out=np.full_like(total, np.nan), where=total > 0)
+    below = column(sums, "num_ridge_above") / count
+    return dict(zip(FISHER_KEYS, (total / count, column(sums, "min"), below, share_a), strict=True))
 
 
 def _shared(

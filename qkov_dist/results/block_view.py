@@ -49,7 +49,7 @@ class BlockView(Mapping[str, Any]):
         ids_a: Ids of A's samples.
         ids_b: Ids of B's samples.
         p_values: Of each head by the statistic that decides, [layer, native head], or None before a test.
-        conflict_is_low: Whether conflict means a low score (``signed``: gradients point against each other).
+        conflict_is_low: Whether conflict means a low score, as where scores may be negative.
         different: Which pairs are of different samples, bool [n_a, n_b]; others are no conflict. None: all.
     """
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from .metadata import HeatmapMetadata
 
-LOUD = 0.9  # from this share of I on, one task decides what the other is measured against
-RIDGED = 0.5  # from this share of elements on, a head's scores are those of an unweighted product
+LOUD = 0.9  # from this fraction of I on, one task decides what the other is measured against
+RIDGED = 0.5  # from this fraction of elements on, a head's scores are those of an unweighted product
 RELATIVE = 1e-3  # the default of ridge.relative: a larger floor, in units of the mean of I, is what to take away
 NOISE = 1e-12  # of the largest mean of I in a layer: squares of float32's rounding errors are about 1e-14 of squares
 SMALLEST = 1e-30  # of the mean of I: below it float32 loses digits of squares
@@ -116,12 +116,12 @@ def _loud_task(metadata: HeatmapMetadata, fisher: Mapping[str, Arrays]) -> list[
     """A sentence where a pooled Fisher is nearly that of one task: said once, with each block's median."""
     if metadata.attributes.get("scope", "pooled") != "pooled":
         return []
-    shares = {block: parts["share_a"][np.isfinite(parts["share_a"])] for block, parts in fisher.items()}
-    medians = {block: float(np.median(share)) for block, share in shares.items() if len(share)}
+    fractions = {block: parts["share_a"][np.isfinite(parts["share_a"])] for block, parts in fisher.items()}
+    medians = {block: float(np.median(fraction)) for block, fraction in fractions.items() if len(fraction)}
     for task in (0, 1):
         of_task = {block: median if task == 0 else 1 - median for block, median in medians.items()}
-        if loud := {block: share for block, share in of_task.items() if share > LOUD}:
-            listed = ", ".join(f"{block} {share:.0%}" for block, share in loud.items())
+        if loud := {block: fraction for block, fraction in of_task.items() if fraction > LOUD}:
+            listed = ", ".join(f"{block} {fraction:.0%}" for block, fraction in loud.items())
             return [
                 f"task {metadata.tasks[task]!r} is loud: its gradients make up most of the pooled Fisher (median over "
                 f"heads: {listed}). Scores and cross_mean depend on that; overlap compares the tasks free of it."

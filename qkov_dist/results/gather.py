@@ -67,7 +67,7 @@ class Gathered:
 
 
 def gather_partials(folder: Path, world: World) -> Gathered:
-    """Find the partial files of a folder and share them among the processes. No scores are read.
+    """Find the partial files of a folder and divide them among the processes. No scores are read.
 
     Raises:
         QkovError: on every rank, for files that are missing, damaged, unfinished or of different runs.

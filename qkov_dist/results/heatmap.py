@@ -20,6 +20,7 @@ import numpy.typing as npt
 from qkov_dist.data.copies import different
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .block_view import HEAD_DIM, BlockView, Floats, Ints, UnknownEntryError, plot_blocks
 from .export import LabelledArrays, Variable, split_arrays
@@ -173,7 +174,7 @@ class Heatmap(Mapping[str, BlockView]):
             self.samples_a.ids,
             self.samples_b.ids,
             tests and tests["p_value"],
-            conflict_is_low=self.attributes.get("score") == "signed",
+            conflict_is_low=may_be_negative(self.attributes.get("score")),
             different=self.different,
         )
 

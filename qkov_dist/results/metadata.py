@@ -75,7 +75,7 @@ class HeatmapMetadata:
 
 
 def make_metadata(
-    plan: TilePlan,
+    tile_plan: TilePlan,
     layout: Layout,
     tasks: tuple[str, str],
     records: tuple[Sequence[SampleRecord], Sequence[SampleRecord]],
@@ -84,7 +84,7 @@ def make_metadata(
     attributes: Mapping[str, Any],
 ) -> HeatmapMetadata:
     """The metadata of a plan and the samples that were run."""
-    layers = tuple(layer_axes(layer, layout) for layer in plan.layers)
+    layers = tuple(layer_axes(layer, layout) for layer in tile_plan.layers)
     return HeatmapMetadata(tasks, layers, (_table(records[0]), _table(records[1])), pooled, attributes)
 
 

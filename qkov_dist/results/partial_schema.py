@@ -1,12 +1,12 @@
 """What a partial file holds: whose scores it has, and its layers. Where the files are is ``partials``.
 
     /partial/{Q,K,V,O}/layer_0003   [heads touched, left, right]   attribute ``heads``; float32 (or float64 on request)
-    /fisher/{Q,K,V,O}/layer_0003    [heads touched, 5] float64     columns ``FISHER_COLUMNS``
+    /fisher/{Q,K,V,O}/layer_0003    [heads touched, 5] float64     columns of ``FISHER_COLUMNS``
     /shared/O_bias/layer_0003       [left, right]                  what no head owns
     /layer, /complete               [layer]                        which layers are in this file
 
-left x right is n_A x n_B, or all pooled samples in both (attribute ``pooled``). All of it adds up over ranks, but for
-the column ``min``, which combines by min. A block of which a rank owns nothing in a layer has no dataset there.
+left x right is n_A x n_B, or all pooled samples in both (attribute ``pooled``). All of it adds up over ranks, columns as
+``scoring.fisher_sums`` says. A block of which a rank owns nothing in a layer has no dataset there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy.typing as npt
 
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums
 from qkov_dist.values import FLAG, as_it_is, whole
 
 from .hdf5_read import Reader, check_values
 from .hdf5_write import Writer
 
-FISHER_COLUMNS = ("sum", "count", "min", "num_ridge_above", "sum_of_a")
 _KINDS = {
     "run_id": as_it_is("a short text", lambda value: isinstance(value, str) and len(value) <= 200),
     "world_size": as_it_is("a number of ranks", lambda value: type(value) is int and 0 < value <= 1 << 16),
@@ -71,11 +71,11 @@ class PartialHeader:
 
 
 class BlockPartial(NamedTuple):
-    """One block of one layer: heads [h], scores [h, left, right], Fisher sums float64 [h, 5]."""
+    """One block of one layer: heads [h], scores [h, left, right], what is known of I [h, columns]."""
 
     heads: Ints
     scores: Floats
-    fisher_sums: npt.NDArray[np.float64]
+    fisher_sums: FisherSums
 
 
 class LayerPartial(NamedTuple):
@@ -93,7 +93,7 @@ def layer_name(layer: int) -> str:
 def checked_layer(
     layer: int,
     header: PartialHeader,
-    blocks: Mapping[str, tuple[Ints, Floats, npt.NDArray[np.float64]]],
+    blocks: Mapping[str, tuple[Ints, Floats, FisherSums]],
     shared: Mapping[str, Floats],
 ) -> LayerPartial:
     """One layer's arrays, with the types and shapes that are stored, or a QkovError."""

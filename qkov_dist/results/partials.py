@@ -18,10 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from qkov_dist.errors import QkovError
+from qkov_dist.scoring.fisher_sums import FisherSums
 
 from .disk import file_errors
 from .hdf5_read import reading
@@ -164,7 +162,7 @@ class PartialWriter:
     def write_layer(
         self,
         layer: int,
-        blocks: Mapping[str, tuple[Ints, Floats, npt.NDArray[np.float64]]],
+        blocks: Mapping[str, tuple[Ints, Floats, FisherSums]],
         shared: Mapping[str, Floats] | None = None,
     ) -> None:
         """Write one layer; when this returns it is on disk and complete.

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from qkov_dist.distributed.world import World
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.engine import BlockScores
+from qkov_dist.scoring.fisher_sums import add, column, no_sums, sums_over_ranks
 
 from .metadata import LayerAxes
-from .partial_schema import FISHER_COLUMNS, BlockPartial, Floats, LayerPartial
-
-_MINIMUM = FISHER_COLUMNS.index("min")
+from .partial_schema import BlockPartial, Floats, LayerPartial
 
 
 def layer_partial(blocks: Mapping[str, BlockScores]) -> LayerPartial:
     """One layer's scores as they are stored: the heads of which this rank scored an element."""
     heads, shared = {}, {}
     for block, scored in blocks.items():
-        touched = [place for place, sums in enumerate(scored.fisher) if sums.count]
+        touched = np.flatnonzero(column(scored.fisher, "count")).tolist()
         if touched and block in BLOCKS:
             heads[block] = _block_partial(scored, touched)
         elif touched:
@@ -38,12 +36,8 @@ def layer_partial(blocks: Mapping[str, BlockScores]) -> LayerPartial:
 
 
 def _block_partial(scored: BlockScores, touched: list[int]) -> BlockPartial:
-    sums = [scored.fisher[place] for place in touched]
-    return BlockPartial(
-        np.array([scored.heads[place] for place in touched], np.int64),
-        scored.scores[touched].cpu().numpy(),
-        np.array([[f.total, f.count, f.minimum, f.below_ridge, f.from_a] for f in sums], np.float64),
-    )
+    heads = np.array([scored.heads[place] for place in touched], np.int64)
+    return BlockPartial(heads, scored.scores[touched].cpu().numpy(), scored.fisher[touched])
 
 
 def add_layers(parts: Sequence[LayerPartial]) -> LayerPartial:
@@ -85,14 +79,11 @@ def _block_over_ranks(
 ) -> BlockPartial:
     wide = any(world.all_gather(part is not None and part.scores.dtype == np.float64))
     scores = np.zeros((len(heads), *shape), np.float64 if wide else np.float32)
-    sums = _no_sums(len(heads))
+    sums = no_sums(len(heads))
     if part is not None:
         at = np.searchsorted(heads, part.heads)
         scores[at], sums[at] = part.scores, part.fisher_sums
-    minimum = np.min(world.all_gather(sums[:, _MINIMUM].tolist()), axis=0)
-    sums[:, _MINIMUM] = 0.0
-    total = world.all_reduce(sums)
-    total[:, _MINIMUM] = minimum
+    total = sums_over_ranks(sums, world)
     return BlockPartial(np.array(heads, np.int64), world.all_reduce(scores), total)
 
 
@@ -105,20 +96,12 @@ def _add_blocks(parts: Sequence[BlockPartial]) -> BlockPartial:
         return parts[0]
     heads = np.unique(np.concatenate([part.heads for part in parts]))
     scores = np.zeros((len(heads), *parts[0].scores.shape[1:]), parts[0].scores.dtype)
-    sums = _no_sums(len(heads))
+    sums = no_sums(len(heads))
     for part in parts:
         at = np.searchsorted(heads, part.heads)
         scores[at] += part.scores
-        minimum = np.minimum(sums[at, _MINIMUM], part.fisher_sums[:, _MINIMUM])
-        sums[at] += part.fisher_sums
-        sums[at, _MINIMUM] = minimum
+        add(sums, part.fisher_sums, at)
     return BlockPartial(heads, scores, sums)
-
-
-def _no_sums(num_heads: int) -> npt.NDArray[np.float64]:
-    sums = np.zeros((num_heads, len(FISHER_COLUMNS)))
-    sums[:, _MINIMUM] = np.inf
-    return sums
 
 
 def deal_heads(layer: LayerAxes, num_ranks: int) -> list[dict[str, tuple[int, ...]]]:
@@ -182,7 +165,6 @@ def _unpacked(data: Tensor) -> LayerPartial:
         size = int(np.prod(shape, dtype=np.int64))
         arrays.append(np.frombuffer(raw, dtype, size, start).reshape(shape))
         start += arrays[-1].nbytes
-    of_blocks = [BlockPartial(*arrays[3 * n : 3 * n + 3]) for n in range(len(blocks))]
-    return LayerPartial(
-        dict(zip(blocks, of_blocks, strict=True)), dict(zip(shared, arrays[3 * len(blocks) :], strict=True))
-    )
+    num, rest = len(BlockPartial._fields), iter(arrays)
+    of_blocks = {block: BlockPartial(*islice(rest, num)) for block in blocks}
+    return LayerPartial(of_blocks, dict(zip(shared, rest, strict=True)))

@@ -49,7 +49,7 @@ class Part:
 
 
 def block_totals(
-    plan: LayerTiles,
+    layer_tiles: LayerTiles,
     source: FactorSource,
     roles: Roles,
     settings: ScoreSettings,
@@ -58,17 +58,20 @@ def block_totals(
     """One layer's sum of I over each whole block, as far as samples are in ``source`` and elements are ``seen``.
 
     Args:
-        plan: The layer.
+        layer_tiles: The layer.
         source: Factors of all samples, or of some; those that it does not have count nothing.
         roles: The samples and their weights in I.
         settings: Where products are formed, and how.
         seen: What this process looks at; everything by default.
     """
-    parts = {site: block_parts([tile for tile in plan.slices if tile.site == site], seen) for site in plan.sites}
+    parts = {
+        site: block_parts([tile for tile in layer_tiles.slices if tile.site == site], seen)
+        for site in layer_tiles.sites
+    }
     by_input: dict[Site, list[Site]] = {}
     for site in (site for site, of_site in parts.items() if of_site):
         by_input.setdefault(source.x_site(site), []).append(site)
-    totals = dict.fromkeys(plan.block_sizes, 0.0)
+    totals = dict.fromkeys(layer_tiles.block_sizes, 0.0)
     with products_as(settings.matmul_precision, settings.device):
         for sites in by_input.values():
             for block, total in _sums(source, sites, parts, roles, torch.device(settings.device)):
@@ -77,7 +80,7 @@ def block_totals(
 
 
 def block_parts(tiles: Sequence[Tile], seen: Seen | None = None) -> list[Part]:
-    """A projection's share of each block, in as few parts as its rows and columns allow."""
+    """A projection's part of each block, in as few parts as its rows and columns allow."""
     found: dict[tuple[str, bool], list[Rect]] = {}
     for tile in tiles:
         for piece in (tile.rect,) if seen is None else seen(tile):
@@ -110,9 +113,9 @@ def _sums(
 ) -> Iterator[tuple[str, float]]:
     """Block by block, weighted sums of squared norms at projections that share an input."""
     weights = dict(zip(roles.members, roles.weights.sum(0).tolist(), strict=True))
-    table = source.sample_index(sites[0])
-    here = [n for n in roles.members if weights[n] and (n in table.spans or n in table.whole)]
-    ordering = order_samples(here, table, ())
+    sample_index = source.sample_index(sites[0])
+    here = [n for n in roles.members if weights[n] and (n in sample_index.spans or n in sample_index.whole)]
+    ordering = order_samples(here, sample_index, ())
     x, outputs, kept = source.x(sites[0]), {s: source.d(s) for s in sites}, {s: source.g(s) for s in sites}
     for group in ordering.groups:
         of_group = torch.tensor(
@@ -177,7 +180,7 @@ def gram_is_cheaper(length: int, num_rows: int, num_cols: int, num_sites: int) -
 
 
 def norm_flops(length: int, num_rows: int, num_cols: int, num_sites: int) -> int:
-    """Operations of one sample's norm, as they count; of X's Gram matrix a projection's share."""
+    """Operations of one sample's norm, as they count; of X's Gram matrix a projection's part."""
     if gram_is_cheaper(length, num_rows, num_cols, num_sites):
         return 2 * WIDE * length * length * (num_rows + num_cols // num_sites)
     return 2 * length * num_rows * num_cols

@@ -12,7 +12,7 @@ Every layer that this rank has to score, round by round: factors come, scores go
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ from qkov_dist.memory import scratch_array
 
 from .block_totals import BlockTotals, block_totals
 from .exchange import Exchange
+from .fisher_sums import FisherSums, add, no_sums
 from .kernel import Buffers, Rule, add_tile, tile_flops, tile_gradients
 from .pipeline import Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
-from .score import NO_ELEMENTS, FisherSums, compiled, fisher_sums
+from .score import compiled, fisher_sums
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, SiteFactors
 from .tiles import HeadBatch, LayerTiles, Tile, TilePlan
@@ -41,13 +42,13 @@ class BlockScores:
     Attributes:
         heads: Native heads, [h].
         scores: Partial scores [h, samples left, samples right] in the score dtype, on the CPU.
-        fisher: Summary of I over each head's elements, [h].
+        fisher: What is known of I over each head's elements, [h, columns].
         flops: Floating-point operations of its matrix products.
     """
 
     heads: tuple[int, ...]
     scores: Tensor
-    fisher: list[FisherSums] = field(default_factory=list)
+    fisher: FisherSums
     flops: int = 0
 
 
@@ -96,47 +97,51 @@ def score_layers(
             if layer is None:
                 yield None
                 continue
-            plan, source = layer
-            of_blocks = _ridges(plan, settings, (totals or {}).get(plan.layer, {}))
-            ridges.update({(plan.layer, block): ridge for block, ridge in of_blocks.items()})
-            yield Turn(plan, plan.tiles, source)
+            layer_tiles, source = layer
+            of_blocks = _ridges(layer_tiles, settings, (totals or {}).get(layer_tiles.layer, {}))
+            ridges.update({(layer_tiles.layer, block): ridge for block, ridge in of_blocks.items()})
+            yield Turn(layer_tiles, layer_tiles.tiles, source)
 
-    def score_heads(stack: HeadBatch, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
-        tile, sums = stack.first, [NO_ELEMENTS] * len(stack.heads)
+    def score_heads(batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
+        tile, sums = batch.first, no_sums(len(batch.heads))
         ridge = ridges[tile.site.layer, tile.block]
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, fused)
         weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
-        scores = torch.zeros((len(stack.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
-        for band in stack.bands:
+        scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
+        for band in batch.bands:
             gradients = _gradients(band, site, buffers)
             by_task = add_tile(scores, gradients, weights, rule, buffers)
-            sums = [known + more for known, more in zip(sums, fisher_sums(by_task, least), strict=True)]
-        flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in stack.heads[0])
+            add(sums, fisher_sums(by_task, least))
+        flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in batch.heads[0])
         found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
         return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
 
     blocks: dict[str, BlockScores] | None = None
     for done in through_workers(begun(), roles, settings, score_heads):
         if blocks is None:
-            blocks = {block: _no_scores(heads, roles, settings) for block, heads in done.plan.heads.items()}
+            blocks = {block: _no_scores(heads, roles, settings) for block, heads in done.layer_tiles.heads.items()}
         for tile, part in done.results:
             block = blocks[tile.block]
             at = block.heads.index(tile.head)
             block.scores[at] += part.scores
-            block.fisher[at] += part.fisher
+            add(block.fisher, part.fisher, at)
             block.flops += part.flops
         if done.is_last:
-            yield done.plan, blocks
+            yield done.layer_tiles, blocks
             blocks = None
 
 
 def score_layer(
-    plan: LayerTiles, source: FactorSource, roles: Roles, settings: ScoreSettings, totals: BlockTotals | None = None
+    layer_tiles: LayerTiles,
+    source: FactorSource,
+    roles: Roles,
+    settings: ScoreSettings,
+    totals: BlockTotals | None = None,
 ) -> dict[str, BlockScores]:
     """Score one layer, as :func:`score_layers` does; a relative ridge is by default of the samples in ``source``."""
     if totals is None and settings.ridge_relative:
-        totals = block_totals(plan, source, roles, settings)
-    ((_, blocks),) = score_layers([(plan, source)], roles, settings, {plan.layer: totals or {}})
+        totals = block_totals(layer_tiles, source, roles, settings)
+    ((_, blocks),) = score_layers([(layer_tiles, source)], roles, settings, {layer_tiles.layer: totals or {}})
     return blocks
 
 
@@ -144,36 +149,38 @@ def _gradients(band: tuple[Tile, ...], site: SiteFactors, buffers: Buffers) -> T
     return tile_gradients(site.padded, [tile.rect for tile in band], bias=band[0].bias, buffers=buffers)
 
 
-def _ridges(plan: LayerTiles, settings: ScoreSettings, totals: Mapping[str, float]) -> dict[str, float]:
+def _ridges(layer_tiles: LayerTiles, settings: ScoreSettings, totals: Mapping[str, float]) -> dict[str, float]:
     """Lambda of each block."""
     if not settings.ridge_relative:
-        return dict.fromkeys(plan.block_sizes, settings.ridge_absolute)
+        return dict.fromkeys(layer_tiles.block_sizes, settings.ridge_absolute)
     return {
         block: settings.ridge_absolute + settings.ridge_relative * totals[block] / size
-        for block, size in plan.block_sizes.items()
+        for block, size in layer_tiles.block_sizes.items()
     }
 
 
 def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) -> BlockScores:
     dtype = np.float64 if settings.dtype == torch.float64 else np.float32
     zeros = scratch_array((len(heads), *roles.shape), dtype, settings.scratch)
-    return BlockScores(heads, torch.from_numpy(zeros), [NO_ELEMENTS] * len(heads))
+    return BlockScores(heads, torch.from_numpy(zeros), no_sums(len(heads)))
 
 
-def rounds_of(plan: TilePlan, topology: Topology, *, done: Callable[[int], bool] = lambda layer: False) -> list[Round]:
+def rounds_of(
+    tile_plan: TilePlan, topology: Topology, *, done: Callable[[int], bool] = lambda layer: False
+) -> list[Round]:
     """The rounds of all ranks; each brings its own plan.
 
     Args:
-        plan: This rank's tiles.
+        tile_plan: This rank's tiles.
         topology: The ranks.
         done: Whether this rank has scored a layer before.
     """
-    mine = [layer.layer for layer in plan.layers if layer.tiles and not done(layer.layer)]
+    mine = [layer.layer for layer in tile_plan.layers if layer.tiles and not done(layer.layer)]
     return make_rounds(topology.world.all_gather(mine))
 
 
 def score_rounds(
-    plan: TilePlan,
+    tile_plan: TilePlan,
     rounds: Sequence[Round],
     exchange: Exchange,
     roles: Roles,
@@ -187,7 +194,7 @@ def score_rounds(
     given back first.
 
     Args:
-        plan: This rank's tiles.
+        tile_plan: This rank's tiles.
         rounds: Whose turn each layer is.
         exchange: Brings factors.
         roles: The samples.
@@ -198,7 +205,7 @@ def score_rounds(
     Yields:
         The layer's tiles, and its partial scores.
     """
-    layers = {layer.layer: layer for layer in plan.layers}
+    layers = {layer.layer: layer for layer in tile_plan.layers}
     totals: Mapping[int, BlockTotals] = {}
     if settings.ridge_relative:
         totals = _totals(layers, rounds, exchange, roles, settings)

@@ -1,8 +1,8 @@
 """Factors on their way from the ranks that ran the samples to those that own the weights, a layer for each at a time.
 
-Every peer holds all features of its own samples. An owner of some rows and columns of a weight needs those features of
-D and X for all samples: it is sent each of them at most once, and a rank is sent one layer at a time. Samples keep the
-order of the peers, so that every rank sees one and the same table of spans.
+Every data-parallel rank holds all features of its own samples. An owner of some rows and columns of a weight needs
+those features of D and X for all samples: it is sent each of them at most once, and a rank is sent one layer at a time.
+Samples keep the order of the data-parallel ranks, so that every rank sees one and the same index.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Features = tuple[int, int]
 
 @dataclass(frozen=True)
 class Need:
-    """What a rank needs of one series: X at some input features, D at some output features, or gradients at both.
+    """What a rank needs of one factor: X at some input features, D at some output features, or gradients at both.
 
     Attributes:
         kind: ``x``, ``d`` or ``g``.
-        site: Whose series it is.
+        site: Whose factor it is.
         rows: Output features.
         cols: Input features.
     """
@@ -47,7 +47,7 @@ class Need:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of what one row of the series comes to."""
+        """Shape of what one row of the factor comes to."""
         height, width = self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
         return {"x": (width,), "d": (height,), "g": (height, width + 1)}[self.kind]
 
@@ -56,29 +56,29 @@ class Need:
 class _Received:
     """One layer's factors of all samples, at the features that this rank owns."""
 
-    tables: Mapping[int | None, SampleIndex]
+    indexes: Mapping[int | None, SampleIndex]
     threshold: Callable[[Site], int | None]
     sharing: Mapping[Site, Site]
-    series: dict[tuple[str, Site], tuple[Need, Tensor]] = field(default_factory=dict)
+    arrived: dict[tuple[str, Site], tuple[Need, Tensor]] = field(default_factory=dict)
 
     def sample_index(self, site: Site) -> SampleIndex:
-        return self.tables[self.threshold(site)]
+        return self.indexes[self.threshold(site)]
 
     def x_site(self, site: Site) -> Site:
         return self.sharing[site]
 
     def x(self, site: Site) -> FeatureSlice:
-        need, values = self.series["x", self.sharing[site]]
+        need, values = self.arrived["x", self.sharing[site]]
         return FeatureSlice(values, need.cols[0])
 
     def d(self, site: Site) -> FeatureSlice:
-        need, values = self.series["d", site]
+        need, values = self.arrived["d", site]
         return FeatureSlice(values, need.rows[0])
 
     def g(self, site: Site) -> Whole | None:
-        if ("g", site) not in self.series:
+        if ("g", site) not in self.arrived:
             return None
-        need, values = self.series["g", site]
+        need, values = self.arrived["g", site]
         return Whole(values, need.rows[0], need.cols[0])
 
 
@@ -104,7 +104,7 @@ class Exchange:
         }
         self._by_dp_rank = [_indexes(d["indexes"]) for d in described]
         self._indexes = {
-            above: _joined([tables[above] for tables in self._by_dp_rank]) for above in self._by_dp_rank[0]
+            above: _joined([indexes[above] for indexes in self._by_dp_rank]) for above in self._by_dp_rank[0]
         }
 
     @contextmanager
@@ -120,10 +120,10 @@ class Exchange:
             return
         received = self._collect(turn)
         yield received if has_layer else None
-        received.series.clear()
+        received.arrived.clear()
 
     def seen(self, tile: Tile) -> tuple[Rect, ...]:
-        """What this rank and its peers own of a tile's parameter: of its own samples, what it counts for all peers."""
+        """What the data-parallel group owns of a tile's parameter: what this rank counts of its own samples."""
         if self.topology.dp_group.size == self.topology.world.size:
             return (tile.rect,)
         projection = next(p for p in self._layout.layer(tile.site.layer).projections if p.module == tile.site.module)
@@ -141,11 +141,11 @@ class Exchange:
             part.nbytes for r, parts in enumerate(sent) if r != topology.dp_group.rank for part in parts
         )
         topology.dp_group.send_recv(sent, received)
-        series = {(need.kind, need.site): (need, place) for need, place in places}
-        return _Received(self._indexes, self.store.threshold, self._sharing, series)
+        arrived = {(need.kind, need.site): (need, place) for need, place in places}
+        return _Received(self._indexes, self.store.threshold, self._sharing, arrived)
 
     def _needs(self, layer: int | None, rank: int) -> list[Need]:
-        """What a rank needs; series that no sample is in are left out."""
+        """What a rank needs; factors that no sample is in are left out."""
         if layer is None:
             return []
         sites = [site for site in self._sites if site.layer == layer]
@@ -153,13 +153,13 @@ class Exchange:
         return [need for need in needs if need.kind != "g" or self._indexes[self.store.threshold(need.site)].whole]
 
     def _place(self, need: Need) -> Tensor:
-        """Where a series of all peers' samples comes to lie, one peer after another."""
+        """Where a factor of all samples comes to lie, one data-parallel rank after another."""
         dtype = self._dtypes.get((need.kind, need.site), torch.float32)  # of no rows at all, none is known
         return torch.empty(self._num_rows(need, self._indexes), *need.shape, dtype=dtype)
 
     def _by_sender(self, need: Need, place: Tensor) -> tuple[Tensor, ...]:
-        """The part of it that each peer sends."""
-        return torch.split(place, [self._num_rows(need, tables) for tables in self._by_dp_rank])
+        """The part of it that each data-parallel rank sends."""
+        return torch.split(place, [self._num_rows(need, indexes) for indexes in self._by_dp_rank])
 
     def _held_of(self, needs: Sequence[Need], *, to_other: bool) -> list[Tensor]:
         """This rank's samples at the features that a rank needs: X and D in memory as they lie, where it needs all."""
@@ -178,13 +178,13 @@ class Exchange:
         assert whole is not None  # there are rows of it
         return torch.cat([whole.rect(rows, cols), whole.bias(rows)], dim=-1)
 
-    def _num_rows(self, need: Need, tables: Mapping[int | None, SampleIndex]) -> int:
-        table = tables[self.store.threshold(need.site)]
-        return len(table.whole) if need.kind == "g" else table.num_rows
+    def _num_rows(self, need: Need, indexes: Mapping[int | None, SampleIndex]) -> int:
+        index = indexes[self.store.threshold(need.site)]
+        return len(index.whole) if need.kind == "g" else index.num_rows
 
 
 def needs_of(layer: AttentionLayer, sites: Sequence[Site], owned: Owned, sharing: Mapping[Site, Site]) -> list[Need]:
-    """What a rank needs of a layer: for each series, the features between the first and the last that it owns."""
+    """What a rank needs of a layer: for each factor, the features between the first and the last that it owns."""
     outputs: dict[Site, Features] = {}
     inputs: dict[Site, Features] = {}
     wholes: list[Need] = []
@@ -217,23 +217,23 @@ def _hull(intervals: Sequence[Features]) -> Features:
 
 
 def _indexes(described: Sequence[Sequence[Any]]) -> dict[int | None, SampleIndex]:
-    """A peer's tables, by threshold."""
-    tables = {}
+    """A rank's sample indexes, by threshold."""
+    indexes = {}
     for above, spans, whole, num_rows in described:
         places = {number: place for place, number in enumerate(whole)}
-        tables[above] = SampleIndex({number: (start, stop) for number, start, stop in spans}, places, num_rows)
-    return tables
+        indexes[above] = SampleIndex({number: (start, stop) for number, start, stop in spans}, places, num_rows)
+    return indexes
 
 
 def _joined(by_dp_rank: Sequence[SampleIndex]) -> SampleIndex:
-    """One table over the rows of all peers, one peer after another."""
+    """One index over the rows of all data-parallel ranks, one after another."""
     joined = SampleIndex()
-    for table in by_dp_rank:
-        for number, (start, stop) in table.spans.items():
+    for index in by_dp_rank:
+        for number, (start, stop) in index.spans.items():
             joined.spans[number] = (joined.num_rows + start, joined.num_rows + stop)
         first = len(joined.whole)
-        joined.whole.update({number: first + place for number, place in table.whole.items()})
-        joined.num_rows += table.num_rows
+        joined.whole.update({number: first + place for number, place in index.whole.items()})
+        joined.num_rows += index.num_rows
     return joined
 
 

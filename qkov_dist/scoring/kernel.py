@@ -18,7 +18,8 @@ from qkov_dist.capture.factors import FeatureSlice, Whole
 from qkov_dist.layout.rects import Rect
 
 from .padded_groups import PaddedGroup
-from .score import Fused, Score, maps
+from .score import Fused, maps, power_of
+from .score_kinds import KINDS, ElementMap, Score
 
 CHUNK_BYTES = 2 * 2**20  # of gradients; with their squares this is what a core's second-level cache holds, or nearly
 PRODUCTS = 512  # blocks of pairs that are multiplied at a time on a GPU: some for each of its multiprocessors
@@ -137,7 +138,7 @@ def _maps(part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: B
     torch.mul(part, part, out=squares)
     torch.mm(weights, squares, out=by_task)
     inverse = by_task.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
-    if rule.may_vanish(part.dtype):
+    if rule.may_vanish(part.dtype) or not KINDS[rule.score].maps_in_place:
         return maps(part, inverse, rule.score)
     return _mapped(part, squares, inverse, rule.score)
 
@@ -166,12 +167,15 @@ def num_parts(heads: int, left: int, right: int, size: int) -> int:
 
 def _mapped(gradients: Tensor, squares: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     """:func:`qkov_dist.scoring.score.maps`, in place, where no 1 / R is infinite."""
-    if score == "interference":
-        return squares.mul_(inverse), gradients.abs_()
-    gradients.mul_(inverse.sqrt_())
-    if score == "symmetric":
-        gradients.abs_()
-    return gradients, gradients
+    kind = KINDS[score]
+    left = _map_in_place(kind.left, gradients, squares).mul_(power_of(inverse, kind.weight_power))
+    return left, left if kind.is_symmetric else _map_in_place(kind.right, gradients, squares)
+
+
+def _map_in_place(which: ElementMap, gradients: Tensor, squares: Tensor) -> Tensor:
+    if which == "square":
+        return squares
+    return gradients.abs_() if which == "magnitude" else gradients
 
 
 def tile_flops(factors: Sequence[Padded], size: int, pairs: tuple[int, int], *, bias: bool) -> int:

@@ -80,25 +80,25 @@ class Ordering:
     groups: tuple[PaddedGroup, ...]
 
 
-def order_samples(members: Sequence[int], table: SampleIndex, cuts: Sequence[int]) -> Ordering:
+def order_samples(members: Sequence[int], sample_index: SampleIndex, cuts: Sequence[int]) -> Ordering:
     """Sort and group samples.
 
     Args:
         members: The samples, by number.
-        table: Where each of them is.
+        sample_index: Where each of them is.
         cuts: Positions between which samples keep together, so that a range of roles stays a range.
     """
     edges = sorted({0, *cuts, len(members)})
     order: list[int] = []
     groups: list[PaddedGroup] = []
     for low, high in pairwise(edges):
-        factored = [n for n in range(low, high) if members[n] in table.spans]
-        spans = {n: table.spans[members[n]] for n in factored}
+        factored = [n for n in range(low, high) if members[n] in sample_index.spans]
+        spans = {n: sample_index.spans[members[n]] for n in factored}
         factored.sort(key=lambda n: (spans[n][0] - spans[n][1], spans[n][0]))
         groups += _grouped([spans[n] for n in factored], len(order))
         order += factored
-        if whole := [n for n in range(low, high) if members[n] not in table.spans]:
-            places = torch.tensor([table.whole[members[n]] for n in whole])
+        if whole := [n for n in range(low, high) if members[n] not in sample_index.spans]:
+            places = torch.tensor([sample_index.whole[members[n]] for n in whole])
             groups.append(PaddedGroup(len(order), len(order) + len(whole), 0, None, places, None))
             order += whole
     return Ordering(tuple(order), tuple(int(n) for n in np.argsort(order)), tuple(groups))

@@ -1,6 +1,6 @@
 """Layer after layer through the workers, who need not wait: what comes next is read, or fetched, while they compute.
 
-    turns -> projections' factors -> stacks of heads -> workers -> results, in the order of the turns and the tiles
+    turns -> projections' factors -> batches of heads -> workers -> results, in the order of the turns and the tiles
 
 Two projections are in hand at a time, also where one is the last of a layer and the other the next layer's first.
 
@@ -37,7 +37,7 @@ Work = Callable[[HeadBatch, SiteFactors, Buffers], list[T]]
 class Turn:
     """A layer whose turn it is: which of its tiles are worked on, and where their factors come from."""
 
-    plan: LayerTiles
+    layer_tiles: LayerTiles
     tiles: Sequence[Tile]
     source: FactorSource
 
@@ -47,12 +47,12 @@ class Done(Generic[T]):
     """What came of one projection.
 
     Attributes:
-        plan: The layer.
+        layer_tiles: The layer.
         results: A tile of each head, and the head's result, in the order of the tiles.
         is_last: Whether the layer is done with it.
     """
 
-    plan: LayerTiles
+    layer_tiles: LayerTiles
     results: list[tuple[Tile, T]]
     is_last: bool
 
@@ -61,7 +61,7 @@ class Done(Generic[T]):
 class _Started(Generic[T]):
     """One projection that workers have been given."""
 
-    plan: LayerTiles
+    layer_tiles: LayerTiles
     waiting: Sequence[tuple[HeadBatch, Callable[[], list[T]]]]
     is_last: bool
 
@@ -69,10 +69,10 @@ class _Started(Generic[T]):
         """Wait for the workers."""
         results = [
             result
-            for stack, wait in self.waiting
-            for result in zip((tiles[0] for tiles in stack.heads), wait(), strict=True)
+            for batch, wait in self.waiting
+            for result in zip((tiles[0] for tiles in batch.heads), wait(), strict=True)
         ]
-        return Done(self.plan, results, self.is_last)
+        return Done(self.layer_tiles, results, self.is_last)
 
 
 def through_workers(
@@ -123,16 +123,16 @@ def _start_layer(
 ) -> Iterator[_Started[T]]:
     left, num = len({tile.site for tile in turn.tiles}), len(roles.members)
     if not left:
-        yield _Started(turn.plan, (), is_last=True)
+        yield _Started(turn.layer_tiles, (), is_last=True)
     for site, factors in read_sites(turn.tiles, turn.source, roles, settings):
         left -= 1
         batches = head_batches([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
-        waiting = [(stack, submit(_in_memory, settings.warn, work, stack, factors)) for stack in batches]
-        yield _Started(turn.plan, waiting, is_last=not left)
+        waiting = [(batch, submit(_in_memory, settings.warn, work, batch, factors)) for batch in batches]
+        yield _Started(turn.layer_tiles, waiting, is_last=not left)
 
 
 def _in_memory(
-    warn: Callable[[str], object], work: Work[T], stack: HeadBatch, factors: SiteFactors, buffers: Buffers
+    warn: Callable[[str], object], work: Work[T], batch: HeadBatch, factors: SiteFactors, buffers: Buffers
 ) -> list[T]:
     """Do the work; where its tiles do not fit into memory, for half of the heads, or with tiles of half the height.
 
@@ -140,13 +140,13 @@ def _in_memory(
         QkovError: where a tile of one row does not fit.
     """
     try:
-        return work(stack, factors, buffers)
+        return work(batch, factors, buffers)
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
         buffers.held.clear()
-        tile = stack.first
-        if len(stack.heads) == stack.tallest == 1:
+        tile = batch.first
+        if len(batch.heads) == batch.tallest == 1:
             raise QkovError(
                 f"layer {tile.site.layer}, block {tile.block}, head {tile.head}",
                 expected="memory for one row of a weight's gradients of all samples",
@@ -154,7 +154,7 @@ def _in_memory(
                 remedy="Use fewer samples, more ranks, or a machine with more memory.",
             ) from error
     warn(f"out of memory in layer {tile.site.layer}: going on with tiles of half the size")
-    return [found for part in stack.smaller() for found in _in_memory(warn, work, part, factors, buffers)]
+    return [found for part in batch.smaller() for found in _in_memory(warn, work, part, factors, buffers)]
 
 
 Submit = Callable[..., Callable[[], Any]]

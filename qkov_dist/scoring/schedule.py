@@ -30,7 +30,7 @@ def layers_of(rounds: Sequence[Round]) -> tuple[int, ...]:
 
 
 def gpu_budget(room: int, sizes: Mapping[int, int]) -> int:
-    """Bytes of factors that are sure to find a place on a GPU: they go there by whole series, each less than a layer.
+    """Bytes of factors that are sure to find a place on a GPU: they go there by whole buffers, each less than a layer.
 
     Args:
         room: Bytes that may stay there.

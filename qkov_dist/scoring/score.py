@@ -1,7 +1,7 @@
 r"""The metric on tensors: what a tile of a weight contributes to the scores of every pair of samples.
 
 A tile is a set of weight elements p. With per-sample gradients g [N, P], the Fisher I [P] and the regularised Fisher
-R = max(I, epsilon) + lambda, every score is a matrix product of elementwise maps of g:
+R = max(I, epsilon) + lambda, every score is a matrix product of elementwise maps of g (``score_kinds`` has the table):
 
     interference   M_ij = sum_p (g_i^2 / R) |g_j|
     signed         M_ij = sum_p g_i g_j / R
@@ -10,57 +10,31 @@ R = max(I, epsilon) + lambda, every score is a matrix product of elementwise map
 A term with g = 0 is 0, also where R = 0: an element without any gradient adds nothing. Where R = 0 and some g is not 0
 (a Fisher of one task alone does not see the other's) the score is infinite, and refused as such.
 
-Contributions of disjoint tiles add up, so nothing here needs to know which head, layer or rank a tile belongs to. The
-two symmetric scores put 1/sqrt(R) on both sides, which makes M_AB and M_BA transposes of each other.
+Contributions of disjoint tiles add up, so nothing here needs to know which head, layer or rank a tile belongs to.
+Symmetric scores put 1/sqrt(R) on both sides, which makes M_AB and M_BA transposes of each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qkov_dist.errors import QkovError
 
-Score = Literal["interference", "signed", "symmetric"]
+from .fisher_sums import FisherSums, records
+from .score_kinds import KINDS, ElementMap, Score
+
 MEANING = 2  # of a score, as a number that grows when it changes: part of a run's id, so that files are never mixed
 COMPILED_FROM = 10**12  # elements of gradients: fewer are mapped in less time than compiling takes, on a GPU
 Fused = Callable[[Tensor, Tensor, Tensor, Score], tuple[Tensor, Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class FisherSums:
-    """Additive summary of I over some elements (the minimum combines by minimum).
-
-    Attributes:
-        total: Sum of I.
-        from_a: The part of it that task A's samples contribute.
-        count: Number of elements.
-        minimum: Smallest I.
-        below_ridge: Number of elements whose I is smaller than epsilon or lambda.
-    """
-
-    total: float
-    from_a: float
-    count: int
-    minimum: float
-    below_ridge: int
-
-    def __add__(self, other: FisherSums) -> FisherSums:
-        return FisherSums(
-            self.total + other.total,
-            self.from_a + other.from_a,
-            self.count + other.count,
-            min(self.minimum, other.minimum),
-            self.below_ridge + other.below_ridge,
-        )
-
-
-NO_ELEMENTS = FisherSums(0.0, 0.0, 0, float("inf"), 0)
+MAPS: Mapping[ElementMap, Callable[[Tensor], Tensor]] = {
+    "gradient": lambda gradients: gradients,
+    "magnitude": torch.abs,
+    "square": torch.square,
+}
 
 
 def sample_gradients(x: Tensor | None, d: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -87,10 +61,13 @@ def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
     return weights @ gradients.square()
 
 
-def fisher_sums(by_task: Tensor, least: float) -> list[FisherSums]:
+def fisher_sums(by_task: Tensor, least: float) -> FisherSums:
     """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [2, heads, P].
 
     ``least`` is what I must exceed to have a say: the larger of epsilon and lambda.
+
+    Returns:
+        Records [heads, columns].
     """
     fisher = by_task.sum(0)
     found = [
@@ -99,9 +76,11 @@ def fisher_sums(by_task: Tensor, least: float) -> list[FisherSums]:
         fisher.amin(1).double(),
         (fisher < least).sum(1).double(),
     ]
-    numbers = torch.stack(found, dim=1).tolist()  # all at once: each transfer from a GPU waits for it
-    count = fisher.shape[1]
-    return [FisherSums(total, from_a, count, least, int(below)) for total, from_a, least, below in numbers]
+    total, of_a, smallest, below = (
+        torch.stack(found).cpu().numpy()
+    )  # all at once: each transfer from a GPU waits for it
+    columns = {"sum": total, "sum_of_a": of_a, "min": smallest, "num_ridge_above": below, "count": fisher.shape[1]}
+    return records(columns)
 
 
 def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
@@ -112,11 +91,16 @@ def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tens
         inverse: 1 / R [P].
         score: Which score.
     """
-    if score == "interference":
-        return _product(gradients.square(), inverse), gradients.abs()
-    scaled = _product(gradients, inverse.sqrt())
-    scaled = scaled.abs() if score == "symmetric" else scaled
-    return scaled, scaled
+    kind = KINDS[score]
+    left = _product(MAPS[kind.left](gradients), power_of(inverse, kind.weight_power))
+    return left, left if kind.is_symmetric else MAPS[kind.right](gradients)
+
+
+def power_of(values: Tensor, power: float) -> Tensor:
+    """A power of numbers of at least 0; the first is the numbers themselves."""
+    if power == 1.0:
+        return values
+    return values.sqrt() if power == 0.5 else values.pow(power)
 
 
 def _product(values: Tensor, factor: Tensor) -> Tensor:
@@ -165,7 +149,7 @@ def compiled(device: str) -> Fused:
     fused: Fused = torch.compile(fisher_and_maps, dynamic=True)
     ones = torch.ones(3, 5, device=device)
     try:
-        fused(ones, ones.new_ones(2, 3), ones.new_ones(2), "interference")
+        fused(ones, ones.new_ones(2, 3), ones.new_ones(2), next(iter(KINDS)))
     except (RuntimeError, OSError) as error:
         raise QkovError(
             "compute.compile",

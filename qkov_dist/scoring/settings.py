@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .score import Score
+from .score_kinds import Score
 from .tiles import GPU_TILE_BYTES
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores may be formed
@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How scores are formed; the meaning of each is in SPEC's metric and in :mod:`qkov_dist.scoring.score`."""
+    """How scores are formed; the meaning of each is in SPEC's metric and in :mod:`qkov_dist.scoring.score_kinds`."""
 
     score: Score = "interference"
     epsilon: float = 0.0

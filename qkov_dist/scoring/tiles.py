@@ -1,4 +1,4 @@
-"""Who computes which piece of which head: head slices ∩ owned rectangles, cut into tiles, before anything runs.
+"""Who computes which part of which head: head slices ∩ owned rectangles, cut into tiles, before anything runs.
 
 A plan is integers only. It is made from a layout and the rectangles a rank owns, needs no weights, and can be printed
 and costed for a simulated number of ranks. Hot code is handed its tiles and decides nothing.
@@ -273,7 +273,7 @@ class HeadBatch:
         return max(tile.rect.shape[0] for tile in self.heads[0])
 
     def smaller(self) -> list[HeadBatch]:
-        """The same tiles as stacks of half the heads; those of one head in tiles of half the height."""
+        """The same tiles as batches of half the heads; those of one head in tiles of half the height."""
         if (middle := len(self.heads) // 2) > 0:
             return [HeadBatch(self.heads[:middle]), HeadBatch(self.heads[middle:])]
         (tiles,), height = self.heads, self.tallest // 2
@@ -287,7 +287,7 @@ def head_batches(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0)
 
     Args:
         tiles: Of one projection.
-        max_elements: Elements that the tiles of a stack have together at a time; one head there is always.
+        max_elements: Elements that the tiles of a batch have together at a time; one head there is always.
         num_samples: A head counts as no fewer elements than this, so that its scores of all pairs are bounded too.
     """
     heads: dict[tuple[str, int], list[Tile]] = {}
@@ -303,7 +303,7 @@ def head_batches(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0)
             found[-1].append(of_head)
         else:
             found.append([of_head])
-    return [HeadBatch(tuple(stack)) for stack in found]
+    return [HeadBatch(tuple(batch)) for batch in found]
 
 
 def _alike(one: Sequence[Tile], other: Sequence[Tile]) -> bool:

@@ -47,6 +47,7 @@ from qkov_dist.data.copies import different_pairs
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.scoring.score_kinds import may_be_negative
 from qkov_dist.stats import permutation
 
 from .head_tests import Design, LayerTests, Statistic, layer_tests
@@ -98,7 +99,7 @@ class QKOVStatistics:
         Raises:
             QkovError: where ``overlap`` is asked of signed scores.
         """
-        if score != "signed":
+        if not may_be_negative(score):
             return ("cross_mean", "overlap")
         if self.statistic == "overlap":
             remedy = "Use statistic='cross_mean', or score: interference or symmetric."

@@ -29,7 +29,8 @@ from qkov_dist.layout.heads import BLOCKS, HeadSlice, Projection, Site
 from qkov_dist.layout.weights import changed, region_of
 from qkov_dist.modes import evaluating, input_device
 from qkov_dist.scoring.engine import score_layer
-from qkov_dist.scoring.score import Score, sample_gradients
+from qkov_dist.scoring.score import sample_gradients
+from qkov_dist.scoring.score_kinds import KINDS, Score
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.stats.permutation import draw_labels, head_nulls, pair_counts
 
@@ -195,7 +196,7 @@ def _predictors(
 
 
 def _pooled_statistics(captured: Captured, score: Score) -> dict[Target, dict[str, float]]:
-    """``cross_mean`` and, but for signed scores, ``overlap`` of every head examined."""
+    """``cross_mean`` and, of scores that are never negative, ``overlap`` of every head examined."""
     examined, num = captured.examined, captured.examined.num_samples
     roles = Roles(tuple(range(num)), examined.roles().weights, slice(0, num), slice(0, num))
     observed = draw_labels(0, len(examined.a), len(examined.b), 0)
@@ -205,7 +206,9 @@ def _pooled_statistics(captured: Captured, score: Score) -> dict[Target, dict[st
     found = {}
     for layer in examined.tile_plan().layers:
         for block, part in score_layer(layer, captured.store, roles, ScoreSettings(score=score, device=device)).items():
-            nulls = head_nulls(part.scores.cpu(), observed, pairs, counts, with_overlap=score != "signed")
+            nulls = head_nulls(
+                part.scores.cpu(), observed, pairs, counts, with_overlap=not KINDS[score].may_be_negative
+            )
             for place, head in enumerate(part.heads):
                 values = {name: float(null.values[place, 0]) for name, null in nulls.items()}
                 found[Target(layer.layer, block, head)] = values

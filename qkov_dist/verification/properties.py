@@ -23,6 +23,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Projection
 from qkov_dist.layout.proof import prove
 from qkov_dist.layout.rects import Rect, rects_of_flat_interval
+from qkov_dist.scoring.score_kinds import KINDS
 
 from .changed_model import check_ablation, check_scale
 from .examined_model import Captured, ExaminedModel
@@ -79,7 +80,7 @@ def check_additivity(captured: Captured) -> Iterator[PropertyResult]:
 
 def check_symmetry(captured: Captured) -> Iterator[PropertyResult]:
     """Both directions under one Fisher."""
-    for score in ("signed", "symmetric"):
+    for score in (name for name, kind in KINDS.items() if kind.is_symmetric):
         settings = replace(PLAIN, score=score)
         there, back = captured.scores(settings), captured.scores(settings, swapped=True)
         turned = {layer: {b: part.transpose(1, 2) for b, part in blocks.items()} for layer, blocks in back.items()}

@@ -76,9 +76,7 @@ def validate(
         _write(Path(output), effects, rows)
 
 
-def _samples(
-    loaded: LoadedModel, path: str, count: int, max_tokens: int, console: Console
-) -> tuple[Sample, ...]:
+def _samples(loaded: LoadedModel, path: str, count: int, max_tokens: int, console: Console) -> tuple[Sample, ...]:
     task = TaskConfig(name=path, path=path, max_samples=count, max_tokens=max_tokens)
     limits = {"vocab_size": loaded.vocab_size, "max_positions": loaded.max_positions, "objective": loaded.objective}
     found = load_task(task, loaded.tokenizer, **limits)  # type: ignore[arg-type]

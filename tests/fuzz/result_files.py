@@ -19,8 +19,9 @@ from qkov_dist.config_file import from_dict
 from qkov_dist.distributed.world import Alone
 from qkov_dist.results.heatmap import SampleTable
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes, to_json
-from qkov_dist.results.partial_schema import FISHER_COLUMNS, PartialHeader
+from qkov_dist.results.partial_schema import PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
+from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 
 LAYERS = (1, 4)
 HEADS = {"Q": (0, 1), "K": (0,), "V": (0,), "O": (0, 1)}

@@ -324,7 +324,7 @@ def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monke
     monkeypatch.setattr("qkov_dist.scoring.tiles.GPU_TILE_BYTES", limit)
     monkeypatch.setattr("qkov_dist.scoring.settings.GPU_TILE_BYTES", limit)
     work = work_of(TINY[name].build(), name, on_gpu=True)
-    (shares,) = layer_work(work.layout, work.layers, [simulated_topologies(
+    (work_by_rank,) = layer_work(work.layout, work.layers, [simulated_topologies(
         work.model_sizes, work.layout, work.layers, ALONE)[0].owned_by(0)], work.scoring)  # fmt: skip
     tile_plan = make_tile_plan(work.layout, Selection(), include_bias=False, num_samples=16, tile_bytes=limit)
     most = ScoreSettings(device="cuda").max_elements(16)
@@ -335,7 +335,7 @@ def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monke
             for batch in head_batches([t for t in layer.tiles if t.site == site], most, 16)
         ]
         largest = max(sum(tile.rect.area for tile in band) for batch in batches for band in batch.bands)
-        assert shares[layer.layer].tile == largest
+        assert work_by_rank[layer.layer].tile == largest
 
 
 def test_while_a_layer_comes_in_that_of_the_last_ones_last_projection_is_still_there():
@@ -353,15 +353,17 @@ def test_partial_scores_are_sent_as_planned(data):
     work = work_of(TINY["llama"].build(), "llama", num=30)
     plan = plan_simulated(work, Parallelism(1, data, 3))
     topologies = simulated_topologies(work.model_sizes, work.layout, work.layers, plan.parallelism)
-    shares = layer_work(work.layout, work.layers, [topologies[0].owned_by(rank) for rank in range(3)], work.scoring)
+    work_by_rank = layer_work(
+        work.layout, work.layers, [topologies[0].owned_by(rank) for rank in range(3)], work.scoring
+    )
     for rank, cost in enumerate(plan.costs):
         sent = 0
-        for layer, share in shares[rank].items():
+        for layer, work_here in work_by_rank[rank].items():
             blocks = {
                 b: BlockPartial(np.array(h), np.zeros((len(h), 60, 60), "f4"), np.zeros((len(h), 5)))
-                for b, h in share.heads.items()
+                for b, h in work_here.heads.items()
             }
-            axes = LayerAxes(layer, 2, (0, 1, 2, 3), share.every_head)
+            axes = LayerAxes(layer, 2, (0, 1, 2, 3), work_here.every_head)
             world = Recording(rank, 3)
             add_dealt(LayerPartial(blocks, {}), axes, world)
             dealt = deal_heads(axes, 3)[rank]

@@ -21,8 +21,9 @@ from processes import PATIENCE_S
 
 from qkov_dist.errors import QkovError
 from qkov_dist.results import hdf5_write
-from qkov_dist.results.partial_schema import FISHER_COLUMNS, PartialHeader
+from qkov_dist.results.partial_schema import PartialHeader
 from qkov_dist.results.partials import PartialWriter, list_partials, partial_path, read_partial
+from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 
 HEADER = PartialHeader("run-1", 0, 2, 3, 4, (1, 4, 12), extra={"ids": ["é", "b"], "losses": [0.5, float("inf")]})
 

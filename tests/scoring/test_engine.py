@@ -23,6 +23,7 @@ from qkov_dist.layout.heads import Site
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring import block_totals, engine, kernel
 from qkov_dist.scoring.engine import score_layer
+from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
@@ -324,7 +325,7 @@ def test_elements_below_epsilon_count_as_those_below_lambda(setting):
     for value in (1e-30, 1e-4, 1e6):
         scored = replace(job, settings=ScoreSettings(**nothing | {setting: value})).run(model)
         fisher = scored[0]["Q"].fisher
-        shares.append(sum(f.below_ridge for f in fisher) / sum(f.count for f in fisher))
+        shares.append(column(fisher, "num_ridge_above").sum() / column(fisher, "count").sum())
     assert shares[0] < shares[1] < shares[2] == 1
 
 

@@ -5,9 +5,9 @@ import torch
 from oracle import PAIRS
 from rounding import reordered
 
+from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, add, column, no_sums
 from qkov_dist.scoring.kernel import Buffers, Rule, add_tile
 from qkov_dist.scoring.score import (
-    NO_ELEMENTS,
     compiled,
     diagonal_fisher,
     fisher_and_maps,
@@ -73,15 +73,18 @@ def test_sums_of_fisher_are_additive():
     fisher = torch.tensor([1e-12, 3.0, 0.5, 2.0])
     tasks = torch.stack([fisher / 4, fisher * 3 / 4])
     cuts = ((0, 1), (1, 4), (0, 4))
-    (first,), (second,), (whole,) = (fisher_sums(tasks[:, None, low:high], 0.6) for low, high in cuts)
-    parts = first + second + NO_ELEMENTS
-    assert parts == whole
-    assert fisher_sums(tasks.view(2, 2, 2), 0.6) == [
-        fisher_sums(tasks[:, None, low:high], 0.6)[0] for low, high in ((0, 2), (2, 4))
-    ]
-    assert parts.from_a == pytest.approx(parts.total / 4)
-    assert (parts.count, parts.below_ridge) == (4, 2)
-    assert parts.minimum == pytest.approx(1e-12)
+    first, second, (whole,) = (fisher_sums(tasks[:, None, low:high], 0.6) for low, high in cuts)
+    parts = no_sums(2)
+    for more in (first, second):
+        add(parts, more, [1])
+    assert parts[1].tolist() == whole.tolist()
+    assert parts[0].tolist() == no_sums(1)[0].tolist()
+    of_halves = [fisher_sums(tasks[:, None, low:high], 0.6)[0].tolist() for low, high in ((0, 2), (2, 4))]
+    assert fisher_sums(tasks.view(2, 2, 2), 0.6).tolist() == of_halves
+    found = {name: column(parts[1], name) for name in FISHER_COLUMNS}
+    assert found["sum_of_a"] == pytest.approx(found["sum"] / 4)
+    assert (found["count"], found["num_ridge_above"]) == (4, 2)
+    assert found["min"] == pytest.approx(1e-12)
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ import torch
 
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.scoring.engine import BlockScores
+from qkov_dist.scoring.fisher_sums import no_sums
 
 
 def closeness(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -32,7 +33,11 @@ def as_blocks(heatmap):
     """A heatmap's native scores in the engine's form."""
     return {
         layer: {
-            block: BlockScores(heatmap.natives(block), torch.from_numpy(heatmap.cross[block][place].copy()))
+            block: BlockScores(
+                heads := heatmap.natives(block),
+                torch.from_numpy(heatmap.cross[block][place].copy()),
+                no_sums(len(heads)),
+            )
             for block in heatmap.blocks
         }
         for place, layer in enumerate(heatmap.layers)

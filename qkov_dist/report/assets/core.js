@@ -98,7 +98,7 @@ function ticks(low, high, count) {
   return found;
 }
 
-const isSigned = DATA.score === "signed";
+const isSigned = DATA.may_be_negative;
 const hasStatistic = DATA.blocks.some((block) => block.values.stat);
 const isTested = DATA.statistic !== null;
 
