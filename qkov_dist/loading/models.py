@@ -55,6 +55,7 @@ AUTO_CLASSES: dict[str, Any] = {
     "masked": AutoModelForMaskedLM,
     "image-text": AutoModelForImageTextToText,  # given text alone
 }
+BUILTIN = "builtin:"  # of models that are described, without weights
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "tekken.json",
@@ -213,6 +214,9 @@ def fill_computed_buffers(model: nn.Module, config: ModelConfig) -> None:
 def _source(path: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """The name that transformers loads from, and the options that go with it."""
     local = Path(path).expanduser()
+    if path.startswith(BUILTIN):
+        remedy = "Give a model directory, a hub id, or a GGUF file; what is built in is for `qkov plan`."
+        raise QkovError(path, expected="a model with weights", got="the description of one", remedy=remedy)
     if not local.exists():
         if _looks_local(path):
             remedy = f"Check the path; it is taken from {Path.cwd()}."
