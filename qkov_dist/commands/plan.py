@@ -6,12 +6,14 @@ import argparse
 
 from .arguments import add_configuration, positive, positive_float
 
-EXAMPLE = "qkov plan configs/node8.yaml model.path=configs/models/llama-3-70b.json --world-size 8 --hardware H100"
+EXAMPLE = "qkov plan configs/node8.yaml model.path=builtin:llama-3-70b --world-size 8 --hardware H100"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A configuration, and what to plan for."""
-    add_configuration(parser, "configuration; model.path may be a JSON of a few facts")
+    add_configuration(
+        parser, "configuration; model.path may be builtin:llama-3-8b, -70b, -405b, or a JSON of a few facts"
+    )
     parser.add_argument("--world-size", type=positive, metavar="N", help="ranks (default: parallel.tp)")
     parser.add_argument(
         "--hardware", metavar="NAME", help="A100-40, A100-80, H100, H200, MI300X, L40S or cpu (measured)"

@@ -23,10 +23,15 @@ from .adapters import CONFIG as ADAPTER_CONFIG
 from .adapters import Adapter, find_adapter
 from .explained import explained
 
+BUILTIN = "builtin:"  # of models that are described, without weights
+
 
 def source_of(path: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """The name that transformers loads from, and the options that go with it."""
     local = Path(path).expanduser()
+    if path.startswith(BUILTIN):
+        remedy = "Give a model directory, a hub id, or a GGUF file; what is built in is for `qkov plan`."
+        raise QkovError(path, expected="a model with weights", got="the description of one", remedy=remedy)
     if not local.exists():
         if _looks_local(path):
             remedy = f"Check the path; it is taken from {Path.cwd()}."

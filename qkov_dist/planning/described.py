@@ -1,12 +1,14 @@
 """A model and its tasks as far as their descriptions go: a configuration without weights, a tokenizer on this disk.
 
-A configuration may be a JSON file of a few facts, as ``configs/models`` has them, a model directory, a ``.gguf`` file
-or a hub id.
+A configuration may be a JSON file of a few facts, one of those in ``described_models`` by its name
+(``builtin:llama-3-8b``), a model directory, a ``.gguf`` file or a hub id.
 """
 
 from __future__ import annotations
 
 import json
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.modules import is_masked_lm, text_config
 from qkov_dist.loading.architecture import meta_model
 from qkov_dist.loading.explained import LOAD_ERRORS
+from qkov_dist.loading.whereabouts import BUILTIN
 
 SHORTEST = 2  # tokens: the first is never predicted
+PACKAGED = "described_models"  # folder beside this module
 
 
 def described_model(config: ModelConfig) -> Any:
@@ -30,26 +34,38 @@ def described_model(config: ModelConfig) -> Any:
     Raises:
         QkovError: where there is no such description, or it builds no model.
     """
-    path = Path(config.path).expanduser()
-    if path.suffix != ".json":
+    description = _description(config.path)
+    if description is None:
         return meta_model(config)
-    facts = _facts(path)
+    facts = _facts(description, config.path)
     try:
         settings = AutoConfig.for_model(**facts)
     except LOAD_ERRORS as error:
         remedy = "Give the facts of a model type that transformers knows, as its config.json has them."
-        raise QkovError(str(path), expected="a model's configuration", got=str(error), remedy=remedy) from error
+        raise QkovError(config.path, expected="a model's configuration", got=str(error), remedy=remedy) from error
     return meta_model(settings)
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    remedy = "Give a JSON object with model_type and sizes; configs/models has examples."
+def _description(path: str) -> Traversable | None:
+    """The file of facts that a path or name stands for; None where a model itself is named."""
+    if not path.startswith(BUILTIN):
+        file = Path(path).expanduser()
+        return file if file.suffix == ".json" else None
+    packaged = {f"{BUILTIN}{Path(file.name).stem}": file for file in (files(__package__) / PACKAGED).iterdir()}
+    if path not in packaged:
+        known, remedy = f"one of {', '.join(sorted(packaged))}", "Choose one of these, or give a JSON file of your own."
+        raise QkovError("model.path", expected=known, got=repr(path), remedy=remedy)
+    return packaged[path]
+
+
+def _facts(file: Traversable, place: str) -> dict[str, Any]:
+    remedy = "Give a JSON object with model_type and sizes, as a model's config.json has them."
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise QkovError(str(path), expected="a readable JSON file", got=str(error), remedy=remedy) from error
+        raise QkovError(place, expected="a readable JSON file", got=str(error), remedy=remedy) from error
     if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
-        raise QkovError(str(path), expected="an object with a model_type", got="none", remedy=remedy)
+        raise QkovError(place, expected="an object with a model_type", got="none", remedy=remedy)
     return facts
 
 
@@ -86,9 +102,9 @@ def _read(task: TaskConfig, model: Any, config: ModelConfig) -> Task:
 
 def _tokenizer(config: ModelConfig) -> Any:
     """The tokenizer, where it is on this disk; None where it is not."""
-    path = Path(config.path).expanduser()
-    if path.suffix == ".json":
+    if _description(config.path) is not None:
         return None
+    path = Path(config.path).expanduser()
     source: dict[str, Any] = {"pretrained_model_name_or_path": config.path, "revision": config.revision}
     if path.is_file():
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from places import ROOT
 from samples import mixed_samples, write_task
 from zoo import TINY, VOCAB
 
@@ -20,13 +19,12 @@ from qkov_dist.layout.resolve import resolve
 from qkov_dist.planning.described import described_model
 from qkov_dist.planning.hardware import GPUS, hardware, measured_cpu
 
-CONFIGS = ROOT / "configs"
 LLAMAS = {"8b": (8.03e9, 32, 8), "70b": (70.6e9, 64, 8), "405b": (405.9e9, 128, 8)}
 SAMPLES = ("--samples", 128, "--tokens", 512)
 
 
-def llama(size: str) -> Path:
-    return CONFIGS / "models" / f"llama-3-{size}.json"
+def llama(size: str) -> str:
+    return f"builtin:llama-3-{size}"
 
 
 @pytest.fixture
@@ -54,7 +52,7 @@ def qkov_plan(config: Path, *arguments: object) -> int:
 @pytest.mark.parametrize("size", LLAMAS)
 def test_llama_3_has_as_many_parameters_and_heads_as_it_should(size):
     parameters, heads, kv_heads = LLAMAS[size]
-    model = described_model(ModelConfig(path=str(llama(size))))
+    model = described_model(ModelConfig(path=llama(size)))
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.005)
     assert all(parameter.is_meta and parameter.itemsize == 2 for parameter in model.parameters())
     layout = resolve(model)
@@ -65,7 +63,7 @@ def test_a_model_too_large_for_one_gpu_is_refused_with_what_would_fit(config, ca
     arguments = [f"model.path={llama('405b')}", *SAMPLES, "--gpu-memory", 80]
     assert qkov_plan(config, *arguments) == 2
     message = capsys.readouterr().err
-    assert "405b.json on 1 rank: expected at most 80.0 GiB on each GPU, got 913.2 GiB on a GPU" in message
+    assert "builtin:llama-3-405b on 1 rank: expected at most 80.0 GiB on each GPU, got 913.2 GiB on a GPU" in message
     (way,) = re.findall(r"It fits with (.*)\.$", message, flags=re.MULTILINE)
     num_ranks = int(re.search(r"--world-size (\d+)", way)[1])
     assert "parallel.shard=fsdp" in way
@@ -139,6 +137,7 @@ def test_tasks_that_cannot_be_read_are_taken_as_their_limits_say(config, capsys)
     [
         (["--hardware", "V100"], "--hardware: expected one of A100-40"),
         (["model.path=none.json"], "none.json: expected a readable JSON file"),
+        (["model.path=builtin:llama-3"], "model.path: expected one of builtin:llama-3-405b, builtin:llama-3-70b, "),
         (["--world-size", 3, "parallel.tp=2"], "parallel.tp: expected a divisor of the 3 ranks"),
         (["--world-size", 4, "parallel.tp=4"], "parallel.tp: expected a divisor of the 4 query and 2 kv heads"),
         (["compute.batch_token=3"], "compute.batch_token"),
