@@ -1,6 +1,6 @@
 """README's picture: the heads in which sums answered in digits and sums answered in words pull against each other.
 
-    qkov run configs/answers.yaml && python tests/studies/answers.py     # writes .github/images/conflict.png
+qkov run configs/answers.yaml && python tests/studies/answers.py     # writes .github/images/conflict.png
 """
 
 from __future__ import annotations
