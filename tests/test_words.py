@@ -1,4 +1,4 @@
-"""The words for people hold: links, paths, names, commands, configurations and programs in every page, and its recipes."""
+"""Words for people hold: links, paths, names, commands, configurations and programs of every page, and the recipes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ from qkov_dist.report import tables
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qkov_dist"
 NOT_OURS = {".venv", ".git", "build", "dist", "runs", "node_modules", ".pytest_cache", "shared"}
-PAGES = sorted(
+RESULTS = ROOT / "tests"  # whose pages of results are written by programs
+PAGES = [
     path
-    for path in ROOT.rglob("*.md")
-    if not NOT_OURS & {part for part in path.relative_to(ROOT).parts} and "results" not in path.parent.name
-) + [PACKAGE / "results" / "README.md"]
+    for path in sorted(ROOT.rglob("*.md"))
+    if not NOT_OURS & set(path.relative_to(ROOT).parts)
+    and not (path.parent.name == "results" and RESULTS in path.parents)
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(
     r"[\w.-]+(/[\w.-]+)*\.(py|md|sh|sbatch|js|html|css)|([\w.-]+/)+([\w.-]+\.(yaml|json|png|toml|jsonl))?"
@@ -141,10 +143,8 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> No
         raise ParsedError
 
     monkeypatch.setattr(cli, "launched_size", stop)
-    try:
+    with contextlib.suppress(ParsedError):
         assert cli.main(words) == 0  # such as --version
-    except ParsedError:
-        pass
     keys = [word for word in words[1:] if re.match(r"[a-z_]+\.[\w.]+=", word)]
     file = folder / "whole.yaml"
     tasks = [{"name": name, "path": "x.jsonl"} for name in "ab"]
