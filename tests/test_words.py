@@ -296,18 +296,19 @@ def files_of(title: str) -> set[str]:
 
 
 FOLLOWED = """
+import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 import qkov_dist
+from qkov_dist import FisherCollector, QKOVConfig, QKOVInterferenceMetric
 from qkov_dist.config import describe
 from qkov_dist.config_file import from_dict
 from qkov_dist.layout.proof import resolve_proved
+from qkov_dist.scoring.score import pair_scores
 
 assert qkov_dist.__file__.startswith(FOLDER), qkov_dist.__file__
+torch.manual_seed(0)
 model = GPTNeoXForCausalLM(GPTNeoXConfig(
     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)).eval()
-model.config.model_type = "made_up"
-layout = resolve_proved(model)
-assert (layout.family, layout.proved) == ("made up", True), layout
 model.config.model_type = "made_up_wrong"
 try:
     resolve_proved(model)
@@ -315,34 +316,52 @@ except qkov_dist.QkovError as error:
     print("refused", error)
 else:
     raise AssertionError("a wrong order of rows was believed")
+model.config.model_type = "made_up"
+layout = resolve_proved(model)
+assert (layout.family, layout.proved) == ("made up", True), layout
 
-task = {"path": "x.jsonl"}
-given = {"model": {"path": "x"}, "tasks": [task | {"name": "a"}, task | {"name": "b"}], "metric": {"made_up": 3}}
+task, metric = {"path": "x.jsonl"}, {"made_up": 3, "score": "made_up"}
+given = {"model": {"path": "x"}, "tasks": [task | {"name": "a"}, task | {"name": "b"}], "metric": metric}
 assert from_dict(given).metric.made_up == 3
 assert "made_up" in describe()
+
+g, fisher = torch.randn(3, 5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+found = pair_scores(g, fisher, left=slice(0, 3), right=slice(0, 3), score="made_up", epsilon=0.0, ridge=0.1)
+torch.testing.assert_close(found, (g**2 / (fisher + 0.1) ** 0.5) @ (g**2).T)
+collector, config = FisherCollector(), QKOVConfig.from_model(model)
+for name in ("a", "b"):
+    collector.collect_fisher(model, {"input_ids": torch.randint(64, (3, 6))}, task=name)
+heatmap = QKOVInterferenceMetric(config, collector, score="made_up").compute_heatmap("a", "b")
+assert (heatmap["Q"]["scores"] > 0).all(), "the engine scores it as it scores its own"
 """
 
 
-def test_an_architecture_and_a_key_take_the_files_that_the_recipes_name(tmp_path) -> None:
-    """In a copy of the package: an architecture resolves and is proved, a wrong one is refused, a key is read."""
+def test_an_architecture_a_score_and_a_key_take_the_files_that_the_recipes_name(tmp_path) -> None:
+    """In a copy of the package: an architecture is proved, a wrong one refused; a score is scored; a key is read."""
     shutil.copytree(PACKAGE, tmp_path / "qkov_dist", ignore=shutil.ignore_patterns("__pycache__"))
     shape = "'attention', (('query_key_value', {!r}), ('dense', 'cols H*v')), dims=HeadDims(q='head_size')"
     families = [
-        f"    Family('made up', ('made_up',), {shape.format('H*(q k v)')}),",
-        f"    Family('wrong', ('made_up_wrong',), {shape.format('H*q H*k H*v')}),",
+        f"    Family('made up', ('made_up',), {shape.format('H*(q k v)')}),\n",
+        f"    Family('wrong', ('made_up_wrong',), {shape.format('H*q H*k H*v')}),\n",
     ]
-    changes = {
-        "layout/families.py": ("FAMILIES: tuple[Family, ...] = (\n", "\n".join(families) + "\n"),
-        "config.py": ('    loss_reduction: str = _key(one_of("mean", "sum")', None),
-    }
-    for file, (anchor, after) in changes.items():
+    changes = [  # recipe, file, what stands there, what comes after it
+        ("an architecture", "layout/families.py", "FAMILIES: tuple[Family, ...] = (\n", "".join(families)),
+        ("a score", "scoring/score_kinds.py", 'Score = Literal["interference", ', '"made_up", '),
+        (
+            "a score",
+            "scoring/score_kinds.py",
+            "ScoreKind] = {\n",
+            '    "made_up": ScoreKind("square", "square", 0.5),\n',
+        ),
+        ("a score", "config.py", 'score: str = _key(one_of("interference", ', '"made_up", '),
+        ("a configuration key", "config.py", "", '    made_up: int = _key(COUNT, "a number", 1)\n'),
+    ]
+    for title, file, anchor, after in changes:
+        assert file in files_of(f"Add {title}")
         path = tmp_path / "qkov_dist" / file
         text = path.read_text()
-        assert text.count(anchor) == 1, anchor
-        key = f'    made_up: int = _key(COUNT, "a number", 1)\n{anchor}'
-        path.write_text(text.replace(anchor, anchor + after if after else key))
-    assert {"layout/families.py"} <= files_of("Add an architecture")
-    assert {"config.py"} <= files_of("Add a configuration key")
+        place = text.index(anchor) + len(anchor) if anchor else text.index("    include_bias: bool")
+        path.write_text(text[:place] + after + text[place:])
     program = f"FOLDER = {str(tmp_path)!r}\n{FOLLOWED}"
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
