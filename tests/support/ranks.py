@@ -1,6 +1,6 @@
 """Real ranks for tests: processes with gloo that stay alive from case to case, with timeouts and the child's traceback.
 
-A pool of n processes imports everything once and joins one process group. A case is a function of this module's
+A pool of n processes is forked with all imports done and joins one process group. A case is a function of this module's
 callers, by name, with arguments that can be pickled; every rank runs it, and what each returns comes back by rank.
 """
 
@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
+from forks import assert_alone, forking
 from processes import PATIENCE_S, TIMEOUT_S
 
 
@@ -36,6 +36,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    assert_alone()
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
@@ -104,7 +105,7 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), free_port()
+        context, port = forking(), free_port()
         for rank in range(self.world_size):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
