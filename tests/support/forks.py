@@ -5,10 +5,14 @@ One such server serves a whole session: pools of ranks, commands, the harness of
 
 from __future__ import annotations
 
+import atexit
 import functools
 import multiprocessing
 import os
+import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +42,60 @@ def assert_alone() -> None:
     tasks = Path("/proc/self/task")
     threads = len(list(tasks.iterdir())) if tasks.exists() else 1
     assert threads == 1, f"forked from a process of {threads} threads: locks may be held for ever"
+
+
+class Fork:
+    """A function in a process of its own, with what is used here of ``subprocess.Popen``.
+
+    It ends as a script would that calls the function: exit codes, hooks of uncaught errors, what is to be done at exit.
+    """
+
+    def __init__(
+        self, function: Callable[..., object], arguments: Sequence[object], environment: dict[str, str], *said: Path
+    ) -> None:
+        self.args = [function.__name__, *map(str, arguments)]
+        self._process = forking().Process(target=_perform, args=(function, arguments, environment, *said), daemon=True)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _perform(
+    function: Callable[..., object], arguments: Sequence[object], environment: dict[str, str], out: Path, err: Path
+) -> None:
+    os.setsid()
+    write_to(out, err)
+    assert_alone()
+    os.environ.clear()
+    os.environ.update(environment)
+    code: object = 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(*arguments)
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def write_to(out: Path, err: Path) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 from forks import assert_alone, forking
 from processes import PATIENCE_S, TIMEOUT_S
 
+MOST_THREADS = 200
+
 
 class RankError(AssertionError):
     """A case that failed, with the tracebacks of the ranks that failed."""
@@ -72,6 +74,8 @@ class RankPool:
         Raises:
             RankError: with the tracebacks of the ranks that failed, or where one died or took too long.
         """
+        if self._is_crowded():
+            self.close()
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -103,6 +107,11 @@ class RankPool:
             process.join(10)
             process.kill()
         self._processes, self._pipes = [], []
+
+    def _is_crowded(self) -> bool:
+        """Whether libraries have left more threads than it takes to fork anew: each group of ranks keeps some."""
+        tasks = [Path(f"/proc/{process.pid}/task") for process in self._processes]
+        return any(len(list(folder.iterdir())) > MOST_THREADS for folder in tasks if folder.exists())
 
     def _start(self) -> None:
         context, port = forking(), free_port()
