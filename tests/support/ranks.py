@@ -21,7 +21,7 @@ from typing import Any
 from forks import assert_alone, forking
 from processes import PATIENCE_S, TIMEOUT_S
 
-MOST_THREADS = 200
+MOST_THREADS = 60
 
 
 class RankError(AssertionError):
