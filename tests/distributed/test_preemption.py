@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import ran, started, torchrun
+from processes import Started, forked, started, torchrun
 from rounding import passes
+from running import exit_as_qkov, qkov
 from samples import mixed_samples, write_task
 from zoo import TINY, VOCAB
 
@@ -21,7 +22,7 @@ from qkov_dist.distributed.preemption import StoppedError, stoppable
 from qkov_dist.distributed.world import Alone
 
 pytestmark = pytest.mark.long
-LAYERS = 40
+LAYERS = 24
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stopping")
     TINY["llama"].build(num_hidden_layers=LAYERS).save_pretrained(folder / "model")
     for task, seed in (("a", 1), ("b", 2)):
-        write_task(folder / f"{task}.jsonl", mixed_samples(120, VOCAB, seed=seed, lengths=(20, 50)))
+        write_task(folder / f"{task}.jsonl", mixed_samples(80, VOCAB, seed=seed, lengths=(20, 50)))
     tasks = [{"name": task, "path": str(folder / f"{task}.jsonl")} for task in ("a", "b")]
     raw = {"model": {"path": str(folder / "model")}, "tasks": tasks, "statistics": {"enabled": False}}
     raw["compute"] = {"batch_tokens": 2048}  # few batches: how others round is not what is tested
@@ -38,15 +39,15 @@ def config(tmp_path_factory) -> Path:
     return folder / "run.yaml"
 
 
-def command(config: Path, out: str, ranks: int) -> list[str]:
-    launcher = torchrun(ranks) if ranks > 1 else [sys.executable]
-    return [*launcher, "-m", "qkov_dist", "run", str(config), "--quiet", f"output.dir={out}"]
+def run_of(config: Path, out: Path, ranks: int) -> AbstractContextManager[Started]:
+    words = ["run", config, "--quiet", f"output.dir={out}"]
+    return started(*torchrun(ranks), "-m", "qkov_dist", *words) if ranks > 1 else forked(exit_as_qkov, *words)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_told_to_stop_records_its_layer_and_goes_on_later(config, ranks):
     out = config.parent / f"out{ranks}"
-    with started(*command(config, str(out), ranks)) as process:
+    with run_of(config, out, ranks) as process:
         process.wait_until(lambda: any(out.glob("partial_rank00000.layers/layer_*.h5")))
         process.send(signal.SIGTERM)
         told = process.ended()
@@ -56,12 +57,13 @@ def test_a_run_told_to_stop_records_its_layer_and_goes_on_later(config, ranks):
     assert not (out / "heatmap.h5").exists()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("partial_rank*.layers/layer_*.h5")}
     assert 0 < len(kept) < LAYERS * ranks
-    again = ran(*command(config, str(out), ranks))
+    with run_of(config, out, ranks) as process:
+        again = process.ended()
     assert again.returncode == 0, again.stderr[-2000:]
     assert "layers are on disk" in again.stderr
     whole = config.parent / "whole"
     if not whole.exists():
-        assert ran(*command(config, str(whole), 1)).returncode == 0
+        assert qkov("run", config, "--quiet", f"output.dir={whole}") == 0
     found, expected = (load_heatmap(folder / "heatmap.h5") for folder in (out, whole))
     for block in expected.blocks:
         largest = np.abs(expected.cross[block]).max()

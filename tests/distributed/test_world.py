@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from processes import ran, started
+from processes import forked, ran
 from ranks import free_port
 from torch.distributed import distributed_c10d
 
@@ -215,11 +216,12 @@ def test_groups_are_worlds_of_their_own(ranks):
 # MPI
 
 
-def over_mpi(folder: str, name: str) -> None:
-    """A case on this rank of mpirun; leaves what it returns in a file."""
+def over_mpi(folder: str, *names: str) -> None:
+    """Cases on this rank of mpirun; leaves what each returns in a file."""
     with connected_by_mpi() as world:
-        said = globals()[name](world)
-        (Path(folder) / f"{world.rank}.json").write_text(json.dumps(said))
+        for name in names:
+            said = globals()[name](world)
+            (Path(folder) / f"{name}-{world.rank}.json").write_text(json.dumps(said))
 
 
 def fails_alone(world: World) -> None:
@@ -242,12 +244,11 @@ def mpirun(size: int, code: str, **environment: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_of_mpi_speak(tmp_path, size):
+def test_ranks_of_mpi_speak(tmp_path):
+    done = mpirun(3, f"over_mpi({str(tmp_path)!r}, 'conversation', 'disagreement')")
+    assert done.returncode == 0, done.stderr
     for name, check in (("conversation", check_conversation), ("disagreement", check_disagreement)):
-        done = mpirun(size, f"over_mpi({str(tmp_path)!r}, {name!r})")
-        assert done.returncode == 0, done.stderr
-        check([json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)])
+        check([json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(3)])
 
 
 @pytest.mark.long
@@ -306,16 +307,17 @@ def _fail(how: str) -> None:
         time.sleep(1000)
 
 
-def three_ranks(code: str, ends: tuple[int, ...] = (0, 1, 2), **environment: str) -> list[subprocess.CompletedProcess]:
+def three_ranks(
+    function: Callable[..., None], *arguments: object, ends: tuple[int, ...] = (0, 1, 2)
+) -> list[subprocess.CompletedProcess]:
     """Three processes that no launcher watches over, so that they depend on themselves; waits for some to end."""
     port = free_port()
     names = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-W", "ignore", "-c", called(code)]
     with contextlib.ExitStack() as stack:
         running = []
         for rank in range(3):
-            own = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
-            running.append(stack.enter_context(started(*command, **own)))
+            own = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            running.append(stack.enter_context(forked(function, *arguments, **own)))
         return [running[rank].ended() for rank in ends]
 
 
@@ -338,7 +340,7 @@ def told(process: subprocess.CompletedProcess) -> str:
     ],
 )
 def test_the_others_are_told_which_rank_failed_and_why(how, who, message):
-    done = three_ranks(f"failing({how!r}, {who})")
+    done = three_ranks(failing, how, who)
     for rank, process in enumerate(done):
         if rank == who:
             assert process.returncode == (-signal.SIGKILL if how == "killed" else 2)
@@ -351,7 +353,7 @@ def test_the_others_are_told_which_rank_failed_and_why(how, who, message):
 
 @pytest.mark.long
 def test_a_rank_that_hangs_is_named_and_ended():
-    done = three_ranks("failing('hangs', 1)")
+    done = three_ranks(failing, "hangs", 1)
     said = [told(done[rank]) for rank in (0, 2)]
     for rank, text in zip((0, 2), said, strict=True):
         assert text.startswith(f"rank 1: expected an answer, got none (seen by rank {rank}: ")
@@ -364,7 +366,7 @@ def test_a_rank_that_hangs_is_named_and_ended():
 @pytest.mark.long
 def test_ranks_far_from_their_next_call_are_ended_too():
     """They never make a call that could break: the thread that looks for notes ends them, and says why."""
-    done = three_ranks("failing('far away', 2)")
+    done = three_ranks(failing, "far away", 2)
     for rank in (0, 1):
         assert done[rank].returncode == 2
         assert "qkov: rank 2: expected to finish, got an error (model: expected a, got b. c.)" in done[rank].stderr
@@ -373,7 +375,7 @@ def test_ranks_far_from_their_next_call_are_ended_too():
 @pytest.mark.long
 def test_a_rank_far_from_its_next_call_learns_which_one_died():
     """Rank 0, which holds the store, finds out and leaves; that it is gone must not look as if it had died."""
-    done = three_ranks("failing('killed, one far away', 1)")
+    done = three_ranks(failing, "killed, one far away", 1)
     assert told(done[0]).startswith("rank 1: expected an answer, got none (seen by rank 0: ")
     assert done[2].returncode == 2
     assert "qkov: rank 1: expected an answer, got none (seen by rank 2: " in done[2].stderr
@@ -415,7 +417,7 @@ def step_that_fails(how: str) -> None:
 
 @pytest.mark.long
 def test_an_error_between_two_calls_is_named_by_the_next_call_of_the_others():
-    done = three_ranks("step_that_fails('before')")
+    done = three_ranks(step_that_fails, "before")
     for rank in (0, 2):
         assert told(done[rank]).startswith("rank 1: expected to finish, got an error (KeyError: 'in own code')")
     assert "Traceback" in done[1].stderr
@@ -423,7 +425,7 @@ def test_an_error_between_two_calls_is_named_by_the_next_call_of_the_others():
 
 @pytest.mark.long
 def test_ranks_whose_call_no_longer_comes_to_an_end_are_ended_with_the_reason():
-    done = three_ranks("step_that_fails('within')", ends=(0, 2))
+    done = three_ranks(step_that_fails, "within", ends=(0, 2))
     for process in done:
         assert process.returncode == 2
         assert "qkov: rank 1: expected to finish, got an error (ZeroDivisionError: in a pass)" in process.stderr

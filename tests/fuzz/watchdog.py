@@ -12,13 +12,11 @@ import contextlib
 import dataclasses
 import faulthandler
 import importlib
-import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import traceback
 import warnings
@@ -27,6 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from forks import forking
+
 FAILURES = ("unclear", "error", "crash", "hang")
 KINDS = ("ok", "refused", *FAILURES)
 HEADROOM = 1 << 30
@@ -34,9 +34,6 @@ CPU_SECONDS, WALL_SECONDS = 30, 300
 LONGEST_MESSAGE = 1500
 
 Files = Mapping[str, bytes]  # name in the input's folder -> content
-
-_FORKS = multiprocessing.get_context("forkserver")
-_PRELOADED = ["tokenizers", "fuzz_readers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +85,10 @@ class Watchdog:
         return self._death()
 
     def _start(self) -> None:
-        _FORKS.set_forkserver_preload(_PRELOADED)
-        self._pipe, theirs = _FORKS.Pipe()
+        self._pipe, theirs = forking().Pipe()
         arguments = (theirs, str(self._root), self._module, self._cpu_seconds)
-        self._process = _FORKS.Process(target=_serve, args=arguments, daemon=True)
-        with _search_path():
-            self._process.start()
+        self._process = forking().Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
         theirs.close()
 
     def _death(self) -> Outcome:
@@ -113,18 +108,6 @@ class Watchdog:
         self._process.kill()
         self._process.join()
         self._process = None
-
-
-@contextlib.contextmanager
-def _search_path() -> Iterator[None]:
-    """Have a new server, from which workers are forked, find the modules that are found here."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONPATH")
-        os.environ.update({"PYTHONPATH": before} if before is not None else {})
 
 
 def place_files(folder: Path, files: Files) -> None:

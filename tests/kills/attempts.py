@@ -7,7 +7,6 @@ about a second. Each runs ``qkov run`` as from the command line, writes what it 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,8 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+from forks import assert_alone, write_to
 from moments import Aim, Seen, read_notes, take_notes
 from ranks import free_port
 
@@ -28,8 +27,6 @@ GRACE_S, LINGER_S = (
     4.0,
 )  # of qkov_dist.distributed.failures, shorter than a user's, because one machine answers at once
 DEADLINE_S = 150  # of a whole attempt, and again of those who survive; only a hang takes as long
-PRELOADED = ["qkov_dist.cli", "qkov_dist.run", "qkov_dist.report.write", "transformers.models.llama.modeling_llama"]
-DEEPSPEED = ["deepspeed", "transformers.integrations.deepspeed"]
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,6 @@ class Outcome:
     def finished(self) -> bool:
         """Whether every rank got to the end."""
         return not any(self.codes)
-
-
-def forking(*, with_deepspeed: bool) -> Any:
-    """The context whose processes are forked from one that has imported everything; that one is started here."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, *(DEEPSPEED if with_deepspeed else [])])
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # else its libraries start threads, which no fork survives
-        first = context.Process(target=int)
-        first.start()
-        first.join()
-    return context
 
 
 def play(context: Any, order: Order, kill: Kill | None) -> Outcome:
@@ -196,11 +182,8 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 def _rank(order: Order, rank: int, arguments: Sequence[str], environment: Mapping[str, str], aim: Aim | None) -> None:
     """A rank's process: the command, and its exit code."""
-    descriptor = os.open(_said(order)(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
-    assert threads == 1, f"forked from a process of {threads} threads: locks may be held for ever"
+    write_to(_said(order)(rank), _said(order)(rank))
+    assert_alone()
     os.environ.update(environment, QKOV_TIMEOUT_S=str(TIMEOUT_S), OMP_NUM_THREADS="1")
     from qkov_dist.cli import main
     from qkov_dist.distributed import failures

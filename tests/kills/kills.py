@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from attempts import forking
+from forks import forking
 from moments import BETWEEN, PHASES
 from scene import Scene
 from stories import CUTS, Story, Tally
@@ -104,7 +104,7 @@ def main() -> int:
     options = parser().parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="qkov-kills-"))
     folder.mkdir(parents=True, exist_ok=True)
-    scene = Scene(forking(with_deepspeed="zero3" in options.cuts), folder)
+    scene = Scene(forking(), folder)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     if options.story:
         cut, _, number = options.story.rpartition("-")

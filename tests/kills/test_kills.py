@@ -15,7 +15,8 @@ import attempts
 import h5py
 import pytest
 import torch
-from attempts import Clock, Kill, Outcome, forking, play
+from attempts import Clock, Kill, Outcome, play
+from forks import forking
 from kills import page, play_campaign
 from moments import PHASES, Aim, Seen, read_notes
 from scene import ALONE, LAYERS, Scene
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory) -> Scene:
     pytest.importorskip("deepspeed")
-    return Scene(forking(with_deepspeed=True), tmp_path_factory.mktemp("kills"))
+    return Scene(forking(), tmp_path_factory.mktemp("kills"))
 
 
 def test_killed_runs_end_in_the_right_result(scene):

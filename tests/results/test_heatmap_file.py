@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ import pytest
 import xarray
 from comparing import assert_same_heatmap
 from heatmaps import ATTRIBUTES, LAYERS, NUM_A, NUM_B, make_heatmap, make_statistics, make_table
-from places import ROOT, SUPPORT
-from processes import PATIENCE_S
+from processes import forked
 
 from qkov_dist.errors import QkovError
 from qkov_dist.results.hdf5_write import writing
@@ -209,35 +208,27 @@ def test_order_of_durability_is_file_then_name_then_folder(tmp_path: Path, monke
     assert events[1:] == ["rename", str(tmp_path)]
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run code in its own process, so that a crash of the interpreter is seen as one."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-        env=os.environ | {"PYTHONPATH": f"{SUPPORT}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
-    )
+def apart(function: Callable[..., None], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Call a function in its own process, so that a crash of the interpreter is seen as one."""
+    with forked(function, *arguments) as process:
+        return process.ended()
+
+
+def save_with_room_for(path: Path, size: int) -> None:
+    before, told = resource.getrlimit(resource.RLIMIT_FSIZE), ""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        make_heatmap().with_statistics(make_statistics()).save(path)
+    except QkovError as error:
+        told = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)  # what is said goes into a file, too
+    print(told)
 
 
 @pytest.mark.parametrize("share", [0, 0.02, 0.3, 0.7, 0.99])
 def test_a_full_disk_is_one_clear_error_and_keeps_the_old_file(saved: Path, share: float) -> None:
     before = saved.read_bytes()
-    result = run_python(
-        """
-        import resource, sys
-        from heatmaps import make_heatmap, make_statistics
-        from qkov_dist.errors import QkovError
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-        try:
-            make_heatmap().with_statistics(make_statistics()).save(sys.argv[1])
-        except QkovError as error:
-            print(error)
-        """,
-        saved,
-        int(len(before) * share),
-    )
+    result = apart(save_with_room_for, saved, int(len(before) * share))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert str(saved) in result.stdout
@@ -318,31 +309,22 @@ def test_without_a_checksum_the_same_flip_would_go_unseen(tmp_path: Path) -> Non
         assert not (file["x"][...] == 1).all()
 
 
-@pytest.mark.long
+def count_refused_damage(path: Path) -> None:
+    original, right, rng, refused = path.read_bytes(), load_heatmap(path), np.random.default_rng(0), 0
+    for _ in range(150):
+        data = bytearray(original)
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            data[place] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        try:
+            assert_same_heatmap(right, load_heatmap(path))
+        except QkovError as error:
+            refused += str(path) in str(error) or sys.exit(f"does not name its file: {error}")
+    print(refused)
+
+
 def test_random_damage_is_refused_or_harmless_and_never_crashes(saved: Path) -> None:
-    result = run_python(
-        """
-        import sys, numpy as np
-        from pathlib import Path
-        from qkov_dist.errors import QkovError
-        from qkov_dist.results.heatmap_file import load_heatmap
-        from comparing import assert_same_heatmap
-        path = Path(sys.argv[1])
-        original, right, rng, refused = path.read_bytes(), load_heatmap(path), np.random.default_rng(0), 0
-        for _ in range(150):
-            data = bytearray(original)
-            for place in rng.integers(len(data), size=rng.integers(1, 4)):
-                data[place] ^= 1 << rng.integers(8)
-            path.write_bytes(data)
-            try:
-                assert_same_heatmap(right, load_heatmap(path))
-            except QkovError as error:
-                assert str(path) in str(error)
-                refused += 1
-        print(refused)
-        """,
-        saved,
-    )
+    result = apart(count_refused_damage, saved)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 75
 

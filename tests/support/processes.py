@@ -9,10 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
+from forks import Fork
+from places import SUPPORT
 
 PATIENCE_S = 500  # for what comes in the end: a machine may be at work on much else
 TIMEOUT_S = 300  # of ranks that wait for others; tests of that timeout alone set another
@@ -32,19 +35,12 @@ class Started:
     Both streams are files: a reader of a pipe waits for every process that holds it, orphans too.
     """
 
-    def __init__(self, command: Sequence[object], environment: dict[str, str]) -> None:
+    def __init__(self, start: Callable[[dict[str, str], Path, Path], Any], environment: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._folder.name) / name for name in ("out", "err"))
         plain = {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_MPI)}
-        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with self._out.open("ab") as out, self._err.open("ab") as err:
-            self.process = subprocess.Popen(
-                [str(word) for word in command],
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-                env={**plain, "PYTHONPATH": path, **SETTINGS, **environment},
-            )
+        path = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = start({**plain, "PYTHONPATH": path, **SETTINGS, **environment}, self._out, self._err)
 
     @property
     def pid(self) -> int:
@@ -82,6 +78,7 @@ class Started:
             workers = psutil.Process(self.process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         for worker in workers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
@@ -92,11 +89,25 @@ class Started:
 @contextlib.contextmanager
 def started(*command: object, **environment: str) -> Iterator[Started]:
     """Start a command, with these variables beside those of the tests; its group is gone after the block."""
-    running = Started(command, environment)
-    try:
+    words = [str(word) for word in command]
+
+    def start(variables: dict[str, str], out: Path, err: Path) -> subprocess.Popen[bytes]:
+        with out.open("ab") as said, err.open("ab") as complained:
+            return subprocess.Popen(words, stdout=said, stderr=complained, start_new_session=True, env=variables)
+
+    with contextlib.closing(Started(start, environment)) as running:
         yield running
-    finally:
-        running.close()
+
+
+@contextlib.contextmanager
+def forked(function: Callable[..., object], *arguments: object, **environment: str) -> Iterator[Started]:
+    """Call a function of a module in a process that need not import anything, else like a command."""
+
+    def start(variables: dict[str, str], out: Path, err: Path) -> Fork:
+        return Fork(function, arguments, variables, out, err)
+
+    with contextlib.closing(Started(start, environment)) as running:
+        yield running
 
 
 def ran(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,6 @@
 """Real ranks for tests: processes with gloo that stay alive from case to case, with timeouts and the child's traceback.
 
-A pool of n processes imports everything once and joins one process group. A case is a function of this module's
+A pool of n processes is forked with all imports done and joins one process group. A case is a function of this module's
 callers, by name, with arguments that can be pickled; every rank runs it, and what each returns comes back by rank.
 """
 
@@ -18,8 +18,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
+from forks import assert_alone, forking
 from processes import PATIENCE_S, TIMEOUT_S
+
+MOST_THREADS = 60
 
 
 class RankError(AssertionError):
@@ -36,6 +38,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    assert_alone()
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
@@ -71,6 +74,8 @@ class RankPool:
         Raises:
             RankError: with the tracebacks of the ranks that failed, or where one died or took too long.
         """
+        if self._is_crowded():
+            self.close()
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -103,8 +108,13 @@ class RankPool:
             process.kill()
         self._processes, self._pipes = [], []
 
+    def _is_crowded(self) -> bool:
+        """Whether libraries have left more threads than it takes to fork anew: each group of ranks keeps some."""
+        tasks = [Path(f"/proc/{process.pid}/task") for process in self._processes]
+        return any(len(list(folder.iterdir())) > MOST_THREADS for folder in tasks if folder.exists())
+
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), free_port()
+        context, port = forking(), free_port()
         for rank in range(self.world_size):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from qkov_dist.run import run
 
 def qkov(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def exit_as_qkov(*arguments: object) -> None:
+    """What a process of its own does that was started as the command."""
+    sys.exit(qkov(*arguments))
 
 
 def write_inputs(folder: Path, *models: str) -> Path:

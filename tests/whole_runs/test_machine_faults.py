@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from places import ROOT
-from processes import PATIENCE_S, started
-from running import qkov
+from processes import PATIENCE_S, forked
+from running import exit_as_qkov, qkov
 
 from qkov_dist import load_heatmap
 from qkov_dist.results.partials import list_partials, read_partial
@@ -140,7 +140,7 @@ def write_large(config: Path, folder: Path) -> None:
 def test_a_second_job_on_the_same_folder_is_refused_and_the_first_finishes(config, tmp_path, capsys):
     write_large(config, tmp_path)
     out = tmp_path / "out"
-    with started(sys.executable, "-m", "qkov_dist", "run", tmp_path / "large.yaml", "--quiet") as first:
+    with forked(exit_as_qkov, "run", tmp_path / "large.yaml", "--quiet") as first:
         first.wait_until((out / "partial_rank00000.layers").is_dir, pause_s=0.001)  # the folder itself is made first
         first.send(signal.SIGSTOP)
         assert not (out / "heatmap.h5").exists()

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import h5py
@@ -19,9 +18,9 @@ import yaml
 from comparing import as_blocks, assert_close, assert_identical
 from expected import expected_scores
 from jobs import job_for
-from processes import started
+from processes import forked
 from rounding import PASSES
-from running import qkov
+from running import exit_as_qkov, qkov
 from samples import mixed_samples, write_task
 from zoo import VOCAB
 
@@ -127,8 +126,7 @@ def test_a_run_goes_on_from_the_layers_on_disk_bit_for_bit(config, tmp_path, cap
 
 @pytest.mark.long
 def test_a_killed_run_is_resumed_by_the_same_command(config, tmp_path):
-    command = [sys.executable, "-m", "qkov_dist", "run", str(config), "--quiet", f"output.dir={tmp_path}/killed"]
-    with started(*command) as process:
+    with forked(exit_as_qkov, "run", config, "--quiet", f"output.dir={tmp_path}/killed") as process:
         process.wait_until(lambda: any((tmp_path / "killed").glob("partial_rank00000.layers/layer_*.h5")))
         process.send(signal.SIGKILL)
         process.ended()

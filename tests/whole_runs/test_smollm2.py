@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import oracle
 import pytest
 import real
@@ -52,15 +54,26 @@ def expected(loaded, job):
     return scores, losses
 
 
+@pytest.fixture(scope="module")
+def scored(loaded, job):
+    """The job's scores, the family and the number of proved slices, by architecture."""
+    changes = {"llama": lambda model: model, "phi3": real.as_phi3, "qwen2": real.as_qwen2}
+
+    @functools.cache
+    def result(architecture: str):
+        model = changes[architecture](loaded.model)
+        layout = resolve(model)
+        return job.run(model), layout.family, len(prove(model, layout, layers=LAYERS))
+
+    return result
+
+
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "qwen2"])
-def test_three_layers_equal_dense_autograd(loaded, job, expected, architecture):
+def test_three_layers_equal_dense_autograd(scored, expected, architecture):
     scores, _ = expected
-    change = {"llama": lambda model: model, "phi3": real.as_phi3, "qwen2": real.as_qwen2}[architecture]
-    model = change(loaded.model)
-    layout = resolve(model)
-    assert layout.family == {"llama": "llama", "phi3": "phi3", "qwen2": "llama"}[architecture]
-    assert len(prove(model, layout, layers=LAYERS)) == 24 * len(LAYERS)
-    got = job.run(model)
+    got, family, num_proved = scored(architecture)
+    assert family == {"llama": "llama", "phi3": "phi3", "qwen2": "llama"}[architecture]
+    assert num_proved == 24 * len(LAYERS)
     worst = 0.0
     for layer, blocks in scores.items():
         for block, wanted in blocks.items():
@@ -72,8 +85,8 @@ def test_three_layers_equal_dense_autograd(loaded, job, expected, architecture):
     assert worst < 1e-3
 
 
-def test_the_same_weights_in_three_architectures_score_the_same(loaded, job):
-    one, *others = (job.run(model) for model in (loaded.model, real.as_phi3(loaded.model), real.as_qwen2(loaded.model)))
+def test_the_same_weights_in_three_architectures_score_the_same(scored):
+    one, *others = (scored(architecture)[0] for architecture in ("llama", "phi3", "qwen2"))
     for other in others:
         for layer, blocks in one.items():
             for block, part in blocks.items():
