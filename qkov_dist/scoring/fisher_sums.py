@@ -14,11 +14,13 @@ row of ``FISHER_COLUMNS`` more, and a value for it in ``score.fisher_sums``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from qkov_dist.distributed.world import World
+if TYPE_CHECKING:
+    from qkov_dist.distributed.world import World
 
 FisherSums = npt.NDArray[np.float64]
 FISHER_COLUMNS: Mapping[str, np.ufunc] = {
