@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .capture.collect import Collection, SampleRecord
-from .capture.factors import gradients_above
+from .capture.forms import gradients_above
 from .capture.store import FactorStore
 from .data.batches import Objective, default_batch_tokens
 from .data.given import samples_given
@@ -33,9 +33,8 @@ from .distributed.topology import make_topology
 from .distributed.world import World
 from .errors import QkovError, choose, wrong_argument
 from .layout.heads import Layout
-from .layout.modules import inner_model, is_masked_lm, text_config
+from .layout.modules import inner_model, is_masked_lm, num_parameters, text_config
 from .loading.positions import has_rope, max_positions
-from .memory import num_parameters
 from .scoring.fisher import Estimator
 from .scoring.tiles import Selection, make_tile_plan
 

@@ -1,9 +1,8 @@
 """The one error that a user can cause.
 
 Every message answers four questions: where it happened, what was expected, what was found, and what to do about it.
-The command line prints it without a traceback and exits with code 2.
-
-Checks of the arguments of public functions: one message, naming the argument.
+The command line prints it without a traceback and exits with code 2. An argument of a public function that is out of
+range is refused by the same message, naming the argument.
 """
 
 from __future__ import annotations

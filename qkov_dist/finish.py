@@ -1,6 +1,4 @@
-"""From all partial layers to ``heatmap.h5``: added up, tested and written as the configuration says.
-
-From every rank's partial layers to one tested heatmap, one layer in memory at a time.
+"""From every rank's partial layers to one tested ``heatmap.h5``, as the configuration says, layer by layer.
 
 A layer's heads are dealt to the ranks. Each rank is sent all partial scores of its heads, adds them up, tests them, and
 passes on to rank 0 what the heatmap keeps. Every rank takes the same steps; with one process nothing is sent.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .capture.factors import gradients_above
+from .capture.forms import gradients_above
 from .capture.passes import DealtTask
 from .capture.soundness import Soundness
 from .config import RunConfig, canonical_json, to_dict
@@ -30,8 +30,8 @@ from .distributed.topology import Topology, make_topology
 from .distributed.world import World
 from .errors import QkovError
 from .layout.heads import Layout, Site
+from .layout.modules import num_parameters
 from .loading.models import LoadedModel
-from .memory import num_parameters
 from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.score import MEANING, compiled, worth_compiling

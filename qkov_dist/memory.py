@@ -1,21 +1,4 @@
-"""What a rank holds of a tensor, in bytes, however the tensor is cut.
-
-Memory whose pages need not be made again: what is freed is kept, and taken again.
-
-A page that a process touches first is made by the kernel then, which on a virtual machine costs more than to write it.
-Passes through a model free and take the same sizes layer after layer; glibc hands large ones back to the kernel each
-time, but not inside :func:`kept_heap`. It changes no number, and does nothing where a system knows no such thing.
-
-Huge pages are not asked for: a virtual machine may have to fetch each of them from its host, which made a gigabyte of
-factors cost 2 s in place of 0.3 where that was measured.
-
-Arrays that may be larger than memory: beyond a size they lie in a file that nobody else sees.
-
-The file has no name (it is unlinked at once), so that a process leaves nothing behind however it ends. Its room is
-taken before it is mapped: a full disk is an error here and not a crash later.
-
-What running out of memory looks like, on CPUs and GPUs alike.
-"""
+"""A process's memory: pages that are kept, arrays that may be larger than it, and what running out of it looks like."""
 
 from __future__ import annotations
 
@@ -35,12 +18,6 @@ import torch
 
 from .errors import QkovError
 
-
-def num_parameters(model: Any) -> int:
-    """Parameters of a whole, unsharded model."""
-    return sum(int(parameter.numel()) for parameter in model.parameters())
-
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # mallopt(3)
 _NEVER, _NONE, _ANY = -1, 0, 65536
 _LARGEST_THRESHOLD = 32 * 2**20  # where glibc's own one stays once a tensor of this size was freed
@@ -48,7 +25,15 @@ _LARGEST_THRESHOLD = 32 * 2**20  # where glibc's own one stays once a tensor of 
 
 @contextmanager
 def kept_heap(device: torch.device) -> Iterator[None]:
-    """Keep what a model on the CPU frees inside the block; at its end all that is free goes back to the kernel."""
+    """Keep what a model on the CPU frees inside the block; at its end all that is free goes back to the kernel.
+
+    A page that a process touches first is made by the kernel then, which on a virtual machine costs more than to write
+    it. Passes through a model free and take the same sizes layer after layer; glibc hands large ones back to the kernel
+    each time, but not in here. It changes no number, and does nothing where a system knows no such thing.
+
+    Huge pages are not asked for: a virtual machine may have to fetch each of them from its host, which made a gigabyte
+    of factors cost 2 s in place of 0.3 where that was measured.
+    """
     libc = _glibc() if device.type == "cpu" else None
     if libc is None:
         yield
@@ -75,6 +60,9 @@ IN_MEMORY_BYTES = 256 * 2**20
 def scratch_array(shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path | None = None) -> npt.NDArray[Any]:
     """An array of zeros: in memory, or in a scratch file where it is larger than ``IN_MEMORY_BYTES``.
 
+    The file has no name (it is unlinked at once), so that a process leaves nothing behind however it ends. Its room is
+    taken before it is mapped: a full disk is an error here and not a crash later.
+
     Args:
         shape: Its shape.
         dtype: A floating type.
@@ -100,6 +88,7 @@ def scratch_array(shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path | N
         ) from error
 
 
+# In what is raised on CPUs and GPUs alike.
 _SIGNS = ("can't allocate memory", "out of memory", "not enough memory")
 
 

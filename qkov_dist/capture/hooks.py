@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,10 +28,11 @@ from qkov_dist.layout.heads import Site
 from qkov_dist.layout.linear_map import Forward, watched
 from qkov_dist.modes import evaluating, explained_pass, frozen, input_device, plain_outputs
 
-from .finite import all_finite, check_finite, check_losses, total
+from .finite import all_finite, check_losses
 from .losses import sample_losses
 from .pass_state import PassState
-from .sinks import DeferredSink, Factors, FactorSink, Nowhere
+from .refusals import CALLED_TWICE, NOT_FINITE_ELSEWHERE, not_reached
+from .sinks import DeferredSink, FactorSink, Nowhere
 
 FP16_LOSS_SCALES = (2.0**14, 2.0**10, 2.0**6, 1.0)
 AnyRank = Callable[[bool], bool]
@@ -108,7 +108,7 @@ class Capture:
             losses = sample_losses(self._model, batch, self._reduction)
             check_losses(losses, batch)
         if not losses.requires_grad:
-            raise _not_reached(self._sites)
+            raise not_reached(self._sites)
         return state, losses
 
     def _backward(self, state: PassState, losses: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Capture:
         with self._hooks(state), torch.enable_grad(), explained_pass(self._model):
             (losses.sum() * (self._factor * state.loss_scale)).backward()  # type: ignore[no-untyped-call]
         if missing := set(self._sites) - state.finished:
-            raise _not_reached(sorted(missing))
+            raise not_reached(sorted(missing))
         if not state.is_half and not all_finite(state.sums or ()):
             self._name_what_is_not_finite(state.batch, 1.0)  # raises, unless it was a sum alone that overflowed
         return (losses.detach() * self._factor).cpu()
@@ -127,7 +127,7 @@ class Capture:
         state.loss_scale, state.sums = loss_scale, None
         found = self._backward(state, losses)
         if state.is_half:
-            raise _NOT_FINITE_ELSEWHERE.at("gradients")
+            raise NOT_FINITE_ELSEWHERE.at("gradients")
         return found
 
     @contextmanager
@@ -153,7 +153,7 @@ class Capture:
             if self._inspect:
                 self._inspect(site, module, forward, x, y)
         elif not state.in_backward:
-            raise _CALLED_TWICE.at(site.module)
+            raise CALLED_TWICE.at(site.module)
         root = not y.requires_grad
         if root:
             y = y.detach().requires_grad_()
@@ -165,21 +165,7 @@ class Capture:
         state = self._current
         if state is not None and site not in state.finished:
             with torch.autocast(d.device.type, enabled=False):  # the user's is for the model, not for what is made of D
-                self._hand_on(state, site, d)
-
-    def _hand_on(self, state: PassState, site: Site, d: Tensor) -> None:
-        known = state.inputs[site]
-        if known.x._version != known.version:
-            raise _CHANGED_IN_PLACE.at(site.module)
-        d = state.kept(local_part(d, state.num_tokens, site.module))
-        d = d if state.loss_scale == 1.0 and d.dtype != torch.float16 else d.float() / state.loss_scale
-        factors = Factors(site, known.x_site, state.kept(known.x.detach()), d)
-        if state.sums is None:
-            check_finite(_looked_at(factors), state.batch, f"layer {site.layer} ({site.module})")
-        else:
-            state.sums += map(total, _looked_at(factors).values())
-        state.finished.add(site)
-        state.sink.add(factors)
+                state.hand_on(site, d)
 
 
 @contextmanager
@@ -227,50 +213,3 @@ def _root_hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
 def _recomputes(model: nn.Module) -> bool:
     """Whether anything in the model may run again in the backward pass."""
     return any(getattr(m, "gradient_checkpointing", False) or "Checkpoint" in type(m).__name__ for m in model.modules())
-
-
-def _looked_at(factors: Factors) -> dict[str, Tensor]:
-    """What has to be finite, by name; a shared input is looked at once."""
-    shared = factors.site != factors.x_site
-    return {"gradient": factors.d} if shared else {"gradient": factors.d, "input": factors.x}
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """Why a pass cannot be used, but for where."""
-
-    expected: str
-    got: str
-    remedy: str
-
-    def at(self, place: str, **facts: int) -> QkovError:
-        """The error; ``facts`` fill in what was found."""
-        return QkovError(place, expected=self.expected, got=self.got.format(**facts), remedy=self.remedy)
-
-
-_NOT_FINITE_ELSEWHERE = _Refusal(
-    "finite ones at some scale of the loss (float16)",
-    "NaN or infinity on another rank of this pass, or in a sum",
-    "Load the model in a wider type (model.dtype: float32 or bfloat16).",
-)
-_CALLED_TWICE = _Refusal(
-    "one call of the projection in a forward pass",
-    "a second call",
-    "A projection shared by several layers is not supported; choose other layers (metric.layers).",
-)
-_CHANGED_IN_PLACE = _Refusal(
-    "an input that stays as the projection saw it",
-    "an input changed in place after the call",
-    "Replace the in-place operation in the model's forward.",
-)
-_NOT_REACHED = _Refusal(
-    "a forward and a backward pass through every projection",
-    "{count} projection(s) that the loss does not depend on",
-    "Restrict metric.layers to layers that take part, remove what cuts them off (a hook that detaches, a "
-    "kernel without a gradient), or register the layout that the model really uses.",
-)
-
-
-def _not_reached(missing: Sequence[Site]) -> QkovError:
-    place = ", ".join(site.module for site in missing[:4]) + (", …" if len(missing) > 4 else "")
-    return _NOT_REACHED.at(place, count=len(missing))

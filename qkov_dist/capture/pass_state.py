@@ -1,15 +1,19 @@
-"""What the hooks of one pass share: the batch, the inputs they have seen, and which projections are finished."""
+"""One pass as its hooks share it: the batch, the inputs they have seen, and what they hand on of each projection."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from qkov_dist.data.batches import Batch
+from qkov_dist.distributed.sharding import local_part
 from qkov_dist.layout.heads import Site
 
-from .sinks import FactorSink
+from .finite import check_finite, total
+from .refusals import CHANGED_IN_PLACE
+from .sinks import Factors, FactorSink
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,27 @@ class PassState:
         """[N, T, width] to [kept tokens, width]."""
         flat = tensor.reshape(-1, tensor.shape[-1])
         return flat if self.kept_tokens is None else flat.index_select(0, self.kept_tokens)
+
+    def hand_on(self, site: Site, d: Tensor) -> None:
+        """Give the sink what is complete with D, free of the loss scale and found to be finite."""
+        known = self.inputs[site]
+        if known.x._version != known.version:
+            raise CHANGED_IN_PLACE.at(site.module)
+        d = self.kept(local_part(d, self.num_tokens, site.module))
+        d = d if self.loss_scale == 1.0 and d.dtype != torch.float16 else d.float() / self.loss_scale
+        factors = Factors(site, known.x_site, self.kept(known.x.detach()), d)
+        if self.sums is None:
+            check_finite(_looked_at(factors), self.batch, f"layer {site.layer} ({site.module})")
+        else:
+            self.sums += map(total, _looked_at(factors).values())
+        self.finished.add(site)
+        self.sink.add(factors)
+
+
+def _looked_at(factors: Factors) -> dict[str, Tensor]:
+    """What has to be finite, by name; a shared input is looked at once."""
+    shared = factors.site != factors.x_site
+    return {"gradient": factors.d} if shared else {"gradient": factors.d, "input": factors.x}
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

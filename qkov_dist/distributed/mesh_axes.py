@@ -65,9 +65,8 @@ def tensor_parallel_rect(parameter: Any, projection: Projection, gathered: Gathe
     axis = _tensor_parallel_axis(parameter, gathered)
     if axis is None:
         return None
-    (rect,) = held_by_placements(matrix_shape(tuple(parameter.shape)), [placements_of_matrix(parameter)[axis]]) or (
-        Rect(0, 0, 0, 0),
-    )
+    held = held_by_placements(matrix_shape(tuple(parameter.shape)), [placements_of_matrix(parameter)[axis]])
+    (rect,) = held or (Rect(0, 0, 0, 0),)
     return projection.stored(rect)
 
 

@@ -104,26 +104,15 @@ def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequen
     groups = world.all_gather(together(world, lambda: list(tensor_parallel_ranks(model, world.rank, gathered))))
     held = world.all_gather(together(world, lambda: held_parameters(model, layout, layers)))
     gathers_weights = any(world.all_gather(is_cut_between_samples(model)))
-    distinct = sorted({tuple(group) for group in groups})
-    if (
-        sorted(rank for group in distinct for rank in group) != list(range(world.size))
-        or len({len(group) for group in distinct}) != 1
-    ):
-        raise QkovError(
-            "ranks",
-            expected="tensor-parallel groups of one size, with every rank in exactly one of them",
-            got=str(distinct),
-            remedy="Give all ranks the same model and mesh.",
-        )
+    distinct = _distinct_groups(groups, world.size)
     columns = [tuple(group[place] for group in distinct) for place in range(len(distinct[0]))]
-    mine = next(column for column in columns if world.rank in column)
     tp_group: World = Alone()
     if isinstance(world, TorchWorld) and len(distinct[0]) > 1:
         tp_group = world.subgroup(distinct)
     return Topology(
         world=world,
         dp_group=world.subgroup(columns) if isinstance(world, TorchWorld) else world,
-        dp_ranks=mine,
+        dp_ranks=next(column for column in columns if world.rank in column),
         ownership=assign(layout, layers, held),
         tp_rects={
             Site(index, projection.module): rect
@@ -134,6 +123,24 @@ def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequen
         gathers_weights=gathers_weights,
         tp_group=tp_group,
     )
+
+
+def _distinct_groups(groups: Sequence[Sequence[int]], size: int) -> list[tuple[int, ...]]:
+    """The tensor-parallel groups, from that of each rank.
+
+    Raises:
+        QkovError: where they do not fit together.
+    """
+    distinct = sorted({tuple(group) for group in groups})
+    each_once = sorted(rank for group in distinct for rank in group) == list(range(size))
+    if not each_once or len({len(group) for group in distinct}) != 1:
+        raise QkovError(
+            "ranks",
+            expected="tensor-parallel groups of one size, with every rank in exactly one of them",
+            got=str(distinct),
+            remedy="Give all ranks the same model and mesh.",
+        )
+    return distinct
 
 
 def _refuse_routed(model: nn.Module) -> None:

@@ -113,8 +113,7 @@ class TorchWorld:
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(part.cpu().numpy())) for part in self.all_to_all([text] * self.size)]
+        return _gathered(self, value)
 
     def all_reduce(self, values: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks, on every rank."""
@@ -185,8 +184,7 @@ class MpiWorld:
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(part.numpy())) for part in self.all_to_all([text] * self.size)]
+        return _gathered(self, value)
 
     def all_reduce(self, values: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks, on every rank."""
@@ -212,6 +210,12 @@ class MpiWorld:
         waiting += [self.comm.Isend(_as_bytes(ours), rank, tag) for rank, tag, ours in of_others(sent, self.rank)]
         for request in waiting:
             request.Wait()
+
+
+def _gathered(world: World, value: Any) -> list[Any]:
+    """Every rank's JSON value, by rank, sent as bytes."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(bytes(part.numpy())) for part in world.all_to_all([text] * world.size)]
 
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Weights are seen as [out, in]. A Q, K or V head is a band of rows of its projection; an O head is a band of columns of
 the output projection. K and V heads are counted at native resolution, ``num_kv_heads``: query head h reads kv head
-h // group. ``layout`` finds these; everything downstream reads them.
+h // group. ``resolve`` finds these; everything downstream reads them.
 """
 
 from __future__ import annotations

@@ -211,3 +211,8 @@ def attention_linears(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]
     parents = {path.rpartition(".")[0] for path, _ in linears if ATTENTION_LIKE.search(path)}
     alike = [(path, shape) for path, shape in linears if not parents or path.rpartition(".")[0] in parents]
     yield from dict.fromkeys((re.sub(r"\.\d+(?=\.|$)", ".*", path), shape) for path, shape in alike)
+
+
+def num_parameters(model: Any) -> int:
+    """Parameters of a whole, unsharded model."""
+    return sum(int(parameter.numel()) for parameter in model.parameters())

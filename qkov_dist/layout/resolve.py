@@ -1,4 +1,4 @@
-"""Finding where each head lives: architecture -> ``slices.Layout``.
+"""Finding where each head lives: architecture -> ``heads.Layout``.
 
 Head dims are read from the attention module, counts follow from the projections' shapes and are checked against those
 that the module and the config state, and the slices of a projection must tile it exactly; what disagrees is an error.

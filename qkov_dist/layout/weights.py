@@ -38,7 +38,7 @@ def region_of(linear: nn.Module, projection: Projection, rect: Rect) -> Tensor:
 @contextmanager
 def changed(regions: Iterable[Tensor], change: Callable[[Tensor], object]) -> Iterator[None]:
     """Change regions of weights in place; at the end what they were is copied back exactly."""
-    saved = [(region.detach(), region.detach().clone()) for region in regions]
+    saved = [(region, region.detach().clone()) for region in regions]
     try:
         with torch.no_grad():
             for region, _ in saved:

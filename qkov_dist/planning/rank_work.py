@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qkov_dist.capture.factors import gradients_above, shared_inputs
+from qkov_dist.capture.forms import gradients_above, shared_inputs
 from qkov_dist.distributed.ownership import Owned
 from qkov_dist.layout.heads import AttentionLayer, Layout, Site
 from qkov_dist.layout.rects import Rect

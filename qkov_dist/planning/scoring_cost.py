@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from qkov_dist.capture.factors import GRADIENT_BYTES, factor_bytes
+from qkov_dist.capture.forms import GRADIENT_BYTES, factor_bytes
 from qkov_dist.distributed.parallelism import SHARDED_BY_HOOKS
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site

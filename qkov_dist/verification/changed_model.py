@@ -42,7 +42,6 @@ def check_ablation(captured: Captured) -> Iterator[PropertyResult]:
     if not examined.all_plain():
         yield PropertyResult("ablation", "zeroed heads", None, 0, "not applicable: weights are quantized or sharded")
         return
-    group = {layer.index: layer.group for layer in examined.attention_layers}
     coupled = any(NORM_NOTE in layer.notes for layer in examined.attention_layers)
     shares_kv = any("K" not in layer.blocks for layer in examined.layout.layers)
     base = captured.scores(PLAIN)
@@ -50,30 +49,41 @@ def check_ablation(captured: Captured) -> Iterator[PropertyResult]:
         yield PropertyResult(
             "ablation", "heads that score without ablation", 1, 0, "a block scores 0 before anything is zeroed"
         )
-    last = min(layer.num_heads for layer in examined.attention_layers) - 1
-    with examined.heads_multiplied([("O", lambda head: head == last, 0.0)]):
-        cut = examined.scores(PLAIN)
-    if not coupled:
-        yield _zero("M^Q of a head whose O columns are zero", cut, "Q", lambda layer: [last])
-    largest = max(group.values())
-    with examined.heads_multiplied([("O", lambda head: head < largest, 0.0)]):
-        cut = examined.scores(PLAIN)
-    blocks = ("V",) if coupled else ("K", "V")
-    for block in () if shares_kv else blocks:
-        yield _zero(f"M^{block} of a kv head whose group's O columns are zero", cut, block, lambda layer: [0])
+    yield from _cut_off(examined, coupled=coupled, shares_kv=shares_kv)
     if all("V" in layer.blocks for layer in examined.attention_layers):
-        with examined.heads_multiplied([("V", lambda head: head == 0, 0.0)]):
-            cut = examined.scores(PLAIN)
-        yield _zero("M^O of a group whose V rows are zero", cut, "O", lambda layer: range(group[layer]))
-        if not coupled:
-            yield _zero("M^Q of a group whose V rows are zero", cut, "Q", lambda layer: range(group[layer]))
-            yield _zero("M^K of a kv head whose V rows are zero", cut, "K", lambda layer: [0])
+        yield from _without_values(examined, coupled=coupled)
     if coupled:
         yield PropertyResult("ablation", "M^Q and M^K", None, 0, f"not applicable: {NORM_NOTE}")
     if shares_kv:
         yield PropertyResult(
             "ablation", "M^K and M^V of a group", None, 0, "not applicable: layers share keys and values"
         )
+
+
+def _cut_off(examined: ExaminedModel, *, coupled: bool, shares_kv: bool) -> Iterator[PropertyResult]:
+    """One head, then a kv head's whole group, whose output is cut off."""
+    last = min(layer.num_heads for layer in examined.attention_layers) - 1
+    with examined.heads_multiplied([("O", lambda head: head == last, 0.0)]):
+        cut = examined.scores(PLAIN)
+    if not coupled:
+        yield _zero("M^Q of a head whose O columns are zero", cut, "Q", lambda layer: [last])
+    largest = max(layer.group for layer in examined.attention_layers)
+    with examined.heads_multiplied([("O", lambda head: head < largest, 0.0)]):
+        cut = examined.scores(PLAIN)
+    blocks = ("V",) if coupled else ("K", "V")
+    for block in () if shares_kv else blocks:
+        yield _zero(f"M^{block} of a kv head whose group's O columns are zero", cut, block, lambda layer: [0])
+
+
+def _without_values(examined: ExaminedModel, *, coupled: bool) -> Iterator[PropertyResult]:
+    """A kv head whose values are zero."""
+    group = {layer.index: layer.group for layer in examined.attention_layers}
+    with examined.heads_multiplied([("V", lambda head: head == 0, 0.0)]):
+        cut = examined.scores(PLAIN)
+    yield _zero("M^O of a group whose V rows are zero", cut, "O", lambda layer: range(group[layer]))
+    if not coupled:
+        yield _zero("M^Q of a group whose V rows are zero", cut, "Q", lambda layer: range(group[layer]))
+        yield _zero("M^K of a kv head whose V rows are zero", cut, "K", lambda layer: [0])
 
 
 def _zero(what: str, scores: Scores, block: str, heads: Callable[[int], object]) -> PropertyResult:

@@ -7,7 +7,7 @@ from samples import mixed_samples
 from zoo import TINY, VOCAB
 
 from qkov_dist.capture.collect import Collection
-from qkov_dist.capture.factors import factor_bytes, gradients_above, shared_inputs
+from qkov_dist.capture.forms import factor_bytes, gradients_above, shared_inputs
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.data.batches import sequence
 from qkov_dist.layout.resolve import resolve

@@ -42,11 +42,11 @@ BETWEEN = "between phases"
 ENCLOSING = "adding up"  # the one phase that another may lie in; elsewhere the outer one counts
 STEPS = (
     "qkov_dist.capture.hooks:Capture.run",
-    "qkov_dist.capture.row_buffer:Series.spill",
+    "qkov_dist.capture.row_buffer:RowBuffer.spill",
     "qkov_dist.scoring.kernel:add_tile",
-    "qkov_dist.distributed.connect:TorchWorld.exchange",
-    "qkov_dist.distributed.connect:TorchWorld.send_recv",
-    "qkov_dist.distributed.connect:TorchWorld.sum",
+    "qkov_dist.distributed.world:TorchWorld.all_to_all",
+    "qkov_dist.distributed.world:TorchWorld.send_recv",
+    "qkov_dist.distributed.world:TorchWorld.all_reduce",
 )
 CALLS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "ftruncate")
 SCORING = "qkov_dist.scoring.engine:score_layers"

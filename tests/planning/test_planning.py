@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import TINY, VOCAB
 
 from qkov_dist.capture.collect import Collection
-from qkov_dist.capture.factors import factor_bytes
+from qkov_dist.capture.forms import factor_bytes
 from qkov_dist.capture.hooks import capture
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.config_file import from_dict
