@@ -5,8 +5,8 @@
     /shared/O_bias/layer_0003       [left, right]                  what no head owns
     /layer, /complete               [layer]                        which layers are in this file
 
-left x right is n_A x n_B, or all pooled samples in both (attribute ``pooled``). All of it adds up over ranks, columns as
-``scoring.fisher_sums`` says. A block of which a rank owns nothing in a layer has no dataset there.
+left x right is n_A x n_B, or all pooled samples in both (attribute ``pooled``). All of it adds up over ranks, columns
+as ``scoring.fisher_sums`` says. A block of which a rank owns nothing in a layer has no dataset there.
 """
 
 from __future__ import annotations
