@@ -15,7 +15,6 @@ import qkov_dist.commands
 from qkov_dist.cli import COMMANDS, main
 from qkov_dist.commands.completion import settings
 from qkov_dist.config import KEYS
-from qkov_dist.results.heatmap_file import write_heatmap
 from qkov_dist.stats.statistics import QKOVStatistics
 
 BESIDE_COMMANDS = {"__init__", "arguments", "completion", "keys", "parser", "version"}
@@ -134,7 +133,7 @@ def test_stats_refuses_a_missing_folder_before_it_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(QKOVStatistics, "test_heatmap", lambda *_: pytest.fail("tested first"))
-    write_heatmap(tmp_path / "heatmap.h5", make_heatmap(), "all")
+    make_heatmap().save(tmp_path / "heatmap.h5")
     output = tmp_path / "missing" / "tests.h5"
     assert main(["stats", str(tmp_path), "--output", str(output)]) == 2
     assert f"{output}: expected a file in an existing folder, got none." in capsys.readouterr().err

@@ -18,7 +18,6 @@ from heatmaps import make_heatmap, make_statistics
 import qkov_dist
 from qkov_dist.cli import COMMANDS
 from qkov_dist.commands.version import STANDS_ON, version
-from qkov_dist.results.heatmap_file import write_heatmap
 
 HEAVY = ("torch", "transformers", "matplotlib", "pandas", "scipy", "accelerate", "datasets", "jsonschema")
 LIGHT = (
@@ -80,7 +79,7 @@ def observed() -> dict[str, list[str]]:
 
 def test_what_does_not_compute_loads_no_heavy_library(tmp_path: Path) -> None:
     made = make_heatmap()
-    write_heatmap(tmp_path / "heatmap.h5", made.with_statistics(make_statistics()), "all")
+    made.with_statistics(make_statistics()).save(tmp_path / "heatmap.h5")
     (tmp_path / "run.yaml").write_text("metrik: {}\nmodel: {path: m}\ntasks: [{name: a, path: a}, {name: b, path: b}]")
     done = subprocess.run(
         [sys.executable, __file__],

@@ -24,7 +24,7 @@ from .simulated_ranks import local_shape
 from .workload import Pass, Workload
 
 LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters
-LOGIT_COPIES = 2
+LOGIT_COPIES = 2  # of a labelled token's row: the logits and their gradient
 SOFTMAX_BYTES = 4  # of an attention weight that an eager kernel keeps in float32, beside one in the model's dtype
 SUMS_PER_LAYER = 2  # tensor-parallel sums of a layer in one direction: after attention, and after the feed-forward
 
@@ -141,7 +141,7 @@ class CaptureCost:
     def _activations(self, batch: Pass, lowest: int) -> int:
         model_sizes, tp = self.work.model_sizes, self.parallelism.tp
         kept = sum(stream + inner // tp for layer, (stream, inner) in model_sizes.kept.items() if layer >= lowest)
-        logits = 2 * model_sizes.itemsize * model_sizes.vocabulary
+        logits = LOGIT_COPIES * model_sizes.itemsize * model_sizes.vocabulary
         eager = 0
         if not model_sizes.recomputes:
             heads = sum(layer.num_heads for layer in self.work.layout.layers if layer.index >= lowest)

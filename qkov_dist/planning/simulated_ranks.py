@@ -33,7 +33,7 @@ from .workload import SimulatedWorld
 
 
 def simulated_topologies(
-    model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], parallelism: Parallelism, *, thin: bool = False
+    model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], parallelism: Parallelism
 ) -> list[Topology]:
     """Every rank's topology.
 
@@ -42,7 +42,6 @@ def simulated_topologies(
         layout: Its projections.
         layers: The layers to own.
         parallelism: How it is cut.
-        thin: Describe the first rank alone.
     """
     tp, size = parallelism.tp, parallelism.tp * parallelism.replicas
     owned = None if size == 1 else _ownership(model_sizes, layout, layers, parallelism)
@@ -55,7 +54,7 @@ def simulated_topologies(
             tp_rects=_seen(model_sizes, layout, layers, tp, rank % tp) if tp > 1 else {},
             gathers_weights=_keeps_step(parallelism),
         )
-        for rank in range(1 if thin else size)
+        for rank in range(size)
     ]
 
 

@@ -1,8 +1,8 @@
 """Figures for papers: heatmaps, blocks with intervals, and the layer profile, as PDF and PNG. Needs matplotlib.
 
-Colours are safe for colour-blind readers and in grey print: cividis for one-sided values, blue to orange about 0, and
-the Okabe-Ito palette for the blocks. Marks of significant heads are those of ``findings``: their shape alone tells the
-side of the null; coloured ones also hold over all heads of all blocks. Text in PDFs stays text.
+Heatmaps are drawn by ``results.heatmap_plot``; blocks have the colours of the Okabe-Ito palette. Marks of significant
+heads are those of ``findings``: their shape alone tells the side of the null; coloured ones also hold over all heads of
+all blocks. Text in PDFs stays text.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from qkov_dist.results.block_view import HEAD_DIM, Floats, Ints
+from qkov_dist.results.block_view import Floats, Ints
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_plot import draw_block
 from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness
 from .tables import test_arrays
 
 BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
-BLUE_ORANGE = ("#0b3c74", "#2f6fb1", "#86b6de", "#f3f3f1", "#f2b877", "#cc7318", "#743a02")
 MARKERS = {"up": "^", "down": "v", "square": "s", "diamond": "D", "dot": "o"}
 MARK_FILLS = {"above": "#ff8f52", "below": "#7cc6ff", None: "#c9ced6"}
 MARK_EDGES = {"above": "#c2370a", "below": "#0b5fae", None: "#1c1f24"}
@@ -70,13 +70,8 @@ def draw_heatmaps(heatmap: Heatmap) -> Any:
             values = _values(heatmap, block, key)
             is_signed = key != "score" or may_be_negative(heatmap.attributes.get("score"))
             scale = values if key == "score" else np.concatenate([_values(heatmap, b, key) for b in blocks], axis=None)
-            image = axis.imshow(np.ma.masked_invalid(values), **_colors(scale, is_signed))
-            axis.set_facecolor("0.85")
-            axis.set(title=f"{block}: {title}", xlabel=HEAD_DIM[block].replace("_", " "))
-            _ticks(axis.xaxis, heatmap.natives(block))
-            _ticks(axis.yaxis, heatmap.layers)
+            draw_block(axis, heatmap[block], values, title, scale if is_signed else None)
             _mark(axis, heatmap, block)
-            axis.figure.colorbar(image, ax=axis)
         axes[0].set_ylabel("layer")
     _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {alpha(heatmap):g}")
     return figure
@@ -109,17 +104,6 @@ def _legend(figure: Any, heatmap: Heatmap, more: str = "") -> None:
     test = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap))))
     title = f"q $\\leq$ {alpha(heatmap):g} ({test}){more}"
     figure.legend(handles=handles, loc="outside lower left", frameon=False, title=title, alignment="left")
-
-
-def _colors(values: Floats, is_signed: bool) -> dict[str, Any]:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    options: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "cividis"}
-    if is_signed and np.isfinite(values).any():
-        most = float(np.nanmax(np.abs(values))) or 1.0
-        cmap = LinearSegmentedColormap.from_list("blue-orange", BLUE_ORANGE)
-        options |= {"cmap": cmap, "vmin": -most, "vmax": most}
-    return options
 
 
 def draw_blocks(heatmap: Heatmap) -> Any:
@@ -195,8 +179,3 @@ def draw_layers(heatmap: Heatmap) -> Any:
             axis.set(title=block, xlabel="layer")
         axes[0].set_ylabel(title)
     return figure
-
-
-def _ticks(axis: Any, numbers: tuple[int, ...], most: int = 9) -> None:
-    places = range(0, len(numbers), -(-len(numbers) // most))
-    axis.set_ticks(list(places), labels=[str(numbers[place]) for place in places])

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -79,14 +80,9 @@ def findings(heatmap: Heatmap) -> tuple[Finding, ...]:
     """What this heatmap's significant heads can show; empty before a test."""
     if not heatmap.tests:
         return ()
-    known = (
-        _OVERLAP
-        if heatmap.deciding == "overlap"
-        else _SIGNED
-        if may_be_negative(heatmap.attributes.get("score"))
-        else _MEAN
-    )
-    return (*known, _NO_SIDE)
+    if heatmap.deciding == "overlap":
+        return (*_OVERLAP, _NO_SIDE)
+    return (*(_SIGNED if may_be_negative(heatmap.attributes.get("score")) else _MEAN), _NO_SIDE)
 
 
 def sides(tests: Mapping[str, Floats]) -> npt.NDArray[np.int8]:
@@ -96,8 +92,22 @@ def sides(tests: Mapping[str, Floats]) -> npt.NDArray[np.int8]:
     return side
 
 
+_FOUND: WeakKeyDictionary[Heatmap, dict[str, Ints]] = WeakKeyDictionary()  # a heatmap does not change
+
+
 def found(heatmap: Heatmap, block: str) -> Ints:
-    """What each head shows: 1 + its place in ``findings``, 0 where it is not significant; [layer, native head]."""
+    """What each head shows: 1 + its place in ``findings``, 0 where it is not significant; [layer, native head].
+
+    It is worked out once for a heatmap: page, tables, figures and terminal ask for it again and again.
+    """
+    known = _FOUND.setdefault(heatmap, {})
+    if block not in known:
+        known[block] = _found(heatmap, block)
+        known[block].setflags(write=False)
+    return known[block]
+
+
+def _found(heatmap: Heatmap, block: str) -> Ints:
     tests, mean = heatmap.tests[block], heatmap.mean[block]
     side = sides(tests)
     codes = np.zeros(mean.shape, np.int64)

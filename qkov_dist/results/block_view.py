@@ -1,4 +1,4 @@
-"""What a heatmap shows of one block: averages, scores by query head, top conflicts, a figure.
+"""What a heatmap shows of one block: averages, scores by query head, top conflicts.
 
 K and V heads are stored, summed and tested at native resolution, one per kv head. A query-head view repeats kv head
 q // group for each query head q, so that the four blocks have one shape; sums and tests over such repeats would count
@@ -7,7 +7,7 @@ a head several times, so none is made from a view.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,36 +163,6 @@ def _largest(values: Floats, count: int) -> Ints:
     least = np.partition(kept, len(kept) - count)[len(kept) - count]
     above = places[kept > least]
     return np.sort(np.concatenate([above, places[kept == least][: count - len(above)]]))
-
-
-def plot_blocks(views: Sequence[BlockView], title: str) -> Any:
-    """The blocks side by side as layer x native head heatmaps: a matplotlib Figure that belongs to no window.
-
-    Raises:
-        QkovError: where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("plot", "matplotlib") from error
-    figure = Figure(figsize=(3.2 * len(views) + 1, 1.6 + 0.16 * max(len(view.layers) for view in views)))
-    figure.set_layout_engine("constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(1, len(views), squeeze=False)[0]
-    for axis, view in zip(axes, views, strict=True):
-        axis.set_facecolor("0.85")  # absent heads
-        image = axis.imshow(np.ma.masked_invalid(view.native_avg), aspect="auto", cmap="cividis", origin="lower")
-        axis.set(title=view.block, ylabel="layer", xlabel=HEAD_DIM[view.block].replace("_", " "))
-        _number_ticks(axis.xaxis, view.natives)
-        _number_ticks(axis.yaxis, view.layers)
-        figure.colorbar(image, ax=axis, label="mean score")
-    return figure
-
-
-def _number_ticks(axis: Any, numbers: Sequence[int], most: int = 12) -> None:
-    """Label cells with the model's own numbers, as many as fit."""
-    places = range(0, len(numbers), -(-len(numbers) // most))
-    axis.set_ticks(list(places), labels=[str(numbers[place]) for place in places])
 
 
 def missing_extra(where: str, package: str) -> QkovError:

@@ -22,8 +22,9 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .block_view import HEAD_DIM, BlockView, Floats, Ints, UnknownEntryError, plot_blocks
+from .block_view import HEAD_DIM, BlockView, Floats, Ints, UnknownEntryError
 from .export import LabelledArrays, Variable, split_arrays
+from .heatmap_plot import plot_blocks
 
 Pairs = Literal["none", "cross", "all"]
 FISHER_KEYS = ("mean", "min", "ridge_share", "share_a")

@@ -35,16 +35,11 @@ from qkov_dist.values import FRACTION, Kind, as_it_is, one_of, whole, written
 from .block_view import HEAD_DIM
 from .disk import DAMAGED
 from .hdf5_read import Reader, check_values, reading
-from .heatmap import FISHER_KEYS, Heatmap, Pairs, SampleTable
+from .heatmap import FISHER_KEYS, Heatmap, SampleTable
 
 HEATMAP_FILE = "heatmap.h5"
 _DEEPEST = 8
 _BY_BLOCK = ("heatmap", "present", "fisher", "scores", "scores_all")
-
-
-def write_heatmap(path: str | Path, heatmap: Heatmap, pairs: Pairs = "all") -> None:
-    """Write ``heatmap.h5`` atomically; see ``Heatmap.save``."""
-    heatmap.save(path, pairs)
 
 
 def heatmap_path(place: str | Path) -> Path:

@@ -24,13 +24,14 @@ from qkov_dist.memory import scratch_array
 from .block_totals import BlockTotals, block_totals
 from .exchange import Exchange
 from .fisher_sums import FisherSums, add, no_sums
+from .head_batches import HeadBatch
 from .kernel import Buffers, Rule, add_tile, tile_flops, tile_gradients
 from .pipeline import Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import compiled, fisher_sums
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, SiteFactors
-from .tiles import HeadBatch, LayerTiles, Tile, TilePlan
+from .tiles import LayerTiles, Tile, TilePlan
 
 LayerSource = tuple[LayerTiles, FactorSource] | None  # None: no layer now, but maybe later
 

@@ -24,10 +24,11 @@ from qkov_dist.capture.numerics import products_as
 from qkov_dist.errors import QkovError
 from qkov_dist.memory import is_shortage
 
+from .head_batches import HeadBatch, head_batches
 from .kernel import Buffers
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, SiteFactors, read_sites
-from .tiles import HeadBatch, LayerTiles, Tile, head_batches
+from .tiles import LayerTiles, Tile
 
 T = TypeVar("T")
 Work = Callable[[HeadBatch, SiteFactors, Buffers], list[T]]

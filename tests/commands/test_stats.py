@@ -15,7 +15,6 @@ from qkov_dist import load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig, OutputConfig, RunConfig, StatisticsConfig, TaskConfig
 from qkov_dist.results.heatmap import Heatmap, cross_of_pooled
-from qkov_dist.results.heatmap_file import write_heatmap
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes, to_json
 from qkov_dist.results.partial_schema import PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
@@ -86,7 +85,7 @@ def assert_same_tests(found: Heatmap, expected: dict) -> None:
 @pytest.mark.parametrize("pairs", ["none", "cross", "all"])
 def test_the_tests_are_replaced_and_nothing_else(pairs, tmp_path, capsys):
     made = heatmap()
-    write_heatmap(tmp_path / "heatmap.h5", made, pairs)
+    made.save(tmp_path / "heatmap.h5", pairs)
     if pairs != "all":
         write_partials(tmp_path, made)
     before = load_heatmap(tmp_path / "heatmap.h5")
@@ -138,7 +137,7 @@ def test_a_run_tested_again_as_it_was_gives_what_it_had(tmp_path, capsys):
 def test_settings_that_are_not_given_are_those_of_the_last_test(tmp_path):
     tests = QKOVStatistics(n_permutations=20, seed=3, statistic="cross_mean", confidence=0.8)
     made = heatmap()
-    write_heatmap(tmp_path / "heatmap.h5", made.with_statistics(tests.test_heatmap(made)))
+    made.with_statistics(tests.test_heatmap(made)).save(tmp_path / "heatmap.h5")
     assert qkov(tmp_path, "--alpha", 0.5) == 0
     after = load_heatmap(tmp_path / "heatmap.h5")
     assert_same_tests(after, dataclasses.replace(tests, fdr_alpha=0.5).test_heatmap(made))
@@ -148,7 +147,7 @@ def test_settings_that_are_not_given_are_those_of_the_last_test(tmp_path):
 
 
 def test_signed_scores_are_tested_by_their_mean(tmp_path, capsys):
-    write_heatmap(tmp_path / "heatmap.h5", heatmap("signed"))
+    heatmap("signed").save(tmp_path / "heatmap.h5")
     assert qkov(tmp_path) == 0
     settings = load_heatmap(tmp_path / "heatmap.h5").statistics["settings"]
     assert (settings["statistic"], settings["alternative"]) == ("cross_mean", "two-sided")
@@ -163,7 +162,7 @@ def test_without_a_finished_run(tmp_path, capsys):
 
 def test_without_pooled_scores_anywhere_the_settings_that_keep_them_are_named(tmp_path, capsys):
     made = heatmap()
-    write_heatmap(tmp_path / "heatmap.h5", made, "cross")
+    made.save(tmp_path / "heatmap.h5", "cross")
     content = (tmp_path / "heatmap.h5").read_bytes()
     assert qkov(tmp_path) == 2
     told = capsys.readouterr().err
@@ -191,7 +190,7 @@ def _other_run(folder: Path) -> None:
 )
 def test_partial_files_of_less_or_another_run_are_refused(damage, told, tmp_path, capsys):
     made = heatmap()
-    write_heatmap(tmp_path / "heatmap.h5", made, "cross")
+    made.save(tmp_path / "heatmap.h5", "cross")
     write_partials(tmp_path, made)
     damage(tmp_path)
     assert qkov(tmp_path) == 2
@@ -200,14 +199,14 @@ def test_partial_files_of_less_or_another_run_are_refused(damage, told, tmp_path
 
 @pytest.mark.parametrize("setting", [("--permutations", "1"), ("--alpha", "1.5"), ("--seed", "-1")])
 def test_settings_out_of_range_are_refused(setting, tmp_path, capsys):
-    write_heatmap(tmp_path / "heatmap.h5", heatmap())
+    heatmap().save(tmp_path / "heatmap.h5")
     assert qkov(tmp_path, *setting) == 2
     assert "statistics." in capsys.readouterr().err
 
 
 def test_another_file_is_written_where_one_is_named_and_what_is_replaced_is_said(tmp_path, capsys):
     made = heatmap()
-    write_heatmap(tmp_path / "heatmap.h5", made, "all")
+    made.save(tmp_path / "heatmap.h5", "all")
     assert qkov(tmp_path, "--permutations", 20) == 0
     assert f"writing tests into {tmp_path / 'heatmap.h5'}" in capsys.readouterr().err
     content = (tmp_path / "heatmap.h5").read_bytes()
@@ -224,9 +223,9 @@ def test_another_file_is_written_where_one_is_named_and_what_is_replaced_is_said
 
 
 def test_another_runs_file_is_not_written_over(tmp_path, capsys):
-    write_heatmap(tmp_path / "heatmap.h5", heatmap())
+    heatmap().save(tmp_path / "heatmap.h5")
     other = tmp_path / "other.h5"
-    write_heatmap(other, dataclasses.replace(heatmap(), attributes={**heatmap().attributes, "run_id": "run-9"}))
+    dataclasses.replace(heatmap(), attributes={**heatmap().attributes, "run_id": "run-9"}).save(other)
     content = other.read_bytes()
     assert qkov(tmp_path, "--output", other) == 2
     assert "run-9" in capsys.readouterr().err

@@ -46,9 +46,10 @@ from qkov_dist.results.reduce import add_dealt, deal_heads
 from qkov_dist.run import run
 from qkov_dist.scoring.engine import rounds_of, score_rounds
 from qkov_dist.scoring.exchange import Exchange
+from qkov_dist.scoring.head_batches import head_batches
 from qkov_dist.scoring.schedule import layers_of, make_sweeps
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.scoring.tiles import LayerTiles, Selection, head_batches, make_tile_plan
+from qkov_dist.scoring.tiles import LayerTiles, Selection, make_tile_plan
 from qkov_dist.stats import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
 

@@ -188,7 +188,7 @@ def test_to_pandas_has_one_row_for_each_present_native_head() -> None:
 def test_plot_shows_the_four_blocks_with_the_models_numbers(tmp_path) -> None:
     figure = make_heatmap().plot()
     panels = figure.axes[:4]
-    assert [panel.get_title() for panel in panels] == ["Q", "K", "V", "O"]
+    assert [panel.get_title() for panel in panels] == [f"{block}: mean score" for block in "QKVO"]
     assert [panel.get_xlabel() for panel in panels] == ["head", "kv head", "kv head", "head"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["2", "5", "7"]
     np.testing.assert_array_equal(panels[2].images[0].get_array().mask, ~present("V"))

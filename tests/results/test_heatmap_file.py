@@ -21,7 +21,7 @@ from processes import forked
 
 from qkov_dist.errors import QkovError
 from qkov_dist.results.hdf5_write import writing
-from qkov_dist.results.heatmap_file import load_heatmap, write_heatmap
+from qkov_dist.results.heatmap_file import load_heatmap
 from qkov_dist.stats.statistics import QKOVStatistics
 
 
@@ -66,7 +66,7 @@ def test_the_statistic_that_decides_still_decides_after_loading(tmp_path: Path, 
 
 @pytest.mark.parametrize(("pairs", "groups"), [("none", []), ("cross", ["scores"]), ("all", ["scores", "scores_all"])])
 def test_pairs_decides_which_scores_are_kept(tmp_path: Path, pairs: Any, groups: list[str]) -> None:
-    write_heatmap(tmp_path / "h.h5", make_heatmap(), pairs)
+    make_heatmap().save(tmp_path / "h.h5", pairs)
     with h5py.File(tmp_path / "h.h5") as file:
         assert [name for name in file if name.startswith("scores")] == groups
         assert ("scores" in file["shared/O_bias"]) == (pairs != "none")

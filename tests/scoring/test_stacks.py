@@ -12,8 +12,9 @@ from zoo import TINY
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring import kernel
+from qkov_dist.scoring.head_batches import head_batches
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.scoring.tiles import Tile, head_batches
+from qkov_dist.scoring.tiles import Tile
 
 SITE = Site(0, "o_proj")
 
