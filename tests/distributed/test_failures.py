@@ -51,10 +51,10 @@ def rank_process(launcher: Started, rank: int) -> psutil.Process:
     raise AssertionError("no worker")
 
 
-@pytest.mark.parametrize("cut", ["ddp", "fsdp"])
-def test_a_killed_rank_ends_the_job_and_is_named(config, cut):
-    out = config.parent / f"killed-{cut}"
-    with launched(config, out.name, f"parallel.shard={cut}") as launcher:
+def test_a_killed_rank_ends_the_job_and_is_named(config):
+    """Under a launcher that watches over its ranks; every cut, killed anywhere, is the business of ``kills/``."""
+    out = config.parent / "killed"
+    with launched(config, out.name, "parallel.shard=fsdp") as launcher:
         worker = rank_process(launcher, 1)
         launcher.wait_until(lambda: any(out.glob("partial_rank00001.layers/*.h5")))
         worker.kill()
@@ -63,7 +63,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(config, cut):
     assert "rank 1" in told.stderr or "rank      : 1" in told.stderr, told.stderr[-2000:]
     assert not (out / "heatmap.h5").exists()
     assert any(out.glob("partial_rank0000*.layers/*.h5"))
-    with launched(config, out.name, f"parallel.shard={cut}") as launcher:
+    with launched(config, out.name, "parallel.shard=fsdp") as launcher:
         again = launcher.ended()
     assert "layers are on disk" in again.stderr
     assert again.returncode == 0

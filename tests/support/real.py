@@ -24,8 +24,13 @@ SHARED_KEYS = (
 )
 
 
-def smollm2() -> LoadedModel:
-    return load_model(ModelConfig(path=str(demo_model()), dtype="float32"))
+def smollm2(num_layers: int | None = None) -> LoadedModel:
+    """The model, or what computes its first layers."""
+    loaded = load_model(ModelConfig(path=str(demo_model()), dtype="float32"))
+    if num_layers is not None:
+        loaded.model.model.layers = loaded.model.model.layers[:num_layers]
+        loaded.model.config.num_hidden_layers = num_layers
+    return loaded
 
 
 def shared_settings(model: Any) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from places import ROOT
-from processes import PATIENCE_S, forked
+from processes import forked
 from running import exit_as_qkov, qkov
 
 from qkov_dist import load_heatmap
@@ -21,7 +22,7 @@ from qkov_dist.results.partials import list_partials, read_partial
 
 pytestmark = pytest.mark.long
 NAMESPACE = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QKOV": f"{sys.executable} -m qkov_dist"}
+NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # of linux/sched.h
 
 
 def can_mount() -> bool:
@@ -35,21 +36,55 @@ def can_mount() -> bool:
 needs_a_disk = pytest.mark.skipif(not can_mount(), reason="no tmpfs can be mounted here (unshare, mount)")
 
 
-def on_a_disk(folder: Path, script: str) -> str:
-    """Run a script with a disk of its own at $DISK, which is gone afterwards; returns all it said."""
+def on_a_disk(folder: Path, story: Callable[..., None], *arguments: object) -> str:
+    """Call a function with a folder where it may mount a disk, which is gone afterwards; returns all that was said."""
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [*NAMESPACE, "sh", "-ec", script],
-        env=ENVIRONMENT | {"DISK": str(disk), "FOLDER": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    with forked(story, disk, *arguments) as process:
+        done = process.ended()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
+
+
+def mounted(disk: Path, size: str) -> None:
+    """A small disk that this process alone has; without root, it is root in a namespace of its own."""
+    user, group = os.geteuid(), os.getegid()
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.unshare(NEW_MOUNTS | (NEW_USER if user else 0)):
+        raise OSError(ctypes.get_errno(), "unshare")
+    if user:
+        for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path(f"/proc/self/{name}").write_text(line)
+    mount("--make-rprivate", "/")
+    mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk)
+
+
+def mount(*words: object) -> None:
+    subprocess.run(["mount", *map(str, words)], check=True)
+
+
+def fills_up_and_goes_on(disk: Path, room: str, config: Path) -> None:
+    mounted(disk, room)
+    print("exit code", qkov("run", config, "--quiet", f"output.dir={disk}/out"))
+    assert not (disk / "out" / "heatmap.h5").exists()
+    for path in disk.rglob("*.h5"):
+        print("kept", path)
+    mount("-o", "remount,size=64m", disk)
+    assert qkov("run", config, f"output.dir={disk}/out") == 0
+    shutil.copy(disk / "out" / "heatmap.h5", config.parent)
+
+
+def cannot_be_written(disk: Path, config: Path) -> None:
+    mounted(disk, "1m")
+    mount("-o", "remount,ro", disk)
+    print("exit code", qkov("run", config, "--quiet", f"output.dir={disk}/out"))
+
+
+def has_no_room_for_factors(disk: Path, config: Path) -> None:
+    mounted(disk, "1m")
+    room = ("compute.factor_memory_mb=1", "compute.factor_disk_mb=100")
+    print("exit code", qkov("run", config, "--quiet", f"output.dir={disk}/out", *room))
 
 
 @needs_a_disk
@@ -69,19 +104,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_once_there_is_room(
     kept,
 ):
     """With room for nothing, for the layers, and for all but the heatmap."""
-    said = on_a_disk(
-        tmp_path,
-        f"""
-        mount -t tmpfs -o size={room} tmpfs "$DISK"
-        rc=0; $QKOV run "$FOLDER/run.yaml" --quiet output.dir="$DISK/out" 2> "$FOLDER/said" || rc=$?
-        echo "exit code $rc"; cat "$FOLDER/said"
-        test ! -e "$DISK/out/heatmap.h5"
-        find "$DISK" -name "layer_*.h5" -o -name "partial_*.h5" | sed "s/^/kept /"
-        mount -o remount,size=64m "$DISK"
-        $QKOV run "$FOLDER/run.yaml" output.dir="$DISK/out"
-        cp "$DISK/out/heatmap.h5" "$FOLDER/heatmap.h5"
-        """,
-    )
+    said = on_a_disk(tmp_path, fills_up_and_goes_on, room, config)
     assert "exit code 2" in said
     assert f"{tmp_path}/disk/out/{failed}: expected room on the disk" in said
     assert {Path(line).name for line in said.splitlines() if line.startswith("kept ")} == kept
@@ -93,15 +116,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_once_there_is_room(
 
 @needs_a_disk
 def test_a_disk_that_cannot_be_written_is_named(config, tmp_path):
-    said = on_a_disk(
-        tmp_path,
-        """
-        mount -t tmpfs -o size=1m tmpfs "$DISK"
-        mount -o remount,ro "$DISK"
-        rc=0; $QKOV run "$FOLDER/run.yaml" --quiet output.dir="$DISK/out" || rc=$?
-        echo "exit code $rc"
-        """,
-    )
+    said = on_a_disk(tmp_path, cannot_be_written, config)
     assert "exit code 2" in said
     assert f"{tmp_path}/disk/out" in said
     assert "permission to use this" in said
@@ -110,16 +125,7 @@ def test_a_disk_that_cannot_be_written_is_named(config, tmp_path):
 @needs_a_disk
 def test_spilled_factors_that_do_not_fit_say_what_to_set(config, tmp_path):
     write_large(config, tmp_path)
-    said = on_a_disk(
-        tmp_path,
-        """
-        mount -t tmpfs -o size=1m tmpfs "$DISK"
-        rc=0
-        $QKOV run "$FOLDER/large.yaml" --quiet output.dir="$DISK/out" compute.factor_memory_mb=1 \\
-            compute.factor_disk_mb=100 || rc=$?
-        echo "exit code $rc"
-        """,
-    )
+    said = on_a_disk(tmp_path, has_no_room_for_factors, tmp_path / "large.yaml")
     assert "exit code 2" in said
     assert "spilled factors" in said
     assert "compute.factor_memory_mb" in said
