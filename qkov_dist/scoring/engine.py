@@ -31,7 +31,7 @@ from .schedule import Round, layers_of, make_rounds
 from .score import Fused, compiled, fisher_sums
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, SiteFactors
-from .tiles import LayerTiles, TilePlan
+from .tiles import LayerTiles, Tile, TilePlan
 
 LayerSource = tuple[LayerTiles, FactorSource] | None  # None: no layer now, but maybe later
 
@@ -89,12 +89,16 @@ class _HeadScorer:
         weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
         for band in batch.bands:
-            gradients = tile_gradients(site.padded, [t.rect for t in band], bias=band[0].bias, buffers=buffers)
+            gradients = _gradients(band, site, buffers)
             by_task = add_tile(scores, gradients, weights, rule, buffers)
             add(sums, fisher_sums(by_task, least))
         flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in batch.heads[0])
         found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
         return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
+
+
+def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Tensor:
+    return tile_gradients(site.padded, [tile.rect for tile in band], bias=band[0].bias, buffers=buffers)
 
 
 def score_layers(
