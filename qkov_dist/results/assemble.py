@@ -58,28 +58,16 @@ def assemble(
         QkovError: for a layer, or a head of it, that is missing.
     """
     pooled = metadata.pooled if pooled is None else pooled
-    places = {layer.layer: place for place, layer in enumerate(metadata.layers)}
-    blocks: dict[str, _Block] = {}
-    shared: dict[int, Floats] = {}
-    without = WithoutGradient()
-    seen = set()
-    for number, part in layers:
-        place = places[number]
-        for block, found in _take(blocks, metadata, place, part, folder):
-            without.see(number, block, found, pooled=pooled)
-        if SHARED_O_BIAS in part.shared:
-            shared[place] = part.shared[SHARED_O_BIAS]
-        seen.add(number)
-    _check_all(metadata, seen)
-    scores = {block: blocks[block].filled() for block in metadata.blocks}
-    sums = {block: blocks[block].sums for block in metadata.blocks}
+    taken = _take_all(metadata, layers, folder, pooled=pooled)
+    scores = {block: taken.blocks[block].filled() for block in metadata.blocks}
+    sums = {block: taken.blocks[block].sums for block in metadata.blocks}
     num_a = len(metadata.samples[0])
     cross = cross_of_pooled(scores, num_a) if pooled else scores
     pairs = different(*(table.contents for table in metadata.samples))
     fisher = {block: _fisher(part) for block, part in sums.items()}
     return Heatmap(
         *metadata.tasks,
-        layers=tuple(places),
+        layers=tuple(layer.layer for layer in metadata.layers),
         heads=metadata.query_heads,
         kv_heads=metadata.kv_heads,
         groups=np.array([layer.group for layer in metadata.layers], np.int64),
@@ -90,16 +78,44 @@ def assemble(
         fisher=fisher,
         cross=cross,
         pooled=scores if pooled else None,
-        shared=_shared(shared, len(places), num_a if pooled else None, pairs),
-        attributes={
-            **metadata.attributes,
-            "warnings": [
-                *metadata.attributes.get("warnings", ()),  # known before the first batch: of the model, of the samples
-                *warnings_of(metadata, fisher),
-                *without.warnings(metadata.tasks, metadata.samples),
-            ],
-        },
+        shared=_shared(taken.shared, len(metadata.layers), num_a if pooled else None, pairs),
+        attributes={**metadata.attributes, "warnings": _warnings(metadata, fisher, taken.without)},
     )
+
+
+def _warnings(
+    metadata: HeatmapMetadata, fisher: Mapping[str, Mapping[str, np.ndarray]], without: WithoutGradient
+) -> list[str]:
+    return [
+        *metadata.attributes.get("warnings", ()),  # known before the first batch: of the model, of the samples
+        *warnings_of(metadata, fisher),
+        *without.warnings(metadata.tasks, metadata.samples),
+    ]
+
+
+@dataclass
+class _Taken:
+    """What has come of all layers: blocks, O's bias by the layer's place, and samples without gradient."""
+
+    blocks: dict[str, _Block]
+    shared: dict[int, Floats]
+    without: WithoutGradient
+
+
+def _take_all(
+    metadata: HeatmapMetadata, layers: Iterable[tuple[int, LayerPartial]], folder: Path | None, *, pooled: bool
+) -> _Taken:
+    """Take one layer after another; all have to come."""
+    places = {layer.layer: place for place, layer in enumerate(metadata.layers)}
+    taken, seen = _Taken({}, {}, WithoutGradient()), set()
+    for number, part in layers:
+        for block, found in _take(taken.blocks, metadata, places[number], part, folder):
+            taken.without.see(number, block, found, pooled=pooled)
+        if SHARED_O_BIAS in part.shared:
+            taken.shared[places[number]] = part.shared[SHARED_O_BIAS]
+        seen.add(number)
+    _check_all(metadata, seen)
+    return taken
 
 
 def _take(

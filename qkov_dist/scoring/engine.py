@@ -28,7 +28,7 @@ from .head_batches import HeadBatch
 from .kernel import Buffers, Rule, add_tile, tile_flops, tile_gradients
 from .pipeline import Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
-from .score import compiled, fisher_sums
+from .score import Fused, compiled, fisher_sums
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, SiteFactors
 from .tiles import LayerTiles, Tile, TilePlan
@@ -65,6 +65,42 @@ class _HeadPart:
     flops: int
 
 
+@dataclass(frozen=True)
+class _HeadScorer:
+    """What a worker does with a batch of heads.
+
+    Attributes:
+        roles: The samples.
+        settings: The metric.
+        ridges: Lambda by layer and block; that of a layer is there before its heads are.
+        fused: The elementwise part, compiled; None maps in place.
+    """
+
+    roles: Roles
+    settings: ScoreSettings
+    ridges: Mapping[tuple[int, str], float]
+    fused: Fused | None
+
+    def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
+        """Scores of all pairs, and what is known of I, of each head; of its tiles in this projection."""
+        settings, roles, tile = self.settings, self.roles, batch.first
+        ridge, sums = self.ridges[tile.site.layer, tile.block], no_sums(len(batch.heads))
+        rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, self.fused)
+        weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
+        scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
+        for band in batch.bands:
+            gradients = _gradients(band, site, buffers)
+            by_task = add_tile(scores, gradients, weights, rule, buffers)
+            add(sums, fisher_sums(by_task, least))
+        flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in batch.heads[0])
+        found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
+        return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
+
+
+def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Tensor:
+    return tile_gradients(site.padded, [tile.rect for tile in band], bias=band[0].bias, buffers=buffers)
+
+
 def score_layers(
     layers: Iterable[LayerSource],
     roles: Roles,
@@ -90,7 +126,6 @@ def score_layers(
         QkovError, RuntimeError: what ``layers`` raise, after the layers that were begun before are given back; where
             memory does not suffice.
     """
-    fused = compiled(torch.device(settings.device).type) if settings.compile else None
     ridges: dict[tuple[int, str], float] = {}
 
     def begun() -> Iterator[Turn | None]:
@@ -103,22 +138,9 @@ def score_layers(
             ridges.update({(layer_tiles.layer, block): ridge for block, ridge in of_blocks.items()})
             yield Turn(layer_tiles, layer_tiles.tiles, source)
 
-    def score_heads(batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
-        tile, sums = batch.first, no_sums(len(batch.heads))
-        ridge = ridges[tile.site.layer, tile.block]
-        rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, fused)
-        weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
-        scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
-        for band in batch.bands:
-            gradients = _gradients(band, site, buffers)
-            by_task = add_tile(scores, gradients, weights, rule, buffers)
-            add(sums, fisher_sums(by_task, least))
-        flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in batch.heads[0])
-        found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
-        return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
-
+    fused = compiled(torch.device(settings.device).type) if settings.compile else None
     blocks: dict[str, BlockScores] | None = None
-    for done in through_workers(begun(), roles, settings, score_heads):
+    for done in through_workers(begun(), roles, settings, _HeadScorer(roles, settings, ridges, fused)):
         if blocks is None:
             blocks = {block: _no_scores(heads, roles, settings) for block, heads in done.layer_tiles.heads.items()}
         for tile, part in done.results:
@@ -144,10 +166,6 @@ def score_layer(
         totals = block_totals(layer_tiles, source, roles, settings)
     ((_, blocks),) = score_layers([(layer_tiles, source)], roles, settings, {layer_tiles.layer: totals or {}})
     return blocks
-
-
-def _gradients(band: tuple[Tile, ...], site: SiteFactors, buffers: Buffers) -> Tensor:
-    return tile_gradients(site.padded, [tile.rect for tile in band], bias=band[0].bias, buffers=buffers)
 
 
 def _ridges(layer_tiles: LayerTiles, settings: ScoreSettings, totals: Mapping[str, float]) -> dict[str, float]:
