@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from ranks import pools
-
-TESTS = Path(__file__).parent
 
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None)  # machines are noisy: time decides no test
@@ -23,16 +24,30 @@ def ranks():
         yield pool_of
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs hardware that is not here; say which tests share a worker, and begin with what takes longest.
-
-    Tests of one file share its fixtures, and all tests on ranks share the pools (``--dist loadgroup``).
-    """
+    """Skip what needs hardware that is not here, and begin with what takes longest."""
     long = {item.path for item in items if item.get_closest_marker("long")}
     for item in items:
-        on_ranks = "ranks" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("ranks" if on_ranks else str(item.path.relative_to(TESTS))))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     items.sort(key=lambda item: ("ranks" not in item.fixturenames, item.path not in long))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one file share a worker and its fixtures; all tests on ranks share another, and the pools."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return "ranks" if test.partition("[")[0] in tests_on_ranks(config.rootpath / file) else file
+
+    return ByFile(config, log) if config.option.dist == "loadgroup" else None
+
+
+@functools.cache
+def tests_on_ranks(file: Path) -> frozenset[str]:
+    """Names of the tests that ask for the fixture; who hands out tests has not collected them."""
+    functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return frozenset(f.name for f in functions if "ranks" in [argument.arg for argument in f.args.args])
