@@ -199,7 +199,11 @@ def _add_plan(group: Commands) -> None:
         "Show what a run would hold, send and compute on each rank, and how long it should take; no weights are read.",
         "qkov plan configs/node8.yaml model.path=builtin:llama-3-70b --world-size 8 --hardware H100",
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="configuration; model.path may be builtin:llama-3-8b, -70b, -405b, or a JSON of a few facts")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG.yaml",
+        help="configuration; model.path may be builtin:llama-3-8b, or a JSON of a few facts",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--world-size", type=_positive, metavar="N", help="ranks (default: parallel.tp)")
     parser.add_argument(
