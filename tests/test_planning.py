@@ -106,7 +106,7 @@ def sweeps_of(job: Job):
 
 def kept_bytes(job: Job, layer: LayerTiles) -> int:
     """Bytes of a layer's factors on this rank, as its hooks leave them."""
-    size = job.factor_dtype.itemsize
+    size = job.scoring.factor_itemsize
     return factor_bytes(job.layout.layer(layer.layer), layer.sites, job.lengths_here, size, job.topology.tp_rects)
 
 
