@@ -38,6 +38,7 @@ def assert_calibrated(results) -> None:
             assert all(share["low"] <= ALPHA for share in found["false_discovery"].values()), where
 
 
+@pytest.mark.long
 def test_p_values_are_uniform_on_halves_of_one_task(pool):
     results = run_condition(EXACT, pool)
     assert list(results["overlap"]) == ["two-sided", "greater", "less"]

@@ -5,7 +5,6 @@ One such server serves a whole session: pools of ranks, commands, the harness of
 
 from __future__ import annotations
 
-import atexit
 import functools
 import multiprocessing
 import os
@@ -47,7 +46,7 @@ def assert_alone() -> None:
 class Fork:
     """A function in a process of its own, with what is used here of ``subprocess.Popen``.
 
-    It ends as a script would that calls the function: exit codes, hooks of uncaught errors, what is to be done at exit.
+    It ends as a script would that calls the function: with its exit code, and hooks of uncaught errors are called.
     """
 
     def __init__(
@@ -82,20 +81,13 @@ def _perform(
     assert_alone()
     os.environ.clear()
     os.environ.update(environment)
-    code: object = 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             function(*arguments)
-    except SystemExit as ended:
-        code = ended.code or 0
-    except BaseException:
+    except Exception:
         sys.excepthook(*sys.exc_info())
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+        sys.exit(1)
 
 
 def write_to(out: Path, err: Path) -> None:

@@ -72,6 +72,7 @@ def run_and_merge_again(raw: dict, merged: str) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "shard"), [(2, "ddp"), (3, "fsdp")])
+@pytest.mark.long
 def test_ranks_test_the_heads_they_hold(world_size, shard, ranks, folder, one_process):
     out = folder / "out" / f"{shard}{world_size}"
     raw = settings(folder, "gpt2", out.name, {"shard": shard}, **TESTED)
