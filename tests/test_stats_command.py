@@ -123,8 +123,6 @@ def test_a_run_tested_again_as_it_was_gives_what_it_had(tmp_path, capsys):
             statistics=StatisticsConfig(permutations=40, seed=5),
             output=OutputConfig(dir=str(tmp_path / "out")),
         ),
-        say=lambda line: None,
-        show_progress=False,
     )
     before = load_heatmap(tmp_path / "out" / "heatmap.h5")
     assert qkov(tmp_path / "out") == 0
