@@ -41,8 +41,9 @@ class Tiny:
         """The model, seeded; ``overrides`` go to the config."""
         config = AutoConfig.for_model(self.model_type, **{**COMMON, **self.settings, **overrides})
         auto = AutoModelForMaskedLM if self.masked_lm else AutoModelForCausalLM
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
+            torch.manual_seed(seed)  # of what is not a parameter of a useful size, such as A_log
             model = auto.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
         return randomize(model, seed)
 
