@@ -26,8 +26,6 @@ from .results.reduce import add_dealt, bring_to_first
 from .stats.head_tests import Design, LayerTests, layer_tests
 from .stats.statistics import QKOVStatistics
 
-HEATMAP_FILE = "heatmap.h5"
-
 
 def statistics_of(config: RunConfig) -> QKOVStatistics | None:
     """The tests that a configuration asks for."""

@@ -22,7 +22,7 @@ from .console import SILENT, Console
 from .distributed.connect import current
 from .distributed.preemption import stoppable
 from .distributed.shared_errors import together
-from .finish import HEATMAP_FILE, finish, statistics_of
+from .finish import finish, statistics_of
 from .job import Job, prepare
 from .memory import kept_heap
 from .planning.hardware import this_hardware
@@ -33,7 +33,7 @@ from .planning.time_model import Phase, assumptions, expected
 from .results.disk import file_errors
 from .results.hdf5_write import refuse_other_run
 from .results.heatmap import Heatmap
-from .results.heatmap_file import load_heatmap
+from .results.heatmap_file import HEATMAP_FILE, load_heatmap
 from .results.metadata import HeatmapMetadata, from_json, make_metadata, run_attributes, to_json
 from .results.partial_schema import PartialHeader
 from .results.partials import PartialWriter, locked, partial_path, read_partial
@@ -186,7 +186,7 @@ def _score_sweep(
                 part = layer_partial(blocks)
                 writer.write_layer(layer.layer, part.blocks, part.shared)
                 advance(1)
-        measured.see_sent(factors=exchange.bytes_sent)
+        measured.see_sent(exchange.bytes_sent)
 
 
 def _check_scores(job: Job, layer: int, blocks: Mapping[str, BlockScores]) -> None:

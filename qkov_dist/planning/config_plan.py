@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from qkov_dist.config import RunConfig
-from qkov_dist.distributed.parallelism import Parallelism, resolve_parallelism
 from qkov_dist.errors import QkovError
-from qkov_dist.layout.modules import is_masked_lm
-from qkov_dist.layout.resolve import resolve
 
-from .described import described_model, described_tasks
 from .hardware import Hardware, hardware, this_hardware
-from .model_sizes import ModelSizes, model_sizes_of
-from .remedies import Limits, Setting, limits_in_words, remedies, shortages
-from .run_plan import MIB, RunPlan, least_peak, plan_simulated
+from .planner import Planner, Setting
+from .remedies import Limits, limits_in_words, remedies, shortages
+from .run_plan import RunPlan
 from .table import as_json, plan_lines, size_notes
 from .time_model import Phase, assumptions, expected
-from .workload import Workload
 
 GIB = 2**30
 
@@ -67,7 +60,7 @@ def plan_run(
     limits = _limits(machines, chosen)
     on_gpu = limits.gpu is not None
     setting = Setting(config, machines.world_size or config.parallel.tp)
-    planner = ConfigPlanner(config, machines, gpu_memory=limits.gpu)
+    planner = Planner(config, machines.samples, machines.tokens, gpu_memory=limits.gpu)
     plan = planner.plan(setting)
     phases = expected(plan, chosen, machines.ranks_per_node) if chosen else []
     if as_numbers:
@@ -82,74 +75,6 @@ def plan_run(
     if not as_numbers:
         show(f"fits in {limits_in_words(limits, on_gpu=on_gpu)}")
     return plan
-
-
-class ConfigPlanner:
-    """Makes plans of one model and its tasks, as far as their descriptions go (a ``planning.remedies.Planner``).
-
-    Args:
-        config: Names the model and the tasks.
-        machines: Sizes of samples, where they are given.
-        gpu_memory: Bytes of the GPU that each rank has; None where ranks have none.
-
-    Attributes:
-        note: How the samples were found.
-
-    Raises:
-        QkovError: for a model or tasks that cannot be described.
-    """
-
-    def __init__(self, config: RunConfig, machines: Machines, *, gpu_memory: int | None) -> None:
-        self._on_gpu, self._gpu_memory, self._anatomies = gpu_memory is not None, gpu_memory, dict[str, ModelSizes]()
-        self._model = described_model(config.model)
-        self._recomputes = config.model.attn_implementation != "eager"
-        self._layout = resolve(self._model)
-        self._tasks, self.note = described_tasks(config, self._model, machines.samples, machines.tokens)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sample."""
-        return max(sample.num_tokens for task in self._tasks for sample in task.samples)
-
-    def batch_tokens(self, setting: Setting) -> int:
-        """Padded tokens in one batch."""
-        num_parameters = self._model_sizes(setting.config.model.dtype).num_parameters
-        return _parallelism(setting).batch_tokens(
-            setting.config.compute, on_gpu=self._on_gpu, num_parameters=num_parameters
-        )
-
-    def plan(self, setting: Setting) -> RunPlan:
-        """The whole plan."""
-        return plan_simulated(self._work(setting), _parallelism(setting))
-
-    def least(self, setting: Setting) -> int:
-        """Bytes that a rank holds at least while it runs its samples."""
-        return least_peak(self._work(setting), _parallelism(setting))
-
-    def _model_sizes(self, dtype: str) -> ModelSizes:
-        if dtype not in self._anatomies:
-            found = model_sizes_of(self._model, self._layout, dtype)
-            self._anatomies[dtype] = replace(found, recomputes=self._recomputes)
-        return self._anatomies[dtype]
-
-    def _work(self, setting: Setting) -> Workload:
-        config, disk = setting.config, setting.config.compute.factor_disk_mb
-        return Workload(
-            config=config,
-            model_sizes=self._model_sizes(config.model.dtype),
-            layout=self._layout,
-            tasks=self._tasks,
-            batch_tokens=self.batch_tokens(setting),
-            objective="masked" if is_masked_lm(self._model) else "causal",
-            on_gpu=self._on_gpu,
-            gpu_memory=self._gpu_memory,
-            workers=1 if self._on_gpu else torch.get_num_threads(),
-            disk=None if disk is None else disk * MIB,
-        )
-
-
-def _parallelism(setting: Setting) -> Parallelism:
-    return resolve_parallelism(setting.config.parallel, setting.num_ranks, {})
 
 
 def _hardware(machines: Machines) -> Hardware | None:
@@ -174,9 +99,7 @@ def _numbers(plan: RunPlan, phases: list[Phase], limits: Limits, note: str) -> d
     return {**as_json(plan, phases), "fits": not missing, "shortages": missing, "samples": note}
 
 
-def _does_not_fit(
-    setting: Setting, limits: Limits, planner: ConfigPlanner, missing: list[str], *, on_gpu: bool
-) -> QkovError:
+def _does_not_fit(setting: Setting, limits: Limits, planner: Planner, missing: list[str], *, on_gpu: bool) -> QkovError:
     ways = remedies(setting, limits, planner)
     remedy = "No more ranks, smaller batches or bfloat16 make it fit: use shorter samples or more memory."
     if ways:

@@ -42,7 +42,6 @@ class Measured:
     factors_disk: int | None = None
     scores: int | None = None
     sent_factors: int | None = None
-    sent_scores: int | None = None
     written: int | None = None
     flops_kept: int | None = None
     flops_scoring: int | None = None
@@ -52,7 +51,7 @@ class Measured:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block's time to a phase, one of ``expected_time.PHASES``."""
+        """Count the block's time to a phase, one of ``time_model.PHASES``."""
         start = time.perf_counter()
         try:
             yield
@@ -75,10 +74,9 @@ class Measured:
         self.scores = max(self.scores or 0, sum(block.scores.nbytes for block in blocks.values()))
         self.flops_scoring = (self.flops_scoring or 0) + sum(block.flops for block in blocks.values())
 
-    def see_sent(self, *, factors: int = 0, scores: int = 0) -> None:
-        """Bytes that went to other ranks."""
+    def see_sent(self, factors: int) -> None:
+        """Bytes of factors that went to other ranks."""
         self.sent_factors = (self.sent_factors or 0) + factors
-        self.sent_scores = (self.sent_scores or 0) + scores
 
     def see_files(self, paths: Iterable[Path]) -> None:
         """Files as they were written."""

@@ -8,13 +8,12 @@ with it and fits.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from qkov_dist.config import RunConfig
 from qkov_dist.distributed.parallelism import SHARDED
 from qkov_dist.errors import QkovError
 
 from .hardware import GPU_OVERHEAD
+from .planner import Planner, Setting
 from .run_plan import MIB, RunPlan
 from .table import gib
 
@@ -36,42 +35,6 @@ class Limits:
     gpu: int | None
     host: int | None
     ranks_per_node: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What may be changed to make a run fit: the configuration and the number of ranks."""
-
-    config: RunConfig
-    num_ranks: int
-
-    def changes(self, other: Setting) -> str:
-        """How to turn this setting into another, as arguments of ``qkov plan``."""
-        mine, theirs = self.config, other.config
-        words = [f"--world-size {other.num_ranks}"] if self.num_ranks != other.num_ranks else []
-        for key in ("model.dtype", "parallel.shard", "compute.batch_tokens", "compute.factor_memory_mb"):
-            section, name = key.split(".")
-            value = getattr(getattr(theirs, section), name)
-            if value != getattr(getattr(mine, section), name):
-                words.append(f"{key}={value}")
-        return " ".join(words)
-
-
-class Planner(Protocol):
-    """What makes plans of one model and its tasks."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sample."""
-
-    def batch_tokens(self, setting: Setting) -> int:
-        """Padded tokens in one batch."""
-
-    def plan(self, setting: Setting) -> RunPlan:
-        """The whole plan."""
-
-    def least(self, setting: Setting) -> int:
-        """Bytes that a rank holds at least, on its GPU or else in the host's memory: quick, and never too much."""
 
 
 def shortages(plan: RunPlan, limits: Limits) -> list[str]:

@@ -77,14 +77,13 @@ def timed_phases() -> Iterator[Stopwatch]:
 
 @contextmanager
 def counted_bytes() -> Iterator[dict[str, int]]:
-    """Count the bytes of factors and of scores that this rank sends to others inside the block."""
-    sent = {"factors": 0, "scores": 0}
+    """Count the bytes of factors that this rank sends to others inside the block."""
+    sent = {"factors": 0}
     see = Measured.see_sent
 
-    def seen(self: Measured, *, factors: int = 0, scores: int = 0) -> None:
+    def seen(self: Measured, factors: int) -> None:
         sent["factors"] += factors
-        sent["scores"] += scores
-        see(self, factors=factors, scores=scores)
+        see(self, factors)
 
     with mock.patch.object(Measured, "see_sent", seen):
         yield sent

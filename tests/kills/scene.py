@@ -14,7 +14,7 @@ from moments import Seen
 from samples import mixed_samples
 from zoo import TINY, VOCAB
 
-from qkov_dist.finish import HEATMAP_FILE
+from qkov_dist.results.heatmap_file import HEATMAP_FILE
 
 LAYERS = tuple(range(6))
 ALONE = "none"

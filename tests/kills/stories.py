@@ -25,7 +25,7 @@ from verdicts import (
     work_faults,
 )
 
-from qkov_dist.finish import HEATMAP_FILE
+from qkov_dist.results.heatmap_file import HEATMAP_FILE
 
 CUTS = (ALONE, "ddp", "fsdp", "zero3")
 NUM_KILLS = (1, 1, 2, 2, 3, 4)

@@ -17,7 +17,7 @@ from attempts import Kill, Outcome
 from qkov_dist import Heatmap, load_heatmap
 from qkov_dist.distributed.preemption import EXIT_CODE
 from qkov_dist.errors import QkovError
-from qkov_dist.finish import HEATMAP_FILE
+from qkov_dist.results.heatmap_file import HEATMAP_FILE
 from qkov_dist.results.partials import layer_folder, list_partials, read_partial
 from qkov_dist.results.resume import CARRIED
 

@@ -126,7 +126,7 @@ def score(job: Job, sweep, measured: Measured, folder: Path) -> None:
         with measured.phase("scoring"):
             for _, blocks in score_rounds(tile_plan, sweep, exchange, job.roles(), job.settings(), job.topology):
                 measured.see_scores(blocks)
-        measured.see_sent(factors=exchange.bytes_sent)
+        measured.see_sent(exchange.bytes_sent)
     measured.see_peaks()
 
 
