@@ -28,7 +28,7 @@ from qkov_dist import cli, load_heatmap
 from qkov_dist.config_file import load_config
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.families import FAMILIES
-from qkov_dist.report import tables
+from qkov_dist.report import figures, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qkov_dist"
@@ -400,6 +400,15 @@ def test_a_column_of_what_tests_give_is_a_name(followed, monkeypatch) -> None:
     assert set(table.columns) - set(before) == {"overlap_detectable", "cross_mean_detectable"}
     place = table.columns.index("overlap_detectable")
     assert all(isinstance(row[place], float) for row in table.rows)
+
+
+def test_a_figure_is_a_function_and_its_name(followed, monkeypatch) -> None:
+    assert "report/figures.py" in files_of("Add a chart")
+    assert "`FIGURES`" in recipe("Add a chart")
+    monkeypatch.setattr(figures, "FIGURES", {"made_up": figures.FIGURES["layers"]})
+    written = dict(figures.figures(followed.heatmap))
+    assert set(written) == {"made_up.pdf", "made_up.png"}
+    assert written["made_up.png"].startswith(b"\x89PNG")
 
 
 def test_pages_are_found() -> None:

@@ -8,7 +8,7 @@ all blocks. Text in PDFs stays text.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
     import matplotlib
 
     with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
-        for name, make in (("heatmaps", draw_heatmaps), ("blocks", draw_blocks), ("layers", draw_layers)):
+        for name, make in FIGURES.items():
             figure = make(heatmap)
             for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
                 content = io.BytesIO()
@@ -179,3 +179,10 @@ def draw_layers(heatmap: Heatmap) -> Any:
             axis.set(title=block, xlabel="layer")
         axes[0].set_ylabel(title)
     return figure
+
+
+FIGURES: Mapping[str, Callable[[Heatmap], Any]] = {
+    "heatmaps": draw_heatmaps,
+    "blocks": draw_blocks,
+    "layers": draw_layers,
+}
