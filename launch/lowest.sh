@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the lower bounds that pyproject.toml states, each as it stands, into an environment of its own, and runs the
-# tests there that take less than ten seconds each: they reach every room, several ranks included.
-# Usage: bash launch/lowest.sh [arguments of pytest instead of -m "not long"]
+# core tests there: those of every room, several ranks included, that take less than ten seconds each.
+# Usage: bash launch/lowest.sh [arguments of pytest, such as -m long instead]
 # QKOV_VENV chooses the environment's folder (.venv-lowest); PYTHON3 the Python, for which the lower bound is 3.11.
 set -euo pipefail
 QKOV_VENV="${QKOV_VENV:-$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")/.venv-lowest}"
@@ -25,5 +25,7 @@ export PATH="$QKOV_VENV/bin:$PATH"
 "$PYTHON" -m pip install --quiet mpich # mpi4py of that age is built with an MPI that is there
 ensure_environment all
 ensure_demo_model
-if [ $# = 0 ]; then set -- -m "not long"; fi
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+# Old libraries call what newer ones beneath them have announced to take away: that is not for this project to mend.
+going=(DeprecationWarning PendingDeprecationWarning FutureWarning)
+exec "$PYTHON" -m pytest -n 2 --dist loadfile -m "not long" "${going[@]/#/-Wignore::}" \
+    --ignore tests/benchmarks --ignore tests/fuzz --ignore tests/kills --ignore tests/studies "$@"
