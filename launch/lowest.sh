@@ -20,9 +20,6 @@ for wanted in chain(project["dependencies"], *project["optional-dependencies"].v
         print(f"{bound[1]}=={bound[2]}")
 PYTHON
 TORCH_SPEC="$(grep '^torch==' "$PIP_CONSTRAINT")"
-[ -x "$PYTHON" ] || "$(find_python)" -m venv "$QKOV_VENV"
-export PATH="$QKOV_VENV/bin:$PATH"
-"$PYTHON" -m pip install --quiet mpich # mpi4py of that age is built with an MPI that is there
 ensure_environment all
 ensure_demo_model
 # Old libraries call what newer ones beneath them have announced to take away: that is not for this project to mend.
