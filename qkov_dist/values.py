@@ -11,6 +11,7 @@ from typing import Any
 
 _HIGHEST = 100_000  # above every number of a layer or head
 _LONGEST_KEY = 200  # that is compared with known ones
+_MOST_READABLE = 400  # characters
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,10 @@ def shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else written(value)
 
 
-def readable(text: str, most: int = 400) -> str:
+def readable(text: str) -> str:
     """Text from outside as one short line: what cannot be printed is escaped, the end cut off."""
     line = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    return line if len(line) <= _MOST_READABLE else f"{line[: _MOST_READABLE - 3]}..."
 
 
 def written(value: object) -> str:

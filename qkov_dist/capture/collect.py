@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -122,17 +123,14 @@ class Collection:
         before = self.soundness.alone
         try:
             first = richest(samples)
-            self.soundness.prove(model, self.sites, self.objective, first, _named(task, first))
-            self.soundness.see(model, samples, self.objective)
+            with self._plan_named(model):
+                self.soundness.prove(model, self.sites, self.objective, first, _named(task, first))
+                self.soundness.see(model, samples, self.objective)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
             longest = max(samples, key=lambda sample: sample.num_tokens)
             raise self._too_long(_named(task, longest), longest.num_tokens) from error
-        except ModelError as error:
-            if self.topology.dp_group.size == self.topology.world.size:
-                raise
-            raise _plan_fails(model, error) from error
         if self.soundness.alone and not before:
             self.console.warn(
                 "outputs depend on the length of a batch: samples run uncut, each beside those of its length"
@@ -154,25 +152,18 @@ class Collection:
         self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
     ) -> list[tuple[int, int, float]]:
         """Make this rank's passes; returns each sample's number, labelled tokens and loss."""
-        try:
-            return self._losses(model, passes, on_samples)
-        except ModelError as error:
-            if self.topology.dp_group.size == self.topology.world.size:
-                raise
-            raise _plan_fails(model, error) from error
-
-    def _losses(
-        self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
-    ) -> list[tuple[int, int, float]]:
         losses: list[tuple[int, int, float]] = []
-        with capture(
-            model,
-            self.sites,
-            loss_reduction=self.loss_reduction,
-            loss_factor=self.loss_factor,
-            check_at_end=self.topology.passes_alone and input_device(model).type == "cuda",
-            any_rank=lambda here: any(self.topology.pass_group.all_gather(here)),
-        ) as session:
+        with (
+            self._plan_named(model),
+            capture(
+                model,
+                self.sites,
+                loss_reduction=self.loss_reduction,
+                loss_factor=self.loss_factor,
+                check_at_end=self.topology.passes_alone and input_device(model).type == "cuda",
+                any_rank=lambda here: any(self.topology.pass_group.all_gather(here)),
+            ) as session,
+        ):
             for batch, counts in passes:
                 if not counts:
                     session.run(batch, Nowhere())
@@ -181,6 +172,16 @@ class Collection:
                     losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
                     on_samples(len(part.samples))
         return losses
+
+    @contextmanager
+    def _plan_named(self, model: nn.Module) -> Iterator[None]:
+        """An error inside a tensor-parallel model names the plan, from which it may come."""
+        try:
+            yield
+        except ModelError as error:
+            if self.topology.dp_group.size == self.topology.world.size:
+                raise
+            raise _plan_fails(model, error) from error
 
     def _pass(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Run one batch; where it does not fit into memory, its halves.

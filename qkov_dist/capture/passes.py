@@ -62,17 +62,17 @@ class TaskPasses:
 
     def on(self, rank: int) -> list[tuple[Batch, bool]]:
         """A rank's batches, each counted; then, where passes need all ranks, idle ones up to the longest list."""
-        mine = self._batches(self.dealt.numbers[rank])
+        mine = self._of_all[rank] if self.gathers_weights else self._batches(self.dealt.numbers[rank])
         passes = [(batch, True) for batch in mine]
         if self.gathers_weights:
             (idle, *_) = mine or self._batches([0])
-            passes += [(idle, False)] * (self._longest - len(mine))
+            passes += [(idle, False)] * (max(map(len, self._of_all)) - len(mine))
         return passes
 
     @cached_property
-    def _longest(self) -> int:
-        """The most batches of any rank."""
-        return max(len(self._batches(numbers)) for numbers in self.dealt.numbers)
+    def _of_all(self) -> list[list[Batch]]:
+        """Every rank's batches: how many the others have decides how often this one passes."""
+        return [self._batches(numbers) for numbers in self.dealt.numbers]
 
     def _batches(self, numbers: Sequence[int]) -> list[Batch]:
         made = make_batches(

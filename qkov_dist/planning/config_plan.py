@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from qkov_dist.config import RunConfig
@@ -42,16 +41,13 @@ class Machines:
     tokens: int | None = None
 
 
-def plan_run(
-    config: RunConfig, machines: Machines, *, as_numbers: bool = False, show: Callable[[str], object] = print
-) -> RunPlan:
+def plan_run(config: RunConfig, machines: Machines, *, as_numbers: bool = False) -> RunPlan:
     """Print the plan of a configuration.
 
     Args:
         config: The run's configuration.
         machines: What to plan for.
         as_numbers: Print JSON instead of tables.
-        show: Takes what is printed.
 
     Raises:
         QkovError: where the run would not fit: says by how much, and what would.
@@ -64,16 +60,16 @@ def plan_run(
     plan = planner.plan(setting)
     phases = expected(plan, chosen, machines.ranks_per_node) if chosen else []
     if as_numbers:
-        show(json.dumps(_numbers(plan, phases, limits, planner.note), indent=1))
+        print(json.dumps(_numbers(plan, phases, limits, planner.note), indent=1))
     else:
         notes = [planner.note, *size_notes(plan)]
         notes += assumptions(chosen) if chosen else ["time: name the hardware (--hardware) to have one expected"]
         for line in plan_lines(plan, phases, chosen.name if chosen else "", notes):
-            show(line)
+            print(line)
     if missing := shortages(plan, limits):
         raise _does_not_fit(setting, limits, planner, missing, on_gpu=on_gpu)
     if not as_numbers:
-        show(f"fits in {limits_in_words(limits, on_gpu=on_gpu)}")
+        print(f"fits in {limits_in_words(limits, on_gpu=on_gpu)}")
     return plan
 
 

@@ -51,6 +51,19 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(max(width, 5.0), height), layout="constrained")  # room for the legend
 
 
+def _panels(heatmap: Heatmap, height: float, xlabel: str) -> tuple[Any, list[tuple[Any, str, str]]]:
+    """A figure with a row for each quantity and a column for each block: axis, block and quantity of each panel."""
+    rows, blocks = _quantities(heatmap), heatmap.blocks
+    figure = _figure(1.9 * len(blocks), height * len(rows))
+    grid, panels = figure.subplots(len(rows), len(blocks), squeeze=False), []
+    for axes, (title, key) in zip(grid, rows, strict=True):
+        axes[0].set_ylabel(title)
+        for axis, block in zip(axes, blocks, strict=True):
+            axis.set(title=block, xlabel=xlabel)
+            panels.append((axis, block, key))
+    return figure, panels
+
+
 def _quantities(heatmap: Heatmap) -> list[tuple[str, str]]:
     """Title and key of what is drawn: the mean score, and overlap where it was tested."""
     score = str(heatmap.attributes.get("score", "score"))
@@ -108,28 +121,23 @@ def _legend(figure: Any, heatmap: Heatmap, more: str = "") -> None:
 
 def draw_blocks(heatmap: Heatmap) -> Any:
     """Every head with its interval and the band of its null, sorted within its block."""
-    rows, blocks = _quantities(heatmap), heatmap.blocks
-    figure = _figure(1.9 * len(blocks), 2.2 * len(rows))
-    grid = figure.subplots(len(rows), len(blocks), squeeze=False)
-    for axes, (title, key) in zip(grid, rows, strict=True):
-        for axis, block in zip(axes, blocks, strict=True):
-            values = _values(heatmap, block, key)
-            order = np.argsort(values, axis=None)[: int(np.isfinite(values).sum())]
-            tests = test_arrays(heatmap, "cross_mean" if key == "score" else key, block)
-            bands = []
-            if "null_mean" in tests:
-                bands.append(_draw_null(axis, tests, order))
-            if "ci_low" in tests:
-                low, high = tests["ci_low"].flat[order], tests["ci_high"].flat[order]
-                axis.vlines(np.arange(len(order)), low, high, color=BLOCK_COLORS[block], alpha=0.35, linewidth=0.6)
-                bands.append((low, high))
-            if bands and len(order):
-                axis.set_ylim(*_frame(values.flat[order], bands))
-            _draw_heads(axis, heatmap, block, values, order)
-            if key != "score":
-                axis.axhline(0, color="0.4", linewidth=0.6)
-            axis.set(title=block, xlabel="heads, sorted")
-        axes[0].set_ylabel(title)
+    figure, panels = _panels(heatmap, height=2.2, xlabel="heads, sorted")
+    for axis, block, key in panels:
+        values = _values(heatmap, block, key)
+        order = np.argsort(values, axis=None)[: int(np.isfinite(values).sum())]
+        tests = test_arrays(heatmap, "cross_mean" if key == "score" else key, block)
+        bands = []
+        if "null_mean" in tests:
+            bands.append(_draw_null(axis, tests, order))
+        if "ci_low" in tests:
+            low, high = tests["ci_low"].flat[order], tests["ci_high"].flat[order]
+            axis.vlines(np.arange(len(order)), low, high, color=BLOCK_COLORS[block], alpha=0.35, linewidth=0.6)
+            bands.append((low, high))
+        if bands and len(order):
+            axis.set_ylim(*_frame(values.flat[order], bands))
+        _draw_heads(axis, heatmap, block, values, order)
+        if key != "score":
+            axis.axhline(0, color="0.4", linewidth=0.6)
     fraction = (heatmap.statistics or {}).get("settings", {}).get("confidence", 0.95)
     _legend(figure, heatmap, f"; grey: middle {fraction:.0%} of each head's null, exchanged labels, and its mean")
     return figure
@@ -165,19 +173,14 @@ def _frame(values: Floats, bands: Sequence[tuple[Floats, Floats]]) -> tuple[floa
 
 def draw_layers(heatmap: Heatmap) -> Any:
     """Mean over the heads of a layer, and their range."""
-    rows, blocks = _quantities(heatmap), heatmap.blocks
-    figure = _figure(1.9 * len(blocks), 1.9 * len(rows))
-    grid = figure.subplots(len(rows), len(blocks), squeeze=False)
-    for axes, (title, key) in zip(grid, rows, strict=True):
-        for axis, block in zip(axes, blocks, strict=True):
-            values = _values(heatmap, block, key)
-            there = np.isfinite(values).any(axis=1)
-            layers, values = np.array(heatmap.layers)[there], values[there]
-            low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
-            axis.fill_between(layers, low, high, color=BLOCK_COLORS[block], alpha=0.2, linewidth=0)
-            axis.plot(layers, np.nanmean(values, axis=1), color=BLOCK_COLORS[block], linewidth=1.2)
-            axis.set(title=block, xlabel="layer")
-        axes[0].set_ylabel(title)
+    figure, panels = _panels(heatmap, height=1.9, xlabel="layer")
+    for axis, block, key in panels:
+        values = _values(heatmap, block, key)
+        there = np.isfinite(values).any(axis=1)
+        layers, values = np.array(heatmap.layers)[there], values[there]
+        low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+        axis.fill_between(layers, low, high, color=BLOCK_COLORS[block], alpha=0.2, linewidth=0)
+        axis.plot(layers, np.nanmean(values, axis=1), color=BLOCK_COLORS[block], linewidth=1.2)
     return figure
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from qkov_dist.config import RunConfig
 from qkov_dist.distributed.ownership import Owned
 from qkov_dist.layout.heads import Layout
 
 from .settings import DTYPES
 from .tiles import Selection, TilePlan, make_tile_plan, tile_bytes
-
-ITEMSIZES = {"float32": 4, "bfloat16": 2}  # of factors, where a configuration names their type
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Scoring:
     @staticmethod
     def of(config: RunConfig, num_samples: int, *, model_itemsize: int, on_gpu: bool) -> Scoring:
         """What a configuration asks for, of a model whose weights have ``model_itemsize`` bytes a number."""
+        factor_dtype = config.compute.factor_dtype
         return Scoring(
             Selection(config.metric.layers, config.metric.heads),
             config.metric.include_bias,
             num_samples,
             DTYPES[config.compute.score_dtype].itemsize,
-            ITEMSIZES.get(config.compute.factor_dtype, model_itemsize),
+            model_itemsize if factor_dtype == "auto" else getattr(torch, factor_dtype).itemsize,
             on_gpu,
         )
 

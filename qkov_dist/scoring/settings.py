@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How scores are formed; the meaning of each is in SPEC's metric and in :mod:`qkov_dist.scoring.score_kinds`."""
+    """How scores are formed; what they mean is in :mod:`qkov_dist.scoring.score` and ``scoring/README.md``."""
 
     score: Score = "interference"
     epsilon: float = 0.0

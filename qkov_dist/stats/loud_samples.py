@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .pair_sums import counted_pairs
+
 
 class Shift(NamedTuple):
     """What to add to overlap: of all samples [heads], and without each of them [heads, N]."""
@@ -35,8 +37,7 @@ def shift(scores: Tensor, pairs: Tensor, num_a: int) -> Shift:
         pairs: Which pairs are of different samples, bool [N, N].
         num_a: Samples of A.
     """
-    pairs = pairs.to(scores.device)
-    counted = scores.to(torch.float64).masked_fill(~pairs, 0.0)
+    counted, pairs = counted_pairs(scores, pairs), pairs.to(scores.device)
     of_a = _of_task(counted, pairs, num_a)
     of_b = _of_task(_other_first(counted, num_a), _other_first(pairs, num_a), len(pairs) - num_a)
     of_b = torch.cat([of_b[:, :1], of_b[:, 1:].roll(num_a, -1)], -1)  # its columns had B's samples first

@@ -64,7 +64,7 @@ def relabelled_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> PairSums:
 
 def left_out_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> tuple[PairSums, PairSums]:
     """The same sums [heads, P] of scores [heads, N, N], and those without each sample [heads, N, P]."""
-    counted, b = _counted(scores, pairs), 1 - a
+    counted, b = counted_pairs(scores, pairs), 1 - a
     heads, num = counted.shape[:2]
     of_a, to_a = (torch.mm(m.reshape(-1, num), a).view(heads, num, -1) for m in (counted, counted.mT))  # M a, M' a
     of_b, to_b = counted.sum(-1).unsqueeze(-1) - of_a, counted.sum(-2).unsqueeze(-1) - to_a
@@ -86,12 +86,13 @@ def _by_heads(
     num_samples = scores.shape[-1]
     chunk = max(_CACHED_BYTES // (8 * max(num_columns, 1) * min(num_samples, _ROWS)), 1)
     flat = scores.reshape(-1, num_samples, num_samples)
-    parts = [sums(_counted(part, pairs)) for part in torch.split(flat, chunk)]
+    parts = [sums(counted_pairs(part, pairs)) for part in torch.split(flat, chunk)]
     joined = (torch.cat(part) for part in zip(*parts, strict=True))
     return [part.reshape(scores.shape[:-2] + part.shape[1:]) for part in joined]
 
 
-def _counted(scores: Tensor, pairs: Tensor) -> Tensor:
+def counted_pairs(scores: Tensor, pairs: Tensor) -> Tensor:
+    """A float64 copy of scores [..., N, N], zero where two samples are no pair of different ones (bool [N, N])."""
     return scores.to(torch.float64, copy=True).masked_fill_(~pairs.to(scores.device), 0.0)
 
 
