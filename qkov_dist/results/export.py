@@ -109,6 +109,8 @@ def _block_columns(
         root, *rest = path.split("/")
         if block in rest and variable.dims == dims and root != "present":
             parts = rest if root == "statistics" else (COLUMN_NAMES.get(root, root), *rest)
+            if root == "effects":  # change_adam, as everywhere
+                parts = (rest[-1], rest[-2])
             columns["_".join(part for part in parts if part != block)] = np.asarray(variable.values)[layer, head]
     return columns
 

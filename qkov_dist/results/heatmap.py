@@ -18,13 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from qkov_dist.data.copies import different
-from qkov_dist.errors import QkovError
+from qkov_dist.errors import QkovError, choose, wrong_argument
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .block_view import HEAD_DIM, BlockView, Floats, Ints, UnknownEntryError
+from .effects import EFFECT_KEYS, Harm, Total, counted_samples, harm_of, no_influences, total_of
 from .export import LabelledArrays, Variable, split_arrays
 from .heatmap_plot import plot_blocks
+from .influences import COLUMNS, OPTIMIZERS, Samples
+from .influences import Floats as Floats64
 
 Pairs = Literal["none", "cross", "all"]
 FISHER_KEYS = ("mean", "min", "ridge_share", "share_a")
@@ -79,6 +82,10 @@ class Heatmap(Mapping[str, BlockView]):
         pooled: Block -> scores [layer, native head, N, N] among all samples, A's first, or None.
         shared: Parameters that no head owns: ``O_bias`` -> ``mean`` [layer] and perhaps ``cross`` [layer, n_a, n_b].
         statistics: Test results (``with_statistics``), or None.
+        influences: Block -> what each sample has to do with the effect of a step (``influences``), float64
+            [layer, native head, optimizer, column, N], A's samples first; None in files that do not know.
+        effects: Block -> optimizer -> name (``effects.EFFECT_KEYS``) -> float64 [layer, native head]; None where there
+            are no influences.
         attributes: run_id, score, config (JSON), versions, seeds, warnings, notes, ...: strings, numbers, JSON values.
     """
 
@@ -98,6 +105,8 @@ class Heatmap(Mapping[str, BlockView]):
     shared: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict)
     statistics: Mapping[str, Any] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    influences: Mapping[str, Floats64] | None = None
+    effects: Mapping[str, Mapping[str, Mapping[str, Floats64]]] | None = None
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -105,12 +114,18 @@ class Heatmap(Mapping[str, BlockView]):
     def __post_init__(self) -> None:
         _check("heatmap: groups", (len(self.layers),), np.shape(self.groups))
         n_a, n_b = len(self.samples_a), len(self.samples_b)
-        pairs = {"cross": (self.cross, (n_a, n_b)), "pooled": (self.pooled, (n_a + n_b, n_a + n_b))}
+        pairs = {
+            "cross": (self.cross, (n_a, n_b)),
+            "pooled": (self.pooled, (n_a + n_b, n_a + n_b)),
+            "influences": (self.influences, (len(OPTIMIZERS), len(COLUMNS), n_a + n_b)),
+        }
         for name, arrays in {
             "present": self.present,
             "fisher": self.fisher,
             "cross": self.cross,
             "pooled": self.pooled,
+            "influences": self.influences,
+            "effects": self.effects,
         }.items():
             if arrays is not None and set(arrays) != set(self.mean):
                 raise _wrong(f"heatmap: {name}", f"blocks {sorted(self.mean)}", f"{sorted(arrays)}")
@@ -127,6 +142,9 @@ class Heatmap(Mapping[str, BlockView]):
             for name, (scores, last) in pairs.items():
                 if scores is not None:
                     _check(f"heatmap: {name} {block}", (*shape, *last), np.shape(scores[block]))
+            for optimizer, arrays in (self.effects or {}).get(block, {}).items():
+                for key in EFFECT_KEYS:
+                    _check(f"heatmap: effects {block} {optimizer} {key}", shape, np.shape(arrays.get(key, 0.0)))
 
     @property
     def run_id(self) -> str:
@@ -208,12 +226,56 @@ class Heatmap(Mapping[str, BlockView]):
         """A copy with test results: nested dicts of arrays [layer, native head] and of JSON values."""
         return dataclasses.replace(self, statistics=dict(results))
 
+    def with_effects(self, effects: Mapping[str, Mapping[str, Mapping[str, Floats64]]]) -> Heatmap:
+        """A copy with tested effects: block -> optimizer -> name -> [layer, native head]."""
+        return dataclasses.replace(self, effects=dict(effects))
+
+    @property
+    def counted(self) -> Samples:
+        """The samples that effects are of: not those that both tasks have."""
+        return counted_samples(self.samples_a.contents, self.samples_b.contents)
+
+    def total_effect(self, optimizer: str = "adam", block: str | None = None, layer: int | None = None) -> Total:
+        """What all heads add up to, or those of a block, or of a layer (the model's number), or of both.
+
+        Raises:
+            QkovError: for an optimizer, block or layer that is not there, and in files that know no effects.
+        """
+        choose("optimizer", optimizer, OPTIMIZERS)
+        blocks = self.blocks if block is None else (self[block].block,)
+        if layer is not None and layer not in self.layers:
+            raise wrong_argument("layer", f"one of {', '.join(map(str, self.layers))}", layer)
+        at = slice(None) if layer is None else slice(place := self.layers.index(layer), place + 1)
+        return total_of({name: self._influences[name][at] for name in blocks}, self.counted, optimizer)
+
+    def harm(self, step: float, optimizer: str = "adam", harms: str = "a") -> Harm:
+        """What a step on one task does to the other, by head: step * change + step^2 * curvature.
+
+        Args:
+            step: Learning rate times number of steps.
+            optimizer: ``sgd`` or ``adam``.
+            harms: Whose loss is looked at, ``a`` or ``b``; the step is on the other task.
+
+        Raises:
+            QkovError: for an argument out of range, and in files that know no effects.
+        """
+        return harm_of(self._influences, self.counted, step, optimizer, harms)
+
+    @property
+    def _influences(self) -> Mapping[str, Floats64]:
+        if self.influences is None:
+            raise no_influences()
+        return self.influences
+
     def labelled(self, pairs: Pairs = "all") -> LabelledArrays:
         """All of it as labelled arrays, as stored; ``pairs`` limits which scores of sample pairs are among them."""
         arrays, others = split_arrays(self.statistics or {})
         sizes = {"sample_a": len(self.samples_a), "sample_b": len(self.samples_b)}
+        num = sum(sizes.values())
+        if self.influences is not None:
+            sizes["sample"] = num
         if pairs == "all" and self.pooled is not None:
-            sizes["sample"] = sizes["sample_right"] = sum(sizes.values())
+            sizes["sample"] = sizes["sample_right"] = num
         coords = {
             "layer": np.array(self.layers, np.int64),
             "head": np.array(self.heads, np.int64),
@@ -223,7 +285,9 @@ class Heatmap(Mapping[str, BlockView]):
         extra = {dim: np.arange(int(dim[1:])) for test in tests for dim in test.dims if dim not in coords}
         names = {"task_a": self.task_a, "task_b": self.task_b}
         stored = {**self.attributes, **names, **({"statistics": others} if self.statistics is not None else {})}
-        return LabelledArrays(coords | extra, (*self._summaries(), *self._pair_scores(pairs), *tests), stored)
+        return LabelledArrays(
+            coords | extra, (*self._summaries(), *self._effects(), *self._pair_scores(pairs), *tests), stored
+        )
 
     def _summaries(self) -> Iterator[Variable]:
         yield Variable("group", ("layer",), np.asarray(self.groups, np.int64))
@@ -245,6 +309,18 @@ class Heatmap(Mapping[str, BlockView]):
                 yield Variable(f"fisher/{block}/{key}", dims, self.fisher[block][key])
         for name, arrays in self.shared.items():
             yield Variable(f"shared/{name}/heatmap", ("layer",), arrays["mean"])
+
+    def _effects(self) -> Iterator[Variable]:
+        for block in self:
+            dims = ("layer", HEAD_DIM[block])
+            for optimizer, arrays in (self.effects or {}).get(block, {}).items():
+                for key in EFFECT_KEYS:
+                    yield Variable(f"effects/{block}/{optimizer}/{key}", dims, arrays[key])
+            if self.influences is not None:
+                for place, optimizer in enumerate(OPTIMIZERS):
+                    for column, name in enumerate(COLUMNS):
+                        values = self.influences[block][:, :, place, column]
+                        yield Variable(f"influences/{block}/{optimizer}/{name}", (*dims, "sample"), values)
 
     def _pair_scores(self, pairs: Pairs) -> Iterator[Variable]:
         cross = ("sample_a", "sample_b")

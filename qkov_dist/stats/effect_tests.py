@@ -1,0 +1,150 @@
+r"""Tests of effects: is the change that a step on one task makes to the other different from 0, head by head?
+
+    z          change / standard error, with Welch's degrees of freedom (``results.influences``)
+    p          two-sided, of Student's t; q by Benjamini-Hochberg over the native heads of one block
+    p_max      family-wise over all heads of all blocks: the share of random signs e under which the largest |z*| of any
+               head is at least |z|; z* is that of the influences' residuals times e, with its own standard error
+
+One draw of signs is for all heads at once, so that what heads have in common is kept. A head whose influences do not
+vary says nothing: its p is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from scipy.stats import false_discovery_control
+from scipy.stats import t as student
+
+from qkov_dist.results.influences import (
+    OPTIMIZERS,
+    TASKS,
+    Estimate,
+    Floats,
+    Samples,
+    changes,
+    column,
+    curvatures,
+    own_changes,
+)
+
+ByBlock = Mapping[str, Floats]
+_CHUNK_BYTES = 8 << 20  # of an array [heads, draws]
+
+
+def effect_tests(
+    influences: ByBlock, samples: Samples, *, num_draws: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> dict[str, dict[str, dict[str, Floats]]]:
+    """Effects of both optimizers, tested.
+
+    Args:
+        influences: Block -> [layer, native head, optimizer, column, N], NaN for absent heads.
+        samples: Which samples count.
+        num_draws: Draws of signs for the family-wise p-value.
+        seed: Of the draws.
+        confidence: Of the intervals.
+
+    Returns:
+        Block -> optimizer -> name (``results.effects.EFFECT_KEYS``) -> float64 [layer, native head].
+    """
+    found: dict[str, dict[str, dict[str, Floats]]] = {block: {} for block in influences}
+    for optimizer in OPTIMIZERS:
+        estimates = {block: changes(of_block, samples, optimizer) for block, of_block in influences.items()}
+        z = {block: _z(estimate) for block, estimate in estimates.items()}
+        largest = _largest_z(influences, samples, optimizer, num_draws, seed)
+        for block, estimate in estimates.items():
+            found[block][optimizer] = {
+                **_of_change(estimate, z[block], largest, confidence),
+                **_others(influences[block], samples, optimizer),
+            }
+    return found
+
+
+def _of_change(estimate: Estimate, z: Floats, largest: Floats, confidence: float) -> dict[str, Floats]:
+    low, high = estimate.interval(confidence)
+    p_value = np.where(np.isnan(z), np.nan, 2 * student.sf(np.abs(z), estimate.freedom))
+    return {
+        "change": estimate.value,
+        "standard_error": estimate.standard_error,
+        "ci_low": low,
+        "ci_high": high,
+        "p_value": p_value,
+        "q_value": _q_values(p_value),
+        "p_max": _family_wise(z, largest),
+    }
+
+
+def _others(influences: Floats, samples: Samples, optimizer: str) -> dict[str, Floats]:
+    found = {}
+    for task in TASKS:
+        curvature = curvatures(influences, samples, optimizer, task)
+        found[f"curvature_{task}"] = curvature.value
+        found[f"curvature_{task}_error"] = curvature.standard_error
+        found[f"own_{task}"] = own_changes(influences, samples, optimizer, task)
+    return found
+
+
+def _z(estimate: Estimate) -> Floats:
+    """In standard errors; 0 where nothing varies, NaN for absent heads and tasks of fewer than two samples."""
+    error = estimate.standard_error
+    z: Floats = np.divide(estimate.value, error, out=np.where(np.isnan(error), np.nan, 0.0), where=error > 0)
+    return z
+
+
+def _q_values(p_values: Floats) -> Floats:
+    there = np.isfinite(p_values)
+    q_values = np.full_like(p_values, np.nan)
+    if there.any():
+        q_values[there] = false_discovery_control(p_values[there], method="bh")
+    return q_values
+
+
+def _family_wise(z: Floats, largest: Floats) -> Floats:
+    ordered = np.sort(largest)
+    beyond = len(ordered) - np.searchsorted(ordered, np.abs(z), side="left")
+    return np.where(np.isnan(z), np.nan, (1 + beyond) / (1 + len(ordered)))
+
+
+def _largest_z(influences: ByBlock, samples: Samples, optimizer: str, num_draws: int, seed: int) -> Floats:
+    """The largest |z*| of any head under each draw of signs, [draws]."""
+    num = len(samples.a)
+    signs = np.random.default_rng((seed, num, 1)).choice((-1.0, 1.0), size=(num, num_draws))
+    largest = np.zeros(num_draws)
+    if min(samples.sizes) < 2:
+        return largest
+    for of_heads in _chunks(influences, optimizer, num_draws):
+        of_a, of_b = (_flipped(of_heads[:, chosen], signs[chosen]) for chosen in (samples.a, samples.b))
+        error = np.sqrt(of_a[1] + of_b[1])
+        z = np.divide(np.abs(of_a[0] + of_b[0]), error, out=np.zeros_like(error), where=error > 0)
+        np.maximum(largest, z.max(axis=0, initial=0.0), out=largest)
+    return largest
+
+
+def _chunks(influences: ByBlock, optimizer: str, num_draws: int) -> Iterator[Floats]:
+    """Influences on the change [heads, N] of present heads, some at a time."""
+    step = max(_CHUNK_BYTES // (8 * num_draws), 1)
+    for of_block in influences.values():
+        of_heads = column(of_block, optimizer, "change").reshape(-1, of_block.shape[-1])
+        present = of_heads[~np.isnan(of_heads).any(axis=1)]
+        for start in range(0, len(present), step):
+            yield present[start : start + step]
+
+
+def _flipped(values: Floats, signs: Floats) -> tuple[Floats, Floats]:
+    """Mean of one task's residuals [heads, n] under each draw [n, draws], and the variance of that mean."""
+    num = values.shape[1]
+    residuals = values - values.mean(axis=1, keepdims=True)
+    means = residuals @ signs / num
+    spread = (residuals**2).sum(axis=1, keepdims=True) - num * means**2
+    return means, np.maximum(spread, 0.0) / (num * (num - 1))
+
+
+def notes_on_effects(samples: Samples) -> list[str]:
+    """What a reader of effects must know, one sentence each."""
+    notes = []
+    if num := len(samples.a) - sum(samples.sizes):
+        notes.append(f"Effects leave out {num} samples that both tasks have.")
+    if min(samples.sizes) < 2:
+        notes.append("Effects are without errors and tests: a task has fewer than two samples of its own.")
+    return notes
