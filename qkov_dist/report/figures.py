@@ -18,7 +18,7 @@ from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_plot import draw_block
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness
+from .findings import Finding, counts, findings, found, is_family_wise, sidedness
 from .tables import test_arrays
 
 BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
@@ -86,7 +86,7 @@ def draw_heatmaps(heatmap: Heatmap) -> Any:
             draw_block(axis, heatmap[block], values, title, scale if is_signed else None)
             _mark(axis, heatmap, block)
         axes[0].set_ylabel("layer")
-    _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {alpha(heatmap):g}")
+    _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {heatmap.alpha:g}")
     return figure
 
 
@@ -115,7 +115,7 @@ def _legend(figure: Any, heatmap: Heatmap, more: str = "") -> None:
         for finding in counts(heatmap)
     ]
     test = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap))))
-    title = f"q $\\leq$ {alpha(heatmap):g} ({test}){more}"
+    title = f"q $\\leq$ {heatmap.alpha:g} ({test}){more}"
     figure.legend(handles=handles, loc="outside lower left", frameon=False, title=title, alignment="left")
 
 

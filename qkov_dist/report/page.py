@@ -23,7 +23,7 @@ from qkov_dist.results.block_view import HEAD_DIM
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness, sides
+from .findings import Finding, counts, findings, found, is_family_wise, sidedness, sides
 from .tables import test_arrays, top_conflicts
 
 STYLE = ("page.css",)
@@ -90,7 +90,7 @@ def page_data(heatmap: Heatmap) -> dict[str, Any]:
         "statistic": heatmap.deciding if heatmap.tests else None,
         "sided": sidedness(heatmap) if heatmap.tests else None,
         "findings": [_finding(heatmap, finding) for finding in findings(heatmap)],
-        "alpha": alpha(heatmap),
+        "alpha": heatmap.alpha,
         "confidence": settings.get("confidence", 0.95),
         "layers": heatmap.layers,
         "groups": np.asarray(heatmap.groups).tolist(),

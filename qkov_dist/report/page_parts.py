@@ -12,8 +12,9 @@ from typing import Any
 
 from qkov_dist.results.heatmap import Heatmap
 
-from .findings import alpha, counts, how_tested, is_family_wise, significance
-from .tables import EXTREMES, Cell, blocks_table, shared_table
+from .findings import counts, how_tested, is_family_wise, significance
+from .table import Cell
+from .tables import EXTREMES, blocks_table, shared_table
 
 MARK_CLASSES = {"above": "mark-above", "below": "mark-below", None: "mark-null"}
 
@@ -53,7 +54,7 @@ def legend(heatmap: Heatmap) -> str:
     if items:
         held = sum(int(is_family_wise(heatmap, block).sum()) for block in heatmap.blocks)
         items.append(
-            f"<li>Marked: q ≤ {alpha(heatmap):g}. Coloured: also family-wise p ≤ {alpha(heatmap):g} over all heads of "
+            f"<li>Marked: q ≤ {heatmap.alpha:g}. Coloured: also family-wise p ≤ {heatmap.alpha:g} over all heads of "
             f"all blocks ({_heads(held)}); white: q alone.</li>"
         )
     else:

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t as student
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -53,6 +52,8 @@ class Estimate:
 
     def interval(self, confidence: float = 0.95) -> tuple[Floats, Floats]:
         """Both ends of the t interval."""
+        from scipy.stats import t as student  # a heatmap is read without it
+
         width = student.ppf(0.5 + confidence / 2, self.freedom) * self.standard_error
         return self.value - width, self.value + width
 
@@ -94,7 +95,7 @@ def curvatures(influences: Floats, samples: Samples, optimizer: str, harmed: str
 
 
 def own_changes(influences: Floats, samples: Samples, optimizer: str, task: str) -> Floats:
-    """First-order change of a task's mean loss for a unit step on itself, without self-pairs; below 0 where it helps."""
+    """First-order change of a task's mean loss for a unit step on itself, self-pairs left out; below 0 helps."""
     chosen = samples.of(task)
     num = int(chosen.sum())
     if num < 2:

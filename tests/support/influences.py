@@ -1,4 +1,4 @@
-"""Effects by their definition, on gradients that are there whole: the oracle of influences, and heatmaps that have them."""
+"""Effects by their definition, on whole gradients: the oracle of influences, and heatmaps that have them."""
 
 from __future__ import annotations
 
