@@ -25,16 +25,13 @@ def facts(heatmap: Heatmap) -> str:
 
 
 def _facts(heatmap: Heatmap) -> Iterator[tuple[str, str]]:
-    attributes = heatmap.attributes
     present = sum(int(mask.sum()) for mask in heatmap.present.values())
-    config = attributes.get("config", {})
-    model = config.get("model", {}).get("path", "") if isinstance(config, Mapping) else ""
-    yield "Model", str(model).rstrip("/").rpartition("/")[2] or str(attributes.get("model_type", "not said"))
+    yield "Model", heatmap.model_name or "not said"
     yield "Samples", f"{len(heatmap.samples_a)} {heatmap.task_a}, {len(heatmap.samples_b)} {heatmap.task_b}"
     layers, heads, kv_heads = len(heatmap.layers), len(heatmap.heads), len(heatmap.kv_heads)
     yield "Scored", f"{layers} layers × {heads} heads ({kv_heads} kv); {present:,} heads in {len(heatmap)} blocks"
-    yield "Score", str(attributes.get("score", "not said"))
-    yield "Significant", significance(heatmap).replace("<=", "≤")
+    yield "Score", str(heatmap.attributes.get("score", "not said"))
+    yield "Same weights" if heatmap.effects else "Significant", significance(heatmap).replace("<=", "≤")
 
 
 def tested(heatmap: Heatmap) -> str:

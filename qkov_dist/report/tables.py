@@ -218,7 +218,7 @@ def _conflict_rows(heatmap: Heatmap) -> Iterator[tuple[Cell, ...]]:
             record["layer"],
             record["head"],
             record["score"],
-            None if math.isnan(record["excess"]) else record["excess"],
+            record["excess"],
             _number(test_arrays(heatmap, heatmap.deciding, block).get("q_value"), *at),
             name_of(heatmap, int(codes[block][at])) if codes else None,
             a.ids[i],

@@ -22,6 +22,10 @@ Direction = Literal["harm", "help", "unknown"]
 MOST_NAMED = 5  # heads named in a sentence
 BY, BESIDE = "adam", "sgd"
 CHANGE = f"change_{BY}"
+WORDS = (
+    "In conflict: a step in that head alone raises the other task's loss; in synergy: it lowers it. A unit step is one "
+    "with learning rate x number of steps = 1; at a thousandth of it the first order is a thousandth."
+)
 _DETECTION = 2.8  # standard errors that a change found in 80% of samplings has, at a level of 5%
 _TOO_MANY = 100  # times the samples, beyond which more of them are no advice
 
@@ -70,7 +74,7 @@ class Verdict:
     Attributes:
         direction: What a step on B does to A's loss, where the total's interval says so.
         sentences: The answer in two sentences: the whole of attention, and its heads.
-        details: Order, the other direction, the other optimizer.
+        details: What words mean, which order decides, the other direction, the other optimizer.
         carriers: The fewest heads that make half of the harm, as ``Q 14.2``, most harmful first.
         actions: What to do next.
     """
@@ -88,7 +92,7 @@ def verdict_of(facts: Facts) -> Verdict:
     return Verdict(
         direction_of(facts.totals[BY]),
         (_whole(facts), _heads(facts, carriers)),
-        (_order(facts), _other_way(facts), _other_optimizer(facts)),
+        (WORDS, _order(facts), _other_way(facts), _other_optimizer(facts)),
         carriers,
         tuple(_actions(facts)),
     )
