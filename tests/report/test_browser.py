@@ -309,16 +309,17 @@ def test_every_control_is_reached_by_tab(page) -> None:
         "map-O",
         "filter-block",
         "score",
+        "excess",
         "tokens_a",
     } <= seen
 
 
 def test_the_table_sorts_by_any_column(page, heatmap) -> None:
-    scores = [number(text) for text in column(page, "score")]
-    assert scores == sorted(scores, reverse=True)
-    best = max(row[3] for row in conflicts_table(heatmap).rows)
-    assert scores[0] == float(f"{best:.4g}")
-    for key in ("tokens_a", "layer", "score", "q"):
+    excesses = [number(text) for text in column(page, "excess")]
+    assert excesses == sorted(excesses, reverse=True)
+    best = max(row[4] for row in conflicts_table(heatmap).rows)
+    assert excesses[0] == float(f"{best:.4g}")
+    for key in ("tokens_a", "layer", "score", "q", "excess"):
         header = page.find_element("css selector", f"th[data-key={key}] button")
         page.execute_script("arguments[0].click()", header)
         order = page.execute_script("return document.querySelector('th[aria-sort]').getAttribute('aria-sort')")
