@@ -9,7 +9,7 @@ const CONFLICTS = DATA.conflicts.map(([index, layer, head, i, j, score, excess])
   return {
     block: block.name, layer: DATA.layers[layer], head: block.heads[head], axis: block.axis, score, excess,
     q: block.value("q", block.at(layer, head)),
-    finding: findingText(block.finding(block.at(layer, head))), a: SAMPLES_A.ids[i], b: SAMPLES_B.ids[j],
+    found: block.finding(block.at(layer, head))?.name || "", finding: findingText(block.finding(block.at(layer, head))), a: SAMPLES_A.ids[i], b: SAMPLES_B.ids[j],
     tokens_a: SAMPLES_A.tokens[i], tokens_b: SAMPLES_B.tokens[j], i, j,
     words: [SAMPLES_A.ids[i], SAMPLES_B.ids[j], SAMPLES_A.texts[i], SAMPLES_B.texts[j]].join("\n").toLowerCase(),
   };

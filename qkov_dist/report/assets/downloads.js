@@ -87,7 +87,7 @@ function saveCharts(id, title) {
 function conflictTable() {
   const names = ["block", "layer", "head", "score", "excess", "q_value", "finding", "id_a", "tokens_a", "id_b", "tokens_b", "text_a", "text_b"];
   const rows = kept().map((row) => [
-    row.block, row.layer, row.head, row.score, row.excess, row.q, row.finding, row.a, row.tokens_a, row.b, row.tokens_b,
+    row.block, row.layer, row.head, row.score, row.excess, row.q, row.found, row.a, row.tokens_a, row.b, row.tokens_b,
     SAMPLES_A.texts[row.i], SAMPLES_B.texts[row.j],
   ]);
   return [names, ...rows];
