@@ -189,9 +189,9 @@ class Heatmap(Mapping[str, BlockView]):
     @property
     def model_name(self) -> str:
         """The model's name, the last part of its path; else its type; "" where the file says neither."""
-        config = self.attributes.get("config", {})
-        path = config.get("model", {}).get("path", "") if isinstance(config, Mapping) else ""
-        return str(path).rstrip("/").rpartition("/")[2] or str(self.attributes.get("model_type", ""))
+        return self._setting("model", "path").rstrip("/").rpartition("/")[2] or str(
+            self.attributes.get("model_type", "")
+        )
 
     @property
     def title(self) -> str:
@@ -204,8 +204,6 @@ class Heatmap(Mapping[str, BlockView]):
         """The answer in words; None in files that know no effects."""
         if self.effects is None or self.influences is None:
             return None
-        config = self.attributes.get("config", {})
-        folder = config.get("output", {}).get("dir", "") if isinstance(config, Mapping) else ""
         places = [(block, layer, head) for block in self for layer, head in np.argwhere(self.present[block])]
         facts = Facts(
             (self.task_a, self.task_b),
@@ -215,9 +213,14 @@ class Heatmap(Mapping[str, BlockView]):
             [f"{block} {self.layers[layer]}.{self.natives(block)[head]}" for block, layer, head in places],
             self._effect_of_heads("change"),
             self._effect_of_heads("q_value"),
-            str(folder) or "DIR",
+            self._setting("output", "dir") or "DIR",
         )
         return verdict_of(facts)
+
+    def _setting(self, section: str, key: str) -> str:
+        """One setting of the run's configuration as text; "" where the file does not say."""
+        config = self.attributes.get("config")
+        return str(config.get(section, {}).get(key, "")) if isinstance(config, Mapping) else ""
 
     def _effect_of_heads(self, key: str) -> dict[str, Floats64]:
         """Optimizer -> one effect of all present heads, block by block."""

@@ -26,6 +26,7 @@ WORDS = (
     "In conflict: a step in that head alone raises the other task's loss; in synergy: it lowers it. A unit step is one "
     "with learning rate x number of steps = 1; at a thousandth of it the first order is a thousandth."
 )
+RANK = "For your own step (learning rate x number of steps) rank heads"
 _DETECTION = 2.8  # standard errors that a change found in 80% of samplings has, at a level of 5%
 _TOO_MANY = 100  # times the samples, beyond which more of them are no advice
 
@@ -225,9 +226,15 @@ def _other_optimizer(facts: Facts) -> str:
 
 def _actions(facts: Facts) -> Iterator[Action]:
     a, b = facts.tasks
-    folder, direction, conflict = shlex.quote(facts.folder), direction_of(facts.totals[BY]), facts.number(1)
-    if direction == "unknown":
-        yield from _more_samples(facts)
+    folder, conflict = shlex.quote(facts.folder), facts.number(1)
+    step = overtakes(facts.totals[BY], "a")
+    has_step = step > 0 and math.isfinite(step)
+    match direction_of(facts.totals[BY]):
+        case "unknown":
+            yield from _more_samples(facts)
+        case "help":
+            until = f", up to a step of {number(step)}" if has_step else ""
+            yield Action(f"Train on {b}: to first order it helps {a} as a whole{until}.", "")
     if conflict:
         which = "the head" if conflict == 1 else f"the {conflict:,} heads"
         yield Action(
@@ -236,12 +243,10 @@ def _actions(facts: Facts) -> Iterator[Action]:
         )
         select = f'load_heatmap({facts.folder!r}).select(by="{CHANGE}", significant=True)'
         yield Action(f"Leave them as they are while training on {b}.", f"with freeze_heads(model, {select}): ...")
-    step = overtakes(facts.totals[BY], "a")
-    if step > 0 and math.isfinite(step):
-        what = "no head stands out by itself, so rank" if direction == "harm" and not conflict else "rank"
+    if has_step:
+        where = f"Where your own step (learning rate x number of steps) comes near {number(step)}, rank them"
         yield Action(
-            f"To know what your own training does to {a}, {what} heads by harm at its step (learning rate x number of "
-            "steps).",
+            f"{where if conflict else RANK} by harm at that step: beyond {number(step)} the second order decides.",
             f"qkov heads {folder} --by harm --step {step:.1g}",
         )
 

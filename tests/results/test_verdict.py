@@ -62,6 +62,7 @@ def test_synergy_is_said_with_the_step_at_which_the_gain_is_used_up() -> None:
     assert verdict.sentences[0].startswith("A step on code lowers math's loss: by 0.3 (95% interval 0.1 to 0.5)")
     assert "math's falls by 0.6" in verdict.sentences[0]
     assert "outweighs what the first order gains: a larger step on code raises math's loss" in verdict.details[1]
+    assert verdict.actions[0].why == "Train on code: to first order it helps math as a whole, up to a step of 0.15."
 
 
 def test_an_interval_that_holds_0_leaves_the_direction_open_and_asks_for_samples() -> None:
@@ -132,6 +133,16 @@ def test_a_heatmap_gives_its_own_numbers() -> None:
     assert re.search(rf"Of 44 heads {conflicts} (is|are) in conflict", verdict.sentences[1])
     overtakes = heatmap.harm(1.0).total["overtakes"]
     assert f"{overtakes:.3g} (learning rate" in verdict.details[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "folder"),
+    [({"output": {"dir": "runs/one"}}, "runs/one"), ("{}", "DIR"), ({}, "DIR")],
+)
+def test_commands_name_the_folder_of_the_run(config: object, folder: str) -> None:
+    heatmap = heatmap_with_effects(attributes={"score": "interference", "config": config})
+    named = [shlex.split(command)[2] for command in commands(heatmap.verdict) if command.startswith("qkov heads")]
+    assert set(named) == {folder}
 
 
 def test_a_file_that_knows_no_effects_has_no_verdict() -> None:
