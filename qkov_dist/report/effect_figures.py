@@ -10,7 +10,7 @@ import numpy as np
 from qkov_dist.results.effects import Total
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_plot import draw_block
-from qkov_dist.results.influences import OPTIMIZERS
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .drawing import MARK_EDGES, MARK_FILLS, add_legend, mark_heads, new_figure
 from .effect_findings import BY, EFFECTS, found_by_change, is_family_wise_change

@@ -9,13 +9,14 @@ tasks use the same weights another. The null is 0; the band is that of 0 with th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.influences import OPTIMIZERS
+from qkov_dist.results.influences import Floats
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .findings import Finding
 
@@ -26,28 +27,32 @@ EFFECTS = (
 BY = OPTIMIZERS[-1]  # adam: what training does
 
 
+def effects_of(heatmap: Heatmap, block: str, optimizer: str) -> Mapping[str, Floats]:
+    """Name -> [layer, native head] of one block's effects; empty where none are known, or none tested."""
+    return (heatmap.effects or {})[block][optimizer] if heatmap.has_tested_effects else {}
+
+
 def found_by_change(heatmap: Heatmap, block: str, optimizer: str = BY) -> npt.NDArray[np.int64]:
     """1 + the place in ``EFFECTS`` of what each head shows, 0 where its change may be 0; [layer, native head]."""
-    if heatmap.effects is None:
-        return np.zeros(heatmap.mean[block].shape, np.int64)
-    arrays = heatmap.effects[block][optimizer]
-    side = np.where(arrays["change"] > 0, 1, 2) * (arrays["change"] != 0)
-    codes: npt.NDArray[np.int64] = np.where(arrays["q_value"] <= heatmap.alpha, side, 0)
+    codes = np.zeros(heatmap.mean[block].shape, np.int64)
+    if arrays := effects_of(heatmap, block, optimizer):
+        is_significant = arrays["q_value"] <= heatmap.alpha
+        codes[is_significant & (arrays["change"] > 0)] = 1
+        codes[is_significant & (arrays["change"] < 0)] = 2
     return codes
 
 
 def is_family_wise_change(heatmap: Heatmap, block: str, optimizer: str = BY) -> npt.NDArray[np.bool_]:
     """Which of these heads also hold over all heads of all blocks, [layer, native head]."""
-    codes = found_by_change(heatmap, block, optimizer)
-    if heatmap.effects is None:
-        return codes > 0
-    held: npt.NDArray[np.bool_] = (heatmap.effects[block][optimizer]["p_max"] <= heatmap.alpha) & (codes > 0)
+    held = found_by_change(heatmap, block, optimizer) > 0
+    if arrays := effects_of(heatmap, block, optimizer):
+        held &= arrays["p_max"] <= heatmap.alpha
     return held
 
 
 def effect_counts(heatmap: Heatmap, optimizer: str = BY) -> dict[Finding, int]:
     """How many heads of all blocks show each of them; empty in files that know no effects."""
-    if heatmap.effects is None:
+    if not heatmap.has_tested_effects:
         return {}
     codes = np.concatenate([found_by_change(heatmap, block, optimizer).ravel() for block in heatmap.blocks])
     return {finding: int((codes == code).sum()) for code, finding in enumerate(EFFECTS, 1)}

@@ -36,7 +36,7 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
     import matplotlib
 
     with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
-        for name, make in (FIGURES | (EFFECT_FIGURES if heatmap.effects is not None else {})).items():
+        for name, make in (FIGURES | (EFFECT_FIGURES if heatmap.has_tested_effects else {})).items():
             figure = make(heatmap)
             for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
                 content = io.BytesIO()

@@ -14,12 +14,13 @@ import numpy as np
 
 from qkov_dist.results.effects import Total
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.influences import OPTIMIZERS
 from qkov_dist.results.verdict import BY, Action, Verdict, overtakes
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .effect_findings import (
     EFFECTS,
     effect_counts,
+    effects_of,
     found_by_change,
     how_effects_were_tested,
     is_family_wise_change,
@@ -82,7 +83,7 @@ def _line(heatmap: Heatmap) -> str:
 
 def sections(heatmap: Heatmap) -> dict[str, str]:
     """Parts of the template that are there where effects are known; else empty."""
-    if heatmap.effects is None:
+    if not heatmap.has_tested_effects:
         return dict.fromkeys(("answer", "effect_links", "ranked", "sums", "weights", "effect_legend"), "")
     return {
         "answer": answer(heatmap),
@@ -146,7 +147,7 @@ def _legend(heatmap: Heatmap) -> str:
 
 def effects_data(heatmap: Heatmap) -> dict[str, Any] | None:
     """What the script needs beside the blocks' arrays; None where no effects are known."""
-    if heatmap.effects is None or heatmap.influences is None:
+    if not heatmap.has_tested_effects:
         return None
     step = overtakes(heatmap.total_effect(BY), "a")
     return {
@@ -180,8 +181,8 @@ def _ends(total: Total) -> list[float | None]:
 
 def block_effects(heatmap: Heatmap, block: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Optimizer and arrays [layer, native head] of one block: numbers, and codes of what heads show."""
-    for optimizer in OPTIMIZERS if heatmap.effects is not None else ():
-        arrays = heatmap.effects[block][optimizer]  # type: ignore[index]
+    for optimizer in OPTIMIZERS if heatmap.has_tested_effects else ():
+        arrays = effects_of(heatmap, block, optimizer)
         yield (
             optimizer,
             {

@@ -31,7 +31,7 @@ def _facts(heatmap: Heatmap) -> Iterator[tuple[str, str]]:
     layers, heads, kv_heads = len(heatmap.layers), len(heatmap.heads), len(heatmap.kv_heads)
     yield "Scored", f"{layers} layers × {heads} heads ({kv_heads} kv); {present:,} heads in {len(heatmap)} blocks"
     yield "Score", str(heatmap.attributes.get("score", "not said"))
-    yield "Same weights" if heatmap.effects else "Significant", significance(heatmap).replace("<=", "≤")
+    yield "Same weights" if heatmap.has_tested_effects else "Significant", significance(heatmap).replace("<=", "≤")
 
 
 def tested(heatmap: Heatmap) -> str:

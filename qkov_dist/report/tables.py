@@ -17,10 +17,10 @@ import numpy as np
 from qkov_dist.results.block_view import HEAD_DIM, Floats, Ints
 from qkov_dist.results.effects import EFFECT_KEYS
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.influences import OPTIMIZERS
 from qkov_dist.results.verdict import CHANGE
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
-from .effect_findings import EFFECTS, effect_name, found_by_change
+from .effect_findings import EFFECTS, effect_name, effects_of, found_by_change
 from .findings import counts, found, name_of, sides, tally
 from .table import Cell, Table
 
@@ -68,7 +68,7 @@ def heads_table(heatmap: Heatmap) -> Table:
     columns += ["score_mean", "ridge_share", "share_a", *(["finding"] if heatmap.tests else [])]
     columns += [key if key == name else f"{name}_{key}" for name in names for key in (name, *TEST_COLUMNS[1:])]
     rows = [row for block in heatmap.blocks for row in _head_rows(heatmap, block, names)]
-    if heatmap.effects is not None:
+    if heatmap.has_tested_effects:
         place = columns.index(CHANGE)
         rows.sort(key=lambda row: -float(row[place] or 0.0))
     return Table("heads", tuple(columns), tuple(rows))
@@ -80,7 +80,7 @@ def effect_columns(heatmap: Heatmap, *names: Iterable[str]) -> list[str]:
 
 
 def _optimizers(heatmap: Heatmap) -> tuple[str, ...]:
-    return OPTIMIZERS[::-1] if heatmap.effects is not None else ()  # adam first: what training does
+    return OPTIMIZERS[::-1] if heatmap.has_tested_effects else ()  # adam first: what training does
 
 
 def _head_rows(heatmap: Heatmap, block: str, names: Iterable[str]) -> Iterator[tuple[Cell, ...]]:
@@ -102,7 +102,7 @@ def _head_rows(heatmap: Heatmap, block: str, names: Iterable[str]) -> Iterator[t
 
 def _effects_of_head(heatmap: Heatmap, block: str, layer: int, head: int) -> Iterator[Cell]:
     for optimizer in _optimizers(heatmap):
-        arrays = heatmap.effects[block][optimizer]  # type: ignore[index]
+        arrays = effects_of(heatmap, block, optimizer)
         yield from (_number(arrays[key], layer, head) for key in EFFECT_KEYS)
         yield effect_name(int(found_by_change(heatmap, block, optimizer)[layer, head]))
 

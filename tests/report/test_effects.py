@@ -21,7 +21,7 @@ from qkov_dist.report.page import make_page, page_data
 from qkov_dist.report.summary import print_summary
 from qkov_dist.report.table import Table
 from qkov_dist.report.tables import all_tables, blocks_table, heads_table, layers_table
-from qkov_dist.results.effects import EFFECT_KEYS
+from qkov_dist.results.effects import EFFECT_KEYS, UNTESTED_KEYS
 from qkov_dist.results.heatmap import Heatmap, SampleTable
 
 OPTIMIZERS = ("sgd", "adam")
@@ -68,8 +68,24 @@ def test_a_head_is_in_conflict_above_0_and_in_synergy_below(optimizer: str) -> N
     assert all(counts.values())
 
 
-def test_of_a_file_that_knows_no_effects_nothing_is_found() -> None:
-    heatmap = heatmap_with_tests()
+def without_tests_of_effects() -> Heatmap:
+    heatmap = heatmap_with_effects()
+    effects = {
+        block: {opt: {key: arrays[key] for key in UNTESTED_KEYS} for opt, arrays in of_block.items()}
+        for block, of_block in heatmap.effects.items()
+    }
+    return heatmap.with_effects(effects)
+
+
+@pytest.mark.parametrize("make", [heatmap_with_tests, without_tests_of_effects])
+def test_where_effects_are_not_known_or_not_tested_nothing_is_said_of_them(make, capsys, tmp_path) -> None:
+    heatmap = make()
+    assert heatmap.verdict is None
+    assert page_data(heatmap)["effects"] is None
+    assert 'id="answer"' not in make_page(heatmap)
+    assert not any("_adam" in name for table in all_tables(heatmap) for name in table.columns)
+    print_summary(heatmap, tmp_path)
+    assert capsys.readouterr().out.lstrip().startswith("math x cøde: strongest heads")
     assert not found_by_change(heatmap, "Q").any()
     assert not is_family_wise_change(heatmap, "Q").any()
     assert effect_counts(heatmap) == {}
@@ -95,7 +111,6 @@ def test_a_file_that_knows_no_effects_shows_what_it_showed() -> None:
     page = make_page(heatmap_with_tests())
     for name in ("answer", "ranked", "sums", "same-weights", "effect-marks"):
         assert f'id="{name}"' not in page
-    assert page_data(heatmap_with_tests())["effects"] is None
 
 
 def test_the_numbers_of_the_page_are_those_of_the_heatmap() -> None:
@@ -149,7 +164,7 @@ def test_eighty_layers_of_64_heads_with_effects_stay_below_5_mb() -> None:
     heatmap, rng = large_heatmap(), np.random.default_rng(0)
     contents = {f"samples_{task}": with_contents(heatmap.samples_a, task) for task in "ab"}
     shape = heatmap.mean["Q"].shape
-    influences = {block: rng.normal(size=(*shape, 2, 5, 8)) for block in "QKVO"}
+    influences = {block: rng.normal(size=(*shape, 2, 8)) for block in "QKVO"}
     effects = {b: {opt: {key: rng.random(shape) for key in EFFECT_KEYS} for opt in OPTIMIZERS} for b in "QKVO"}
     page = make_page(dataclasses.replace(heatmap, influences=influences, effects=effects, **contents))
     assert len(page.encode()) < 5_000_000
@@ -195,11 +210,6 @@ def test_blocks_and_layers_add_up_with_errors_of_their_own(optimizer: str) -> No
             assert row[f"own_b_{optimizer}"] == found.own["b"]
         conflicts = sum((expected(heatmap, block, optimizer) == "conflict").sum() for block in heatmap.blocks)
         assert sum(row[f"conflict_{optimizer}"] for row in rows) == conflicts
-
-
-def test_without_effects_tables_have_no_such_columns() -> None:
-    for table in all_tables(heatmap_with_tests()):
-        assert not any("_adam" in name for name in table.columns)
 
 
 # Figures and terminal
@@ -250,5 +260,3 @@ def test_a_run_prints_the_answer_first(capsys, tmp_path) -> None:
     for action in heatmap.verdict.actions:
         assert action.why in printed
         assert action.command in printed
-    print_summary(heatmap_with_tests(), tmp_path)
-    assert capsys.readouterr().out.lstrip().startswith("math x cøde: strongest heads")

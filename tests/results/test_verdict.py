@@ -8,7 +8,6 @@ import shlex
 
 import numpy as np
 import pytest
-from heatmaps import heatmap_with_tests
 from influences import heatmap_with_effects
 
 from qkov_dist.results.effects import Total
@@ -143,7 +142,3 @@ def test_commands_name_the_folder_of_the_run(config: object, folder: str) -> Non
     heatmap = heatmap_with_effects(attributes={"score": "interference", "config": config})
     named = [shlex.split(command)[2] for command in commands(heatmap.verdict) if command.startswith("qkov heads")]
     assert set(named) == {folder}
-
-
-def test_a_file_that_knows_no_effects_has_no_verdict() -> None:
-    assert heatmap_with_tests().verdict is None

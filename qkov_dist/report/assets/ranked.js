@@ -4,7 +4,7 @@ const RANKED_AT_ONCE = 10;
 const RANKED = { key: "change", down: true, kind: "all", most: RANKED_AT_ONCE };
 
 const RANKED_COLUMNS = [
-  ["head", "head"], ["change", "change", "number"], ["low", "95% interval"], ["q", "q", "number"], ["p_max", "family-wise p", "number"],
+  ["head", "head"], ["change", "change", "number"], ["low", `${show(100 * DATA.confidence)}% interval`], ["q", "q", "number"], ["p_max", "family-wise p", "number"],
   ["share", "share of harm", "number"], ["curvature", "curvature", "number"], ["harm", "harm at step", "number"], ["finding", "effect"],
 ];
 
