@@ -14,7 +14,7 @@ import numpy as np
 
 from qkov_dist.results.effects import Total
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.verdict import BY, Action, Verdict, overtakes
+from qkov_dist.results.verdict import BY, Action, Verdict, example_step
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .effect_findings import (
@@ -149,9 +149,8 @@ def effects_data(heatmap: Heatmap) -> dict[str, Any] | None:
     """What the script needs beside the blocks' arrays; None where no effects are known."""
     if not heatmap.has_tested_effects:
         return None
-    step = overtakes(heatmap.total_effect(BY), "a")
     return {
-        "step": float(f"{step:.2g}") if np.isfinite(step) and step > 0 else 1e-3,
+        "step": example_step(heatmap.total_effect(BY)),
         "samples": heatmap.counted.sizes,
         "findings": [_finding(heatmap, place) for place in range(len(EFFECTS))],
         "totals": {optimizer: _totals(heatmap, optimizer) for optimizer in OPTIMIZERS},

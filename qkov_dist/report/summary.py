@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from textwrap import fill
 
@@ -40,15 +41,21 @@ def print_verdict(heatmap: Heatmap) -> None:
         return
     print()
     for text in verdict.sentences:
-        print(fill(text, WIDTH))
+        print(_filled(text))
     print()
     for detail in verdict.details:
-        print(fill(f"- {detail}", WIDTH, subsequent_indent="  "))
+        print(_filled(f"- {detail}", indent="  "))
     print("\nWhat to do next:")
     for place, action in enumerate(verdict.actions, 1):
-        print(fill(f"{place}. {action.why}", WIDTH, subsequent_indent="   "))
+        print(_filled(f"{place}. {action.why}", indent="   "))
         if action.command:
             print(f"     {action.command}")
+
+
+def _filled(text: str, indent: str = "") -> str:
+    """Text in lines; names of heads stay whole."""
+    whole = re.sub(r"\b([QKVO]) (?=\d)", "\\1\N{NO-BREAK SPACE}", text)
+    return fill(whole, WIDTH, subsequent_indent=indent).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def print_page(path: Path) -> None:

@@ -19,6 +19,7 @@ from .effects import Total
 from .influences import Floats
 
 Direction = Literal["harm", "help", "unknown"]
+USUAL_STEP = 3e-3  # learning rate x number of steps: 300 steps at 1e-5
 MOST_NAMED = 5  # heads named in a sentence
 BY, BESIDE = "adam", "sgd"
 CHANGE = f"change_{BY}"
@@ -111,6 +112,12 @@ def overtakes(total: Total, harmed: str) -> float:
     return abs(total.change) / curvature if curvature > 0 else math.nan
 
 
+def example_step(total: Total) -> float:
+    """A step to begin with where a user's own is not known: a usual one, or that at which the second order decides."""
+    found = [overtakes(total, task) for task in total.curvature]
+    return min([USUAL_STEP, *(float(f"{step:.1g}") for step in found if step > 0)])
+
+
 def number(value: float) -> str:
     """Three significant digits."""
     return f"{value:.3g}"
@@ -162,7 +169,7 @@ def _heads(facts: Facts, carriers: Sequence[str]) -> str:
     shown = ", ".join(carriers[:MOST_NAMED])
     more = f" and {len(carriers) - MOST_NAMED:,} more" if len(carriers) > MOST_NAMED else ""
     whose = "one head" if len(carriers) == 1 else f"{len(carriers):,} heads"
-    return f"{found} ({level}); half of the harm is in {whose}: {shown}{more}."
+    return f"{found} ({level}); half of the estimated harm is in {whose}: {shown}{more}."
 
 
 def _are(count: int) -> str:
@@ -214,7 +221,7 @@ def _other_optimizer(facts: Facts) -> str:
     if verdicts[0] == "unknown":
         said = "direction not known"
     elif verdicts[1] == "unknown":
-        said = verdicts[0]
+        said = "it harms" if verdicts[0] == "harm" else "it helps"
     else:
         said = f"{'the same' if verdicts[0] == verdicts[1] else 'the opposite'} direction"
     unlike = int((np.sign(facts.changes[BESIDE]) * np.sign(facts.changes[BY]) < 0).sum())
@@ -247,7 +254,7 @@ def _actions(facts: Facts) -> Iterator[Action]:
         where = f"Where your own step (learning rate x number of steps) comes near {number(step)}, rank them"
         yield Action(
             f"{where if conflict else RANK} by harm at that step: beyond {number(step)} the second order decides.",
-            f"qkov heads {folder} --by harm --step {step:.1g}",
+            f"qkov heads {folder} --by harm --step {example_step(facts.totals[BY]):g}",
         )
 
 

@@ -44,7 +44,7 @@ def test_harm_is_said_with_its_interval_and_in_relation_to_what_the_step_gains()
     assert whole.startswith("A step on code raises math's loss: by 0.3 (95% interval 0.1 to 0.5)")
     assert "for every 1.00 that code's loss falls, math's rises by 0.6" in whole
     assert heads == (
-        "Of 4 heads 1 is in conflict and 1 in synergy (q <= 0.05); half of the harm is in one head: Q 14.2."
+        "Of 4 heads 1 is in conflict and 1 in synergy (q <= 0.05); half of the estimated harm is in one head: Q 14.2."
     )
     assert "From a step of 0.15 (" in verdict.details[1]
     assert "for every 1.00 that math's loss falls, code's rises by 0.3; there" in verdict.details[2]
@@ -52,7 +52,7 @@ def test_harm_is_said_with_its_interval_and_in_relation_to_what_the_step_gains()
     first, second, third = commands(verdict)
     assert shlex.split(first) == ["qkov", "heads", "runs/it's", "--by", "change_adam", "--significant"]
     assert 'load_heatmap("runs/it\'s")' in second
-    assert shlex.split(third)[3:] == ["--by", "harm", "--step", "0.1"]
+    assert shlex.split(third)[3:] == ["--by", "harm", "--step", "0.003"]
 
 
 def test_synergy_is_said_with_the_step_at_which_the_gain_is_used_up() -> None:
@@ -98,6 +98,11 @@ def test_where_no_head_is_harmful_none_is_named() -> None:
 def test_a_task_that_gains_nothing_by_its_own_step_is_no_measure() -> None:
     assert "for every 1.00" not in verdict_of(facts(total(0.3, own=0.5))).sentences[0]
     assert "decides" in verdict_of(facts(total(0.3, curvature=0.0))).details[1]
+
+
+def test_a_step_beyond_which_the_second_order_decides_early_is_the_one_to_begin_with() -> None:
+    verdict = verdict_of(facts(total(0.3, curvature=40.0)))  # decides from 0.0075 on for A, 0.0019 for B
+    assert shlex.split(commands(verdict)[-1])[3:] == ["--by", "harm", "--step", "0.002"]
 
 
 @pytest.mark.parametrize(
