@@ -36,7 +36,9 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
     import matplotlib
 
     with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
-        for name, make in (FIGURES | (EFFECT_FIGURES if heatmap.has_tested_effects else {})).items():
+        for name, make in FIGURES.items():
+            if name in EFFECT_FIGURES and not heatmap.has_tested_effects:
+                continue
             figure = make(heatmap)
             for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
                 content = io.BytesIO()
@@ -160,4 +162,5 @@ FIGURES: dict[str, Callable[[Heatmap], Any]] = {
     "heatmaps": draw_heatmaps,
     "blocks": draw_blocks,
     "layers": draw_layers,
+    **EFFECT_FIGURES,
 }
