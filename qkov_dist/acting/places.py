@@ -56,6 +56,9 @@ def place_of(name: str, parameter: nn.Parameter, rects: Iterable[Rect]) -> Place
     """
     rows, cols = (*logical_shape(parameter), 1)[:2]
     wanted = sorted(set(rects))
+    if parameter.is_meta:
+        remedy = "Load the model without offloading to CPU or disk."
+        raise QkovError(name, expected="a weight in memory", got="one on the meta device", remedy=remedy)
     if any(rect.row_end > rows or rect.col_end > cols for rect in wanted):
         raise QkovError(
             name,

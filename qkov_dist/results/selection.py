@@ -112,7 +112,7 @@ class Selection:
         ]
         values = {"by": self.by, "settings": dict(self.settings), "heads": entries}
         if path is not None:
-            Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            Path(path).write_text(as_text(values) + "\n", encoding="utf-8")
         return values
 
     @staticmethod
@@ -141,6 +141,13 @@ class Selection:
         if any(not head.ranges for head in self.heads):
             remedy = "Run again; every run writes it."
             raise QkovError("heatmap", expected="where each head lies", got="a file without `slices`", remedy=remedy)
+
+
+def as_text(values: Mapping[str, Any]) -> str:
+    """A selection's JSON values as text, one entry a line."""
+    head = json.dumps({name: value for name, value in values.items() if name != "heads"})
+    entries = ",\n".join(f"  {json.dumps(entry)}" for entry in values["heads"])
+    return f'{head[:-1]}, "heads": [\n{entries}\n]}}'
 
 
 def select(
