@@ -93,11 +93,11 @@ def as_csv(selection: Selection) -> str:
     from qkov_dist.report.tables import Table
 
     columns = ("block", "layer", "head", selection.by, "q_value", "parameter", "axis", "start", "stop")
-    rows = [
-        (head.block, head.layer, head.head, head.value, head.q_value, *where)
-        for head in selection.heads
-        for where in [(p.parameter, p.axis, p.start, p.stop) for p in head.ranges] or [(None,) * 4]
-    ]
+    rows: list[tuple[str | int | float | None, ...]] = []
+    for head in selection.heads:
+        known = (head.block, head.layer, head.head, head.value, head.q_value)
+        rows += [(*known, p.parameter, p.axis, p.start, p.stop) for p in head.ranges]
+        rows += [] if head.ranges else [(*known, None, None, None, None)]
     return Table("heads", columns, tuple(rows)).to_csv().rstrip("\n")
 
 

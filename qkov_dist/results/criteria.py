@@ -89,7 +89,7 @@ def judged(
     *,
     effects: Mapping[str, Mapping[str, Mapping[str, Floats]]] | None,
     harm: Callable[[float, str, str], Harm],
-    mean: Mapping[str, Floats],
+    mean: Mapping[str, npt.NDArray[np.floating[Any]]],
     statistics: Mapping[str, Any],
     score: str,
 ) -> dict[str, Judged]:
@@ -100,7 +100,7 @@ def judged(
     """
     by = criterion.by
     if by in ("overlap", "interference"):
-        return {block: _tested(by, block, mean[block], statistics, score) for block in mean}
+        return {block: _tested(by, block, of.astype(np.float64), statistics, score) for block, of in mean.items()}
     if by == "harm":
         found = harm(criterion.step or 0.0, str(criterion.optimizer), criterion.harms)
         return {block: Judged(found.value[block]) for block in mean}

@@ -13,7 +13,8 @@
     /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
     /group                 [layer]                      query heads of one kv head
 
-``head`` is ``kv_head`` for K and V. How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
+``head`` is ``kv_head`` for K and V. Where each head lies among the model's parameters is the attribute ``slices``
+(``head_slices``). How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
 can be trusted after it was read, is ``hdf5_write`` and ``hdf5_read``.
 
 What a stored heatmap must be beyond its types and shapes, so that what shows or tests it can rely on it.

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tabulate import tabulate
 
 from qkov_dist.errors import QkovError, is_whole, wrong_argument
 from qkov_dist.layout.heads import BLOCKS
-from qkov_dist.values import written
+from qkov_dist.values import readable, written
 
 from .criteria import Criterion, Judged
 from .head_slices import Axis, HeadRange, Heads
@@ -215,7 +216,7 @@ def _count(num: int, top: int | None, share: float | None) -> int:
             raise wrong_argument("top", "a whole number of at least 1", top)
         return min(int(top), num)
     if share is not None:
-        if isinstance(share, bool) or not 0 < share <= 1:
+        if not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1:
             raise wrong_argument("share", "a number above 0 and up to 1", share)
         return max(round(share * num), 1)
     return num
@@ -239,7 +240,7 @@ def chosen_blocks(blocks: str | Iterable[str] | None, known: Sequence[str]) -> t
 def _as_index(piece: HeadRange) -> str:
     """Where a range is, as Python would index it."""
     band = f"{piece.start}:{piece.stop}"
-    return f"{piece.parameter}[{band}]" if piece.axis == "rows" else f"{piece.parameter}[:, {band}]"
+    return f"{readable(piece.parameter)}[{band}]" if piece.axis == "rows" else f"{readable(piece.parameter)}[:, {band}]"
 
 
 def _read(raw: Mapping[str, Any]) -> Selection:

@@ -42,12 +42,25 @@ def lbfgs_steps(model):
         optimizer.step(closure)
 
 
+def scaled_steps(model):
+    """As in mixed precision; the first step overflows and is skipped."""
+    optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    ids = torch.arange(4, 20).view(2, 8)
+    for _ in range(12):
+        scaler.scale(4 * model(input_ids=ids, labels=ids).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert 1 < scaler.get_scale() < 2.0**127
+
+
 WAYS = {
     "AdamW": lambda model: train(model, adamw(model)),
     "AdamW, foreach": lambda model: train(model, adamw(model, foreach=True)),
     "AdamW, fused": lambda model: train(model, adamw(model, fused=True)),
     "SGD with momentum": lambda model: train(model, sgd(model)),
     "accumulated and clipped": lambda model: train(model, adamw(model), 4, accumulate=2, clip=0.1),
+    "gradient scaler": scaled_steps,
     "LBFGS": lbfgs_steps,
 }
 

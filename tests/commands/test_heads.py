@@ -39,7 +39,7 @@ def heads(folder, capsys):
 
 def test_the_table_says_what_it_is_of(heads, folder):
     lines = heads("--top", 2, "--blocks", "Q,K").splitlines()
-    assert lines[0] == "2 of 24 heads by change_adam, most harmful first; A is 'math', B is 'cøde'"
+    assert lines[0] == "2 of 23 heads by change_adam, most harmful first; A is 'math', B is 'cøde'"
     assert "\n".join(lines[2:]) == str(load_heatmap(folder).select(top=2, blocks="Q,K"))
 
 
@@ -91,9 +91,7 @@ def test_the_lines_for_peft_run(tmp_path, capsys, monkeypatch):
     assert "2 heads by change_adam, in 2 of 4 attention modules" in program
     place = {"model": TINY["gpt2"].build()}
     exec(program, place)
-    assert adapted(place["model"]) == {
-        f"transformer.h.{n}.attn.{name}" for n in (0, 1) for name in ("c_attn", "c_proj")
-    }
+    assert adapted(place["model"]) == {f"transformer.h.{n}.attn.c_{name}" for n in (0, 1) for name in ("attn", "proj")}
     coarse, reverse = (line[2:] for line in program.splitlines() if line.startswith("# LoraConfig"))
     assert isinstance(eval(coarse, place), LoraConfig)
     assert adapted(get_peft_model(TINY["gpt2"].build(), eval(coarse, place))) == {
