@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qkov_dist.errors import QkovError, choose, wrong_argument
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
-from .effects import Harm, no_influences
-from .influences import OPTIMIZERS, TASKS
+from .effects import Effects, Harm, no_influences_known
+from .influences import TASKS
 
 Floats = npt.NDArray[np.float64]
 CHANGES = {"change_adam": "adam", "change_sgd": "sgd"}
@@ -87,7 +88,7 @@ class Judged:
 def judged(
     criterion: Criterion,
     *,
-    effects: Mapping[str, Mapping[str, Mapping[str, Floats]]] | None,
+    effects: Effects | None,
     harm: Callable[[float, str, str], Harm],
     mean: Mapping[str, npt.NDArray[np.floating[Any]]],
     statistics: Mapping[str, Any],
@@ -105,7 +106,7 @@ def judged(
         found = harm(criterion.step or 0.0, str(criterion.optimizer), criterion.harms)
         return {block: Judged(found.value[block]) for block in mean}
     if effects is None:
-        raise no_influences()
+        raise no_influences_known()
     if by == "curvature":
         name = f"curvature_{criterion.harms}"
         return {block: Judged(effects[block][str(criterion.optimizer)][name]) for block in mean}
