@@ -25,6 +25,7 @@ from .finish import with_tested_effects
 from .layout.heads import BLOCKS
 from .results.assemble import assemble
 from .results.effects import counted_samples
+from .results.head_slices import slices_of
 from .results.heatmap import Heatmap
 from .results.metadata import HeatmapMetadata, layer_axes, make_metadata
 from .results.partial_schema import LayerPartial
@@ -208,6 +209,7 @@ class QKOVInterferenceMetric:
         settings = self._settings()
         return {
             "model_type": self.config.layout.model_type,
+            "slices": slices_of(self.config.layout, include_bias=self.include_bias),
             "score": self.score,
             "scope": self.scope,
             "estimator": self._estimator(task_a, task_b),

@@ -30,7 +30,7 @@ def draw_changes(heatmap: Heatmap) -> Any:
             family = is_family_wise_change(heatmap, block, optimizer)
             mark_heads(axis, EFFECTS, found_by_change(heatmap, block, optimizer), family)
         axes[0].set_ylabel("layer")
-    level = f"{heatmap.alpha:g}"
+    level = f"{heatmap.fdr_alpha:g}"
     add_legend(figure, EFFECTS, f"q $\\leq$ {level}; coloured: also family-wise p $\\leq$ {level}")
     return figure
 

@@ -36,7 +36,7 @@ def found_by_change(heatmap: Heatmap, block: str, optimizer: str = BY) -> npt.ND
     """1 + the place in ``EFFECTS`` of what each head shows, 0 where its change may be 0; [layer, native head]."""
     codes = np.zeros(heatmap.mean[block].shape, np.int64)
     if arrays := effects_of(heatmap, block, optimizer):
-        is_significant = arrays["q_value"] <= heatmap.alpha
+        is_significant = arrays["q_value"] <= heatmap.fdr_alpha
         codes[is_significant & (arrays["change"] > 0)] = 1
         codes[is_significant & (arrays["change"] < 0)] = 2
     return codes
@@ -46,7 +46,7 @@ def is_family_wise_change(heatmap: Heatmap, block: str, optimizer: str = BY) -> 
     """Which of these heads also hold over all heads of all blocks, [layer, native head]."""
     held = found_by_change(heatmap, block, optimizer) > 0
     if arrays := effects_of(heatmap, block, optimizer):
-        held &= arrays["p_max"] <= heatmap.alpha
+        held &= arrays["p_max"] <= heatmap.fdr_alpha
     return held
 
 

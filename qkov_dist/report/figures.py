@@ -82,7 +82,7 @@ def draw_heatmaps(heatmap: Heatmap) -> Any:
             if heatmap.tests:
                 mark_heads(axis, findings(heatmap), found(heatmap, block), is_family_wise(heatmap, block))
         axes[0].set_ylabel("layer")
-    _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {heatmap.alpha:g}")
+    _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {heatmap.fdr_alpha:g}")
     return figure
 
 
@@ -90,7 +90,7 @@ def _legend(figure: Any, heatmap: Heatmap, more: str = "") -> None:
     """What the marks say, below the drawings."""
     if heatmap.tests:
         test = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap))))
-        add_legend(figure, counts(heatmap), f"q $\\leq$ {heatmap.alpha:g} ({test}){more}")
+        add_legend(figure, counts(heatmap), f"q $\\leq$ {heatmap.fdr_alpha:g} ({test}){more}")
 
 
 def draw_blocks(heatmap: Heatmap) -> Any:

@@ -104,7 +104,7 @@ def page_data(heatmap: Heatmap) -> dict[str, Any]:
         "statistic": heatmap.deciding if heatmap.tests else None,
         "sided": sidedness(heatmap) if heatmap.tests else None,
         "findings": [_finding(heatmap, finding) for finding in findings(heatmap)],
-        "alpha": heatmap.alpha,
+        "alpha": heatmap.fdr_alpha,
         "confidence": settings.get("confidence", 0.95),
         "layers": heatmap.layers,
         "groups": np.asarray(heatmap.groups).tolist(),

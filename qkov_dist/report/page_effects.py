@@ -132,7 +132,7 @@ def _legend(heatmap: Heatmap) -> str:
         f"{_escape(finding.meaning)}</li>"
         for finding in EFFECTS
     ]
-    level = f"{heatmap.alpha:g}"
+    level = f"{heatmap.fdr_alpha:g}"
     items.append(
         f"<li>Marked: q ≤ {level} in a block. Coloured: also family-wise p ≤ {level} over all heads; white: q alone."
         "</li>"

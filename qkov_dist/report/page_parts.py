@@ -49,9 +49,9 @@ def legend(heatmap: Heatmap) -> str:
         for finding, number in counts(heatmap).items()
     ]
     if items:
-        held = sum(int(is_family_wise(heatmap, block).sum()) for block in heatmap.blocks)
+        held, level = sum(int(is_family_wise(heatmap, block).sum()) for block in heatmap.blocks), heatmap.fdr_alpha
         items.append(
-            f"<li>Marked: q ≤ {heatmap.alpha:g}. Coloured: also family-wise p ≤ {heatmap.alpha:g} over all heads of "
+            f"<li>Marked: q ≤ {level:g}. Coloured: also family-wise p ≤ {level:g} over all heads of "
             f"all blocks ({_heads(held)}); white: q alone.</li>"
         )
     else:

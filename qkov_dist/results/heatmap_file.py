@@ -13,7 +13,8 @@
     /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
     /group                 [layer]                      query heads of one kv head
 
-``head`` is ``kv_head`` for K and V. How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
+``head`` is ``kv_head`` for K and V. Where each head lies among the model's parameters is the attribute ``slices``
+(``head_slices``). How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
 can be trusted after it was read, is ``hdf5_write`` and ``hdf5_read``.
 
 What a stored heatmap must be beyond its types and shapes, so that what shows or tests it can rely on it.
@@ -38,6 +39,7 @@ from qkov_dist.values import FRACTION, Kind, as_it_is, one_of, whole, written
 from .block_view import HEAD_DIM
 from .disk import DAMAGED
 from .hdf5_read import Reader, check_values, reading
+from .head_slices import are_slices
 from .heatmap import FISHER_KEYS, Heatmap, SampleTable
 
 HEATMAP_FILE = "heatmap.h5"
@@ -203,6 +205,7 @@ _ATTRIBUTES: Mapping[str, Kind] = {
     "seeds": _MAPPING,
     "warnings": _STRINGS,
     "notes": _STRINGS,
+    "slices": as_it_is("where heads lie, parameter by parameter", are_slices),
 }
 _CONFIGURED: Mapping[str, Kind] = {
     "permutations": _DRAWN,
