@@ -7,13 +7,16 @@ import dataclasses
 import html
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from heatmaps import NUM_A, heatmap_with_tests, large_heatmap, make_table
 from influences import heatmap_with_effects
+from selections import heatmap_with_slices
 
+from qkov_dist.cli import main
 from qkov_dist.report.effect_figures import draw_changes, draw_waterfall
 from qkov_dist.report.effect_findings import effect_counts, effect_name, found_by_change, is_family_wise_change
 from qkov_dist.report.figures import figures
@@ -23,6 +26,7 @@ from qkov_dist.report.table import Table
 from qkov_dist.report.tables import all_tables, blocks_table, heads_table, layers_table
 from qkov_dist.results.effects import EFFECT_KEYS, UNTESTED_KEYS
 from qkov_dist.results.heatmap import Heatmap, SampleTable
+from qkov_dist.results.heatmap_file import load_heatmap
 
 OPTIMIZERS = ("sgd", "adam")
 HOSTILE = "</h2><script>alert(1)</script> {{data}}"
@@ -260,3 +264,21 @@ def test_a_run_prints_the_answer_first(capsys, tmp_path) -> None:
     for action in heatmap.verdict.actions:
         assert action.why in printed
         assert action.command in printed
+
+
+def test_what_to_do_next_can_be_done(capsys, tmp_path) -> None:
+    heatmap = heatmap_with_slices()
+    heatmap = dataclasses.replace(
+        heatmap, attributes={**heatmap.attributes, "config": {"output": {"dir": str(tmp_path)}}}
+    )
+    heatmap.save(tmp_path / "heatmap.h5")
+    actions = [action.command for action in heatmap.verdict.actions]
+    listed = [shlex.split(command)[1:] for command in actions if command.startswith("qkov heads")]
+    assert len(listed) == 2
+    for command in listed:
+        assert main(command) == 0
+        assert "most harmful first" in capsys.readouterr().out
+    (line,) = (command for command in actions if command.startswith("with freeze_heads"))
+    asked = re.search(r"load_heatmap.*\)(?=\): )", line)[0]
+    conflicts = next(number for finding, number in effect_counts(heatmap).items() if finding.name == "conflict")
+    assert len(eval(asked, {"load_heatmap": load_heatmap}).heads) == conflicts
