@@ -144,8 +144,8 @@ def warnings(heatmap: Heatmap) -> str:
 
 
 def provenance(heatmap: Heatmap) -> str:
-    """Settings, versions and seeds."""
-    attributes = {k: v for k, v in heatmap.attributes.items() if k not in ("warnings", "notes")}
+    """Settings, versions and seeds; not what is shown elsewhere, nor where every head lies."""
+    attributes = {k: v for k, v in heatmap.attributes.items() if k not in ("warnings", "notes", "slices")}
     settings = (heatmap.statistics or {}).get("settings", {})
     shown = {"run_id": heatmap.run_id, **attributes, **({"statistics": settings} if settings else {})}
     rows = (f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in _flat(shown))

@@ -154,6 +154,10 @@ def _tags(page: str) -> list[str]:
     return found
 
 
+def test_where_every_head_lies_is_not_listed() -> None:
+    assert "slices" not in make_page(heatmap_with_slices())
+
+
 def test_effects_without_errors_have_a_page() -> None:
     one = {"samples_b": make_table("b", 1)}
     base = heatmap_with_tests()
