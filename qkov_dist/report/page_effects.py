@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from qkov_dist.results.advice import Action
 from qkov_dist.results.effects import Total
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.verdict import BY, Action, Verdict, example_step
+from qkov_dist.results.verdict import Verdict
+from qkov_dist.results.verdict_facts import BY
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .effect_findings import (
@@ -150,7 +152,7 @@ def effects_data(heatmap: Heatmap) -> dict[str, Any] | None:
     if not heatmap.has_tested_effects:
         return None
     return {
-        "step": example_step(heatmap.total_effect(BY)),
+        "step": heatmap.verdict.step,
         "samples": heatmap.counted.sizes,
         "findings": [_finding(heatmap, place) for place in range(len(EFFECTS))],
         "totals": {optimizer: _totals(heatmap, optimizer) for optimizer in OPTIMIZERS},

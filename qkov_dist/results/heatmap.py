@@ -32,7 +32,8 @@ from .influences import Floats as Floats64
 from .influences import Samples
 from .notebook import as_html
 from .selection import Selection, chosen_blocks, select
-from .verdict import CHANGE, Facts, Verdict, verdict_of
+from .verdict import Verdict, verdict_of
+from .verdict_facts import CHANGE, UNITS, Facts, mean_losses, whole_curvatures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,8 +213,14 @@ class Heatmap(Mapping[str, BlockView]):
         facts = Facts(
             (self.task_a, self.task_b),
             self.counted.sizes,
+            mean_losses(self.samples_a.losses, self.samples_b.losses, self.counted),
+            UNITS.get(self._setting("metric", "loss_reduction"), "nats"),
             self.fdr_alpha,
             {optimizer: self.total_effect(optimizer) for optimizer in OPTIMIZERS},
+            {
+                optimizer: whole_curvatures(self._known_effects[0], self.counted, place)
+                for place, optimizer in enumerate(OPTIMIZERS)
+            },
             [f"{block} {self.layers[layer]}.{self.natives(block)[head]}" for block, layer, head in places],
             self._effect_of_heads("change"),
             self._effect_of_heads("q_value"),
