@@ -7,7 +7,7 @@ same sentences. The first order grows with the step, the second with its square.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,14 @@ import numpy as np
 from .advice import Action, actions, example_step, second_decides
 from .effects import Total
 from .head_words import carriers_of, sentence_on_heads
+from .influences import TASKS
 from .verdict_facts import BESIDE, BY, PART, Direction, Facts, bracket, direction_of, number
 
 SCOPE = "Attention weights alone: MLPs, embeddings and norms are not measured."
 WORDS = (
     "In conflict: a step in that head alone raises the other task's loss, significantly; in synergy: it lowers it. "
-    "To first order: as the slope at the present weights says. q: the expected share of false finds among the heads up "
-    "to it."
+    "To first order: as the slope at the present weights says. q: the share of false finds "
+    "expected among the heads up to that q."
 )
 
 
@@ -37,6 +38,7 @@ class Verdict:
             in conflict.
         actions: What to do next.
         step: The step of commands: the practical one, to two significant digits, or a usual one.
+        practical: Optimizer -> task, ``a`` or ``b`` -> the practical step on it, None where there is none.
     """
 
     direction: Direction
@@ -45,6 +47,7 @@ class Verdict:
     carriers: tuple[str, ...]
     actions: tuple[Action, ...]
     step: float
+    practical: Mapping[str, Mapping[str, float | None]]
 
 
 def verdict_of(facts: Facts) -> Verdict:
@@ -57,7 +60,15 @@ def verdict_of(facts: Facts) -> Verdict:
         carriers,
         tuple(actions(facts)),
         example_step(facts),
+        {
+            optimizer: {task: _known(facts.practical_step(task, optimizer)) for task in TASKS}
+            for optimizer in facts.totals
+        },
     )
+
+
+def _known(step: float) -> float | None:
+    return None if math.isnan(step) else step
 
 
 def overtakes(change: float, curvature: float) -> float:
@@ -123,7 +134,7 @@ def _order(facts: Facts) -> str:
     diagonal = total.curvature["a"]
     ends = [overtakes(total.change, curvature) for curvature in (diagonal, whole)]
     until = (
-        f"By the diagonal it is the larger one from a step of {number(ends[0])} on, with all terms from "
+        f"By the diagonal the second is the larger from a step of {number(ends[0])} on, with all terms from "
         f"{number(ends[1])} on: estimates at the present weights, with the Fisher in place of the Hessian, not steps "
         "up to which training is safe."
     )

@@ -58,7 +58,8 @@ def test_the_answer_its_interval_and_the_next_command_are_seen_before_scrolling(
         for selector in ("#answer .verdict", "#answer .interval-line", "#answer .next pre"):
             assert 0 < page.execute_script(script, page.find_element("css selector", selector)) <= height
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    assert heatmap.verdict.sentences[0] == text_of(page, "#answer .verdict").replace("−", "-")
+    shown = text_of(page, "#answer .verdict").replace("−", "-").replace("rate × number", "rate x number")
+    assert shown == " ".join(heatmap.verdict.sentences[:2])
     assert errors(page) == []
 
 
@@ -97,10 +98,48 @@ def test_harm_is_computed_again_for_the_step_that_is_typed(page, heatmap, optimi
     for place, block in enumerate("QKVO"):
         found = page.execute_script("return [...MAPS[arguments[0]].block.values.harm].map((x) => x ?? null)", place)
         np.testing.assert_allclose(np.array(found, float), harm.value[block].ravel(), rtol=1e-4, atol=1e-5)
+    assert text_of(page, "#answer .step-of-command") == "0.25"
+    assert page.execute_script("return document.querySelector('#heads th[data-key=harm]').textContent") == (
+        f"harm to {'math' if harmed == 'a' else 'cøde'} at 0.25"
+    )
+    practical = heatmap.verdict.practical[optimizer]["b" if harmed == "a" else "a"]
+    assert (10 * practical < 0.25) == ("takes more than all of" in text_of(page, "#step-said"))
+
+
+@pytest.mark.parametrize("typed", ["abc", "-1", "0", "1,5", " ", "1e9"])
+def test_what_is_no_step_gets_a_message_and_changes_nothing(page, typed: str) -> None:
+    step = page.find_element("css selector", "#step")
+    before = page.execute_script("return STATE.step")
     step.clear()
-    step.send_keys("-1")
+    step.send_keys(typed)
     assert step.get_attribute("aria-invalid") == "true"
-    assert page.execute_script("return STATE.step") == 0.25
+    assert text_of(page, "#step-said").startswith("Not a step: type a number above 0")
+    assert page.execute_script("return STATE.step") in (before, 1)  # 1e9 and 1,5 begin with a step of 1
+    step.clear()
+    step.send_keys(str(before))
+    assert not text_of(page, "#step-said").startswith("Not a step")
+
+
+def test_a_filter_that_keeps_no_head_says_so(browser, heatmap, tmp_path) -> None:
+    effects = {
+        block: {
+            optimizer: {**arrays, "q_value": np.where(arrays["change"] > 0, 0.9, arrays["q_value"])}
+            for optimizer, arrays in of_block.items()
+        }
+        for block, of_block in heatmap.effects.items()
+    }
+    browser.get(write_page(heatmap.with_effects(effects), tmp_path).as_uri())
+    browser.find_element("css selector", "#ranked-kind option[value=conflict]").click()
+    assert rows(browser) == [["No head is in conflict by adam at q ≤ 0.3 (0 of 44)."]]
+    assert text_of(browser, "#ranked-more") == ""
+
+
+def test_sorting_by_effect_puts_heads_without_one_last(page) -> None:
+    page.execute_script("RANKED.most = 1000; drawRanked()")
+    for _ in range(2):
+        press(page, "#heads th[data-key=finding] button")
+        shown = [row[-1] != "none" for row in rows(page)]
+        assert shown == sorted(shown, reverse=True)
 
 
 def test_the_list_of_heads_is_sorted_filtered_and_follows_the_optimizer(page, heatmap) -> None:
@@ -130,6 +169,13 @@ def test_the_list_of_heads_is_sorted_filtered_and_follows_the_optimizer(page, he
     assert [number(row[3]) for row in rows(page)] == sorted(number(row[3]) for row in rows(page))
     page.find_element("css selector", "#ranked-kind option[value=synergy]").click()
     assert {row[-1] for row in rows(page)} == {"▼ synergy"}
+    columns, *kept = page.execute_script("return rankedTable()")
+    assert len(kept) == len(rows(page))  # the file holds what the filter shows
+    assert {row[columns.index("finding_sgd")] for row in kept} == {"synergy"}
+    harm = heatmap.harm(page.execute_script("return STATE.step"), "sgd", "a").value
+    for row in kept:
+        at = LAYERS.index(row[1]), heatmap.natives(row[0]).index(row[2])
+        assert row[columns.index("harm_a_sgd")] == pytest.approx(harm[row[0]][at], rel=1e-4)
 
 
 def test_hover_shows_the_change_with_interval_and_null(page, heatmap) -> None:
@@ -147,10 +193,6 @@ def test_an_address_opens_a_head_and_follows_the_selection(page) -> None:
     page.get("about:blank")
     page.get(f"{address}#V.5.2")
     assert selected(page) == "V, layer 5, kv head 2"
-    seen = page.execute_script(
-        "const b = MAPS[2].canvas.getBoundingClientRect(); return [b.top, b.bottom, innerHeight]"
-    )
-    assert 0 <= seen[0] < seen[1] <= seen[2]
     page.execute_script(f"select(MAPS[0], {{ layer: {LAYERS.index(7)}, head: {HEADS.index(3)} }})")
     assert page.current_url == f"{address}#Q.7.3"
     page.execute_script("location.hash = 'K.2.1'")
@@ -160,7 +202,26 @@ def test_an_address_opens_a_head_and_follows_the_selection(page) -> None:
         page.execute_script(f"location.hash = '{nowhere}'")
         time.sleep(0.1)
         assert selected(page) == "K, layer 2, kv head 1"
+        is_said = page.execute_script("return document.getElementById('no-head').offsetParent !== null")
+        assert is_said == (nowhere != "heatmaps")
+    assert text_of(page, "#no-head").startswith("This report has no head Q 2.1e3: blocks Q, K, V, O; layers 2 to 7;")
+    page.execute_script("location.hash = 'K.2.1'")
+    time.sleep(0.1)
+    assert page.execute_script("return document.getElementById('no-head').hidden")
     assert errors(page) == []
+
+
+@pytest.mark.parametrize(("width", "height", "is_phone"), [(1360, 800, False), (390, 844, True)])
+def test_an_address_of_a_head_brings_its_numbers_into_sight(page, width: int, height: int, is_phone: bool) -> None:
+    set_screen(page, width, height, is_phone=is_phone)
+    address = page.current_url.partition("#")[0]
+    page.get("about:blank")
+    page.get(f"{address}#V.5.2")
+    time.sleep(0.3)
+    script = "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.top, b.bottom]"
+    for part in ("#selected h3", "#selected .numbers"):
+        top, bottom = page.execute_script(script, part)
+        assert page.execute_script(script, "nav")[1] <= top < bottom <= height
 
 
 def test_a_head_of_the_answer_and_of_the_list_leads_to_its_cell(page, heatmap) -> None:

@@ -18,7 +18,7 @@ document.getElementById("maps").append(...MAPS.map((map) => map.element));
 document.getElementById("maps").classList.toggle("wide", mostHeads > 24);
 
 document.getElementById("selected").append(make("p", { class: "hint" },
-  "Click a cell, or move between cells with the arrow keys, to see a head's numbers and its strongest pair of samples. Enter lists its conflicts."));
+  "Click a cell, or move between cells with the arrow keys, to see a head's numbers and its strongest pair of samples. Enter lists its strongest pairs."));
 document.getElementById("conflicts-hint").textContent = CONFLICTS.length
   ? "Pairs of samples of each block by how many times their score exceeds what the two samples' own scales explain (× scale), each at its " +
     "strongest head; no sample stands in more than a tenth of the rows, where there are samples enough. Click a column's name to sort, a text to see all of it."
