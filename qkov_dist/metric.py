@@ -51,7 +51,7 @@ class QKOVInterferenceMetric:
         ridge_lambda: Absolute ridge, added to the floored I.
         ridge_relative: Relative ridge, a multiple of the mean of I over the layer's block. Where it is the only one of
             the three, scores scale exactly with the loss.
-        score: ``interference``, ``signed`` or ``symmetric``.
+        score: ``interference``, ``signed``, ``symmetric`` or ``curvature``.
         scope: Samples of the Fisher: ``pooled`` (both tasks), ``a`` or ``b`` (as in ``compute_heatmap(a, b)``).
         include_bias: Add the biases of Q, K and V to their heads.
         dtype: ``float32`` or ``float64``, of gradients and scores.
