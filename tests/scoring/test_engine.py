@@ -154,6 +154,24 @@ def test_how_it_is_computed_changes_nothing(name, how, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+UNIT_COMPUTE = ["all factors on disk", "every sample kept as its gradient", "long samples kept as gradients"]
+UNIT_COMPUTE += ["heads side by side", "a place for some series, gradients among them"]
+
+
+@pytest.mark.parametrize("how", ["one sample a batch", *UNIT_COMPUTE])
+@pytest.mark.parametrize(("name", "score"), [("llama", "interference"), ("gpt2", "curvature"), ("jamba", "signed")])
+def test_unit_samples_equal_the_oracle_however_computed(name, score, how, tmp_path):
+    entry = TINY[name]
+    model, compute = entry.build(), COMPUTE[how]
+    settings = replace(compute.get("settings", ScoreSettings()), score=score)
+    job = job_for(entry, **{**compute, "settings": settings, "sample_scale": "unit", "include_bias": name == "gpt2"})
+    found = job.run(model, tmp_path)
+    for blocks in found.values():
+        blocks.pop("O_bias", None)
+    assert_close(found, expected_scores(entry, model, job))
+    assert_influences(found, expected_influences(entry, model, job))
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("head_batch_bytes", [0, 2**20])
