@@ -205,11 +205,8 @@ def test_norms_of_samples_have_them_run_twice_where_factors_need_several_sweeps(
             return plan_of_job(prepare(from_dict(raw), current()), **known)
 
     for disk_mb, num_sweeps in ((1, 2), (100, 1)):
-        none, unit, known = (
-            planned(disk_mb, "none"),
-            planned(disk_mb, "unit"),
-            planned(disk_mb, "unit", norms_known=True),
-        )
+        none, unit = planned(disk_mb, "none"), planned(disk_mb, "unit")
+        known = planned(disk_mb, "unit", norms_known=True)
         assert [len(plan.sweeps) for plan in (none, unit, known)] == [num_sweeps] * 3
         assert [plan.captures for plan in (none, unit, known)] == [1, num_sweeps, 1]
         for name in ("flops_forward", "flops_backward", "flops_kept", "batches"):
