@@ -77,6 +77,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
         ],
         "metric": {
             "score": "interference",
+            "sample_scale": "none",
             "loss_reduction": "mean",
             "include_bias": False,
             "layers": None,

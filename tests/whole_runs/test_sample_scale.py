@@ -109,14 +109,20 @@ def run_swept(raw: dict, swept: bool) -> list[str]:
         return run_quietly(raw)
 
 
-@pytest.mark.parametrize(("shard", "swept"), [("ddp", True), ("fsdp", False)])
-def test_ranks_divide_by_the_same_norms_as_one_process(shard, swept, ranks, tmp_path):
-    write_inputs(tmp_path, "gpt2")
+@pytest.mark.parametrize(
+    ("model", "cut", "swept"),
+    [("gpt2", {"shard": "ddp"}, True), ("gpt2", {"shard": "fsdp"}, False), ("llama", {"tp": 2}, False)],
+    ids=["ddp in sweeps", "fsdp", "tp"],
+)
+def test_ranks_divide_by_the_same_norms_as_one_process(model, cut, swept, ranks, tmp_path):
+    write_inputs(tmp_path, model)
     sections = {"metric": {"sample_scale": "unit", "include_bias": True, "heads": [0, 2, 3]}}
-    alone, together = (settings(tmp_path, "gpt2", out, {"shard": out}, **sections) for out in ("none", shard))
+    alone, together = (
+        settings(tmp_path, model, out, how, **sections) for out, how in (("alone", {}), ("together", cut))
+    )
     run_quietly(alone)
     ranks(2).run(run_swept, together, swept)
-    one, two = (load_heatmap(tmp_path / "out" / out / "heatmap.h5") for out in ("none", shard))
+    one, two = (load_heatmap(tmp_path / "out" / out / "heatmap.h5") for out in ("alone", "together"))
     np.testing.assert_allclose(norms_of(two), norms_of(one), rtol=1e-6)
     for block in one.blocks:
         largest = np.abs(one.cross[block]).max()
