@@ -12,34 +12,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .acting.freeze import freeze_heads, scale_heads
+    from .acting.trainer import FreezeHeadsCallback
     from .collector import FisherCollector, QKOVConfig
     from .errors import QkovError
     from .layout.resolve import register_layout
     from .metric import QKOVInterferenceMetric
     from .results.heatmap import Heatmap
     from .results.heatmap_file import load_heatmap
+    from .results.selection import Selection
     from .stats.statistics import QKOVStatistics
 
 __all__ = [
     "FisherCollector",
+    "FreezeHeadsCallback",
     "Heatmap",
     "QKOVConfig",
     "QKOVInterferenceMetric",
     "QKOVStatistics",
     "QkovError",
+    "Selection",
+    "freeze_heads",
     "load_heatmap",
     "register_layout",
+    "scale_heads",
 ]
 
 _HOMES = {  # the imports above once more, for when the program runs
     "FisherCollector": "collector",
+    "FreezeHeadsCallback": "acting.trainer",
     "Heatmap": "results.heatmap",
     "QKOVConfig": "collector",
     "QKOVInterferenceMetric": "metric",
     "QKOVStatistics": "stats.statistics",
     "QkovError": "errors",
+    "Selection": "results.selection",
+    "freeze_heads": "acting.freeze",
     "load_heatmap": "results.heatmap_file",
     "register_layout": "layout.resolve",
+    "scale_heads": "acting.freeze",
 }
 
 

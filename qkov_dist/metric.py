@@ -23,6 +23,7 @@ from .distributed.shared_errors import together
 from .errors import QkovError, ascending, choose, is_whole, wrong_argument
 from .layout.heads import BLOCKS
 from .results.assemble import assemble
+from .results.head_slices import slices_of
 from .results.heatmap import Heatmap
 from .results.metadata import HeatmapMetadata, layer_axes, make_metadata
 from .results.partial_schema import LayerPartial
@@ -205,6 +206,7 @@ class QKOVInterferenceMetric:
         settings = self._settings()
         return {
             "model_type": self.config.layout.model_type,
+            "slices": slices_of(self.config.layout, include_bias=self.include_bias),
             "score": self.score,
             "scope": self.scope,
             "estimator": self._estimator(task_a, task_b),

@@ -23,6 +23,7 @@ ORDER = (
     ("cli",),
     ("commands",),
     ("verification",),
+    ("acting",),
     ("run", "metric"),
     ("finish", "collector"),
     ("planning",),

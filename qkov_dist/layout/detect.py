@@ -14,7 +14,8 @@ from itertools import permutations
 from torch import nn
 
 from .families import FAMILIES, OUTPUT_MARK, Family, HeadDims
-from .modules import base_linear, layer_lists, linear_shape, read_int, submodule, without_wrappers
+from .modules import base_linear, layer_lists, linear_shape, read_int, submodule
+from .names import without_wrappers
 
 _SEPARATE = (
     ("q_proj", "k_proj", "v_proj"),

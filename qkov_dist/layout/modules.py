@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qkov_dist.errors import QkovError
 
+from .names import WRAPPERS
+
 NOT_TEXT = frozenset(
     (
         *("vision_tower", "visual", "vision_model", "vision_encoder", "image_encoder", "embed_vision"),
@@ -23,7 +25,6 @@ NOT_TEXT = frozenset(
     )
 )
 ATTENTION_LIKE = re.compile(r"attn|attention|qkv|query|key|value|[qkvo]_proj|mixer", re.IGNORECASE)
-WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")  # names that a wrapper puts in a path
 OTHER_MIXERS = ("linear_attn", "mamba", "mixer", "conv", "temporal_block", "ssm", "linear_attention", "rwkv")
 EXPERTS = re.compile(r"^(?!.*shared).*experts", re.IGNORECASE)  # a shared expert meets every token
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
@@ -117,11 +118,6 @@ def layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             outer = (*outer, f"{path}.")
             if not NOT_TEXT.intersection(path.split(".")):
                 yield path, module
-
-
-def without_wrappers(path: str) -> str:
-    """A path as it was before activation checkpointing, ``torch.compile`` or FSDP1 wrapped modules on it."""
-    return ".".join(name for name in path.split(".") if name not in WRAPPERS)
 
 
 def base_linear(path: str, module: nn.Module) -> tuple[str, nn.Module]:

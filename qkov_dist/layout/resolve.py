@@ -26,8 +26,8 @@ from .modules import (
     other_mixers,
     submodule,
     text_config,
-    without_wrappers,
 )
+from .names import without_wrappers
 from .row_order import parse
 
 _REGISTERED: dict[str, Family] = {}

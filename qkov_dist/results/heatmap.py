@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,14 @@ from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .block_view import HEAD_DIM, BlockView, Floats, Ints, UnknownEntryError
+from .criteria import Criterion, judged
 from .effects import EFFECT_KEYS, Harm, Total, counted_samples, harm_of, no_influences, total_of
 from .export import LabelledArrays, Variable, split_arrays
+from .head_slices import head_ranges
 from .heatmap_plot import plot_blocks
 from .influences import COLUMNS, OPTIMIZERS, Samples
 from .influences import Floats as Floats64
+from .selection import Selection, chosen_blocks, select
 
 Pairs = Literal["none", "cross", "all"]
 FISHER_KEYS = ("mean", "min", "ridge_share", "share_a")
@@ -260,6 +263,54 @@ class Heatmap(Mapping[str, BlockView]):
             QkovError: for an argument out of range, and in files that know no effects.
         """
         return harm_of(self._influences, self.counted, step, optimizer, harms)
+
+    def select(
+        self,
+        by: str = "change_adam",
+        *,
+        harms: str = "A",
+        optimizer: str | None = None,
+        step: float | None = None,
+        top: int | None = None,
+        share: float | None = None,
+        significant: bool = False,
+        blocks: str | Iterable[str] | None = None,
+    ) -> Selection:
+        """Heads ranked most harmful first, and where they lie; what ``freeze_heads`` takes.
+
+        Args:
+            by: One of ``criteria.CRITERIA``: ``harm``, ``change_adam``, ``change_sgd``, ``curvature``, ...
+            harms: For harm and curvature: whose loss is looked at; the step is on the other task.
+            optimizer: For harm and curvature: ``sgd``, or ``adam`` by default.
+            step: For harm: learning rate times number of steps.
+            top: Take this many heads.
+            share: Take this part of all heads of the blocks, above 0 and up to 1.
+            significant: Take those with q at or below the level of the run, on the harmful side.
+            blocks: Choose from these alone: ``"Q,K"``, or a list.
+
+        Raises:
+            QkovError: for arguments that are out of range or mean nothing together, and where this heatmap lacks what
+                is asked for.
+        """
+        criterion, wanted = Criterion(by, harms, optimizer, step), chosen_blocks(blocks, self.blocks)
+        tests, score = self.statistics or {}, str(self.attributes.get("score", ""))
+        found = judged(criterion, effects=self.effects, harm=self.harm, mean=self.mean, statistics=tests, score=score)
+        return select(
+            criterion,
+            {block: found[block] for block in wanted},
+            {block: (self.layers, self.natives(block)) for block in wanted},
+            head_ranges(self.attributes),
+            top=top,
+            share=share,
+            alpha=self.fdr_alpha if significant else None,
+        )
+
+    @property
+    def fdr_alpha(self) -> float:
+        """At or below which q a head is significant: that of the last test, else of the configuration, else 0.05."""
+        config = self.attributes.get("config")
+        configured = config.get("statistics", {}) if isinstance(config, Mapping) else {}
+        return float({**configured, **(self.statistics or {}).get("settings", {})}.get("fdr_alpha", 0.05))
 
     @property
     def _influences(self) -> Mapping[str, Floats64]:

@@ -38,6 +38,7 @@ from .block_view import HEAD_DIM
 from .disk import DAMAGED
 from .effects import EFFECT_KEYS
 from .hdf5_read import Reader, check_values, reading
+from .head_slices import are_slices
 from .heatmap import FISHER_KEYS, Heatmap, SampleTable
 from .influences import COLUMNS, OPTIMIZERS
 
@@ -203,6 +204,7 @@ _ATTRIBUTES: Mapping[str, Kind] = {
     "seeds": _MAPPING,
     "warnings": _STRINGS,
     "notes": _STRINGS,
+    "slices": as_it_is("where heads lie, parameter by parameter", are_slices),
 }
 _CONFIGURED: Mapping[str, Kind] = {
     "permutations": _DRAWN,

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t as student
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -53,6 +52,8 @@ class Estimate:
 
     def interval(self, confidence: float = 0.95) -> tuple[Floats, Floats]:
         """Both ends of the t interval."""
+        from scipy.stats import t as student  # takes its time to load, which who only reads a file should not wait for
+
         width = student.ppf(0.5 + confidence / 2, self.freedom) * self.standard_error
         return self.value - width, self.value + width
 

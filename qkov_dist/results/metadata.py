@@ -20,6 +20,7 @@ from qkov_dist.layout.heads import BLOCKS, Layout, layout_notes
 from qkov_dist.scoring.tiles import LayerTiles, TilePlan
 from qkov_dist.values import written
 
+from .head_slices import slices_of
 from .heatmap import SampleTable
 from .heatmap_file import ABOVE_ALL, check_attributes
 
@@ -190,6 +191,7 @@ def run_attributes(
         "seeds": {"statistics": config.statistics.seed},
         "model_type": layout.model_type,
         "layout_family": layout.family,
+        "slices": slices_of(layout, include_bias=config.metric.include_bias),
         "score": config.metric.score,
         "estimator": config.fisher.estimator,
         "scope": config.fisher.scope,
