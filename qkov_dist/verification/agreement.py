@@ -24,9 +24,14 @@ SCORES = ("interference", "overlap", "||gA|| ||gB||")
 PREDICTORS: Mapping[str, tuple[str, ...]] = {
     "change": ("change", "harm", "curvature", "-signed", *SCORES),
     "odd": ("change", "-signed", *SCORES),
-    "even": ("curvature", *SCORES),
+    "even": ("curvature", "curvature_along", *SCORES),
 }  # of what is measured; the first one is the baseline
-SLOPES = {"odd": ("change", 1), "even": ("curvature", 2), "change": ("harm", 1)}  # predictor, power of the size
+SLOPES = (
+    ("odd", "change", 1),
+    ("even", "curvature", 2),
+    ("even", "curvature_along", 2),
+    ("change", "harm", 1),
+)  # what is measured, what is predicted for a unit step, the power of the size that it goes with
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Slope:
         size: eta.
         samples: On which of A's samples.
         measured: ``odd``, ``even`` or ``change``.
-        predictor: What is to be equal to it: eta change, eta^2 curvature, or their sum.
+        predictor: What is to be equal to it: eta change, eta^2 curvature (or curvature_along), or eta harm.
         slope: Of the line through the origin.
         interval: Its 95% bootstrap interval.
     """
@@ -96,9 +101,9 @@ def agreements(
                 ranks += [
                     Agreement(size, samples, measured, name, *row) for name, row in zip(names, numbers, strict=True)
                 ]
-                predictor, power = SLOPES[measured]
-                predicted = size**power * _predicted(effects, predictor, size)
-                found = [_slope(predicted[drawn], values[drawn]) for drawn in draws]
+            for measured, predictor, power in SLOPES:
+                values, predicted = _measured(effects, samples, measured, place), _predicted(effects, predictor, size)
+                found = [_slope(size**power * predicted[drawn], values[drawn]) for drawn in draws]
                 slopes.append(Slope(size, samples, measured, predictor, *_with_interval(np.array(found))))
     return ranks, slopes
 
@@ -106,7 +111,8 @@ def agreements(
 def _measured(effects: Sequence[HeadEffect], samples: str, part: str, place: int) -> Floats:
     parts = [effect.measured[samples] for effect in effects]
     odd, even = (np.array([getattr(of_head, name)[place] for of_head in parts]) for name in ("odd", "even"))
-    return {"odd": odd, "even": even, "change": odd + even}[part]
+    found: Floats = {"odd": odd, "even": even, "change": odd + even}[part]
+    return found
 
 
 def _predicted(effects: Sequence[HeadEffect], name: str, size: float) -> Floats:

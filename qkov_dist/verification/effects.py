@@ -6,6 +6,9 @@ For one head's slice W of one block, with the step u = P gbar_B (``head_gradient
     odd    = (L_A(W - eta u) - L_A(W + eta u)) / 2           first order:  eta change, and what is of third order
     even   = (L_A(W - eta u) + L_A(W + eta u)) / 2 - L_A(W)  second order: eta^2 curvature, and what is of fourth
 
+    curvature_along = 1/2 mean_{n in A} (g_n . u)^2          the whole empirical Fisher along the step; curvature, of
+                                                             ``results.influences``, has its diagonal alone
+
 with the mean loss of A's samples; weights are restored bit for bit. Predictors are taken on one half of A's samples;
 losses are measured on the other half, which no predictor has seen, and on the same half: there the odd part is the
 prediction itself as eta shrinks. ``agreement`` compares the two.
@@ -17,10 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from qkov_dist.data.batches import content_of
 from qkov_dist.errors import QkovError
-from qkov_dist.results.influences import Floats, Samples, changes, curvatures
+from qkov_dist.results.influences import Floats, Samples, changes, column, curvatures
 
 from .criteria import pooled_statistics
 from .examined_model import Captured, ExaminedModel
@@ -84,7 +88,7 @@ def measure(
     before, parts = examined.losses(batches), {HELD_OUT: list(second), SAME: list(first)}
     effects = []
     for target in targets:
-        backward, forward = [], []
+        backward, forward = list[Floats](), list[Floats]()
         for size in sizes:
             for losses, sign in ((forward, 1.0), (backward, -1.0)):
                 with stepped(examined, target, sign * size * steps[target]):
@@ -118,9 +122,9 @@ def refuse_common_samples(examined: ExaminedModel) -> None:
 
 def _predictions(
     examined: ExaminedModel, targets: Sequence[Target], optimizer: str
-) -> tuple[dict[Target, dict[str, float]], dict[Target, object]]:
+) -> tuple[dict[Target, dict[str, float]], dict[Target, Tensor]]:
     """Every predictor, and the step on B, of every target."""
-    samples, predicted, steps = samples_of(examined), {}, {}
+    samples, predicted, steps = samples_of(examined), dict[Target, dict[str, float]](), dict[Target, Tensor]()
     with examined.captured() as captured:
         scores = _scores(captured)
         for target, head in head_gradients(captured, targets):
@@ -138,6 +142,7 @@ def _of_head(head: HeadGradients, samples: Samples, optimizer: str) -> dict[str,
     return {
         "change": float(changes(influences, samples, optimizer).value),
         "curvature": float(curvatures(influences, samples, optimizer, "a").value),
+        "curvature_along": 0.5 * float((column(influences, optimizer, "change")[samples.a] ** 2).mean()),
         "||gA|| ||gB||": norms[0] * norms[1],
     }
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from qkov_dist.acting.freeze import freeze_heads
 from qkov_dist.data.samples import Sample
+from qkov_dist.results.head_slices import head_ranges, slices_of
 from qkov_dist.results.influences import Floats
+from qkov_dist.results.selection import SelectedHead, Selection
 
 from .criteria import CRITERIA, ByTarget, head_criteria, highest
 from .examined_model import ExaminedModel
-from .frozen_heads import frozen_heads
 from .head_targets import Target, every_target, halves, refuse_unchangeable
 from .trajectories import Training, Trajectory, attention_weights, kept, trained
 
@@ -137,7 +139,8 @@ def run_trial(
         criteria = head_criteria(first, plan.training.step)
         held_out = _HeldOut(second)
         for criterion, share, heads in _choices(criteria, every_target(first), plan, seed):
-            tried.append(Tried(criterion, share, heads, _trajectory(first, held_out, plan.training, seed, heads)))
+            trajectory = _trajectory(first, held_out, plan.training, seed, selection_of(first, criterion, heads))
+            tried.append(Tried(criterion, share, heads, trajectory))
             on_training(1)
     return Trial(seed, held_out_a, tuple(tried))
 
@@ -167,6 +170,13 @@ def num_frozen(share: float, num_heads: int) -> int:
     return max(round(share * num_heads), 1)
 
 
+def selection_of(examined: ExaminedModel, by: str, heads: Sequence[Target]) -> Selection:
+    """Heads as what acts on them takes them; their values are not told."""
+    ranges = head_ranges({"slices": slices_of(examined.layout, include_bias=False)})
+    chosen = [SelectedHead(t.block, t.layer, t.head, np.nan, None, ranges[t.block, t.layer, t.head]) for t in heads]
+    return Selection(by, tuple(chosen))
+
+
 class _HeldOut:
     """Both tasks' held-out samples, and their losses before the training."""
 
@@ -182,7 +192,7 @@ class _HeldOut:
 
 
 def _trajectory(
-    first: ExaminedModel, held_out: _HeldOut, training: Training, seed: int, heads: Sequence[Target]
+    first: ExaminedModel, held_out: _HeldOut, training: Training, seed: int, selection: Selection
 ) -> Trajectory:
     """Train on B's first half with some heads frozen; look at both second halves."""
     looks = [held_out.start]
@@ -192,7 +202,7 @@ def _trajectory(
             looks.append(held_out.losses())
 
     with kept(attention_weights(first)):
-        freezing = partial(frozen_heads, first, heads)
+        freezing = partial(freeze_heads, first.model, selection)
         trained(first, first.b, training, seed, freezing=freezing, after_step=look)
     of_a, of_b = zip(*looks, strict=True)
     return Trajectory(np.stack(of_a), np.stack(of_b))

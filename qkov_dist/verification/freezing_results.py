@@ -73,7 +73,8 @@ def outcomes(trials: Sequence[Trial], num_samples: int) -> list[Outcome]:
 
 
 def _at_share(trials: Sequence[Trial], share: float, num_samples: int) -> Iterator[Outcome]:
-    compared = [trial for trial in trials if common_gain(_runs(trial, share)) > 0]
+    tried = [trial for trial in trials if any(one.share == share for one in trial.tried)]
+    compared = [trial for trial in tried if common_gain(_runs(trial, share)) > 0]
     if not compared:
         raise QkovError(
             "qkov validate --freeze",

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qkov_dist.errors import QkovError
@@ -64,7 +65,7 @@ def pieces(examined: ExaminedModel, target: Target) -> list[tuple[Projection, He
 def stepped(examined: ExaminedModel, target: Target, update: Tensor) -> Iterator[None]:
     """Subtract an update from a head's slice, its rectangles' elements one after another [P]; restore it exactly."""
     found = pieces(examined, target)
-    parts = update.split([piece.rect.area for _, piece in found])
+    parts = torch.split(update, [piece.rect.area for _, piece in found])
     with ExitStack() as stack:
         for (projection, piece), part in zip(found, parts, strict=True):
             region = region_of(examined.model.get_submodule(projection.module), projection, piece.rect)

@@ -88,8 +88,12 @@ def validate(
     ranks, slopes = agreements(effects, sizes, resamples=bootstrap, seed=question.seed)
     _print(question.tasks, optimizer, layers, effects, ranks, slopes)
     if question.output:
-        content = {"heads": effects, "agreements": ranks, "slopes": slopes}
-        _write(Path(question.output), {name: [asdict(one) for one in found] for name, found in content.items()})  # type: ignore[call-overload]
+        content = {
+            "heads": [asdict(effect) for effect in effects],
+            "agreements": [asdict(row) for row in ranks],
+            "slopes": [asdict(slope) for slope in slopes],
+        }
+        _write(Path(question.output), content)
 
 
 def validate_freezing(
@@ -173,10 +177,10 @@ def _shown(row: Agreement) -> dict[str, str]:
 
 def _slope_rows(slopes: Sequence[Slope]) -> list[dict[str, str]]:
     """One row for each size and part, one column for each half of A's samples."""
-    rows: dict[tuple[float, str], dict[str, str]] = {}
+    rows: dict[tuple[float, str, str], dict[str, str]] = {}
     for slope in slopes:
         names = {"size": f"{slope.size:g}", "measured": slope.measured, "predicted": slope.predictor}
-        row = rows.setdefault((slope.size, slope.measured), names)
+        row = rows.setdefault((slope.size, slope.measured, slope.predictor), names)
         row[f"{slope.samples} samples"] = number(slope.slope, slope.interval)
     return list(rows.values())
 

@@ -19,7 +19,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from qkov_dist.verification.trajectories import Training
 
 RESULTS, ANSWERS = Path(__file__).parent / "results", Path(__file__).parents[2] / "configs" / "answers"
 LAYERS, TOKENS, SAMPLES = 10, 48, 24  # the last layers of 30; of a sample at most; of a task
-PAIRS = (("gsm8k", "human_eval"), ("digits", "words"))
 SEEDS = 5
 TRIALS = Path(os.environ.get("QKOV_TRIALS", "runs/freezing"))
 
@@ -99,27 +98,32 @@ def samples(task: str, tokenizer: Any, wheel: Path) -> list[Sample]:
 
 
 def trials(wheel: Path) -> Iterator[Path]:
-    """Every seed of every pair and case, each written when it is done; those that are there are left."""
+    """Every seed, case and plan, each written when it is done; those that are there are left."""
     model, tokenizer = upper_part(LAYERS)
     layout = resolve(model)
-    for seed, case, pair in product(range(SEEDS), CASES, PAIRS):
-        file = TRIALS / f"{'-'.join(pair)}.{case}.{seed}.json"
+    for seed, case, (pair, plan) in chain(*(product(range(SEEDS), CASES, plans) for plans in PLANS)):
+        shares = "-".join(f"{share:g}" for share in plan.shares)
+        file = TRIALS / f"{'-'.join(pair)}.{case}.{seed}.{shares}.json"
         if file.exists():
             continue
         a, b = (samples(task, tokenizer, wheel) for task in pair)
         examined = ExaminedModel(model, layout, a, b, tuple(range(LAYERS)), estimator="mean")
-        trial = run_trial(examined, replace(PLANS["-".join(pair)], warmup=CASES[case]), seed)
+        trial = run_trial(examined, replace(plan, warmup=CASES[case]), seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(trial.as_json()) + "\n")
         yield file
 
 
-TRAINING = Training(steps=8, learning_rate=2e-4, batch_size=4, looks=4)
+MATH_CODE, SUMS = ("gsm8k", "human_eval"), ("digits", "words")
 CASES = {"far": 0, "near": 8}  # from A's optimum: steps of training on A before
-PLANS = {
-    "gsm8k-human_eval": FreezingPlan(TRAINING, shares=(0.1, 0.25), num_random=1),
-    "digits-words": FreezingPlan(TRAINING, shares=(0.1, 0.25, 0.5), num_random=2),
-}
+TRAINING = Training(steps=8, learning_rate=2e-4, batch_size=4, looks=4)
+PLANS = (
+    (
+        (MATH_CODE, FreezingPlan(replace(TRAINING, looks=3), shares=(0.25,), num_random=2)),
+        (SUMS, FreezingPlan(TRAINING, shares=(0.1, 0.25), num_random=2)),
+    ),
+    ((SUMS, FreezingPlan(TRAINING, shares=(0.5,), num_random=2)),),
+)  # one after the other
 
 
 def main(command: str, *arguments: str) -> None:

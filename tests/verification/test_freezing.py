@@ -13,6 +13,7 @@ from samples import mixed_samples, write_task
 from scipy.stats import ttest_1samp
 from zoo import TINY, VOCAB
 
+from qkov_dist.acting.freeze import freeze_heads
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
 from qkov_dist.verification import freezing
@@ -71,8 +72,8 @@ def test_chosen_heads_stay_as_they_were_and_all_others_learn(name):
     heads = [target for target in HEADS if target in every_target(examined)]
     before = weights_of(examined)
     with kept(attention_weights(examined)):
-        freezing_heads = lambda: freezing.frozen(examined, "harm", heads)  # noqa: E731
-        trained(examined, examined.b, TRAINING, seed=0, freezing=freezing_heads)
+        selection = freezing.selection_of(examined, "harm", heads)
+        trained(examined, examined.b, TRAINING, seed=0, freezing=lambda: freeze_heads(examined.model, selection))
         changed = {target for target in every_target(examined) if changed_by(examined, before, target)}
     assert changed == set(every_target(examined)) - set(heads)
     assert all(torch.equal(value, before[n]) for n, value in examined.model.named_parameters())
