@@ -137,10 +137,13 @@ def run_trial(
         if plan.warmup:
             trained(first, first.a, replace(plan.training, steps=plan.warmup), seed)
         criteria = head_criteria(first, plan.training.step)
-        held_out = _HeldOut(second)
+        held_out, known = _HeldOut(second), dict[frozenset[Target], Trajectory]()
         for criterion, share, heads in _choices(criteria, every_target(first), plan, seed):
-            trajectory = _trajectory(first, held_out, plan.training, seed, selection_of(first, criterion, heads))
-            tried.append(Tried(criterion, share, heads, trajectory))
+            key = frozenset(heads)  # two criteria may choose the same heads: one training is both
+            if key not in known:
+                selection = selection_of(first, criterion, heads)
+                known[key] = _trajectory(first, held_out, plan.training, seed, selection)
+            tried.append(Tried(criterion, share, heads, known[key]))
             on_training(1)
     return Trial(seed, held_out_a, tuple(tried))
 

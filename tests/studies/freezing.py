@@ -35,7 +35,9 @@ from qkov_dist.verification.freezing import FreezingPlan, run_trial
 from qkov_dist.verification.trajectories import Training
 
 RESULTS, ANSWERS = Path(__file__).parent / "results", Path(__file__).parents[2] / "configs" / "answers"
-LAYERS, TOKENS, SAMPLES = 10, 48, 24  # the last layers of 30; of a sample at most; of a task
+LAYERS, SAMPLES = 10, 24  # the last layers of 30; of a task
+TOKENS, LABELLED = 48, 24  # of a sample at most
+MATH_CODE, SUMS = ("gsm8k", "human_eval"), ("digits", "words")
 SEEDS = 5
 TRIALS = Path(os.environ.get("QKOV_TRIALS", "runs/freezing"))
 
@@ -86,13 +88,13 @@ def texts(task: str, wheel: Path) -> list[tuple[str, str]]:
 
 
 def samples(task: str, tokenizer: Any, wheel: Path) -> list[Sample]:
-    """The shortest samples: all tokens labelled where a problem is long, the answer alone where it is a sum."""
+    """The shortest samples, their last tokens: of a problem the last half of these is labelled, of a sum the answer."""
     found = []
     for number, (prompt, completion) in enumerate(sorted(texts(task, wheel), key=lambda pair: len("".join(pair)))):
-        head = tokenizer(prompt)["input_ids"]
-        ids = np.array([*head, *tokenizer(completion, add_special_tokens=False)["input_ids"]])[:TOKENS]
+        head, tail = tokenizer(prompt)["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = np.array([*head, *tail])[-TOKENS:]
         labels = ids.copy()
-        labels[: len(head) if task in ("digits", "words") else 1] = -100
+        labels[: -len(tail) if task in SUMS else -LABELLED] = -100
         found.append(Sample(f"{task}-{number}", ids, labels, prompt + completion))
     return found[:SAMPLES]
 
@@ -114,15 +116,14 @@ def trials(wheel: Path) -> Iterator[Path]:
         yield file
 
 
-MATH_CODE, SUMS = ("gsm8k", "human_eval"), ("digits", "words")
 CASES = {"far": 0, "near": 8}  # from A's optimum: steps of training on A before
-TRAINING = Training(steps=8, learning_rate=2e-4, batch_size=4, looks=4)
+TRAINING = Training(steps=8, learning_rate=2e-4, batch_size=4, looks=2)
 PLANS = (
     (
-        (MATH_CODE, FreezingPlan(replace(TRAINING, looks=3), shares=(0.25,), num_random=2)),
-        (SUMS, FreezingPlan(TRAINING, shares=(0.1, 0.25), num_random=2)),
+        (SUMS, FreezingPlan(replace(TRAINING, looks=4), shares=(0.25,))),
+        (MATH_CODE, FreezingPlan(TRAINING, shares=(0.25,))),
     ),
-    ((SUMS, FreezingPlan(TRAINING, shares=(0.5,), num_random=2)),),
+    ((SUMS, FreezingPlan(replace(TRAINING, looks=4), shares=(0.1, 0.5))),),
 )  # one after the other
 
 
