@@ -6,9 +6,6 @@ For one head's slice W of one block, with the step u = P gbar_B (``head_gradient
     odd    = (L_A(W - eta u) - L_A(W + eta u)) / 2           first order:  eta change, and what is of third order
     even   = (L_A(W - eta u) + L_A(W + eta u)) / 2 - L_A(W)  second order: eta^2 curvature, and what is of fourth
 
-    curvature_along = 1/2 mean_{n in A} (g_n . u)^2          the whole empirical Fisher along the step; curvature, of
-                                                             ``results.influences``, has its diagonal alone
-
 with the mean loss of A's samples; weights are restored bit for bit. Predictors are taken on one half of A's samples;
 losses are measured on the other half, which no predictor has seen, and on the same half: there the odd part is the
 prediction itself as eta shrinks. ``agreement`` compares the two.
@@ -24,11 +21,11 @@ from torch import Tensor
 
 from qkov_dist.data.batches import content_of
 from qkov_dist.errors import QkovError
-from qkov_dist.results.influences import Floats, Samples, changes, column, curvatures
+from qkov_dist.results.influences import Floats
 
 from .criteria import pooled_statistics
 from .examined_model import Captured, ExaminedModel
-from .head_gradients import HeadGradients, head_gradients, samples_of
+from .head_gradients import head_gradients
 from .head_targets import Target, halves, refuse_unchangeable, stepped
 
 HELD_OUT, SAME = "held out", "same"
@@ -124,27 +121,13 @@ def _predictions(
     examined: ExaminedModel, targets: Sequence[Target], optimizer: str
 ) -> tuple[dict[Target, dict[str, float]], dict[Target, Tensor]]:
     """Every predictor, and the step on B, of every target."""
-    samples, predicted, steps = samples_of(examined), dict[Target, dict[str, float]](), dict[Target, Tensor]()
+    predicted, steps = dict[Target, dict[str, float]](), dict[Target, Tensor]()
     with examined.captured() as captured:
         scores = _scores(captured)
         for target, head in head_gradients(captured, targets):
-            predicted[target] = {**_of_head(head, samples, optimizer), **scores[target]}
-            steps[target] = head.step(optimizer, samples)
+            predicted[target] = {**head.predictions(optimizer), **scores[target]}
+            steps[target] = head.step(optimizer)
     return predicted, steps
-
-
-def _of_head(head: HeadGradients, samples: Samples, optimizer: str) -> dict[str, float]:
-    influences = head.influences(samples)
-    norms = [
-        float(head.gradients[chosen].mean(0).norm())
-        for chosen in (slice(0, samples.sizes[0]), slice(samples.sizes[0], None))
-    ]
-    return {
-        "change": float(changes(influences, samples, optimizer).value),
-        "curvature": float(curvatures(influences, samples, optimizer, "a").value),
-        "curvature_along": 0.5 * float((column(influences, optimizer, "change")[samples.a] ** 2).mean()),
-        "||gA|| ||gB||": norms[0] * norms[1],
-    }
 
 
 def _scores(captured: Captured) -> dict[Target, dict[str, float]]:

@@ -1,8 +1,11 @@
-r"""Per-sample gradients of single heads, there whole in float64, and what follows from them: steps, influences.
+r"""Per-sample gradients of single heads, there whole in float64, and what follows from them.
 
-    the step on B in one head    P gbar_B,    P = 1 (sgd) or R^(-1/2) (adam),    R = I + lambda as the metric has it
+    step               u = P gbar_B,    P = 1 (sgd) or R^(-1/2) (adam),    R = I + lambda as the metric has it
+    change             - sum_p gbar_A u                       first-order change of A's mean loss for a unit step
+    curvature          1/2 sum_p F_A u^2                      second-order rise, by the diagonal of A's Fisher
+    curvature_along    1/2 mean_{n in A} (sum_p g_n u)^2      the same by the whole of it
 
-The columns of influences are those of ``results.influences``; a run forms the same tile by tile.
+A run forms ``change`` and ``curvature`` too, tile by tile (``scoring``).
 """
 
 from __future__ import annotations
@@ -10,17 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qkov_dist.layout.heads import Site
-from qkov_dist.results.influences import COLUMNS, OPTIMIZERS, Floats, Samples
 from qkov_dist.scoring.block_totals import block_totals
 from qkov_dist.scoring.score import sample_gradients
 from qkov_dist.scoring.settings import ScoreSettings
 
-from .examined_model import Captured, ExaminedModel
+from .examined_model import Captured
 from .head_targets import Target, pieces
 
 
@@ -29,48 +30,30 @@ class HeadGradients:
     """One head.
 
     Attributes:
-        gradients: Of each sample, A's first, float64 [N, P].
+        a: Gradients of A's samples, float64 [n_a, P].
+        b: Of B's, [n_b, P].
         regularised: R, float64 [P].
     """
 
-    gradients: Tensor
+    a: Tensor
+    b: Tensor
     regularised: Tensor
 
-    def scale(self, optimizer: str) -> Tensor:
-        """P; 0 where no sample has a gradient and R is 0."""
+    def step(self, optimizer: str) -> Tensor:
+        """P gbar_B, [P]; 0 where no sample has a gradient and R is 0."""
         if optimizer == "sgd":
-            return torch.ones_like(self.regularised)
-        return torch.where(self.regularised > 0, self.regularised.rsqrt(), 0.0)
+            return self.b.mean(0)
+        return torch.where(self.regularised > 0, self.b.mean(0) * self.regularised.rsqrt(), 0.0)
 
-    def step(self, optimizer: str, samples: Samples) -> Tensor:
-        """P gbar_B, [P]."""
-        return self.scale(optimizer) * self.gradients[torch.as_tensor(samples.b)].mean(0)
-
-    def influences(self, samples: Samples) -> Floats:
-        """[optimizer, column, N]."""
-        found = np.zeros((len(OPTIMIZERS), len(COLUMNS), len(self.gradients)))
-        squares = self.gradients.square()
-        for task, other in ("ab", "ba"):
-            own, others = (torch.as_tensor(samples.of(name)) for name in (task, other))
-            of_task, of_other = self.gradients[own].mean(0), self.gradients[others].mean(0)
-            fisher_of_other = squares[others].mean(0)
-            for place, optimizer in enumerate(OPTIMIZERS):
-                scale = self.scale(optimizer)
-                columns = (
-                    -self.gradients[own] @ (scale * of_other),
-                    -self.gradients[own] @ (scale * of_task),
-                    0.5 * squares[own] @ (scale * of_other).square(),
-                    self.gradients[own] @ (fisher_of_other * scale.square() * of_task),
-                    squares[own] @ scale,
-                )
-                found[place][:, samples.of(task)] = torch.stack(columns).cpu().numpy()
-        return found
-
-
-def samples_of(examined: ExaminedModel) -> Samples:
-    """All samples of both tasks."""
-    is_a = np.arange(examined.num_samples) < len(examined.a)
-    return Samples(is_a, ~is_a)
+    def predictions(self, optimizer: str) -> dict[str, float]:
+        """What the step does to A's loss, for a unit of it, and the size of both mean gradients."""
+        step = self.step(optimizer)
+        return {
+            "change": -float(self.a.mean(0) @ step),
+            "curvature": 0.5 * float(self.a.square().mean(0) @ step.square()),
+            "curvature_along": 0.5 * float((self.a @ step).square().mean()),
+            "||gA|| ||gB||": float(self.a.mean(0).norm() * self.b.mean(0).norm()),
+        }
 
 
 def head_gradients(captured: Captured, targets: Sequence[Target]) -> Iterator[tuple[Target, HeadGradients]]:
@@ -86,7 +69,8 @@ def head_gradients(captured: Captured, targets: Sequence[Target]) -> Iterator[tu
         for target in of_layer:
             gradients = _gradients(captured, target)
             ridge = settings.ridge_relative * totals[target.block] / layer.block_sizes[target.block]
-            yield target, HeadGradients(gradients, weights.to(gradients) @ gradients.square() + ridge)
+            regularised = weights.to(gradients) @ gradients.square() + ridge
+            yield target, HeadGradients(*gradients.tensor_split([len(examined.a)]), regularised)
 
 
 def _gradients(captured: Captured, target: Target) -> Tensor:

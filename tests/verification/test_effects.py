@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from examined import examined_of, loss_of
-from influences import influences_of
 from rounding import reordered
 from samples import mixed_samples, write_task
 from scipy.stats import spearmanr
@@ -17,12 +16,10 @@ from zoo import LAYERS, TINY, VOCAB
 
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
-from qkov_dist.results.influences import OPTIMIZERS, changes, curvatures
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.verification.agreement import agreements
 from qkov_dist.verification.effects import HELD_OUT, SAME, HeadEffect, Parts, measure, parts_of
 from qkov_dist.verification.examined_model import ExaminedModel
-from qkov_dist.verification.head_gradients import head_gradients, samples_of
 from qkov_dist.verification.head_targets import Target, every_target, halves, sample_targets, stepped
 
 STEP = 0.3
@@ -81,22 +78,7 @@ def weights_of(examined: ExaminedModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in examined.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "falcon_new", "llama"])
-def test_influences_are_those_of_dense_autograd(name):
-    examined = examined_of(name)
-    targets = [target for target in TARGETS if target in every_target(examined)]
-    assert len(targets) >= 3
-    with examined.captured() as captured:
-        found = {t: head.influences(samples_of(examined)) for t, head in head_gradients(captured, targets)}
-    for target in targets:
-        gradients, regularised = by_autograd(examined, target)
-        expected = influences_of(gradients, regularised, samples_of(examined))
-        for place in np.ndindex(expected.shape[:2]):
-            most = np.abs(expected[place]).max()
-            np.testing.assert_allclose(found[target][place], expected[place], atol=1e-5 * most, rtol=1e-5)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(("name", "noise"), [("gpt2", 1e-12), ("falcon_new", 1e-12), ("llama", IN_FLOAT32)])
 def test_measured_parts_are_those_of_independent_steps(name, noise, optimizer):
     """Llama's norms are float32 whatever the weights are. Predictors come from one half of A, steps go both ways."""
@@ -119,13 +101,10 @@ def test_measured_parts_are_those_of_independent_steps(name, noise, optimizer):
                 got = effect.measured[half]
                 assert got.odd[place] == pytest.approx((ahead - back) / 2, rel=1e-6, abs=noise)
                 assert got.even[place] == pytest.approx((ahead + back) / 2 - before, rel=1e-6, abs=noise)
-        influences, samples = influences_of(gradients, regularised, samples_of(predicting)), samples_of(predicting)
-        change = float(changes(influences, samples, optimizer).value)
-        curvature = float(curvatures(influences, samples, optimizer, "a").value)
-        assert effect.predicted["change"] == pytest.approx(change, rel=1e-4)
-        assert effect.predicted["curvature"] == pytest.approx(curvature, rel=1e-4)
-        along = 0.5 * np.mean((gradients[: len(first)] @ step) ** 2)
-        assert effect.predicted["curvature_along"] == pytest.approx(along, rel=1e-4)
+        of_a, expected = gradients[: len(first)], effect.predicted
+        assert expected["change"] == pytest.approx(-of_a.mean(0) @ step, rel=1e-4)
+        assert expected["curvature"] == pytest.approx(0.5 * (of_a**2).mean(0) @ step**2, rel=1e-4)
+        assert expected["curvature_along"] == pytest.approx(0.5 * np.mean((of_a @ step) ** 2), rel=1e-4)
     assert [effect.target for effect in effects] == targets
 
 
@@ -142,7 +121,7 @@ def test_odd_and_even_parts_of_a_quadratic_are_its_two_orders():
     np.testing.assert_allclose(parts.even, [0.5 * step @ curve @ step, 2 * step @ curve @ step], rtol=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_slopes_tend_to_one_as_steps_shrink(optimizer):
     """Of the odd part, on the samples that it is predicted on; of the even part to a number, as the Fisher is none."""
     examined, sizes = examined_of("gpt2"), [1.0, 0.1, 0.01]
