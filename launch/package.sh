@@ -26,7 +26,8 @@ say "building"
 "$(find_python)" -m venv "$work/builder"
 "$work/builder/bin/python" -m pip install --quiet 'build>=1.2'
 "$work/builder/bin/python" -m build --outdir "$dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
-wheel="$(ls -t "$dist"/qkov_dist-*.whl | head -n 1)"
+wheels=("$dist"/qkov_dist-*.whl)
+wheel="${wheels[0]}"
 
 say "installing $(basename "$wheel") into an empty environment"
 "$(find_python)" -m venv "$work/environment"

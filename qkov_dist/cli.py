@@ -30,6 +30,7 @@ COMMANDS = {  # in the order of the help; each is a module of the room ``command
     "stats": "Test a finished run again with other settings; what is not given stays as in the last test.",
     "validate": "Measure whether scores predict what a gradient step on task B, in one head alone, does to task A's "
     "loss.",
+    "heads": "List the heads of a finished run, most harmful first, with the exact rows or columns of each.",
     "report": "Write the report of a finished run: report.html, and in report/ figures (PDF, PNG), tables (CSV, "
     "Markdown).",
 }

@@ -6,6 +6,7 @@ passes on to rank 0 what the heatmap keeps. Every rank takes the same steps; wit
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from .results.heatmap import Heatmap, Pairs
 from .results.metadata import HeatmapMetadata, LayerAxes
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first
+from .stats.effect_tests import effect_tests, notes_on_effects
 from .stats.head_tests import Design, LayerTests, layer_tests
 from .stats.statistics import QKOVStatistics
 
@@ -118,6 +120,8 @@ def combine(
         heatmap = assemble(metadata, summed(), pooled=keeps_pooled, folder=folder)
     else:
         deque(summed(), maxlen=0)
+    if heatmap is not None:
+        heatmap = with_tested_effects(heatmap, statistics)
     if statistics is None or design is None:
         return heatmap
     gathered = world.all_gather(LayerTests.joined(tested).to_json())
@@ -125,6 +129,27 @@ def combine(
         return None
     tests = LayerTests.joined(map(LayerTests.from_json, gathered))
     return heatmap.with_statistics(statistics.results(heatmap, design, tests))
+
+
+def with_tested_effects(heatmap: Heatmap, statistics: QKOVStatistics | None = None) -> Heatmap:
+    """The heatmap with its effects, tested with as many draws, the seed and the confidence of the other tests."""
+    if heatmap.influences is None:
+        return heatmap
+    settings = statistics or QKOVStatistics()
+    tested = effect_tests(
+        heatmap.influences,
+        heatmap.counted,
+        num_draws=settings.n_permutations,
+        seed=settings.seed,
+        confidence=settings.confidence,
+    )
+    known = heatmap.effects or {}
+    effects = {
+        block: {optimizer: {**arrays, **known[block][optimizer]} for optimizer, arrays in of_block.items()}
+        for block, of_block in tested.items()
+    }
+    notes = [*heatmap.attributes.get("notes", ()), *notes_on_effects(heatmap.counted)]
+    return dataclasses.replace(heatmap, effects=effects, attributes={**heatmap.attributes, "notes": notes})
 
 
 def _design(statistics: QKOVStatistics, metadata: HeatmapMetadata) -> Design:

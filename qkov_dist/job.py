@@ -32,8 +32,10 @@ from .errors import QkovError
 from .layout.heads import Layout, Site
 from .layout.modules import num_parameters
 from .loading.models import LoadedModel
+from .results.effects import counted_samples
 from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
+from .scoring.influence_records import mean_weights
 from .scoring.score import MEANING, compiled, worth_compiling
 from .scoring.score_kinds import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
@@ -147,7 +149,14 @@ class Job:
         steps = fisher_steps(num_a, num - num_a, batch_size=fisher.batch_size, scope=scope)
         weights = fisher_weights(steps, num, estimator=estimator, decay=fisher.decay)
         weights = by_task(weights, np.arange(num) < num_a)
-        return Roles(tuple(range(num)), weights, *sides(num_a, num, pooled=self.config.pooled))
+        samples = counted_samples(*self._contents)
+        left, right = sides(num_a, num, pooled=self.config.pooled)
+        return Roles(tuple(range(num)), weights, left, right, mean_weights(samples.a, samples.b), num_a)
+
+    @cached_property
+    def _contents(self) -> tuple[list[str], ...]:
+        """By task, what its samples are known again by."""
+        return tuple([content_of(sample, self.objective) for sample in task.samples] for task in self.tasks)
 
 
 def prepare(config: RunConfig, world: World, console: Console = SILENT) -> Job:
@@ -207,7 +216,7 @@ def _scoring(config: RunConfig, tasks: tuple[Task, Task], model: nn.Module) -> S
 
 def _run_id(config: RunConfig, model: str, tasks: tuple[Task, Task]) -> str:
     """A hash of what a run's scores follow from; ``model`` is the model's fingerprint."""
-    content = [f"scores of meaning {MEANING}", canonical_json(config), model, *map(task_fingerprint, tasks)]
+    content = [f"results of meaning {MEANING}", canonical_json(config), model, *map(task_fingerprint, tasks)]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 

@@ -21,8 +21,10 @@ from .data.copies import look_for_copies
 from .distributed.connect import step
 from .distributed.shared_errors import together
 from .errors import QkovError, ascending, choose, is_whole, wrong_argument
+from .finish import with_tested_effects
 from .layout.heads import BLOCKS
 from .results.assemble import assemble
+from .results.effects import counted_samples
 from .results.head_slices import slices_of
 from .results.heatmap import Heatmap
 from .results.metadata import HeatmapMetadata, layer_axes, make_metadata
@@ -32,6 +34,7 @@ from .scoring.engine import rounds_of, score_rounds
 from .scoring.exchange import Exchange
 from .scoring.extent import sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_weights
+from .scoring.influence_records import mean_weights
 from .scoring.score_kinds import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
 from .scoring.tiles import Selection, TilePlan, make_tile_plan, tile_bytes
@@ -154,7 +157,7 @@ class QKOVInterferenceMetric:
 
         with step() as world:
             tile_plan, roles, metadata = together(world, prepared)
-            return assemble(metadata, self._scored(tile_plan, roles).items())
+            return with_tested_effects(assemble(metadata, self._scored(tile_plan, roles).items()))
 
     def _copies(self, tasks: tuple[str, str], numbers: tuple[list[int], list[int]], *, allowed: bool) -> list[str]:
         """Warnings of samples that both tasks have."""
@@ -290,7 +293,14 @@ class QKOVInterferenceMetric:
         members = (*scored, *(n for n in np.flatnonzero(weights).tolist() if n not in set(scored)))
         left, right = sides(len(of_a), len(scored), pooled=pooled)
         in_a = [self.collector.records[n].task == task_a for n in members]
-        return Roles(members, by_task(weights[list(members)], in_a), left, right)
+        means = self._means(of_a, of_b)
+        return Roles(members, by_task(weights[list(members)], in_a), left, right, means, len(of_a))
+
+    def _means(self, of_a: list[int], of_b: list[int]) -> np.ndarray:
+        """Each scored sample's weight in the mean gradient of its task."""
+        contents = ([self.collector.records[n].content for n in of_task] for of_task in (of_a, of_b))
+        samples = counted_samples(*contents)
+        return mean_weights(samples.a, samples.b)
 
 
 def _place(numbers: list[int], place: int, task: str, argument: str) -> int:

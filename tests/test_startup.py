@@ -36,6 +36,8 @@ LIGHT = (
     ["check", "model", "--dtype", "float31"],
     ["stats", "nowhere"],
     ["report", "nowhere"],
+    ["heads", "nowhere"],
+    ["heads", ".", "--by", "overlap", "--format", "csv"],
 )
 
 
@@ -92,7 +94,7 @@ def test_what_does_not_compute_loads_no_heavy_library(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     drawn, heavy = seen.pop("qkov report ."), seen.pop("import scipy")
-    fine = {"qkov", "qkov --version", "qkov run --keys", "qkov run --schema"}
+    fine = {"qkov", "qkov --version", "qkov run --keys", "qkov run --schema", "qkov heads . --by overlap --format csv"}
     assert seen == {
         step: [] if not step.startswith("qkov") else ["0" if step in fine or step.endswith("--help") else "2"]
         for step in seen

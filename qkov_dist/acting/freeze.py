@@ -120,8 +120,8 @@ class _Slices:
             return  # it may yet begin to train: the next step asks again
         self._take()
         if self._factor == 0:
-            handle = self._place.parameter.register_post_accumulate_grad_hook(lambda _: self._silence())
-            stack.callback(handle.remove)
+            parameter: Any = self._place.parameter
+            stack.callback(parameter.register_post_accumulate_grad_hook(lambda _: self._silence()).remove)
 
     def before_step(self) -> None:
         """Of a parameter that trains only now, take copies; zero what was accumulated by other ways."""

@@ -37,15 +37,23 @@ class Place:
         return _views(self.parameter, self.rects)
 
     def gradient_views(self) -> list[Tensor]:
-        """The rectangles of its gradient; none before there is one."""
-        return [] if self.parameter.grad is None else _views(self.parameter.grad, self.rects)
+        """The rectangles of its gradient; none before there is one, or where it is not cut as the parameter is."""
+        gradient = self.parameter.grad
+        if gradient is None or _local(gradient).shape != _local(self.parameter).shape:
+            return []
+        return _views(gradient, self.rects)
 
 
-def _views(tensor: Any, rects: Iterable[Rect]) -> list[Tensor]:
-    local = tensor.detach()
-    local = local.to_local() if hasattr(local, "to_local") else local
+def _views(tensor: Tensor, rects: Iterable[Rect]) -> list[Tensor]:
+    local = _local(tensor)
     matrix = local[:, None] if local.ndim == 1 else local
     return [matrix[rect.rows, rect.cols] for rect in rects]
+
+
+def _local(tensor: Any) -> Tensor:
+    """What is in this rank's memory of a tensor, without its history."""
+    found: Tensor = tensor.detach()
+    return found.to_local() if hasattr(found, "to_local") else found
 
 
 def place_of(name: str, parameter: nn.Parameter, rects: Iterable[Rect]) -> Place | None:
@@ -56,6 +64,9 @@ def place_of(name: str, parameter: nn.Parameter, rects: Iterable[Rect]) -> Place
     """
     rows, cols = (*logical_shape(parameter), 1)[:2]
     wanted = sorted(set(rects))
+    if parameter.is_meta:
+        remedy = "Load the model without offloading to CPU or disk."
+        raise QkovError(name, expected="a weight in memory", got="one on the meta device", remedy=remedy)
     if any(rect.row_end > rows or rect.col_end > cols for rect in wanted):
         raise QkovError(
             name,
@@ -95,7 +106,8 @@ def trained_model(model: nn.Module) -> nn.Module:
     for name, parameter in inner.named_parameters():
         if any(hasattr(parameter, mark) for mark in _ZERO):
             raise zero_refused(name)
-    for module in inner.modules():
+    modules: Iterator[Any] = inner.modules()
+    for module in modules:
         if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
             module.reshard()  # after a pass without backward the whole weights may still be in place of the shards
     return inner

@@ -18,8 +18,10 @@ from qkov_dist.data.copies import different
 from qkov_dist.errors import QkovError
 from qkov_dist.memory import scratch_array
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums, column
+from qkov_dist.scoring.influence_records import of_samples
 from qkov_dist.scoring.tiles import SHARED_O_BIAS
 
+from .effects import counted_samples, untested_effects
 from .fisher_warnings import warnings_of
 from .heatmap import FISHER_KEYS, Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
 from .metadata import HeatmapMetadata, LayerAxes
@@ -27,11 +29,14 @@ from .partial_schema import BlockPartial, Floats, LayerPartial
 
 
 class _Block:
-    """Scores [layer, head, left, right] and Fisher sums [layer, head, columns] of one block; NaN where no head is."""
+    """Scores [layer, head, left, right], Fisher sums [layer, head, columns] and influences of one block; NaN where no
+    head is.
+    """
 
     def __init__(self, shape: tuple[int, int], some: BlockPartial, folder: Path | None) -> None:
         self.scores = scratch_array((*shape, *some.scores.shape[1:]), some.scores.dtype, folder)
         self.sums = np.full((*shape, len(FISHER_COLUMNS)), np.nan)
+        self.influences = np.full((*shape, *some.influences.shape[1:]), np.nan)
 
     def filled(self) -> Floats:
         """The scores, when all layers are there."""
@@ -65,6 +70,8 @@ def assemble(
     cross = cross_of_pooled(scores, num_a) if pooled else scores
     pairs = different(*(table.contents for table in metadata.samples))
     fisher = {block: _fisher(part) for block, part in sums.items()}
+    records = _records(taken.blocks)
+    counted = counted_samples(*(table.contents for table in metadata.samples))
     return Heatmap(
         *metadata.tasks,
         layers=tuple(layer.layer for layer in metadata.layers),
@@ -80,7 +87,15 @@ def assemble(
         pooled=scores if pooled else None,
         shared=_shared(taken.shared, len(metadata.layers), num_a if pooled else None, pairs),
         attributes={**metadata.attributes, "warnings": _warnings(metadata, fisher, taken.without)},
+        influences=None if records is None else {block: of_samples(of_block) for block, of_block in records.items()},
+        effects=None if records is None else {b: untested_effects(found, counted) for b, found in records.items()},
     )
+
+
+def _records(blocks: Mapping[str, _Block]) -> dict[str, np.ndarray] | None:
+    """Block -> records [layer, head, optimizer, sums and N]; None where effects were left out."""
+    found = {block: of_block.influences for block, of_block in blocks.items()}
+    return found if all(array.shape[-1] for array in found.values()) else None
 
 
 def _warnings(
@@ -131,6 +146,7 @@ def _take(
             blocks[block] = _Block((len(metadata.layers), len(axis)), found, folder)
         at = np.searchsorted(axis, found.heads)
         blocks[block].scores[place, at], blocks[block].sums[place, at] = found.scores, found.fisher_sums
+        blocks[block].influences[place, at] = found.influences
         yield block, found
 
 

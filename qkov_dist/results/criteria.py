@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qkov_dist.errors import QkovError, choose, wrong_argument
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
-from .effects import Harm, no_influences
-from .influences import OPTIMIZERS, TASKS
+from .effects import Effects, Harm, no_influences_known
+from .influences import TASKS
 
 Floats = npt.NDArray[np.float64]
 CHANGES = {"change_adam": "adam", "change_sgd": "sgd"}
@@ -87,9 +88,9 @@ class Judged:
 def judged(
     criterion: Criterion,
     *,
-    effects: Mapping[str, Mapping[str, Mapping[str, Floats]]] | None,
+    effects: Effects | None,
     harm: Callable[[float, str, str], Harm],
-    mean: Mapping[str, Floats],
+    mean: Mapping[str, npt.NDArray[np.floating[Any]]],
     statistics: Mapping[str, Any],
     score: str,
 ) -> dict[str, Judged]:
@@ -100,12 +101,12 @@ def judged(
     """
     by = criterion.by
     if by in ("overlap", "interference"):
-        return {block: _tested(by, block, mean[block], statistics, score) for block in mean}
+        return {block: _tested(by, block, of.astype(np.float64), statistics, score) for block, of in mean.items()}
     if by == "harm":
         found = harm(criterion.step or 0.0, str(criterion.optimizer), criterion.harms)
         return {block: Judged(found.value[block]) for block in mean}
     if effects is None:
-        raise no_influences()
+        raise no_influences_known()
     if by == "curvature":
         name = f"curvature_{criterion.harms}"
         return {block: Judged(effects[block][str(criterion.optimizer)][name]) for block in mean}

@@ -1,11 +1,12 @@
-"""Effects of steps, from influences: those of the whole of attention, and the harm of a step of a given size.
+"""Effects of steps: by head, of the whole of attention, and the harm of a step of a given size.
 
 A step's size s is learning rate times number of steps. Its harm to a task is
 
     s * change + s^2 * curvature,
 
 far from the task's optimum by the first order, near it by the second; they are equal at s = |change| / curvature.
-Heads, blocks and layers add up: the total is that of the summed influences, with an error of its own.
+Heads, blocks and layers add up: the total is that of the summed influences, with an error of its own. Errors are those
+of the first order; how far other samples would move a curvature is not known.
 """
 
 from __future__ import annotations
@@ -16,25 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from qkov_dist.errors import QkovError, choose, wrong_argument
+from qkov_dist.scoring.influence_records import OPTIMIZERS, sums_of
 
-from .influences import OPTIMIZERS, TASKS, Floats, Samples, changes, curvatures, harm, own_changes, summed
+from .influences import TASKS, Estimate, Floats, Samples, changes, summed, without_self_pairs
 
 ByBlock = Mapping[str, Floats]
-EFFECT_KEYS = (
-    "change",
-    "standard_error",
-    "ci_low",
-    "ci_high",
-    "p_value",
-    "q_value",
-    "p_max",
-    "curvature_a",
-    "curvature_a_error",
-    "curvature_b",
-    "curvature_b_error",
-    "own_a",
-    "own_b",
-)
+Effects = Mapping[str, Mapping[str, Mapping[str, Floats]]]  # block -> optimizer -> name -> [layer, native head]
+UNTESTED_KEYS = ("curvature_a", "curvature_b", "own_a", "own_b")
+TESTED_KEYS = ("change", "standard_error", "ci_low", "ci_high", "p_value", "q_value", "p_max")
+EFFECT_KEYS = (*TESTED_KEYS, *UNTESTED_KEYS)
 
 
 @dataclass(frozen=True)
@@ -65,13 +56,13 @@ class Harm:
         optimizer: ``sgd`` or ``adam``.
         harmed: ``a`` or ``b``: whose loss is looked at; the step is on the other.
         value: Block -> predicted change of the loss by the step in this head alone; above 0 is harm.
-        standard_error: Block -> its standard error.
-        ci_low: Block -> lower end of its 95% interval.
+        standard_error: Block -> standard error of its first-order part.
+        ci_low: Block -> lower end of its 95% interval, by that error.
         ci_high: Block -> upper end.
         first: Block -> the first-order part.
         second: Block -> the second-order part.
         overtakes: Block -> the step from which on the second order is the larger.
-        total: The same of all heads together: value, standard error, both ends, both parts, that step.
+        total: The same of all heads together: value, standard_error, ci_low, ci_high, first, second, overtakes.
     """
 
     step: float
@@ -100,25 +91,43 @@ def counted_samples(contents_a: Sequence[str], contents_b: Sequence[str]) -> Sam
     return Samples(is_a & counts, ~is_a & counts)
 
 
-def total_of(influences: ByBlock, samples: Samples, optimizer: str) -> Total:
-    """What heads add up to, from block -> influences [layer, head, optimizer, column, N]."""
-    together = summed(influences)
-    change = changes(together, samples, optimizer)
+def untested_effects(records: Floats, samples: Samples) -> dict[str, dict[str, Floats]]:
+    """Optimizer -> ``UNTESTED_KEYS`` [layer, head], from records [layer, head, optimizer, sums and N]."""
+    found: dict[str, dict[str, Floats]] = {}
+    for place, optimizer in enumerate(OPTIMIZERS):
+        found[optimizer] = {}
+        for task, num in zip(TASKS, samples.sizes, strict=True):
+            curvature, own, norm = (
+                sums_of(records, f"{name}_{task}")[..., place] for name in ("curvature", "own", "norm")
+            )
+            found[optimizer] |= {f"curvature_{task}": curvature, f"own_{task}": without_self_pairs(own, norm, num)}
+    return found
+
+
+def total_of(influences: ByBlock, effects: Effects, samples: Samples, optimizer: str) -> Total:
+    """What heads add up to.
+
+    Args:
+        influences: Block -> [layer, head, optimizer, N].
+        effects: Of the same heads.
+        samples: Which samples count.
+        optimizer: ``sgd`` or ``adam``.
+    """
+    change = changes(summed(influences)[OPTIMIZERS.index(optimizer)], samples)
     low, high = change.interval()
-    return Total(
-        float(change.value),
-        float(change.standard_error),
-        (float(low), float(high)),
-        {task: float(curvatures(together, samples, optimizer, task).value) for task in TASKS},
-        {task: float(own_changes(together, samples, optimizer, task)) for task in TASKS},
+    curvature, own = (
+        {task: float(summed({b: effects[b][optimizer][f"{name}_{task}"] for b in influences})) for task in TASKS}
+        for name in ("curvature", "own")
     )
+    return Total(float(change.value), float(change.standard_error), (float(low), float(high)), curvature, own)
 
 
-def harm_of(influences: ByBlock, samples: Samples, step: float, optimizer: str, harms: str) -> Harm:
+def harm_of(influences: ByBlock, effects: Effects, samples: Samples, step: float, optimizer: str, harms: str) -> Harm:
     """The harm of a step, by head.
 
     Args:
-        influences: Block -> [layer, head, optimizer, column, N].
+        influences: Block -> [layer, head, optimizer, N].
+        effects: Of the same heads.
         samples: Which samples count.
         step: Learning rate times number of steps, above 0.
         optimizer: ``sgd`` or ``adam``.
@@ -132,44 +141,40 @@ def harm_of(influences: ByBlock, samples: Samples, step: float, optimizer: str, 
     choose("harms", harmed, TASKS)
     if not (np.isfinite(step) and step > 0):
         raise wrong_argument("step", "a finite number above 0 (learning rate times number of steps)", step)
-    together = summed(influences)
-    of_all = harm(together, samples, optimizer, harmed, step)
-    found = {block: harm(of_block, samples, optimizer, harmed, step) for block, of_block in influences.items()}
-    ends = {block: estimate.interval() for block, estimate in found.items()}
+    total = total_of(influences, effects, samples, optimizer)
+    place = OPTIMIZERS.index(optimizer)
     parts = {
-        block: _parts(of_block, samples, optimizer, harmed, step)
-        for block, of_block in {**influences, "": together}.items()
+        block: _parts(step, changes(of_block[:, :, place], samples), effects[block][optimizer][f"curvature_{harmed}"])
+        for block, of_block in influences.items()
     }
-    first, second, overtakes = ({block: part[place] for block, part in parts.items()} for place in range(3))
-    total = {"value": of_all.value, "standard_error": of_all.standard_error}
-    total |= dict(zip(("ci_low", "ci_high"), of_all.interval(), strict=True))
-    total |= {"first": first.pop(""), "second": second.pop(""), "overtakes": overtakes.pop("")}
+    of_all = _parts(step, changes(summed(influences)[place], samples), np.asarray(total.curvature[harmed]))
     return Harm(
         step,
         optimizer,
         harmed,
-        {block: estimate.value for block, estimate in found.items()},
-        {block: estimate.standard_error for block, estimate in found.items()},
-        {block: low for block, (low, _) in ends.items()},
-        {block: high for block, (_, high) in ends.items()},
-        first,
-        second,
-        overtakes,
-        {name: float(value) for name, value in total.items()},
+        **{name: {block: part[name] for block, part in parts.items()} for name in of_all},
+        total={name: float(value) for name, value in of_all.items()},
     )
 
 
-def _parts(
-    influences: Floats, samples: Samples, optimizer: str, harmed: str, step: float
-) -> tuple[Floats, Floats, Floats]:
-    """First and second order of a step, and the step at which they are equal."""
-    change = changes(influences, samples, optimizer).value
-    curvature = curvatures(influences, samples, optimizer, harmed).value
+def _parts(step: float, change: Estimate, curvature: Floats) -> dict[str, Floats]:
+    """Everything that ``Harm`` says of one set of heads."""
+    first, second = step * change.value, step**2 * curvature
+    low, high = change.interval()
     with np.errstate(divide="ignore", invalid="ignore"):
-        return step * change, step**2 * curvature, np.abs(change) / curvature
+        overtakes = np.abs(change.value) / curvature
+    return {
+        "value": first + second,
+        "standard_error": step * change.standard_error,
+        "ci_low": step * low + second,
+        "ci_high": step * high + second,
+        "first": first,
+        "second": second,
+        "overtakes": overtakes,
+    }
 
 
-def no_influences() -> QkovError:
+def no_influences_known() -> QkovError:
     """That a heatmap does not know what steps do."""
     return QkovError(
         "heatmap.effects",

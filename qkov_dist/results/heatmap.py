@@ -20,16 +20,17 @@ import numpy.typing as npt
 from qkov_dist.data.copies import different
 from qkov_dist.errors import QkovError, choose, wrong_argument
 from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .block_view import HEAD_DIM, BlockView, Floats, Ints, UnknownEntryError
 from .criteria import Criterion, judged
-from .effects import EFFECT_KEYS, Harm, Total, counted_samples, harm_of, no_influences, total_of
+from .effects import EFFECT_KEYS, Effects, Harm, Total, counted_samples, harm_of, no_influences_known, total_of
 from .export import LabelledArrays, Variable, split_arrays
 from .head_slices import head_ranges
 from .heatmap_plot import plot_blocks
-from .influences import COLUMNS, OPTIMIZERS, Samples
 from .influences import Floats as Floats64
+from .influences import Samples
 from .selection import Selection, chosen_blocks, select
 
 Pairs = Literal["none", "cross", "all"]
@@ -86,9 +87,9 @@ class Heatmap(Mapping[str, BlockView]):
         shared: Parameters that no head owns: ``O_bias`` -> ``mean`` [layer] and perhaps ``cross`` [layer, n_a, n_b].
         statistics: Test results (``with_statistics``), or None.
         influences: Block -> what each sample has to do with the effect of a step (``influences``), float64
-            [layer, native head, optimizer, column, N], A's samples first; None in files that do not know.
+            [layer, native head, optimizer, N], A's samples first; None in files that do not know.
         effects: Block -> optimizer -> name (``effects.EFFECT_KEYS``) -> float64 [layer, native head]; None where there
-            are no influences.
+            are no influences. Before a test they lack what tests add.
         attributes: run_id, score, config (JSON), versions, seeds, warnings, notes, ...: strings, numbers, JSON values.
     """
 
@@ -109,7 +110,7 @@ class Heatmap(Mapping[str, BlockView]):
     statistics: Mapping[str, Any] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     influences: Mapping[str, Floats64] | None = None
-    effects: Mapping[str, Mapping[str, Mapping[str, Floats64]]] | None = None
+    effects: Effects | None = None
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -120,7 +121,7 @@ class Heatmap(Mapping[str, BlockView]):
         pairs = {
             "cross": (self.cross, (n_a, n_b)),
             "pooled": (self.pooled, (n_a + n_b, n_a + n_b)),
-            "influences": (self.influences, (len(OPTIMIZERS), len(COLUMNS), n_a + n_b)),
+            "influences": (self.influences, (len(OPTIMIZERS), n_a + n_b)),
         }
         for name, arrays in {
             "present": self.present,
@@ -146,8 +147,8 @@ class Heatmap(Mapping[str, BlockView]):
                 if scores is not None:
                     _check(f"heatmap: {name} {block}", (*shape, *last), np.shape(scores[block]))
             for optimizer, arrays in (self.effects or {}).get(block, {}).items():
-                for key in EFFECT_KEYS:
-                    _check(f"heatmap: effects {block} {optimizer} {key}", shape, np.shape(arrays.get(key, 0.0)))
+                for key, values in arrays.items():
+                    _check(f"heatmap: effects {block} {optimizer} {key}", shape, np.shape(values))
 
     @property
     def run_id(self) -> str:
@@ -229,7 +230,7 @@ class Heatmap(Mapping[str, BlockView]):
         """A copy with test results: nested dicts of arrays [layer, native head] and of JSON values."""
         return dataclasses.replace(self, statistics=dict(results))
 
-    def with_effects(self, effects: Mapping[str, Mapping[str, Mapping[str, Floats64]]]) -> Heatmap:
+    def with_effects(self, effects: Effects) -> Heatmap:
         """A copy with tested effects: block -> optimizer -> name -> [layer, native head]."""
         return dataclasses.replace(self, effects=dict(effects))
 
@@ -249,7 +250,11 @@ class Heatmap(Mapping[str, BlockView]):
         if layer is not None and layer not in self.layers:
             raise wrong_argument("layer", f"one of {', '.join(map(str, self.layers))}", layer)
         at = slice(None) if layer is None else slice(place := self.layers.index(layer), place + 1)
-        return total_of({name: self._influences[name][at] for name in blocks}, self.counted, optimizer)
+        influences, effects = self._known_effects
+        chosen = {
+            name: {optimizer: {key: values[at] for key, values in effects[name][optimizer].items()}} for name in blocks
+        }
+        return total_of({name: influences[name][at] for name in blocks}, chosen, self.counted, optimizer)
 
     def harm(self, step: float, optimizer: str = "adam", harms: str = "a") -> Harm:
         """What a step on one task does to the other, by head: step * change + step^2 * curvature.
@@ -262,7 +267,7 @@ class Heatmap(Mapping[str, BlockView]):
         Raises:
             QkovError: for an argument out of range, and in files that know no effects.
         """
-        return harm_of(self._influences, self.counted, step, optimizer, harms)
+        return harm_of(*self._known_effects, self.counted, step, optimizer, harms)
 
     def select(
         self,
@@ -313,10 +318,10 @@ class Heatmap(Mapping[str, BlockView]):
         return float({**configured, **(self.statistics or {}).get("settings", {})}.get("fdr_alpha", 0.05))
 
     @property
-    def _influences(self) -> Mapping[str, Floats64]:
-        if self.influences is None:
-            raise no_influences()
-        return self.influences
+    def _known_effects(self) -> tuple[Mapping[str, Floats64], Effects]:
+        if self.influences is None or self.effects is None:
+            raise no_influences_known()
+        return self.influences, self.effects
 
     def labelled(self, pairs: Pairs = "all") -> LabelledArrays:
         """All of it as labelled arrays, as stored; ``pairs`` limits which scores of sample pairs are among them."""
@@ -365,13 +370,13 @@ class Heatmap(Mapping[str, BlockView]):
         for block in self:
             dims = ("layer", HEAD_DIM[block])
             for optimizer, arrays in (self.effects or {}).get(block, {}).items():
-                for key in EFFECT_KEYS:
+                for key in filter(arrays.__contains__, EFFECT_KEYS):
                     yield Variable(f"effects/{block}/{optimizer}/{key}", dims, arrays[key])
             if self.influences is not None:
                 for place, optimizer in enumerate(OPTIMIZERS):
-                    for column, name in enumerate(COLUMNS):
-                        values = self.influences[block][:, :, place, column]
-                        yield Variable(f"influences/{block}/{optimizer}/{name}", (*dims, "sample"), values)
+                    yield Variable(
+                        f"influences/{block}/{optimizer}", (*dims, "sample"), self.influences[block][:, :, place]
+                    )
 
     def _pair_scores(self, pairs: Pairs) -> Iterator[Variable]:
         cross = ("sample_a", "sample_b")

@@ -8,12 +8,13 @@
     /fisher/{B}/{mean,min,ridge_share,share_a}          [layer, head] float64
     /shared/O_bias/{scores,heatmap}                     [layer, a, b], [layer]: O's bias belongs to no head
     /effects/{B}/{sgd,adam}/{change,standard_error,...} [layer, head] float64: what a step does (``effects``)
-    /influences/{B}/{sgd,adam}/{change,own,...}         [layer, head, sample]: what each sample has to do with it
+    /influences/{B}/{sgd,adam}                          [layer, head, sample]: what each sample has to do with it
     /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
     /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
     /group                 [layer]                      query heads of one kv head
 
-``head`` is ``kv_head`` for K and V. How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
+``head`` is ``kv_head`` for K and V. Where each head lies among the model's parameters is the attribute ``slices``
+(``head_slices``). How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
 can be trusted after it was read, is ``hdf5_write`` and ``hdf5_read``.
 
 What a stored heatmap must be beyond its types and shapes, so that what shows or tests it can rely on it.
@@ -32,15 +33,14 @@ import numpy as np
 
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 from qkov_dist.values import FRACTION, Kind, as_it_is, one_of, whole, written
 
 from .block_view import HEAD_DIM
 from .disk import DAMAGED
-from .effects import EFFECT_KEYS
 from .hdf5_read import Reader, check_values, reading
 from .head_slices import are_slices
 from .heatmap import FISHER_KEYS, Heatmap, SampleTable
-from .influences import COLUMNS, OPTIMIZERS
 
 HEATMAP_FILE = "heatmap.h5"
 _DEEPEST = 8
@@ -109,16 +109,14 @@ def _heatmap(reader: Reader) -> Heatmap:
 
 
 def _influences(reader: Reader, shapes: Mapping[str, tuple[int, int]], num: int) -> dict[str, Any] | None:
-    """Block -> [layer, head, optimizer, column, sample]; None in a file that knows no effects."""
+    """Block -> [layer, head, optimizer, sample]; None in a file that knows no effects."""
     if not reader.has("influences"):
         return None
     found = {}
     for block, shape in shapes.items():
-        found[block] = np.empty((*shape, len(OPTIMIZERS), len(COLUMNS), num))
+        found[block] = np.empty((*shape, len(OPTIMIZERS), num))
         for place, optimizer in enumerate(OPTIMIZERS):
-            for column, name in enumerate(COLUMNS):
-                values = reader.array(f"influences/{block}/{optimizer}/{name}", (*shape, num))
-                found[block][:, :, place, column] = values
+            found[block][:, :, place] = reader.array(f"influences/{block}/{optimizer}", (*shape, num))
     return found
 
 
@@ -127,7 +125,10 @@ def _effects(reader: Reader, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
         return None
     return {
         block: {
-            optimizer: {key: reader.array(f"effects/{block}/{optimizer}/{key}", shape) for key in EFFECT_KEYS}
+            optimizer: {
+                key: reader.array(f"effects/{block}/{optimizer}/{key}", shape)
+                for key in reader.names(f"effects/{block}/{optimizer}")
+            }
             for optimizer in OPTIMIZERS
         }
         for block, shape in shapes.items()

@@ -1,23 +1,15 @@
-r"""What single samples have to do with the effect of a step, and what follows from it: changes, curvatures, errors.
+r"""What single samples have to do with the effect of a step, and what follows from it: changes and their errors.
 
-For one head, sample n of task s, and the other task t, with gbar the mean gradient of a task, F the mean of its squared
-gradients, P = 1 (``sgd``) or R^(-1/2) (``adam``), and a step being W <- W - step * P gbar:
+A step on task t is W <- W - step * P gbar_t, with gbar_t its mean gradient and P = 1 (``sgd``) or R^(-1/2) (``adam``).
+The influence of sample n is - sum_p g_n P gbar_t, with t the task that n is not of. Influences add up over elements,
+tiles, ranks, heads, blocks and layers, so that the change by any set of heads is that of the sum of their influences.
 
-    column            of sample n                        its mean over the samples of s
-    change            - sum_p g_n P gbar_t               change of either task's loss by a unit step on the other
-    own               - sum_p g_n P gbar_s               change of s's own loss by a unit step on itself, self-pairs in
-    curvature         1/2 sum_p g_n^2 (P gbar_t)^2       rise of s's loss for a squared unit step on t
-    step_curvature    sum_p F_t P^2 gbar_s g_n           twice the rise of t's loss for a squared unit step on s
-    norm              sum_p g_n^2 P                      what a self-pair adds to ``own``
-
-All columns add up over elements, tiles, ranks, heads, blocks and layers, so that the effect of any set of heads is that
-of the sum of their influences. A change is the mean over all pairs (i, j); the delete-one jackknife of such a
-two-sample U-statistic is that of the two means of influences, exactly:
+The change of either task's loss by a unit step on the other is the mean of the influences of either task. It is the
+mean over all pairs (i, j), and the delete-one jackknife of such a two-sample U-statistic is that of two means:
 
     variance = var_A / n_A + var_B / n_B,  with Welch's degrees of freedom.
 
-Those of a curvature, and of the harm s * change + s^2 * curvature of a step s, are of the same form, by the
-infinitesimal jackknife (a curvature is quadratic in the step's mean gradient). R is taken as given.
+R is taken as given.
 """
 
 from __future__ import annotations
@@ -31,8 +23,6 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-OPTIMIZERS = ("sgd", "adam")
-COLUMNS = ("change", "own", "curvature", "step_curvature", "norm")
 TASKS = ("a", "b")
 
 
@@ -52,7 +42,7 @@ class Estimate:
 
     def interval(self, confidence: float = 0.95) -> tuple[Floats, Floats]:
         """Both ends of the t interval."""
-        from scipy.stats import t as student  # takes its time to load, which who only reads a file should not wait for
+        from scipy.stats import t as student  # reading a file does without it
 
         width = student.ppf(0.5 + confidence / 2, self.freedom) * self.standard_error
         return self.value - width, self.value + width
@@ -68,85 +58,38 @@ class Samples:
     a: Mask
     b: Mask
 
-    def of(self, task: str) -> Mask:
-        """Those of ``a`` or ``b``."""
-        return self.a if task == "a" else self.b
-
     @property
     def sizes(self) -> tuple[int, int]:
         """How many of each."""
         return int(self.a.sum()), int(self.b.sum())
 
 
-def column(influences: Floats, optimizer: str, name: str) -> Floats:
-    """One column [..., N] of influences [..., optimizer, column, N], as a view."""
-    return influences[..., OPTIMIZERS.index(optimizer), COLUMNS.index(name), :]
-
-
-def changes(influences: Floats, samples: Samples, optimizer: str) -> Estimate:
-    """First-order change of either task's mean loss for a unit step on the other."""
-    of_samples = column(influences, optimizer, "change")
-    return _estimate(of_samples[..., samples.a], of_samples[..., samples.b])
-
-
-def curvatures(influences: Floats, samples: Samples, optimizer: str, harmed: str) -> Estimate:
-    """Second-order rise of one task's mean loss for a squared unit step on the other."""
-    return harm(influences, samples, optimizer, harmed, 1.0, first_order=False)
-
-
-def own_changes(influences: Floats, samples: Samples, optimizer: str, task: str) -> Floats:
-    """First-order change of a task's mean loss for a unit step on itself, without self-pairs; below 0 where it helps."""
-    chosen = samples.of(task)
-    num = int(chosen.sum())
-    if num < 2:
-        return np.full(influences.shape[:-3], np.nan)
-    own, norm = (column(influences, optimizer, name)[..., chosen].mean(-1) for name in ("own", "norm"))
-    freed: Floats = (num * own + norm) / (num - 1)
-    return freed
-
-
-def harm(
-    influences: Floats,
-    samples: Samples,
-    optimizer: str,
-    harmed: str,
-    step: float,
-    *,
-    first_order: bool = True,
-) -> Estimate:
-    """Step * change + step^2 * curvature of one task's mean loss, by a step on the other.
-
-    Args:
-        influences: [..., optimizer, column, N].
-        samples: Which of them count.
-        optimizer: ``sgd`` or ``adam``.
-        harmed: The task whose loss is looked at, ``a`` or ``b``; the step is on the other.
-        step: Learning rate times number of steps.
-        first_order: False leaves out the first term.
-    """
-    change, second, of_step = (
-        column(influences, optimizer, name) for name in ("change", "curvature", "step_curvature")
-    )
-    first = step if first_order else 0.0
-    stepped = samples.of("b" if harmed == "a" else "a")
-    of_harmed = (first * change + step**2 * second)[..., samples.of(harmed)]
-    of_stepped = (first * change + step**2 * of_step)[..., stepped]
-    found = _estimate(of_harmed, of_stepped)
-    return Estimate(_mean(of_harmed), found.standard_error, found.freedom)
-
-
-def _estimate(one: Floats, other: Floats) -> Estimate:
-    """The mean of ``one`` [..., n], whose error is that of both groups' means."""
-    sizes = one.shape[-1], other.shape[-1]
-    value = _mean(one)
-    if min(sizes) < 2:
+def changes(influences: Floats, samples: Samples) -> Estimate:
+    """First-order change of either task's mean loss for a unit step on the other, from influences [..., N]."""
+    parts = influences[..., samples.a], influences[..., samples.b]
+    value = _mean(parts[0])
+    if min(samples.sizes) < 2:
         nothing = np.full(value.shape, np.nan)
-        return Estimate(value if min(sizes) else nothing, nothing, nothing)
-    variances = [part.var(-1, ddof=1) / num for part, num in zip((one, other), sizes, strict=True)]
+        return Estimate(value if min(samples.sizes) else nothing, nothing, nothing)
+    variances = [part.var(-1, ddof=1) / num for part, num in zip(parts, samples.sizes, strict=True)]
     total = variances[0] + variances[1]
-    spread = sum(variance**2 / (num - 1) for variance, num in zip(variances, sizes, strict=True))
+    spread = sum(variance**2 / (num - 1) for variance, num in zip(variances, samples.sizes, strict=True))
     freedom = np.divide(total**2, spread, out=np.where(np.isnan(total), np.nan, 1.0), where=spread > 0)
     return Estimate(value, np.sqrt(total), freedom)
+
+
+def without_self_pairs(own: Floats, norm: Floats, num: int) -> Floats:
+    """A task's change by a unit step on itself over pairs of different samples.
+
+    Args:
+        own: - sum_p gbar P gbar.
+        norm: sum_p F P: what a sample with itself adds, on average.
+        num: Samples of the task; with fewer than two there is no pair.
+    """
+    if num < 2:
+        return np.full(np.shape(own), np.nan)
+    freed: Floats = (num * own + norm) / (num - 1)
+    return freed
 
 
 def _mean(values: Floats) -> Floats:
@@ -156,7 +99,7 @@ def _mean(values: Floats) -> Floats:
     return mean
 
 
-def summed(influences: Mapping[str, Floats]) -> Floats:
-    """Influences of all heads together, [optimizer, column, N], from block -> [layer, head, optimizer, column, N]."""
-    total: Floats = np.sum([np.nansum(of_block, axis=(0, 1)) for of_block in influences.values()], axis=0)
+def summed(of_heads: Mapping[str, Floats]) -> Floats:
+    """The sum over all layers and heads of all blocks, from block -> [layer, head, ...], NaN for absent heads."""
+    total: Floats = np.sum([np.nansum(of_block, axis=(0, 1)) for of_block in of_heads.values()], axis=0)
     return total

@@ -2,6 +2,7 @@
 
     /partial/{Q,K,V,O}/layer_0003   [heads touched, left, right]   attribute ``heads``; float32 (or float64 on request)
     /fisher/{Q,K,V,O}/layer_0003    [heads touched, 5] float64     columns of ``FISHER_COLUMNS``
+    /influences/{Q,K,V,O}/layer_0003  [heads touched, optimizer, sums and N] float64   ``scoring.influence_records``
     /shared/O_bias/layer_0003       [left, right]                  what no head owns
     /layer, /complete               [layer]                        which layers are in this file
 
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums
+from qkov_dist.scoring.influence_records import Influences, no_influences
 from qkov_dist.values import FLAG, as_it_is, whole
 
 from .hdf5_read import Reader, check_values
@@ -69,13 +71,22 @@ class PartialHeader:
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
     cut: str = ""
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of both tasks."""
+        return self.n_left if self.pooled else self.n_left + self.n_right
+
 
 class BlockPartial(NamedTuple):
-    """One block of one layer: heads [h], scores [h, left, right], what is known of I [h, columns]."""
+    """One block of one layer: heads [h], scores [h, left, right], what is known of I [h, columns], influences.
+
+    Influences are [h, optimizer, sums and N], A's samples first; nothing at all where effects were left out.
+    """
 
     heads: Ints
     scores: Floats
     fisher_sums: FisherSums
+    influences: Influences
 
 
 class LayerPartial(NamedTuple):
@@ -93,7 +104,7 @@ def layer_name(layer: int) -> str:
 def checked_layer(
     layer: int,
     header: PartialHeader,
-    blocks: Mapping[str, tuple[Ints, Floats, FisherSums]],
+    blocks: Mapping[str, BlockPartial],
     shared: Mapping[str, Floats],
 ) -> LayerPartial:
     """One layer's arrays, with the types and shapes that are stored, or a QkovError."""
@@ -145,6 +156,8 @@ def write_layer(writer: Writer, layer: int, content: LayerPartial) -> None:
         writer.array(f"partial/{block}/{name}", arrays.scores)
         writer.attributes({"heads": arrays.heads}, f"partial/{block}/{name}")
         writer.array(f"fisher/{block}/{name}", arrays.fisher_sums)
+        if arrays.influences.size:
+            writer.array(f"influences/{block}/{name}", arrays.influences)
     for parameter, scores in content.shared.items():
         writer.array(f"shared/{parameter}/{name}", scores)
 
@@ -159,28 +172,38 @@ def read_layer(reader: Reader, layer: int, header: PartialHeader) -> LayerPartia
             heads = np.asarray(reader.attribute(path, "heads"), np.int64)
             scores = reader.array(path, (*heads.shape, *pairs))
             sums = reader.array(f"fisher/{block}/{name}", (len(heads), len(FISHER_COLUMNS)))
-            blocks[block] = BlockPartial(heads, scores, sums)
+            blocks[block] = BlockPartial(heads, scores, sums, _read_influences(reader, block, name, len(heads), header))
     paths = {parameter: f"shared/{parameter}/{name}" for parameter in reader.names("shared")}
     return LayerPartial(blocks, {key: reader.array(path, pairs) for key, path in paths.items() if reader.has(path)})
 
 
+def _read_influences(reader: Reader, block: str, name: str, num_heads: int, header: PartialHeader) -> Influences:
+    path = f"influences/{block}/{name}"
+    if not reader.has(path):
+        return no_influences(num_heads)
+    return reader.array(path, no_influences(num_heads, header.num_samples).shape)
+
+
 def copy_layer(reader: Reader, writer: Writer, layer: int) -> None:
     """Copy one layer's datasets from one file into another."""
-    for kind in ("partial", "fisher", "shared"):
+    for kind in ("partial", "fisher", "influences", "shared"):
         for part in reader.names(kind):
             if reader.has(path := f"{kind}/{part}/{layer_name(layer)}"):
                 writer.copy(reader, path)
 
 
-def _checked(layer: int, block: str, arrays: tuple[Any, Any, Any], header: PartialHeader) -> BlockPartial:
-    heads, scores, fisher_sums = (np.asarray(array) for array in arrays)
+def _checked(layer: int, block: str, arrays: BlockPartial, header: PartialHeader) -> BlockPartial:
+    heads, scores, fisher_sums, influences = (np.asarray(array) for array in arrays)
     where = f"layer {layer}, block {block}"
     if block not in BLOCKS or heads.ndim != 1 or len(set(heads.tolist())) != len(heads):
         raise _wrong(where, f"one of {BLOCKS} with different heads", f"heads {heads.tolist()}")
     if fisher_sums.shape != (len(heads), len(FISHER_COLUMNS)):
         raise _wrong(where, f"Fisher sums [{len(heads)}, {len(FISHER_COLUMNS)}]", f"{list(fisher_sums.shape)}")
-    scores = _scores(where, scores, (len(heads), header.n_left, header.n_right))
-    return BlockPartial(heads.astype(np.int64), scores, fisher_sums.astype(np.float64))
+    known = no_influences(len(heads)).shape, no_influences(len(heads), header.num_samples).shape
+    if influences.shape not in known:
+        raise _wrong(where, f"influences {list(known[1])}", f"{list(influences.shape)}")
+    scores = _scores(where, arrays.scores, (len(heads), header.n_left, header.n_right))
+    return BlockPartial(heads.astype(np.int64), scores, fisher_sums.astype(np.float64), influences.astype(np.float64))
 
 
 def _checked_shared(layer: int, name: str, scores: Floats, header: PartialHeader) -> Floats:

@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qkov_dist.errors import QkovError
-from qkov_dist.scoring.fisher_sums import FisherSums
 
 from .disk import file_errors
 from .hdf5_read import reading
 from .hdf5_write import sync_folder, writing
 from .partial_schema import (
+    BlockPartial,
     Floats,
-    Ints,
     LayerPartial,
     PartialHeader,
     check_same,
@@ -162,14 +161,14 @@ class PartialWriter:
     def write_layer(
         self,
         layer: int,
-        blocks: Mapping[str, tuple[Ints, Floats, FisherSums]],
+        blocks: Mapping[str, BlockPartial],
         shared: Mapping[str, Floats] | None = None,
     ) -> None:
         """Write one layer; when this returns it is on disk and complete.
 
         Args:
             layer: The model's number of it, one of the header's and not complete yet.
-            blocks: Block -> (heads, scores, fisher sums), as in ``BlockPartial``; blocks without heads are left out.
+            blocks: Block -> its heads' numbers; blocks without heads are left out.
             shared: Name -> scores [left, right] of what no head owns.
 
         Raises:

@@ -18,6 +18,7 @@ from qkov_dist.distributed.world import World
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.engine import BlockScores
 from qkov_dist.scoring.fisher_sums import add, column, no_sums, sums_over_ranks
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .metadata import LayerAxes
 from .partial_schema import BlockPartial, Floats, LayerPartial
@@ -37,7 +38,7 @@ def layer_partial(blocks: Mapping[str, BlockScores]) -> LayerPartial:
 
 def _block_partial(scored: BlockScores, touched: list[int]) -> BlockPartial:
     heads = np.array([scored.heads[place] for place in touched], np.int64)
-    return BlockPartial(heads, scored.scores[touched].cpu().numpy(), scored.fisher[touched])
+    return BlockPartial(heads, scored.scores[touched].cpu().numpy(), scored.fisher[touched], scored.influences[touched])
 
 
 def add_layers(parts: Sequence[LayerPartial]) -> LayerPartial:
@@ -79,12 +80,13 @@ def _block_over_ranks(
 ) -> BlockPartial:
     wide = any(world.all_gather(part is not None and part.scores.dtype == np.float64))
     scores = np.zeros((len(heads), *shape), np.float64 if wide else np.float32)
-    sums = no_sums(len(heads))
+    size = max(world.all_gather(0 if part is None else part.influences.shape[-1]))
+    sums, influences = no_sums(len(heads)), np.zeros((len(heads), len(OPTIMIZERS), size))
     if part is not None:
         at = np.searchsorted(heads, part.heads)
-        scores[at], sums[at] = part.scores, part.fisher_sums
+        scores[at], sums[at], influences[at] = part.scores, part.fisher_sums, part.influences
     total = sums_over_ranks(sums, world)
-    return BlockPartial(np.array(heads, np.int64), world.all_reduce(scores), total)
+    return BlockPartial(np.array(heads, np.int64), world.all_reduce(scores), total, world.all_reduce(influences))
 
 
 def _add(arrays: Sequence[Floats]) -> Floats:
@@ -96,12 +98,13 @@ def _add_blocks(parts: Sequence[BlockPartial]) -> BlockPartial:
         return parts[0]
     heads = np.unique(np.concatenate([part.heads for part in parts]))
     scores = np.zeros((len(heads), *parts[0].scores.shape[1:]), parts[0].scores.dtype)
-    sums = no_sums(len(heads))
+    sums, influences = no_sums(len(heads)), np.zeros((len(heads), *parts[0].influences.shape[1:]))
     for part in parts:
         at = np.searchsorted(heads, part.heads)
         scores[at] += part.scores
+        influences[at] += part.influences
         add(sums, part.fisher_sums, at)
-    return BlockPartial(heads, scores, sums)
+    return BlockPartial(heads, scores, sums, influences)
 
 
 def deal_heads(layer: LayerAxes, num_ranks: int) -> list[dict[str, tuple[int, ...]]]:
@@ -143,7 +146,7 @@ def _heads_of(part: LayerPartial, heads: Mapping[str, tuple[int, ...]], with_sha
     for block, whole in part.blocks.items():
         at = np.flatnonzero(np.isin(whole.heads, heads[block]))
         if len(at):
-            blocks[block] = BlockPartial(whole.heads[at], whole.scores[at], whole.fisher_sums[at])
+            blocks[block] = BlockPartial._make([array[at] for array in whole])
     return LayerPartial(blocks, part.shared if with_shared else {})
 
 

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tabulate import tabulate
 
 from qkov_dist.errors import QkovError, is_whole, wrong_argument
 from qkov_dist.layout.heads import BLOCKS
-from qkov_dist.values import written
+from qkov_dist.values import readable, written
 
 from .criteria import Criterion, Judged
 from .head_slices import Axis, HeadRange, Heads
@@ -112,7 +113,7 @@ class Selection:
         ]
         values = {"by": self.by, "settings": dict(self.settings), "heads": entries}
         if path is not None:
-            Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            Path(path).write_text(as_text(values) + "\n", encoding="utf-8")
         return values
 
     @staticmethod
@@ -141,6 +142,13 @@ class Selection:
         if any(not head.ranges for head in self.heads):
             remedy = "Run again; every run writes it."
             raise QkovError("heatmap", expected="where each head lies", got="a file without `slices`", remedy=remedy)
+
+
+def as_text(values: Mapping[str, Any]) -> str:
+    """A selection's JSON values as text, one entry a line."""
+    head = json.dumps({name: value for name, value in values.items() if name != "heads"})
+    entries = ",\n".join(f"  {json.dumps(entry)}" for entry in values["heads"])
+    return f'{head[:-1]}, "heads": [\n{entries}\n]}}'
 
 
 def select(
@@ -208,7 +216,7 @@ def _count(num: int, top: int | None, share: float | None) -> int:
             raise wrong_argument("top", "a whole number of at least 1", top)
         return min(int(top), num)
     if share is not None:
-        if isinstance(share, bool) or not 0 < share <= 1:
+        if not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1:
             raise wrong_argument("share", "a number above 0 and up to 1", share)
         return max(round(share * num), 1)
     return num
@@ -232,7 +240,7 @@ def chosen_blocks(blocks: str | Iterable[str] | None, known: Sequence[str]) -> t
 def _as_index(piece: HeadRange) -> str:
     """Where a range is, as Python would index it."""
     band = f"{piece.start}:{piece.stop}"
-    return f"{piece.parameter}[{band}]" if piece.axis == "rows" else f"{piece.parameter}[:, {band}]"
+    return f"{readable(piece.parameter)}[{band}]" if piece.axis == "rows" else f"{readable(piece.parameter)}[:, {band}]"
 
 
 def _read(raw: Mapping[str, Any]) -> Selection:

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from qkov_dist.distributed.topology import Topology
+from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.memory import scratch_array
 
 from .block_totals import BlockTotals, block_totals
 from .exchange import Exchange
 from .fisher_sums import FisherSums, add, no_sums
 from .head_batches import HeadBatch
+from .influence_records import Influences, no_influences
+from .influence_sums import InfluenceSums
 from .kernel import Buffers, Rule, add_tile, tile_flops, tile_gradients
 from .pipeline import Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
@@ -44,12 +47,15 @@ class BlockScores:
         heads: Native heads, [h].
         scores: Partial scores [h, samples left, samples right] in the score dtype, on the CPU.
         fisher: What is known of I over each head's elements, [h, columns].
+        influences: What they add to effects (``influence_records``), [h, optimizer, sums and N]; nothing where effects
+            are left out.
         flops: Floating-point operations of its matrix products.
     """
 
     heads: tuple[int, ...]
     scores: Tensor
     fisher: FisherSums
+    influences: Influences
     flops: int = 0
 
 
@@ -62,6 +68,7 @@ class _HeadPart:
 
     scores: Tensor
     fisher: FisherSums
+    influences: Influences
     flops: int
 
 
@@ -88,13 +95,23 @@ class _HeadScorer:
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, self.fused)
         weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
+        effects = self._effects(batch, site)
         for band in batch.bands:
             gradients = _gradients(band, site, buffers)
-            by_task = add_tile(scores, gradients, weights, rule, buffers)
+            by_task = add_tile(scores, gradients, weights, rule, buffers, effects)
             add(sums, fisher_sums(by_task, least))
+        influences = no_influences(len(batch.heads))
+        if effects is not None:
+            influences = site.records_in_order_of_roles(effects.records()).numpy()
         flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in batch.heads[0])
-        found = zip(site.in_order_of_roles(scores.cpu()), sums, strict=True)
-        return [_HeadPart(of_head, of_sums, flops) for of_head, of_sums in found]
+        found = zip(site.in_order_of_roles(scores.cpu()), sums, influences, strict=True)
+        return [_HeadPart(*of_head, flops) for of_head in found]
+
+    def _effects(self, batch: HeadBatch, site: SiteFactors) -> InfluenceSums | None:
+        """Where influences of a batch are added up; None of what belongs to no head, and where they are left out."""
+        if site.means is None or batch.first.block not in BLOCKS:
+            return None
+        return InfluenceSums(site.means.to(self.settings.device, self.settings.dtype), len(batch.heads))
 
 
 def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Tensor:
@@ -148,6 +165,8 @@ def score_layers(
             at = block.heads.index(tile.head)
             block.scores[at] += part.scores
             add(block.fisher, part.fisher, at)
+            if part.influences.size:
+                block.influences[at] += part.influences
             block.flops += part.flops
         if done.is_last:
             yield done.layer_tiles, blocks
@@ -181,7 +200,8 @@ def _ridges(layer_tiles: LayerTiles, settings: ScoreSettings, totals: Mapping[st
 def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) -> BlockScores:
     dtype = np.float64 if settings.dtype == torch.float64 else np.float32
     zeros = scratch_array((len(heads), *roles.shape), dtype, settings.scratch)
-    return BlockScores(heads, torch.from_numpy(zeros), no_sums(len(heads)))
+    num_samples = None if roles.means is None else roles.num_scored
+    return BlockScores(heads, torch.from_numpy(zeros), no_sums(len(heads)), no_influences(len(heads), num_samples))
 
 
 def rounds_of(

@@ -17,6 +17,7 @@ from torch import Tensor
 from qkov_dist.capture.factors import FeatureSlice, Whole
 from qkov_dist.layout.rects import Rect
 
+from .influence_sums import NUM_VECTORS, InfluenceSums
 from .padded_groups import PaddedGroup
 from .score import Fused, maps, power_of
 from .score_kinds import KINDS, ElementMap, Score
@@ -100,7 +101,14 @@ def tile_gradients(factors: Sequence[Padded], rects: Sequence[Rect], *, bias: bo
     return gradients
 
 
-def add_tile(scores: Tensor, gradients: Tensor, weights: Tensor, rule: Rule, buffers: Buffers) -> Tensor:
+def add_tile(
+    scores: Tensor,
+    gradients: Tensor,
+    weights: Tensor,
+    rule: Rule,
+    buffers: Buffers,
+    effects: InfluenceSums | None = None,
+) -> Tensor:
     """Add the contribution of a tile, or of the tiles of several heads, to the scores of all pairs.
 
     Args:
@@ -109,6 +117,7 @@ def add_tile(scores: Tensor, gradients: Tensor, weights: Tensor, rule: Rule, buf
         weights: Each sample's weight in the Fisher, by task [2, N].
         rule: The score.
         buffers: The worker's.
+        effects: What samples have to do with effects, added to; None leaves them out.
 
     Returns:
         What each task adds to the Fisher, [2, heads, P].
@@ -121,15 +130,17 @@ def add_tile(scores: Tensor, gradients: Tensor, weights: Tensor, rule: Rule, buf
         rule = replace(rule, fused=None)
     step = max(CHUNK_BYTES // (num * flat.element_size()), 1) if in_cache else heads * size
     for start in range(0, heads * size, step):
-        of_tasks = by_task[:, start : start + step]
-        of_i, of_j = _maps(flat[:, start : start + step], weights, of_tasks, rule, buffers)
+        chunk = slice(start, start + step)
+        of_i, of_j = _maps(flat[:, chunk], weights, by_task[:, chunk], rule, buffers, effects)
         _add_pairs(scores, of_i[rule.left], of_j[rule.right])
     return by_task.view(2, heads, size)
 
 
-def _maps(part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: Buffers) -> tuple[Tensor, Tensor]:
-    """The maps of gradients [N, p], and into ``by_task`` [2, p] what each task adds to the Fisher."""
-    if rule.fused:
+def _maps(
+    part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: Buffers, effects: InfluenceSums | None
+) -> tuple[Tensor, Tensor]:
+    """The maps of gradients [N, p]; into ``by_task`` [2, p] goes what each task adds to the Fisher."""
+    if rule.fused and effects is None:
         floor = part.new_tensor([rule.epsilon, rule.ridge])
         of_tasks, of_i, of_j = rule.fused(part, weights, floor, rule.score)
         by_task.copy_(of_tasks)
@@ -138,6 +149,13 @@ def _maps(part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: B
     torch.mul(part, part, out=squares)
     torch.mm(weights, squares, out=by_task)
     inverse = by_task.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
+    if effects is not None:
+        finite = inverse.masked_fill(inverse.isinf(), 0.0) if rule.may_vanish(part.dtype) else inverse
+        vectors = buffers.take("vectors", (NUM_VECTORS, part.shape[1]), part)
+        effects.add(part, squares, by_task, finite, vectors)
+    if rule.fused:
+        floor = part.new_tensor([rule.epsilon, rule.ridge])
+        return rule.fused(part, weights, floor, rule.score)[1:]
     if rule.may_vanish(part.dtype) or not KINDS[rule.score].maps_in_place:
         return maps(part, inverse, rule.score)
     return _mapped(part, squares, inverse, rule.score)

@@ -27,7 +27,7 @@ from qkov_dist.errors import QkovError
 from .fisher_sums import FisherSums, records
 from .score_kinds import KINDS, ElementMap, Score
 
-MEANING = 2  # of a score, as a number that grows when it changes: part of a run's id, so that files are never mixed
+MEANING = 3  # of what a run computes, as a number that grows when it changes: part of its id, so files never mix
 COMPILED_FROM = 10**12  # elements of gradients: fewer are mapped in less time than compiling takes, on a GPU
 Fused = Callable[[Tensor, Tensor, Tensor, Score], tuple[Tensor, Tensor, Tensor]]
 MAPS: Mapping[ElementMap, Callable[[Tensor], Tensor]] = {

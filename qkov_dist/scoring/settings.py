@@ -49,12 +49,22 @@ class Roles:
         weights: Each member's weight in the Fisher, float64 [2, N]: in row 0 if it is of task A, else in row 1.
         left: Members in the role of i, a range of positions in ``members``.
         right: Members in the role of j.
+        means: For effects, the weight of each member with a role in the mean gradient of its task, float64
+            [num_scored]; 0 of those that count in neither. None leaves effects out.
+        num_a: How many members, from the first on, are A's.
     """
 
     members: tuple[int, ...]
     weights: np.ndarray
     left: slice
     right: slice
+    means: np.ndarray | None = None
+    num_a: int = 0
+
+    @property
+    def num_scored(self) -> int:
+        """Members that have a role: the first so many. Those behind them the Fisher alone needs."""
+        return int(max(self.left.stop, self.right.stop))
 
     @property
     def shape(self) -> tuple[int, int]:

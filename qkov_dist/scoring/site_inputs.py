@@ -16,6 +16,8 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage
 
+from .influence_records import SUMS
+from .influence_sums import MeanWeights
 from .kernel import Padded
 from .padded_groups import Ordering, order_samples
 from .settings import Roles, ScoreSettings
@@ -53,6 +55,24 @@ class SiteFactors:
     def weights(self) -> Tensor:
         """Each member's weight in the Fisher, by task, in this order: float64 [2, N]."""
         return torch.from_numpy(self.roles.weights[:, list(self.ordering.order)])
+
+    @cached_property
+    def means(self) -> MeanWeights | None:
+        """How means over tasks are taken, of members in this order, float64; None where effects are left out."""
+        means, roles = self.roles.means, self.roles
+        if means is None:
+            return None
+        return MeanWeights.of(torch.from_numpy(means[list(self._scored)]), roles.num_a, self.weights)
+
+    def records_in_order_of_roles(self, records: Tensor) -> Tensor:
+        """Records [heads, optimizer, sums and N] of samples in this order, as those in the order of the roles."""
+        places = torch.tensor(self.ordering.place[: self.roles.num_scored])
+        return torch.cat([records[..., : len(SUMS)], records[..., len(SUMS) :][..., places]], dim=-1)
+
+    @property
+    def _scored(self) -> Sequence[int]:
+        """Positions of the members with a role, which come first in this order too."""
+        return self.ordering.order[: self.roles.num_scored]
 
     def in_order_of_roles(self, scores: Tensor) -> Tensor:
         """Scores [heads, left, right] of pairs of members in this order, as pairs in the order of the roles."""
@@ -93,7 +113,7 @@ def read_sites(
 def _read_sites(
     tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
 ) -> Iterator[tuple[Site, SiteFactors]]:
-    cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop)
+    cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop, roles.num_a)
     x_site, inputs, work = None, [], Counter[Site]()
     for tile in tiles:
         work[tile.site] += tile.rect.area

@@ -17,17 +17,8 @@ import numpy as np
 from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
-from qkov_dist.results.influences import (
-    OPTIMIZERS,
-    TASKS,
-    Estimate,
-    Floats,
-    Samples,
-    changes,
-    column,
-    curvatures,
-    own_changes,
-)
+from qkov_dist.results.influences import Estimate, Floats, Samples, changes
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 ByBlock = Mapping[str, Floats]
 _CHUNK_BYTES = 8 << 20  # of an array [heads, draws]
@@ -39,29 +30,27 @@ def effect_tests(
     """Effects of both optimizers, tested.
 
     Args:
-        influences: Block -> [layer, native head, optimizer, column, N], NaN for absent heads.
+        influences: Block -> [layer, native head, optimizer, N], NaN for absent heads.
         samples: Which samples count.
         num_draws: Draws of signs for the family-wise p-value.
         seed: Of the draws.
         confidence: Of the intervals.
 
     Returns:
-        Block -> optimizer -> name (``results.effects.EFFECT_KEYS``) -> float64 [layer, native head].
+        Block -> optimizer -> name (``results.effects.TESTED_KEYS``) -> float64 [layer, native head].
     """
     found: dict[str, dict[str, dict[str, Floats]]] = {block: {} for block in influences}
-    for optimizer in OPTIMIZERS:
-        estimates = {block: changes(of_block, samples, optimizer) for block, of_block in influences.items()}
-        z = {block: _z(estimate) for block, estimate in estimates.items()}
-        largest = _largest_z(influences, samples, optimizer, num_draws, seed)
+    for place, optimizer in enumerate(OPTIMIZERS):
+        of_optimizer = {block: of_block[:, :, place] for block, of_block in influences.items()}
+        estimates = {block: changes(of_block, samples) for block, of_block in of_optimizer.items()}
+        largest = _largest_z(of_optimizer, samples, num_draws, seed)
         for block, estimate in estimates.items():
-            found[block][optimizer] = {
-                **_of_change(estimate, z[block], largest, confidence),
-                **_others(influences[block], samples, optimizer),
-            }
+            found[block][optimizer] = _tests(estimate, largest, confidence)
     return found
 
 
-def _of_change(estimate: Estimate, z: Floats, largest: Floats, confidence: float) -> dict[str, Floats]:
+def _tests(estimate: Estimate, largest: Floats, confidence: float) -> dict[str, Floats]:
+    z = _z(estimate)
     low, high = estimate.interval(confidence)
     p_value = np.where(np.isnan(z), np.nan, 2 * student.sf(np.abs(z), estimate.freedom))
     return {
@@ -73,16 +62,6 @@ def _of_change(estimate: Estimate, z: Floats, largest: Floats, confidence: float
         "q_value": _q_values(p_value),
         "p_max": _family_wise(z, largest),
     }
-
-
-def _others(influences: Floats, samples: Samples, optimizer: str) -> dict[str, Floats]:
-    found = {}
-    for task in TASKS:
-        curvature = curvatures(influences, samples, optimizer, task)
-        found[f"curvature_{task}"] = curvature.value
-        found[f"curvature_{task}_error"] = curvature.standard_error
-        found[f"own_{task}"] = own_changes(influences, samples, optimizer, task)
-    return found
 
 
 def _z(estimate: Estimate) -> Floats:
@@ -106,14 +85,14 @@ def _family_wise(z: Floats, largest: Floats) -> Floats:
     return np.where(np.isnan(z), np.nan, (1 + beyond) / (1 + len(ordered)))
 
 
-def _largest_z(influences: ByBlock, samples: Samples, optimizer: str, num_draws: int, seed: int) -> Floats:
+def _largest_z(influences: ByBlock, samples: Samples, num_draws: int, seed: int) -> Floats:
     """The largest |z*| of any head under each draw of signs, [draws]."""
     num = len(samples.a)
     signs = np.random.default_rng((seed, num, 1)).choice((-1.0, 1.0), size=(num, num_draws))
     largest = np.zeros(num_draws)
     if min(samples.sizes) < 2:
         return largest
-    for of_heads in _chunks(influences, optimizer, num_draws):
+    for of_heads in _chunks(influences, num_draws):
         of_a, of_b = (_flipped(of_heads[:, chosen], signs[chosen]) for chosen in (samples.a, samples.b))
         error = np.sqrt(of_a[1] + of_b[1])
         z = np.divide(np.abs(of_a[0] + of_b[0]), error, out=np.zeros_like(error), where=error > 0)
@@ -121,11 +100,11 @@ def _largest_z(influences: ByBlock, samples: Samples, optimizer: str, num_draws:
     return largest
 
 
-def _chunks(influences: ByBlock, optimizer: str, num_draws: int) -> Iterator[Floats]:
-    """Influences on the change [heads, N] of present heads, some at a time."""
+def _chunks(influences: ByBlock, num_draws: int) -> Iterator[Floats]:
+    """Influences [heads, N] of present heads, some at a time."""
     step = max(_CHUNK_BYTES // (8 * num_draws), 1)
     for of_block in influences.values():
-        of_heads = column(of_block, optimizer, "change").reshape(-1, of_block.shape[-1])
+        of_heads = of_block.reshape(-1, of_block.shape[-1])
         present = of_heads[~np.isnan(of_heads).any(axis=1)]
         for start in range(0, len(present), step):
             yield present[start : start + step]

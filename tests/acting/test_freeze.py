@@ -42,12 +42,25 @@ def lbfgs_steps(model):
         optimizer.step(closure)
 
 
+def scaled_steps(model):
+    """As in mixed precision; the first step overflows and is skipped."""
+    optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    ids = torch.arange(4, 20).view(2, 8)
+    for _ in range(12):
+        scaler.scale(4 * model(input_ids=ids, labels=ids).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert 1 < scaler.get_scale() < 2.0**127
+
+
 WAYS = {
     "AdamW": lambda model: train(model, adamw(model)),
     "AdamW, foreach": lambda model: train(model, adamw(model, foreach=True)),
     "AdamW, fused": lambda model: train(model, adamw(model, fused=True)),
     "SGD with momentum": lambda model: train(model, sgd(model)),
     "accumulated and clipped": lambda model: train(model, adamw(model), 4, accumulate=2, clip=0.1),
+    "gradient scaler": scaled_steps,
     "LBFGS": lbfgs_steps,
 }
 
@@ -145,13 +158,18 @@ def test_an_error_inside_leaves_slices_as_they_were_and_no_hook_behind():
     model = TINY["llama"].build()
     selection, before = selection_of(model), whole_parameters(model)
     with pytest.raises(RuntimeError, match="broken off"), freeze_heads(model, selection):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(1)  # as an optimizer that fails in the middle of a step
-        raise RuntimeError("broken off")
+        _break_off(model)
     assert moved(slices(before, selection), slices(whole_parameters(model), selection)) == set()
     assert (len(hooks._global_optimizer_pre_hooks), len(hooks._global_optimizer_post_hooks)) == counts
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def _break_off(model):
+    """As an optimizer that fails in the middle of a step."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    raise RuntimeError("broken off")
 
 
 @pytest.mark.parametrize("factor", [0.25, 3.0])
@@ -214,7 +232,7 @@ def test_what_cannot_be_held_is_refused():
         freeze_heads(model, selection, -1).__enter__()
     with pytest.raises(QkovError, match=r"lacks.*nearest parameter is|lacks"):
         freeze_heads(TINY["gpt2"].build(), selection).__enter__()
-    with pytest.raises(QkovError, match="columns up to .* got shape"):
+    with pytest.raises(QkovError, match=r"columns up to .* got shape"):
         freeze_heads(TINY["llama"].build(num_attention_heads=2), selection).__enter__()
     unknown = Selection("change_adam", (SelectedHead("Q", 0, 1, 1.0, None, ()),))
     with pytest.raises(QkovError, match="where each head lies"):

@@ -91,6 +91,11 @@ def deviation(one, other) -> float:
     return max(float(np.abs(got - expected).max() / np.abs(expected).max()) for got, expected in pairs)
 
 
+def places(heatmap) -> dict:
+    """Where each head lies: its part of the weight, and of the bias where it has one."""
+    return {(x.block, x.layer, x.head): x.ranges for x in heatmap.select("interference").heads if x.ranges}
+
+
 # What comes out
 
 
@@ -120,6 +125,8 @@ def test_three_ranks_add_up_to_one_process(finished, three, capsys):
         assert_same_fisher(merged.fisher[block], one.fisher[block])
         assert_same_tests(merged.statistics["overlap"][block], one.statistics["overlap"][block], "overlap", SCORES)
     assert merged.run_id == one.run_id
+    assert len(places(merged)) == 2 * 4 * 4  # layers, blocks and heads
+    assert places(merged) == places(one)
     assert merged.samples_a.ids == one.samples_a.ids
 
 

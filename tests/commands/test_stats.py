@@ -16,9 +16,10 @@ from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig, OutputConfig, RunConfig, StatisticsConfig, TaskConfig
 from qkov_dist.results.heatmap import Heatmap, cross_of_pooled
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes, to_json
-from qkov_dist.results.partial_schema import PartialHeader
+from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
 from qkov_dist.run import run
+from qkov_dist.scoring.influence_records import no_influences
 from qkov_dist.stats.statistics import QKOVStatistics
 
 CONFIG = {"statistics": {"permutations": 30, "fdr_alpha": 0.1, "seed": 4}}
@@ -67,7 +68,8 @@ def write_partials(folder: Path, made: Heatmap, *, world_size: int = 2, run_id: 
                 for block, owned in layer.heads.items():
                     at = [made.natives(block).index(head) for head in owned]
                     sums = np.tile([1.0, 2.0, 0.1, 0.0, 0.5], (len(at), 1))
-                    blocks[block] = (np.array(owned), stored[block][place, at] * np.float32(share), sums)
+                    scores = stored[block][place, at] * np.float32(share)
+                    blocks[block] = BlockPartial(np.array(owned), scores, sums, no_influences(len(at)))
                 writer.write_layer(layer.layer, blocks)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import prepared
 import pytest
 import torch
 from collecting import collected
@@ -30,107 +31,12 @@ WAYS = {
 }
 
 
-def plain(model, _folder):
-    return model
-
-
-def distributed_data_parallel(model, _folder):
-    model.train()
-    return torch.nn.parallel.DistributedDataParallel(model)
-
-
-def accelerated(model, _folder):
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=True).prepare(model)
-
-
-def fully_sharded(model, _folder):
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
-
-
-def tensor_parallel(_model, folder):
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    config = DistributedConfig(tp_size=torch.distributed.get_world_size(), tp_plan="auto")
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
-
-
-PROJECTIONS = {"q": "Colwise", "k": "Colwise", "v": "Colwise", "o": "Rowwise"}
-
-
-def _parallelized(model, mesh, **of_output):
-    from torch.distributed.tensor import parallel
-
-    plan = {
-        f"model.layers.{n}.self_attn.{name}_proj": getattr(parallel, f"{style}Parallel")(
-            **(of_output if name == "o" else {})
-        )
-        for n in range(len(model.model.layers))
-        for name, style in PROJECTIONS.items()
-    }
-    return parallel.parallelize_module(model, mesh, plan)
-
-
-def _mesh(*sizes: int, names=None):
-    return torch.distributed.device_mesh.init_device_mesh("cpu", sizes, mesh_dim_names=names)
-
-
-def torch_parallel_tp(model, _folder):
-    return _parallelized(model, _mesh(2, names=("tp",)))
-
-
-def torch_parallel_model(model, _folder):
-    return _parallelized(model, _mesh(2, names=("model",)))
-
-
-def torch_parallel_nameless(model, _folder):
-    return _parallelized(model, _mesh(2))
-
-
-def torch_parallel_fully_sharded(model, _folder):
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = _mesh(2, 2, names=("rows", "columns"))
-    model = _parallelized(model, mesh["columns"])
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh["rows"])
-    return fully_shard(model, mesh=mesh["rows"])
-
-
-def _engine(model, stage: int):
-    import deepspeed
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if stage < 3 else None
-    model.requires_grad_(stage < 3)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
-    settings["zero_allow_untested_optimizer"] = True
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-
-
-def zero1(model, _folder):
-    return _engine(model, 1)
-
-
-def zero2(model, _folder):
-    return _engine(model, 2)
-
-
-def zero3(model, _folder):
-    return _engine(model, 3)
-
-
 def heatmap_of(prepare: str, folder: str = "") -> dict[str, dict[str, np.ndarray]]:
     """Collect and score on this rank's part; returns the arrays of the heatmap."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         entry = TINY["llama"]
-        model = globals()[prepare](entry.build(), folder)
+        model = getattr(prepared, prepare)(entry.build(), folder)
         job = job_for(entry)
         metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collected(model, job), ridge_relative=0.01)
         heatmap = metric.compute_heatmap("math", "code", layers=[1])
@@ -186,7 +92,7 @@ def staged(_model, folder):
 
 
 def zero3_with_experts(_model, _folder):
-    return _engine(TINY["dbrx"].build(), 3)
+    return prepared.engine(TINY["dbrx"].build(), 3)
 
 
 def refusal_of(prepare: str, folder: str) -> str:
@@ -264,7 +170,7 @@ def local_parts() -> list:
 
     from qkov_dist.distributed.sharding import local_part
 
-    mesh, whole = _mesh(2), torch.arange(24.0).view(2, 3, 4)
+    mesh, whole = prepared.mesh_of(2), torch.arange(24.0).view(2, 3, 4)
     rank = torch.distributed.get_rank()
     parts = {"whole": (whole, Replicate()), "features": (whole[..., 2 * rank : 2 * rank + 2], Shard(2))}
     parts["sums"] = (whole * (0.25 + rank * 0.5), Partial())

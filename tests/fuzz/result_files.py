@@ -19,9 +19,10 @@ from qkov_dist.config_file import from_dict
 from qkov_dist.distributed.world import Alone
 from qkov_dist.results.heatmap import SampleTable
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes, to_json
-from qkov_dist.results.partial_schema import PartialHeader
+from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
+from qkov_dist.scoring.influence_records import no_influences
 
 LAYERS = (1, 4)
 HEADS = {"Q": (0, 1), "K": (0,), "V": (0,), "O": (0, 1)}
@@ -88,10 +89,11 @@ def header(rank: int, world_size: int = 2) -> PartialHeader:
 def _layer(layer: int, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
     rng, num = np.random.default_rng((layer, rank)), NUM_A + NUM_B
     blocks = {
-        block: (
+        block: BlockPartial(
             np.array(heads),
             rng.gamma(1.0, size=(len(heads), num, num)).astype(np.float32),
             rng.uniform(1, 2, (len(heads), len(FISHER_COLUMNS))),
+            rng.normal(size=no_influences(len(heads), num).shape),
         )
         for block, heads in HEADS.items()
     }

@@ -21,9 +21,10 @@ from processes import PATIENCE_S
 
 from qkov_dist.errors import QkovError
 from qkov_dist.results import hdf5_write
-from qkov_dist.results.partial_schema import PartialHeader
+from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, list_partials, partial_path, read_partial
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
+from qkov_dist.scoring.influence_records import no_influences
 
 HEADER = PartialHeader("run-1", 0, 2, 3, 4, (1, 4, 12), extra={"ids": ["é", "b"], "losses": [0.5, float("inf")]})
 
@@ -33,10 +34,11 @@ def make_layer(layer: int, header: PartialHeader = HEADER, heads: int = 3) -> tu
     rng = np.random.default_rng(layer)
     pairs = (header.n_left, header.n_right)
     blocks = {
-        block: (
+        block: BlockPartial(
             np.arange(count) * 2 + layer % 2,
             rng.random((count, *pairs)).astype(np.float32),
             rng.random((count, len(FISHER_COLUMNS))),
+            rng.random(no_influences(count, header.num_samples).shape),
         )
         for block, count in {"Q": heads, "K": 1, "O": 2}.items()
     }
@@ -97,6 +99,8 @@ def test_file_has_the_names_types_and_checksums_of_the_specification(path: Path)
         assert scores.attrs["heads"].tolist() == [0, 2, 4]
         assert file["fisher/Q/layer_0004"].dtype == np.float64
         assert file["fisher/Q/layer_0004"].shape == (3, len(FISHER_COLUMNS))
+        influences = file["influences/Q/layer_0004"]
+        assert (influences.dtype, influences.shape) == (np.float64, (3, 2, 6 + 7))
         assert file["complete"][...].tolist() == [0, 1, 0]
         assert list(file["partial/Q"]) == ["layer_0004"]
         names: list[str] = []
@@ -107,16 +111,18 @@ def test_file_has_the_names_types_and_checksums_of_the_specification(path: Path)
 def test_float64_on_request_and_float32_otherwise(path: Path) -> None:
     heads, fisher = np.array([0]), np.zeros((1, len(FISHER_COLUMNS)))
     with PartialWriter(path, HEADER) as writer:
-        writer.write_layer(1, {"Q": (heads, np.full((1, 3, 4), 1 / 3), fisher)})
-        writer.write_layer(4, {"Q": (heads, np.full((1, 3, 4), 0.5, np.float16), fisher)})
+        writer.write_layer(1, {"Q": BlockPartial(heads, np.full((1, 3, 4), 1 / 3), fisher, no_influences(1))})
+        half = np.full((1, 3, 4), 0.5, np.float16)
+        writer.write_layer(4, {"Q": BlockPartial(heads, half, fisher, no_influences(1))})
     partial = read_partial(path)
     assert partial.read_layer(1).blocks["Q"].scores[0, 0, 0] == 1 / 3
     assert partial.read_layer(4).blocks["Q"].scores.dtype == np.float32
     assert partial.read_layer(4).shared == {}
+    assert partial.read_layer(4).blocks["Q"].influences.shape == no_influences(1).shape  # none were written
 
 
 def test_a_rank_that_owns_nothing_of_a_block_or_layer_completes_it_all_the_same(path: Path) -> None:
-    nothing = (np.zeros(0, int), np.zeros((0, 3, 4), np.float32), np.zeros((0, 4)))
+    nothing = BlockPartial(np.zeros(0, int), np.zeros((0, 3, 4), np.float32), np.zeros((0, 4)), no_influences(0))
     with PartialWriter(path, HEADER) as writer:
         writer.write_layer(1, {"V": nothing})
         writer.write_layer(4, {})
@@ -230,14 +236,21 @@ def test_reading_what_is_not_there_says_so(path: Path) -> None:
         read_partial(path).read_layer(4)
 
 
+def block_of(num_heads: int = 1) -> BlockPartial:
+    """What fits the header."""
+    sums = np.zeros((num_heads, len(FISHER_COLUMNS)))
+    return BlockPartial(np.arange(num_heads), np.zeros((num_heads, 3, 4)), sums, no_influences(num_heads, 7))
+
+
 @pytest.mark.parametrize(
     ("layer", "blocks", "shared", "message"),
     [
         (3, {}, {}, "layer 3"),
-        (1, {"X": (np.array([0]), np.zeros((1, 3, 4)), np.zeros((1, 5)))}, {}, "block X"),
-        (1, {"Q": (np.array([0, 0]), np.zeros((2, 3, 4)), np.zeros((2, 5)))}, {}, "different heads"),
-        (1, {"Q": (np.array([0]), np.zeros((1, 4, 3)), np.zeros((1, 5)))}, {}, r"scores \[1, 3, 4\]"),
-        (1, {"Q": (np.array([0]), np.zeros((1, 3, 4)), np.zeros((1, 3)))}, {}, "Fisher sums"),
+        (1, {"X": block_of()}, {}, "block X"),
+        (1, {"Q": block_of(2)._replace(heads=np.array([0, 0]))}, {}, "different heads"),
+        (1, {"Q": block_of()._replace(scores=np.zeros((1, 4, 3)))}, {}, r"scores \[1, 3, 4\]"),
+        (1, {"Q": block_of()._replace(fisher_sums=np.zeros((1, 3)))}, {}, "Fisher sums"),
+        (1, {"Q": block_of()._replace(influences=no_influences(1, 6))}, {}, r"influences \[1, 2, 13\]"),
         (1, {}, {"O_bias": np.zeros((4, 3))}, "O_bias"),
         (1, {}, {"../x": np.zeros((3, 4))}, "letters"),
     ],

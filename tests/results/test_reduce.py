@@ -68,8 +68,11 @@ def test_partials_of_any_number_of_ranks_add_up_to_one_process(name):
             largest = np.nanmax(np.abs(one.cross[block]))
             np.testing.assert_allclose(many.cross[block], one.cross[block], atol=SCORES * largest, rtol=0)
             assert_same_fisher(many.fisher[block], one.fisher[block])
+            bound = SCORES * np.nanmax(np.abs(one.influences[block]), axis=(0, 1, 3), keepdims=True)
+            assert (np.abs(many.influences[block] - one.influences[block]) <= bound)[one.present[block]].all()
         doubled = assemble(metadata, summed([*parts[world_size], parts[world_size][0]]))
         assert np.nanmax(np.abs(doubled.cross["Q"] - one.cross["Q"])) > 1e-2 * np.nanmax(one.cross["Q"])
+        assert not np.allclose(doubled.influences["Q"], one.influences["Q"], rtol=1e-2, equal_nan=True)
     assert ("O_bias" in one.shared) == (name in ("gpt2", "gpt_neox"))
 
 

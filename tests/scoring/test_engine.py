@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from comparing import TOLERANCE, assert_close, closeness
-from expected import expected_scores
+from expected import expected_influences, expected_scores
 from jobs import Job, job_for
 from owners import flat_owner
 from rounding import PASSES
@@ -24,6 +25,7 @@ from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring import block_totals, engine, kernel
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher_sums import column
+from qkov_dist.scoring.influence_records import SUMS
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
@@ -33,7 +35,30 @@ def test_every_architecture_equals_the_oracle(name):
     entry = TINY[name]
     model = entry.build()
     job = job_for(entry)
-    assert_close(job.run(model), expected_scores(entry, model, job))
+    found = job.run(model)
+    assert_close(found, expected_scores(entry, model, job))
+    assert_influences(found, expected_influences(entry, model, job))
+
+
+def assert_influences(found, expected) -> None:
+    """Every sum, and every sample, of every block, to the bar for float32."""
+    for layer, blocks in expected.items():
+        for block, influences in blocks.items():
+            got = found[layer][block].influences
+            assert got.shape == influences.shape
+            largest = np.abs(influences).max(axis=0, keepdims=True)
+            largest[..., len(SUMS) :] = largest[..., len(SUMS) :].max(axis=-1, keepdims=True)
+            assert (np.abs(got - influences) <= TOLERANCE * largest).all(), (layer, block)
+
+
+def test_influences_of_the_wrong_role_or_optimizer_would_be_far_out_of_tolerance():
+    entry = TINY["llama"]
+    model = entry.build()
+    job = job_for(entry)
+    found, expected = job.run(model), expected_influences(entry, model, job)
+    for axis in (0, 1, 2):
+        with pytest.raises(AssertionError):
+            assert_influences(found, {n: {b: np.flip(i, axis) for b, i in x.items()} for n, x in expected.items()})
 
 
 def test_a_wrong_kv_mapping_would_be_far_out_of_tolerance():
@@ -61,7 +86,9 @@ def test_every_score_fisher_and_ridge_equals_the_oracle(name, changes):
     entry = TINY[name]
     model = entry.build()
     job = job_for(entry, **changes)
-    assert_close(job.run(model), expected_scores(entry, model, job))
+    found = job.run(model)
+    assert_close(found, expected_scores(entry, model, job))
+    assert_influences(found, expected_influences(entry, model, job))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "falcon_new", "bert", "llama"])
@@ -78,6 +105,7 @@ def test_biases_of_q_k_v_belong_to_their_heads_and_that_of_o_to_none(name):
             assert shared.scores.shape == (1, len(job.a), len(job.b))
             assert_close({layer: {"O_bias": shared}}, {layer: {"O_bias": output_bias_scores(entry, model, job, layer)}})
     assert_close(got, expected)
+    assert_influences(got, expected_influences(entry, model, job))
 
 
 def output_bias_scores(entry: Tiny, model, job: Job, layer: int) -> torch.Tensor:

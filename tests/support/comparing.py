@@ -10,6 +10,7 @@ import torch
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.scoring.engine import BlockScores
 from qkov_dist.scoring.fisher_sums import no_sums
+from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 
 
 def closeness(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -37,6 +38,7 @@ def as_blocks(heatmap):
                 heads := heatmap.natives(block),
                 torch.from_numpy(heatmap.cross[block][place].copy()),
                 no_sums(len(heads)),
+                no_influences(len(heads)),
             )
             for block in heatmap.blocks
         }
@@ -45,11 +47,12 @@ def as_blocks(heatmap):
 
 
 def deviation(one, other) -> float:
-    """Largest deviation of any score, as a share of its block's largest."""
-    return max(
-        float(np.nanmax(np.abs(one.cross[b] - other.cross[b])) / np.nanmax(np.abs(other.cross[b])))
-        for b in other.blocks
-    )
+    """Largest deviation of any score, or of any influence, as a share of its block's largest."""
+    pairs = [(one.cross[b], other.cross[b]) for b in other.blocks]
+    pairs += [
+        (one.influences[b][:, :, o], other.influences[b][:, :, o]) for b in other.blocks for o in range(len(OPTIMIZERS))
+    ]
+    return max(float(np.nanmax(np.abs(mine - theirs)) / np.nanmax(np.abs(theirs))) for mine, theirs in pairs)
 
 
 def assert_identical(one, other) -> None:
@@ -57,6 +60,10 @@ def assert_identical(one, other) -> None:
     for block in one.blocks:
         np.testing.assert_array_equal(one.cross[block], other.cross[block])
         np.testing.assert_array_equal(one.mean[block], other.mean[block])
+        np.testing.assert_array_equal(one.influences[block], other.influences[block])
+        for optimizer, arrays in one.effects[block].items():
+            for key, values in arrays.items():
+                np.testing.assert_array_equal(values, other.effects[block][optimizer][key])
         for key, values in one.fisher[block].items():
             np.testing.assert_array_equal(values, other.fisher[block][key])
         for key, values in one.statistics["overlap"][block].items():

@@ -2,42 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
+import numpy as np
 import oracle
 import torch
+from influences import records_of
 from jobs import Job
 from zoo import Tiny
 
 from qkov_dist.layout.resolve import resolve
+from qkov_dist.results.influences import Samples
 
 
 def expected_scores(entry: Tiny, model, job: Job) -> dict[int, dict[str, torch.Tensor]]:
     """The oracle's scores of all layers and heads."""
-    samples = [(s.input_ids, s.labels) for s in (*job.a, *job.b)]
-    gradients, _ = oracle.per_sample_gradients(model, samples, causal=not entry.masked_lm, reduction=job.reduction)
-    everyone = range(len(samples))
-    left, right = list(everyone[job.roles().left]), list(everyone[job.roles().right])
-    fishers = {
-        "ema": lambda squares: oracle.ema_fisher(squares, job.steps, job.decay),
-        "mean": lambda squares: torch.stack([squares[n] for step in job.steps for n in step]).mean(dim=0),
-    }
-    scores = {}
-    for layer in resolve(model).layers:
-        heads = [
-            oracle.heads_of_layer(model, entry.family, layer.module, g, include_bias=job.include_bias)
-            for g in gradients
-        ]
-        scores[layer.index] = {
+    roles, everyone = job.roles(), range(len(job.a) + len(job.b))
+    left, right = list(everyone[roles.left]), list(everyone[roles.right])
+    return {
+        layer: {
             block: oracle.block_scores(
-                heads,
-                block,
-                fishers[job.estimator],
-                left=left,
-                right=right,
-                score=job.settings.score,
-                epsilon=job.settings.epsilon,
-                absolute=job.settings.ridge_absolute,
-                relative=job.settings.ridge_relative,
+                heads, block, _fisher(job), left=left, right=right, score=job.settings.score, **_regularisation(job)
             )
             for block in heads[0]
         }
-    return scores
+        for layer, heads in _heads(entry, model, job)
+    }
+
+
+def expected_influences(entry: Tiny, model, job: Job) -> dict[int, dict[str, np.ndarray]]:
+    """The oracle's records [head, optimizer, sums and N] of all layers and heads."""
+    is_a = np.arange(len(job.a) + len(job.b)) < len(job.a)
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for layer, heads in _heads(entry, model, job):
+        found[layer] = {}
+        for block in heads[0]:
+            regularised = oracle.regularised_fishers(heads, block, _fisher(job), **_regularisation(job))
+            gradients = [np.stack([sample[block][h].numpy() for sample in heads]) for h in range(len(regularised))]
+            of_heads = zip(gradients, regularised, strict=True)
+            records = [records_of(g, r.numpy(), Samples(is_a, ~is_a), len(job.a)) for g, r in of_heads]
+            found[layer][block] = np.stack(records)
+    return found
+
+
+def _heads(entry: Tiny, model, job: Job) -> Iterator[tuple[int, list[oracle.Heads]]]:
+    """Each layer, and every sample's gradients of it by block and head."""
+    samples = [(s.input_ids, s.labels) for s in (*job.a, *job.b)]
+    gradients, _ = oracle.per_sample_gradients(model, samples, causal=not entry.masked_lm, reduction=job.reduction)
+    for layer in resolve(model).layers:
+        yield (
+            layer.index,
+            [
+                oracle.heads_of_layer(model, entry.family, layer.module, g, include_bias=job.include_bias)
+                for g in gradients
+            ],
+        )
+
+
+def _fisher(job: Job) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    if job.estimator == "ema":
+        return lambda squares: oracle.ema_fisher(squares, job.steps, job.decay)
+    return lambda squares: torch.stack([squares[n] for step in job.steps for n in step]).mean(dim=0)
+
+
+def _regularisation(job: Job) -> dict[str, float]:
+    settings = job.settings
+    return {"epsilon": settings.epsilon, "absolute": settings.ridge_absolute, "relative": settings.ridge_relative}

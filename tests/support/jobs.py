@@ -19,6 +19,7 @@ from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring.block_totals import block_totals
 from qkov_dist.scoring.engine import BlockScores, score_layers
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
+from qkov_dist.scoring.influence_records import mean_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
@@ -57,7 +58,8 @@ class Job:
         num_a, num = len(self.a), len(self.a) + len(self.b)
         weights = fisher_weights(self.steps, num, estimator=self.estimator, decay=self.decay)
         weights = by_task(weights, np.arange(num) < num_a)
-        return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num))
+        means = mean_weights(np.arange(num) < num_a, np.arange(num) >= num_a)
+        return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num), means, num_a)
 
     def run(
         self, model: Any, folder: Path | None = None, layout: Layout | None = None

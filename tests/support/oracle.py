@@ -136,16 +136,28 @@ def block_scores(
     relative: float = 1e-3,
 ) -> Tensor:
     """One block's scores [heads, left, right] by the definition, pair by pair; ``heads`` holds one dict a sample."""
-    num_heads = len(heads[0][block])
-    fishers = [fisher([sample[block][h].square() for sample in heads]) for h in range(num_heads)]
-    ridge = absolute + relative * float(torch.cat(fishers).mean())
-    out = torch.zeros(num_heads, len(left), len(right), dtype=torch.float64)
-    for h in range(num_heads):
-        regularised = fishers[h].clamp_min(epsilon) + ridge
+    regularised = regularised_fishers(heads, block, fisher, epsilon=epsilon, absolute=absolute, relative=relative)
+    out = torch.zeros(len(regularised), len(left), len(right), dtype=torch.float64)
+    for h, of_head in enumerate(regularised):
         for a, i in enumerate(left):
             for b, j in enumerate(right):
-                out[h, a, b] = PAIRS[score](heads[i][block][h], heads[j][block][h], regularised)
+                out[h, a, b] = PAIRS[score](heads[i][block][h], heads[j][block][h], of_head)
     return out
+
+
+def regularised_fishers(
+    heads: list[Heads],
+    block: str,
+    fisher: Callable[[list[Tensor]], Tensor],
+    *,
+    epsilon: float,
+    absolute: float,
+    relative: float,
+) -> list[Tensor]:
+    """R of each head of one block."""
+    fishers = [fisher([sample[block][h].square() for sample in heads]) for h in range(len(heads[0][block]))]
+    ridge = absolute + relative * float(torch.cat(fishers).mean())
+    return [of_head.clamp_min(epsilon) + ridge for of_head in fishers]
 
 
 def heads_of_layer(

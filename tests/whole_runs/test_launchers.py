@@ -165,8 +165,8 @@ def test_the_ranks_of_srun(job):
 
 @pytest.mark.long
 def test_the_batch_script_of_slurm(job, tmp_path):
-    """Slurm's commands are pretended: one node named twice, and an srun that starts its command on both."""
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.1\n")
+    """Slurm's commands are pretended: a list of nodes longer than a pipe, an srun that starts its command on both."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\nseq 100000\n")
     (tmp_path / "srun").write_text(
         "#!/bin/bash\nset -e\nwhile [[ $1 == --* ]]; do shift; done\n"
         'SLURM_NODEID=1 "$@" & other=$!\nSLURM_NODEID=0 "$@"\nwait $other\n'

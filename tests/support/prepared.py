@@ -1,0 +1,108 @@
+"""Models as their users prepare them for training on several ranks: each takes a tiny model and a folder with it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def plain(model, _folder):
+    return model
+
+
+def distributed_data_parallel(model, _folder):
+    model.train()
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def accelerated(model, _folder):
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True).prepare(model)
+
+
+def fully_sharded(model, _folder):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def tensor_parallel(_model, folder):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    config = DistributedConfig(tp_size=torch.distributed.get_world_size(), tp_plan="auto")
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+
+
+PROJECTIONS = {"q": "Colwise", "k": "Colwise", "v": "Colwise", "o": "Rowwise"}
+
+
+def _parallelized(model, mesh, **of_output):
+    from torch.distributed.tensor import parallel
+
+    plan = {
+        f"model.layers.{n}.self_attn.{name}_proj": getattr(parallel, f"{style}Parallel")(
+            **(of_output if name == "o" else {})
+        )
+        for n in range(len(model.model.layers))
+        for name, style in PROJECTIONS.items()
+    }
+    return parallel.parallelize_module(model, mesh, plan)
+
+
+def mesh_of(*sizes: int, names=None):
+    return torch.distributed.device_mesh.init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+def torch_parallel_tp(model, _folder):
+    return _parallelized(model, mesh_of(2, names=("tp",)))
+
+
+def torch_parallel_model(model, _folder):
+    return _parallelized(model, mesh_of(2, names=("model",)))
+
+
+def torch_parallel_nameless(model, _folder):
+    return _parallelized(model, mesh_of(2))
+
+
+def torch_parallel_fully_sharded(model, _folder):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(2, 2, names=("rows", "columns"))
+    model = _parallelized(model, mesh["columns"])
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["rows"])
+    return fully_shard(model, mesh=mesh["rows"])
+
+
+def engine(model, stage: int):
+    import deepspeed
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if stage < 3 else None
+    model.requires_grad_(stage < 3)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    settings["zero_allow_untested_optimizer"] = True
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def zero1(model, _folder):
+    return engine(model, 1)
+
+
+def zero2(model, _folder):
+    return engine(model, 2)
+
+
+def zero3(model, _folder):
+    return engine(model, 3)
+
+
+def adapted_and_fully_sharded(model, folder):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)  # A of every rank alike
+    kinds = [f"self_attn.{name}_proj" for name in "qkvo"]
+    return fully_sharded(inject_adapter_in_model(LoraConfig(r=4, target_modules=kinds), model), folder)
