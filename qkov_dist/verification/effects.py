@@ -17,13 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qkov_dist.data.batches import content_of
+from qkov_dist.data.copies import different_pairs
 from qkov_dist.errors import QkovError
 from qkov_dist.results.influences import Floats
+from qkov_dist.scoring.engine import score_layer
+from qkov_dist.scoring.score_kinds import KINDS, Score
+from qkov_dist.scoring.settings import Roles, ScoreSettings
+from qkov_dist.stats.permutation import draw_labels, head_nulls, pair_counts
 
-from .criteria import pooled_statistics
 from .examined_model import Captured, ExaminedModel
 from .head_gradients import head_gradients
 from .head_targets import Target, halves, refuse_unchangeable, stepped
@@ -132,7 +137,7 @@ def _predictions(
 
 def _scores(captured: Captured) -> dict[Target, dict[str, float]]:
     """Scores of the engine, among all samples under one Fisher."""
-    interference, signed = (pooled_statistics(captured, score) for score in ("interference", "signed"))
+    interference, signed = (_pooled_statistics(captured, score) for score in ("interference", "signed"))
     return {
         target: {
             "interference": of_head["cross_mean"],
@@ -141,3 +146,22 @@ def _scores(captured: Captured) -> dict[Target, dict[str, float]]:
         }
         for target, of_head in interference.items()
     }
+
+
+def _pooled_statistics(captured: Captured, score: Score) -> dict[Target, dict[str, float]]:
+    """``cross_mean`` and, of scores that are never negative, ``overlap`` of every head examined, by the engine."""
+    examined, num = captured.examined, captured.examined.num_samples
+    roles = Roles(tuple(range(num)), examined.roles().weights, slice(0, num), slice(0, num))
+    observed = draw_labels(0, len(examined.a), len(examined.b), 0)
+    pairs = torch.from_numpy(different_pairs([""] * num))
+    counts = pair_counts(observed, pairs)
+    settings = ScoreSettings(score=score, device=next(examined.model.parameters()).device)
+    found = {}
+    for layer in examined.tile_plan().layers:
+        for block, part in score_layer(layer, captured.store, roles, settings).items():
+            scores, with_overlap = part.scores.cpu(), not KINDS[score].may_be_negative
+            nulls = head_nulls(scores, observed, pairs, counts, with_overlap=with_overlap)
+            for place, head in enumerate(part.heads):
+                values = {name: float(null.values[place, 0]) for name, null in nulls.items()}
+                found[Target(layer.layer, block, head)] = values
+    return found

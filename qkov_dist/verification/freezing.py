@@ -17,16 +17,16 @@ import numpy as np
 
 from qkov_dist.acting.freeze import freeze_heads
 from qkov_dist.data.samples import Sample
-from qkov_dist.results.head_slices import head_ranges, slices_of
+from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.influences import Floats
-from qkov_dist.results.selection import SelectedHead, Selection
+from qkov_dist.results.selection import Selection
 
-from .criteria import CRITERIA, ByTarget, head_criteria, highest
+from .criteria import CRITERIA, chosen_at_random, chosen_by, heatmap_of
 from .examined_model import ExaminedModel
-from .head_targets import Target, every_target, halves, refuse_unchangeable
+from .head_targets import Target, halves, refuse_unchangeable
 from .trajectories import Training, Trajectory, attention_weights, kept, trained
 
-NONE, RANDOM = "none", "random"
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,13 @@ def run_trial(
     with kept(attention_weights(examined)):
         if plan.warmup:
             trained(first, first.a, replace(plan.training, steps=plan.warmup), seed)
-        criteria = head_criteria(first, plan.training.step)
         held_out, known = _HeldOut(second), dict[frozenset[Target], Trajectory]()
-        for criterion, share, heads in _choices(criteria, every_target(first), plan, seed):
+        for share, selection in _choices(heatmap_of(first), plan, seed):
+            heads = tuple(Target(head.layer, head.block, head.head) for head in selection.heads)
             key = frozenset(heads)  # two criteria may choose the same heads: one training is both
             if key not in known:
-                selection = selection_of(first, criterion, heads)
                 known[key] = _trajectory(first, held_out, plan.training, seed, selection)
-            tried.append(Tried(criterion, share, heads, known[key]))
+            tried.append(Tried(selection.by, share, heads, known[key]))
             on_training(1)
     return Trial(seed, held_out_a, tuple(tried))
 
@@ -152,32 +151,15 @@ def _chosen(samples: Sequence[Sample], places: Sequence[int]) -> tuple[Sample, .
     return tuple(samples[place] for place in places)
 
 
-def _choices(
-    criteria: dict[str, dict[Target, float]], targets: Sequence[Target], plan: FreezingPlan, seed: int
-) -> Iterator[tuple[str, float, tuple[Target, ...]]]:
-    """Criterion, share and heads of every training of a seed."""
-    yield NONE, 0.0, ()
-    rng = np.random.default_rng((seed, len(targets)))
+def _choices(heatmap: Heatmap, plan: FreezingPlan, seed: int) -> Iterator[tuple[float, Selection]]:
+    """Share and heads of every training of a seed."""
+    yield 0.0, Selection(NONE, ())
+    rng = np.random.default_rng((seed, len(heatmap.layers)))
     for share in plan.shares:
-        count = num_frozen(share, len(targets))
         for criterion in plan.criteria:
-            values: ByTarget = criteria[criterion]
-            yield criterion, share, highest(values, count)
+            yield share, chosen_by(heatmap, criterion, share, plan.training.step)
         for _ in range(plan.num_random):
-            places = sorted(rng.permutation(len(targets))[:count].tolist())
-            yield RANDOM, share, tuple(targets[place] for place in places)
-
-
-def num_frozen(share: float, num_heads: int) -> int:
-    """How many heads a share is: at least one."""
-    return max(round(share * num_heads), 1)
-
-
-def selection_of(examined: ExaminedModel, by: str, heads: Sequence[Target]) -> Selection:
-    """Heads as what acts on them takes them; their values are not told."""
-    ranges = head_ranges({"slices": slices_of(examined.layout, include_bias=False)})
-    chosen = [SelectedHead(t.block, t.layer, t.head, np.nan, None, ranges[t.block, t.layer, t.head]) for t in heads]
-    return Selection(by, tuple(chosen))
+            yield share, chosen_at_random(heatmap, share, rng)
 
 
 class _HeldOut:

@@ -17,7 +17,8 @@ from scipy.stats import t as student
 from qkov_dist.errors import QkovError
 from qkov_dist.results.influences import Floats
 
-from .freezing import NONE, RANDOM, Trial, Tried
+from .criteria import RANDOM
+from .freezing import NONE, Trial, Tried
 
 Interval = tuple[float, float]
 

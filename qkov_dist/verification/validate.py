@@ -160,7 +160,7 @@ def _print(
         print(f"\nsize {size:g}: Spearman rank correlation with the change of A's held-out loss, and its parts\n")
         print(tabulate([_shown(row) for row in shown], headers="keys", disable_numparse=True))
     print("\nslope, measured against predicted (1: right in size)\n")
-    print(tabulate(_slope_rows(slopes), headers="keys", disable_numparse=True))
+    print(tabulate(slope_rows(slopes), headers="keys", disable_numparse=True))
     print(f"\n{_verdict([row for row in ranks if row.samples == HELD_OUT])}")
 
 
@@ -175,7 +175,7 @@ def _shown(row: Agreement) -> dict[str, str]:
     }
 
 
-def _slope_rows(slopes: Sequence[Slope]) -> list[dict[str, str]]:
+def slope_rows(slopes: Sequence[Slope]) -> list[dict[str, str]]:
     """One row for each size and part, one column for each half of A's samples."""
     rows: dict[tuple[float, str, str], dict[str, str]] = {}
     for slope in slopes:

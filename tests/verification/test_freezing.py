@@ -16,8 +16,9 @@ from zoo import TINY, VOCAB
 from qkov_dist.acting.freeze import freeze_heads
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
+from qkov_dist.results.selection import Selection
 from qkov_dist.verification import freezing
-from qkov_dist.verification.criteria import CRITERIA, head_criteria, highest
+from qkov_dist.verification.criteria import CRITERIA, heatmap_of
 from qkov_dist.verification.freezing import FreezingPlan, Trial, Tried, run_trial
 from qkov_dist.verification.freezing_results import interval, outcomes, spares
 from qkov_dist.verification.head_targets import Target, every_target, halves
@@ -66,13 +67,18 @@ def test_training_is_that_of_adamw_on_attention_alone(name):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in examined.model.parameters())
 
 
+def selection_of(examined, heads) -> Selection:
+    every = heatmap_of(examined).select(share=1.0)
+    return Selection("made", tuple(h for h in every.heads if Target(h.layer, h.block, h.head) in heads))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_chosen_heads_stay_as_they_were_and_all_others_learn(name):
     examined = examined_of(name, torch.float32)
     heads = [target for target in HEADS if target in every_target(examined)]
     before = weights_of(examined)
     with kept(attention_weights(examined)):
-        selection = freezing.selection_of(examined, "harm", heads)
+        selection = selection_of(examined, heads)
         trained(examined, examined.b, TRAINING, seed=0, freezing=lambda: freeze_heads(examined.model, selection))
         changed = {target for target in every_target(examined) if changed_by(examined, before, target)}
     assert changed == set(every_target(examined)) - set(heads)
@@ -98,12 +104,6 @@ def test_looks_are_even_and_end_with_the_last_step():
     assert Training(steps=8, looks=3).looked_at == (3, 6, 8)
     assert Training(steps=2, looks=5).looked_at == (1, 2)
     assert Training(steps=12, learning_rate=0.5).step == 6
-
-
-def test_the_highest_are_chosen_and_none_without_a_value():
-    values = {Target(0, "Q", n): value for n, value in enumerate((1.0, np.nan, 3.0, 1.0, -5.0))}
-    assert [target.head for target in highest(values, 3)] == [2, 0, 3]
-    assert [target.head for target in highest(values, 9)] == [2, 0, 3, 4]
 
 
 def made_trial(seed: int, changes: dict[str, list[float]], gain: float = 2.0) -> Trial:
@@ -152,15 +152,13 @@ def test_where_b_gains_nothing_there_is_nothing_to_compare():
 def test_a_trial_tries_every_choice_from_the_same_start_and_puts_weights_back(monkeypatch):
     examined = examined_of("llama", torch.float32, num=8)
     before, warm = weights_of(examined), []
-    seen = head_criteria
 
-    def spied(first, step):
+    def spied(first):
         warm.append(any(not torch.equal(value, before[n]) for n, value in first.model.named_parameters()))
-        assert step == TRAINING.step
         assert [s.id for s in first.a] == [examined.a[n].id for n in halves(8, 5, "A")[0]]
-        return seen(first, step)
+        return heatmap_of(first)
 
-    monkeypatch.setattr(freezing, "head_criteria", spied)
+    monkeypatch.setattr(freezing, "heatmap_of", spied)
     plan = FreezingPlan(TRAINING, warmup=2, shares=(0.1, 0.5), num_random=2)
     count = []
     trial = run_trial(examined, plan, 5, count.append)
