@@ -70,7 +70,7 @@ def head_gradients(captured: Captured, targets: Sequence[Target]) -> Iterator[tu
             gradients = _gradients(captured, target)
             ridge = settings.ridge_relative * totals[target.block] / layer.block_sizes[target.block]
             regularised = weights.to(gradients) @ gradients.square() + ridge
-            yield target, HeadGradients(*gradients.tensor_split([len(examined.a)]), regularised)
+            yield target, HeadGradients(gradients[: len(examined.a)], gradients[len(examined.a) :], regularised)
 
 
 def _gradients(captured: Captured, target: Target) -> Tensor:

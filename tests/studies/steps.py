@@ -2,7 +2,7 @@
 
     python tests/studies/steps.py WHEEL     # writes tests/studies/results/steps.md; WHEEL as in freezing.py
 
-40 heads of the last ten layers of SmolLM2-135M, 16 + 16 samples of ``freezing.py``: predicted on 8 samples of A,
+32 heads of the last ten layers of SmolLM2-135M, 16 + 16 samples of ``freezing.py``: predicted on 8 samples of A,
 measured on the other 8 and on the same. Near A's optimum: after eight AdamW steps on those 16 samples.
 """
 
@@ -23,7 +23,7 @@ from qkov_dist.verification.head_targets import sample_targets
 from qkov_dist.verification.trajectories import Training, attention_weights, kept, trained
 from qkov_dist.verification.validate import number, slope_rows
 
-NUM_HEADS, NUM_SAMPLES, RESAMPLES = 40, 16, 500
+NUM_HEADS, NUM_SAMPLES, RESAMPLES = 32, 16, 500
 SIZES = {"adam": (1e-4, 1e-3, 5e-3), "sgd": (1e-3, 1e-2, 1e-1)}
 CASES = {"far": 0, "near": 8}
 
