@@ -17,7 +17,7 @@ from qkov_dist.layout.heads import AttentionLayer, Layout, Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.exchange import needs_of
 from qkov_dist.scoring.extent import Scoring
-from qkov_dist.scoring.tiles import LayerTiles, Selection, Tile, in_order_of_work
+from qkov_dist.scoring.tiles import SHARED_O_BIAS, LayerTiles, Selection, Tile, in_order_of_work
 
 UNCUT = 2**62  # bytes of a tile that nothing exceeds
 
@@ -32,6 +32,7 @@ class SiteWork:
         input: Place of the projection whose X it reads.
         area: Elements of selected heads of its weight.
         bias_area: Elements of selected heads of its bias, and those that no head owns.
+        shared_area: Those that no head owns.
         cols: Features of X that have to come with this site; 0 where another site's X is read.
         rows: Features of D.
         whole: Elements of a gradient that is kept as such.
@@ -42,6 +43,7 @@ class SiteWork:
     input: int
     area: int = 0
     bias_area: int = 0
+    shared_area: int = 0
     cols: int = 0
     rows: int = 0
     whole: int = 0
@@ -124,6 +126,7 @@ def _site_work(layer: AttentionLayer, layer_tiles: LayerTiles, owned: Owned, sco
             input=places[sharing[site]],
             area=count(layer_tiles.tiles, site, False),
             bias_area=count(layer_tiles.tiles, site, True),
+            shared_area=count([tile for tile in layer_tiles.tiles if tile.block == SHARED_O_BIAS], site, True),
             cols=width("x", site),
             rows=width("d", site),
             whole=width("g", site),

@@ -2,8 +2,8 @@
 
 Counted is what the run itself counts or holds, from the same integers.
 
-    scoring   2 P (T + 2 N + n_i n_j) operations for P elements, T padded tokens, N samples: gradients, both tasks'
-              Fisher, all pairs (as :func:`~qkov_dist.scoring.kernel.tile_flops` counts)
+    scoring   2 P (T + 2 N + n_i n_j + E) operations for P elements, T padded tokens, N samples: gradients, both tasks'
+              Fisher, all pairs, effects (as :func:`~qkov_dist.scoring.kernel.tile_flops` counts)
     factors   of one layer, what ``capture.factors.factor_bytes`` counts; an owner is sent X and D at its features
     buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections, one in
               work and one on its way, which may be the next layer's first; of what came from other ranks, also that
@@ -26,6 +26,8 @@ from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.block_totals import norm_flops
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
+from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
+from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
 from qkov_dist.scoring.schedule import Round
 from qkov_dist.scoring.score import worth_compiling
@@ -35,11 +37,11 @@ from .rank_work import LayerWork, SiteWork
 from .workload import Dealt, KeptSamples, Workload
 
 FISHER_BYTES = 8 * len(FISHER_COLUMNS)
-TABLE_BYTES = 8 * (4 + 2 * 18)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests
+TABLE_BYTES = 8 * (4 + 2 * 18 + 2 * 11)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests, effects
 RECORD_BYTES = 250  # of a head's record, where it is significant
 MATRIX_BYTES = 24  # of each head's scores in heatmap.h5: checksum and index
 DATASET_BYTES, FILE_BYTES = 350, 16 * 2**10  # what HDF5 and names add in a partial file, to a dataset and in all
-TABLES_BYTES = 252 * 2**10  # the same of the 182 small datasets and the attributes of heatmap.h5
+TABLES_BYTES = 140 * 2**10  # the same of the 278 small datasets and the attributes of heatmap.h5
 
 
 Needs = tuple[tuple[int, int, int], ...]  # by threshold, numbers for each token of a factor, and for each gradient
@@ -71,6 +73,12 @@ class ScoringCost:
     def matrix(self) -> int:
         """Bytes of one head's scores."""
         return self.work.pairs[0] * self.work.pairs[1] * self.work.scoring.itemsize
+
+    @property
+    def a_head(self) -> int:
+        """Bytes of what a rank has of one head: scores, what is known of I, effects."""
+        effects = 8 * no_influences(1, sum(self.work.num_samples)).size
+        return self.matrix + FISHER_BYTES + effects
 
     @cached_property
     def cells(self) -> dict[str, int]:
@@ -122,8 +130,9 @@ class ScoringCost:
         for layer_work, times in self._counted(rank, layers):
             for site in layer_work.sites:
                 tokens = self.work.padded_tokens(site.above)
-                scoring += times * 2 * site.area * (tokens + 2 * num + left * right)
-                scoring += times * 2 * site.bias_area * (2 * num + left * right)
+                elements = site.area + site.bias_area
+                products = elements * (2 * num + left * right) + (elements - site.shared_area) * effect_products(num)
+                scoring += times * 2 * (site.area * tokens + products)
         return scoring
 
     def elements(self, rank: int, layers: Sequence[int]) -> int:
@@ -219,8 +228,8 @@ class ScoringCost:
     def partials(self, rank: int) -> int:
         """Bytes of a rank's partial file."""
         layer_works = self.by_rank[rank].values()
-        datasets = 2 * sum(len(layer_work.heads) for layer_work in layer_works)
-        scores = sum(_num(layer_work.heads) for layer_work in layer_works) * (self.matrix + FISHER_BYTES)
+        datasets = 3 * sum(len(layer_work.heads) for layer_work in layer_works)
+        scores = sum(_num(layer_work.heads) for layer_work in layer_works) * self.a_head
         return scores + datasets * DATASET_BYTES + FILE_BYTES
 
     def heatmap(self) -> int:
@@ -228,7 +237,8 @@ class ScoringCost:
         config, (num_a, num_b) = self.work.config, self.work.num_samples
         matrices = {"none": (), "cross": (num_a * num_b,), "all": (num_a * num_b, (num_a + num_b) ** 2)}
         kept = matrices[config.output.pairs]
-        a_head = TABLE_BYTES + sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in kept)
+        a_head = TABLE_BYTES + 8 * len(OPTIMIZERS) * (num_a + num_b)
+        a_head += sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in kept)
         a_head += RECORD_BYTES if config.statistics.enabled else 0
         return sum(self.cells.values()) * a_head + TABLES_BYTES
 
@@ -246,8 +256,8 @@ class ScoringCost:
         for layer, dealt in self._dealt.items():
             heads = self.by_rank[rank][layer].heads
             others = sum(len(set(found) - set(dealt[rank].get(block, ()))) for block, found in heads.items())
-            sent += others * (self.matrix + FISHER_BYTES)
-            sent += _num(dealt[rank]) * (kept + FISHER_BYTES) if rank else 0
+            sent += others * self.a_head
+            sent += _num(dealt[rank]) * (kept + self.a_head - self.matrix) if rank else 0
         return sent
 
     @cached_property

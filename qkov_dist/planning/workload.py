@@ -123,8 +123,7 @@ class Workload:
     def padded_tokens(self, above: int) -> int:
         """Tokens of all samples kept as factors (no longer than ``above``), with the padding of their groups."""
         num_a, num = self.num_samples[0], sum(self.num_samples)
-        cuts = (0, num) if self.config.pooled else (0, num_a, num)
-        return _padded(self.lengths_pooled, above, cuts)
+        return _padded(self.lengths_pooled, above, (0, num_a, num))
 
 
 @dataclass(frozen=True, eq=False)

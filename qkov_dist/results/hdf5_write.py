@@ -105,6 +105,7 @@ class Writer:
 
     def __init__(self, file: Any, sink: _Sink) -> None:
         self._file, self._sink = file, sink
+        self._scaled: dict[str, list[tuple[Any, int]]] = {}  # scale -> datasets, and the axis that it is of
 
     def array(self, path: str, values: npt.NDArray[Any], dims: Sequence[str] = ()) -> None:
         """Write numbers; ``dims`` names scales already written. One chunk is one matrix of the last two axes."""
@@ -163,8 +164,21 @@ class Writer:
             path, shape=shape, dtype=dtype, chunks=chunks, maxshape=maxshape, fletcher32=True, **options
         )
         for axis, dim in enumerate(dims):
-            dataset.dims[axis].attach_scale(self._file[dim])
+            self._scaled.setdefault(dim, []).append((dataset.ref, axis))
+        if dims:
+            scales = np.empty(len(dims), object)
+            scales[:] = [np.array([self._file[dim].ref], h5py.ref_dtype) for dim in dims]
+            dataset.attrs.create("DIMENSION_LIST", scales, dtype=h5py.vlen_dtype(h5py.ref_dtype))
         return dataset
+
+    def attach_scales(self) -> None:
+        """Tell each scale whose axes it is of: once, as HDF5's own function writes the list anew for every dataset and
+        leaves the old one in the file.
+        """
+        entry = np.dtype([("dataset", h5py.ref_dtype), ("dimension", np.int32)])
+        for dim, attached in self._scaled.items():
+            self._file[dim].attrs.create("REFERENCE_LIST", np.array(attached, entry))
+        self._scaled.clear()
 
 
 @contextmanager
@@ -180,7 +194,9 @@ def writing(path: Path, run_id: str) -> Iterator[Writer]:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with _Sink(temporary).synced() as sink, h5py.File(sink, "w", libver=_LIBVER) as file:
-                yield Writer(file, sink)
+                writer = Writer(file, sink)
+                yield writer
+                writer.attach_scales()
                 _put_string(file, "run_id", run_id)
                 _put_string(file, "schema", SCHEMA)
             refuse_other_run(path, run_id)

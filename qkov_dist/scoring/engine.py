@@ -103,7 +103,8 @@ class _HeadScorer:
         influences = no_influences(len(batch.heads))
         if effects is not None:
             influences = site.records_in_order_of_roles(effects.records()).numpy()
-        flops = sum(tile_flops(site.padded, t.rect.area, roles.shape, bias=t.bias) for t in batch.heads[0])
+        tiles = ((tile.rect.area, tile.bias) for tile in batch.heads[0])
+        flops = sum(tile_flops(site.padded, size, roles.shape, bias=bias, effects=effects) for size, bias in tiles)
         found = zip(site.in_order_of_roles(scores.cpu()), sums, influences, strict=True)
         return [_HeadPart(*of_head, flops) for of_head in found]
 

@@ -21,6 +21,11 @@ _F, _MEANS, _STEPS, _SQUARES, _ROOT, _ONE = slice(0, 2), slice(2, 4), slice(4, 6
 NUM_VECTORS = 12
 
 
+def effect_products(num_samples: int) -> int:
+    """Products of an element's gradients that effects take: means, both optimizers' influences, sums."""
+    return 3 * num_samples + NUM_VECTORS**2
+
+
 @dataclass(frozen=True)
 class MeanWeights:
     """How means over tasks are taken of members in the order of their gradients.

@@ -17,7 +17,7 @@ from torch import Tensor
 from qkov_dist.capture.factors import FeatureSlice, Whole
 from qkov_dist.layout.rects import Rect
 
-from .influence_sums import NUM_VECTORS, InfluenceSums
+from .influence_sums import NUM_VECTORS, InfluenceSums, effect_products
 from .padded_groups import PaddedGroup
 from .score import Fused, maps, power_of
 from .score_kinds import KINDS, ElementMap, Score
@@ -196,11 +196,14 @@ def _map_in_place(which: ElementMap, gradients: Tensor, squares: Tensor) -> Tens
     return gradients.abs_() if which == "magnitude" else gradients
 
 
-def tile_flops(factors: Sequence[Padded], size: int, pairs: tuple[int, int], *, bias: bool) -> int:
+def tile_flops(
+    factors: Sequence[Padded], size: int, pairs: tuple[int, int], *, bias: bool, effects: InfluenceSums | None = None
+) -> int:
     """Floating-point operations of the matrix products of a tile of ``size`` elements, padding included.
 
     Gradients that are kept were formed before.
     """
     num = factors[-1].group.last
     tokens = 0 if bias else sum((padded.group.last - padded.group.first) * padded.group.length for padded in factors)
-    return 2 * size * (tokens + 2 * num + pairs[0] * pairs[1])
+    of_effects = 0 if effects is None else effect_products(len(effects.means.weights))
+    return 2 * size * (tokens + 2 * num + pairs[0] * pairs[1] + of_effects)

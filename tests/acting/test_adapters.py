@@ -7,11 +7,12 @@ import warnings
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
 from training import SOME_HEADS, adamw, moved, selection_of, slices, train, trained, whole_parameters
 from zoo import TINY
 
 from qkov_dist import QkovError, freeze_heads, scale_heads
+
+peft = pytest.importorskip("peft")
 
 HEADS = {"llama": SOME_HEADS, "gpt2": (("Q", 0, 1), ("K", 0, 2), ("V", 1, 0), ("O", 1, 3))}
 NAMES = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "gpt2": ["c_attn", "attn.c_proj"]}
@@ -22,7 +23,7 @@ def adapted(name: str = "llama", config=None, **options):
     settings = {"r": 4, "lora_alpha": 8, "target_modules": NAMES[name], **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT remarks on Conv1D, and uses what transformers gives up
-        return get_peft_model(TINY[name].build(), config or LoraConfig(**settings))
+        return peft.get_peft_model(TINY[name].build(), config or peft.LoraConfig(**settings))
 
 
 def effective(model, selection):
@@ -54,6 +55,21 @@ def test_a_block_without_a_step_leaves_the_adapter_as_it_was():
         held = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     assert {name.split(".")[-3] for name in held} == {"lora_A"}  # the columns of O, while it lasts
     assert moved(before, dict(model.named_parameters())) == set()
+
+
+def test_an_adapter_over_a_packed_weight_is_held():
+    """As of a quantized model, whose weights have another shape and no gradient."""
+    model = adapted()
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    base = model.get_submodule(f"{path}.base_layer")
+    del base.weight
+    base.weight = torch.nn.Parameter(torch.zeros(1024, 1, dtype=torch.uint8), requires_grad=False)
+    factor = model.get_parameter(f"{path}.lora_B.default.weight")
+    optimizer = torch.optim.SGD([factor], lr=1.0)
+    with freeze_heads(model, selection_of(TINY["llama"].build(), [("Q", 0, 1)])):
+        factor.grad = torch.ones_like(factor)
+        optimizer.step()
+    assert (factor == 0).all(1).nonzero().flatten().tolist() == list(range(16, 32))
 
 
 def test_a_weight_that_trains_whole_in_an_adapted_model_is_held():
@@ -105,7 +121,7 @@ def test_what_couples_heads_is_refused():
     selection = selection_of(TINY["llama"].build(), [("Q", 0, 1)])
     with pytest.raises(QkovError, match=r"q_proj.*plain LoRA.*Dora"):
         freeze_heads(adapted(use_dora=True), selection).__enter__()
-    other = adapted(config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    other = adapted(config=peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     with pytest.raises(QkovError, match=r"q_proj.*plain LoRA.*ia3"):
         freeze_heads(other, selection).__enter__()
     with freeze_heads(other, selection_of(TINY["llama"].build(), [("K", 0, 1)])):  # which has no adapter

@@ -77,6 +77,7 @@ def adapters_on_ranks(folder: str) -> tuple[list[bool], int]:
 
 @pytest.mark.long
 def test_adapters_that_are_sharded_are_held(ranks, folder):
+    pytest.importorskip("peft")
     for unmoved, num_moved in ranks(2).run(adapters_on_ranks, folder):
         assert unmoved == [True] * len(HEADS)
         assert num_moved == 16  # A and B of four projections of two layers
@@ -117,6 +118,7 @@ def refusal_of(prepare: str, folder: str) -> str:
 @pytest.mark.long
 @pytest.mark.parametrize("prepare", ["zero1", "zero2", "zero3"])
 def test_zero_is_refused_with_the_reason(prepare, ranks, folder):
+    pytest.importorskip("deepspeed")
     for told in ranks(2).run(refusal_of, prepare, folder):
         assert "DeepSpeed ZeRO, which steps flat float32 copies" in told
         assert "FSDP2" in told

@@ -154,6 +154,9 @@ def test_json_has_an_entry_for_each_rectangle_and_comes_back(heatmap, tmp_path):
     assert first.keys() == {"block", "layer", "head", "value", "q_value", "parameter", "cols"}
     assert all(("rows" in entry) == (entry["block"] == "K") for entry in raw["heads"])
     assert Selection.from_json(tmp_path / "heads.json") == selection
+    none = dataclasses.replace(selection, heads=())  # as where nothing is significant
+    none.to_json(tmp_path / "none.json")
+    assert Selection.from_json(tmp_path / "none.json") == none
 
 
 def test_other_programs_write_less_or_more(tmp_path):
