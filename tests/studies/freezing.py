@@ -63,14 +63,17 @@ class Lower(nn.Module):
 
 def upper_part(num_layers: int) -> tuple[Any, Any]:
     """SmolLM2 as the same function with only its last layers in sight, and its tokenizer."""
-    whole, below = smollm2(), smollm2()
-    model: Any = whole.model
-    lower = len(model.model.layers) - num_layers
-    model.model.layers = model.model.layers[lower:]
-    model.config.num_hidden_layers = num_layers
-    below.model.config.num_hidden_layers = lower
-    model.model.embed_tokens = Lower(below.model.model, lower)
-    return model, whole.tokenizer
+    whole = smollm2()
+    return upper_of(whole.model, smollm2().model, num_layers), whole.tokenizer
+
+
+def upper_of(model: Any, twin: Any, num_layers: int) -> Any:
+    """A model as the same function with only its last layers in sight; those below are its twin's."""
+    num_lower = len(model.model.layers) - num_layers
+    model.model.layers = model.model.layers[num_lower:]
+    model.config.num_hidden_layers, twin.config.num_hidden_layers = num_layers, num_lower
+    model.model.embed_tokens = Lower(twin.model, num_lower)
+    return model
 
 
 def texts(task: str, wheel: Path) -> list[tuple[str, str]]:
