@@ -24,7 +24,7 @@ from .errors import QkovError, ascending, choose, is_whole, wrong_argument
 from .finish import with_tested_effects
 from .layout.heads import BLOCKS
 from .results.assemble import assemble
-from .results.effects import counted_samples
+from .results.effects import Effects, counted_samples
 from .results.head_slices import slices_of
 from .results.heatmap import Heatmap
 from .results.metadata import HeatmapMetadata, layer_axes, make_metadata
@@ -158,6 +158,29 @@ class QKOVInterferenceMetric:
         with step() as world:
             tile_plan, roles, metadata = together(world, prepared)
             return with_tested_effects(assemble(metadata, self._scored(tile_plan, roles).items()))
+
+    def compute_effects(
+        self,
+        task_a: str,
+        task_b: str,
+        layers: Iterable[int] | None = None,
+        heads: Iterable[int] | None = None,
+        max_samples_per_task: int | None = None,
+        *,
+        allow_shared_samples: bool = False,
+    ) -> Effects:
+        """What a step on one task does to the other's loss, in each head alone; tested.
+
+        The heatmap of :meth:`compute_heatmap` holds the same (``effects``), and has totals, harm and selections of it.
+        Every rank of a distributed job calls this. Arguments and errors are those of :meth:`compute_heatmap`.
+
+        Returns:
+            Block -> ``sgd`` or ``adam`` -> name (``results.effects.EFFECT_KEYS``) -> float64 [layer, native head].
+        """
+        heatmap = self.compute_heatmap(
+            task_a, task_b, layers, heads, max_samples_per_task, "cross", allow_shared_samples=allow_shared_samples
+        )
+        return heatmap.effects or {}
 
     def _copies(self, tasks: tuple[str, str], numbers: tuple[list[int], list[int]], *, allowed: bool) -> list[str]:
         """Warnings of samples that both tasks have."""

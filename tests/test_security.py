@@ -22,7 +22,7 @@ import qkov_dist
 from qkov_dist import config_file
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig
-from qkov_dist.report.tables import Table
+from qkov_dist.report.table import Table
 
 PACKAGE = Path(qkov_dist.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qkov_dist
 from qkov_dist import cli, load_heatmap
+from qkov_dist.capture import ropes
 from qkov_dist.config_file import load_config
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.families import FAMILIES
@@ -339,11 +340,40 @@ for name in ("a", "b"):
     collector.collect_fisher(model, {"input_ids": torch.randint(64, (3, 6))}, task=name)
 heatmap = QKOVInterferenceMetric(config, collector, score="made_up").compute_heatmap("a", "b")
 assert (heatmap["Q"]["scores"] > 0).all(), "the engine scores it as it scores its own"
+
+from qkov_dist.cli import main
+from qkov_dist.distributed.parallelism import Parallelism, resolve_parallelism
+cut = from_dict(given | {"parallel": {"shard": "made_up"}}).parallel
+assert resolve_parallelism(cut, 4, {}) == Parallelism(1, "made_up", 4)
+try:
+    resolve_parallelism(cut, 1, {})
+except qkov_dist.QkovError as error:
+    print("refused", error)
+else:
+    raise AssertionError("a cut was accepted where it cannot be")
+assert main(["madeup", "--times", "3"]) == 0
 """
+ONE_RANK = """    if config.shard == "made_up" and replicas == 1:
+        raise QkovError("parallel.shard", expected="several ranks", got="1", remedy="Start more.")
+"""
+COMMAND = '''
+"""What `qkov madeup` does."""
+import argparse
+EXAMPLE = "qkov madeup --times 2"
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--times", type=int, default=1)
+
+def execute(options: argparse.Namespace) -> int:
+    print("command " * options.times)
+    return 0
+'''
 
 
-def test_an_architecture_a_score_and_a_key_take_the_files_that_the_recipes_name(tmp_path) -> None:
-    """In a copy of the package: an architecture is proved, a wrong one refused; a score is scored; a key is read."""
+def test_what_is_added_by_a_recipe_takes_the_files_that_it_names(tmp_path) -> None:
+    """In a copy of the package: an architecture is proved, a wrong one refused; a score is scored; a key is read; a cut
+    is resolved, or refused; a command runs.
+    """
     shutil.copytree(PACKAGE, tmp_path / "qkov_dist", ignore=shutil.ignore_patterns("__pycache__"))
     shape = "'attention', (('query_key_value', {!r}), ('dense', 'cols H*v')), dims=HeadDims(q='head_size')"
     families = [
@@ -361,7 +391,11 @@ def test_an_architecture_a_score_and_a_key_take_the_files_that_the_recipes_name(
         ),
         ("a score", "config.py", 'score: str = _key(one_of("interference", ', '"made_up", '),
         ("a configuration key", "config.py", "", '    made_up: int = _key(COUNT, "a number", 1)\n'),
+        ("a way to cut", "config.py", '        one_of("auto", "none", "ddp", ', '"made_up", '),
+        ("a way to cut", "distributed/parallelism.py", "    replicas = world_size // config.tp\n", ONE_RANK),
+        ("a command", "cli.py", "COMMANDS = {", '\n    "madeup": "Do what was made up.",'),
     ]
+    (tmp_path / "qkov_dist" / "commands" / "madeup.py").write_text(COMMAND)
     for title, file, anchor, after in changes:
         assert file in files_of(f"Add {title}")
         path = tmp_path / "qkov_dist" / file
@@ -374,7 +408,24 @@ def test_an_architecture_a_score_and_a_key_take_the_files_that_the_recipes_name(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "refused" in done.stdout
+    assert done.stdout.count("refused") == 2
+    assert "command command command" in done.stdout
+
+
+def test_a_rope_that_follows_lengths_is_a_name(monkeypatch) -> None:
+    """Its frequencies are those of a first sample in a pass, and what it remembers is put back."""
+    assert "capture/ropes.py" in files_of("Add a rope variant")
+    assert '`BY_LENGTH = ("dynamic", "longrope")`' in recipe("Add a rope variant")
+    rope = torch.nn.Module()
+    rope.rope_type, rope.max_seq_len_cached, rope.original_max_seq_len = "made_up", 99, 8
+    for name, value in (("inv_freq", 3.0), ("original_inv_freq", 1.0)):
+        rope.register_buffer(name, torch.tensor([value]))
+    with ropes.fresh_ropes(rope):
+        assert float(rope.inv_freq) == 3.0, "one that is in no list is left alone"
+    monkeypatch.setattr(ropes, "BY_LENGTH", (*ropes.BY_LENGTH, "made_up"))
+    with ropes.fresh_ropes(rope):
+        assert (float(rope.inv_freq), rope.max_seq_len_cached) == (1.0, 8)
+    assert (float(rope.inv_freq), rope.max_seq_len_cached) == (3.0, 99)
 
 
 def test_a_launcher_is_one_line_of_the_table(monkeypatch) -> None:

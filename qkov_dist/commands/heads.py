@@ -90,7 +90,7 @@ def _above(heatmap: Heatmap, selection: Selection) -> list[str]:
 
 def as_csv(selection: Selection) -> str:
     """One row for each rectangle of a head."""
-    from qkov_dist.report.tables import Table
+    from qkov_dist.report.table import Table
 
     columns = ("block", "layer", "head", selection.by, "q_value", "parameter", "axis", "start", "stop")
     rows: list[tuple[str | int | float | None, ...]] = []

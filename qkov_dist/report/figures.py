@@ -18,13 +18,12 @@ from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_plot import draw_block
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness
+from .drawing import MARK_EDGES, MARKERS, add_legend, mark_heads, new_figure
+from .effect_figures import EFFECT_FIGURES
+from .findings import counts, findings, found, is_family_wise, sidedness
 from .tables import test_arrays
 
 BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
-MARKERS = {"up": "^", "down": "v", "square": "s", "diamond": "D", "dot": "o"}
-MARK_FILLS = {"above": "#ff8f52", "below": "#7cc6ff", None: "#c9ced6"}
-MARK_EDGES = {"above": "#c2370a", "below": "#0b5fae", None: "#1c1f24"}
 _PNG_DPI = 200
 
 
@@ -38,6 +37,8 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
 
     with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
         for name, make in FIGURES.items():
+            if name in EFFECT_FIGURES and not heatmap.has_tested_effects:
+                continue
             figure = make(heatmap)
             for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
                 content = io.BytesIO()
@@ -45,16 +46,10 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
                 yield f"{name}.{kind}", content.getvalue()
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(max(width, 5.0), height), layout="constrained")  # room for the legend
-
-
 def _panels(heatmap: Heatmap, height: float, xlabel: str) -> tuple[Any, list[tuple[Any, str, str]]]:
     """A figure with a row for each quantity and a column for each block: axis, block and quantity of each panel."""
     rows, blocks = _quantities(heatmap), heatmap.blocks
-    figure = _figure(1.9 * len(blocks), height * len(rows))
+    figure = new_figure(heatmap, 1.9 * len(blocks), height * len(rows))
     grid, panels = figure.subplots(len(rows), len(blocks), squeeze=False), []
     for axes, (title, key) in zip(grid, rows, strict=True):
         axes[0].set_ylabel(title)
@@ -77,46 +72,25 @@ def _values(heatmap: Heatmap, block: str, key: str) -> Floats:
 def draw_heatmaps(heatmap: Heatmap) -> Any:
     """Layer x native head by block, with marks: the mean score, and overlap where it was tested."""
     rows, blocks = _quantities(heatmap), heatmap.blocks
-    figure = _figure(1.9 * len(blocks), (0.8 + 0.055 * max(len(heatmap.layers), 24)) * len(rows))
+    figure = new_figure(heatmap, 1.9 * len(blocks), (0.8 + 0.055 * max(len(heatmap.layers), 24)) * len(rows))
     for axes, (title, key) in zip(figure.subplots(len(rows), len(blocks), squeeze=False), rows, strict=True):
         for axis, block in zip(axes, blocks, strict=True):
             values = _values(heatmap, block, key)
             is_signed = key != "score" or may_be_negative(heatmap.attributes.get("score"))
             scale = values if key == "score" else np.concatenate([_values(heatmap, b, key) for b in blocks], axis=None)
             draw_block(axis, heatmap[block], values, title, scale if is_signed else None)
-            _mark(axis, heatmap, block)
+            if heatmap.tests:
+                mark_heads(axis, findings(heatmap), found(heatmap, block), is_family_wise(heatmap, block))
         axes[0].set_ylabel("layer")
-    _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {alpha(heatmap):g}")
+    _legend(figure, heatmap, f"; coloured: also family-wise p $\\leq$ {heatmap.fdr_alpha:g}")
     return figure
-
-
-def _mark(axis: Any, heatmap: Heatmap, block: str) -> None:
-    """The marks of one block's heads in its heatmap."""
-    if not heatmap.tests:
-        return
-    codes, family = found(heatmap, block), is_family_wise(heatmap, block)
-    for code, finding in enumerate(findings(heatmap), 1):
-        for is_family in (False, True):
-            layers, heads = np.nonzero((codes == code) & (family == is_family))
-            axis.scatter(heads, layers, **_marker(finding, is_family))
-
-
-def _marker(finding: Finding, is_family: bool) -> dict[str, Any]:
-    face, edge = MARK_FILLS[finding.side] if is_family else "white", MARK_EDGES[finding.side]
-    return {"s": 6, "marker": MARKERS[finding.mark], "facecolors": face, "edgecolors": edge, "linewidths": 0.4}
 
 
 def _legend(figure: Any, heatmap: Heatmap, more: str = "") -> None:
     """What the marks say, below the drawings."""
-    if not heatmap.tests:
-        return
-    handles = [
-        figure.axes[0].scatter([], [], **_marker(finding, is_family=True), label=f"{finding.name}: {finding.meaning}")
-        for finding in counts(heatmap)
-    ]
-    test = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap))))
-    title = f"q $\\leq$ {alpha(heatmap):g} ({test}){more}"
-    figure.legend(handles=handles, loc="outside lower left", frameon=False, title=title, alignment="left")
+    if heatmap.tests:
+        test = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap))))
+        add_legend(figure, counts(heatmap), f"q $\\leq$ {heatmap.fdr_alpha:g} ({test}){more}")
 
 
 def draw_blocks(heatmap: Heatmap) -> Any:
@@ -184,8 +158,9 @@ def draw_layers(heatmap: Heatmap) -> Any:
     return figure
 
 
-FIGURES: Mapping[str, Callable[[Heatmap], Any]] = {
+FIGURES: dict[str, Callable[[Heatmap], Any]] = {
     "heatmaps": draw_heatmaps,
     "blocks": draw_blocks,
     "layers": draw_layers,
+    **EFFECT_FIGURES,
 }

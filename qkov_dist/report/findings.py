@@ -71,11 +71,6 @@ _MEAN = (
 )
 
 
-def alpha(heatmap: Heatmap) -> float:
-    """At or below which q a head is significant."""
-    return float(_settings(heatmap).get("fdr_alpha", 0.05))
-
-
 def findings(heatmap: Heatmap) -> tuple[Finding, ...]:
     """What this heatmap's significant heads can show; empty before a test."""
     if not heatmap.tests:
@@ -115,14 +110,14 @@ def _found(heatmap: Heatmap, block: str) -> Ints:
         is_it = side == {"above": 1, "below": -1, None: 0}[finding.side]
         if finding.mean_is_low is not None:
             is_it &= (mean < 0) == finding.mean_is_low
-        codes[is_it & (tests["q_value"] <= alpha(heatmap))] = code
+        codes[is_it & (tests["q_value"] <= heatmap.fdr_alpha)] = code
     return codes
 
 
 def is_family_wise(heatmap: Heatmap, block: str) -> npt.NDArray[np.bool_]:
     """Which significant heads also hold over all heads of all blocks, [layer, native head]."""
     p_max = heatmap.tests[block].get("p_max", np.full(heatmap.mean[block].shape, np.nan))
-    held: npt.NDArray[np.bool_] = (p_max <= alpha(heatmap)) & (found(heatmap, block) > 0)
+    held: npt.NDArray[np.bool_] = (p_max <= heatmap.fdr_alpha) & (found(heatmap, block) > 0)
     return held
 
 
@@ -160,7 +155,7 @@ def significance(heatmap: Heatmap) -> str:
     numbers = counts(heatmap)
     total = sum(numbers.values())
     parts = ", ".join(f"{number:,} {finding.name}" for finding, number in numbers.items())
-    tested = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap), f"q <= {alpha(heatmap):g}")))
+    tested = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap), f"q <= {heatmap.fdr_alpha:g}")))
     return f"{total:,} of {present:,} heads{f': {parts}' if total else ''} ({tested})"
 
 

@@ -23,14 +23,27 @@ from qkov_dist.results.block_view import HEAD_DIM
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .findings import Finding, alpha, counts, findings, found, is_family_wise, sidedness, sides
+from .findings import Finding, counts, findings, found, is_family_wise, sidedness, sides
+from .page_effects import block_effects, effects_data, sections
 from .tables import test_arrays, top_conflicts
 
 STYLE = ("page.css",)
-SCRIPT = ("core.js", "marks.js", "heatmaps.js", "charts.js", "conflicts.js", "page.js")
+SCRIPT = (
+    "core.js",
+    "effects.js",
+    "marks.js",
+    "heatmaps.js",
+    "charts.js",
+    "sums.js",
+    "conflicts.js",
+    "ranked.js",
+    "downloads.js",
+    "page.js",
+)
 
 
 TEXT_BYTES = 1_500_000  # of all samples together, so that a page stays small
+CODES = ("found", "family")
 LONGEST_TEXT, SHORTEST_TEXT = 4000, 60
 TESTS = {"p": "p_value", "q": "q_value", "p_max": "p_max", "effect": "effect_size"}
 
@@ -68,6 +81,7 @@ def make_page(heatmap: Heatmap) -> str:
         "title": html.escape(f"{heatmap.task_a} × {heatmap.task_b}"),
         "style": style,
         "facts": parts.facts(heatmap),
+        **sections(heatmap),
         "legend": parts.legend(heatmap),
         "tested": parts.tested(heatmap),
         "count": parts.warning_count(heatmap),
@@ -90,10 +104,12 @@ def page_data(heatmap: Heatmap) -> dict[str, Any]:
         "statistic": heatmap.deciding if heatmap.tests else None,
         "sided": sidedness(heatmap) if heatmap.tests else None,
         "findings": [_finding(heatmap, finding) for finding in findings(heatmap)],
-        "alpha": alpha(heatmap),
+        "alpha": heatmap.fdr_alpha,
         "confidence": settings.get("confidence", 0.95),
         "layers": heatmap.layers,
         "groups": np.asarray(heatmap.groups).tolist(),
+        "title": heatmap.title,
+        "effects": effects_data(heatmap),
         "blocks": [_block(heatmap, block) for block in heatmap.blocks],
         "tasks": [heatmap.task_a, heatmap.task_b],
         "samples": _samples(heatmap),
@@ -103,10 +119,10 @@ def page_data(heatmap: Heatmap) -> dict[str, Any]:
 
 
 def _conflict(heatmap: Heatmap, block: str, record: Mapping[str, Any]) -> list[int | float]:
-    """A sample pair as places: block, layer, head, sample of A, sample of B; and its score."""
+    """A sample pair as places: block, layer, head, sample of A, sample of B; its score and its excess."""
     layer, head = heatmap.layers.index(record["layer"]), heatmap.natives(block).index(record["head"])
-    score = round_to_float32(record["score"])
-    return [heatmap.blocks.index(block), layer, head, record["sample_i"], record["sample_j"], score]
+    numbers = [round_to_float32(record[key]) for key in ("score", "excess")]
+    return [heatmap.blocks.index(block), layer, head, record["sample_i"], record["sample_j"], *numbers]
 
 
 def round_to_float32(number: float) -> float:
@@ -135,8 +151,13 @@ def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
         "heads": heatmap.natives(block),
         "values": packed,
         "marks": _marks(heatmap, block) if heatmap.tests else None,
+        "effects": {optimizer: _packed(arrays) for optimizer, arrays in block_effects(heatmap, block)},
         "pairs": None if heatmap.cross is None else _base64(_strongest_pairs(heatmap, block), "<i4"),
     }
+
+
+def _packed(arrays: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _base64(values, "i1" if name in CODES else "<f4") for name, values in arrays.items()}
 
 
 def _is_there(values: Any) -> bool:

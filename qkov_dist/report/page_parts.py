@@ -12,8 +12,9 @@ from typing import Any
 
 from qkov_dist.results.heatmap import Heatmap
 
-from .findings import alpha, counts, how_tested, is_family_wise, significance
-from .tables import EXTREMES, Cell, blocks_table, shared_table
+from .findings import counts, how_tested, is_family_wise, significance
+from .table import Cell
+from .tables import EXTREMES, blocks_table, shared_table
 
 MARK_CLASSES = {"above": "mark-above", "below": "mark-below", None: "mark-null"}
 
@@ -24,16 +25,13 @@ def facts(heatmap: Heatmap) -> str:
 
 
 def _facts(heatmap: Heatmap) -> Iterator[tuple[str, str]]:
-    attributes = heatmap.attributes
     present = sum(int(mask.sum()) for mask in heatmap.present.values())
-    config = attributes.get("config", {})
-    model = config.get("model", {}).get("path", "") if isinstance(config, Mapping) else ""
-    yield "Model", str(model).rstrip("/").rpartition("/")[2] or str(attributes.get("model_type", "not said"))
+    yield "Model", heatmap.model_name or "not said"
     yield "Samples", f"{len(heatmap.samples_a)} {heatmap.task_a}, {len(heatmap.samples_b)} {heatmap.task_b}"
     layers, heads, kv_heads = len(heatmap.layers), len(heatmap.heads), len(heatmap.kv_heads)
     yield "Scored", f"{layers} layers × {heads} heads ({kv_heads} kv); {present:,} heads in {len(heatmap)} blocks"
-    yield "Score", str(attributes.get("score", "not said"))
-    yield "Significant", significance(heatmap).replace("<=", "≤")
+    yield "Score", str(heatmap.attributes.get("score", "not said"))
+    yield "Same weights" if heatmap.has_tested_effects else "Significant", significance(heatmap).replace("<=", "≤")
 
 
 def tested(heatmap: Heatmap) -> str:
@@ -51,9 +49,9 @@ def legend(heatmap: Heatmap) -> str:
         for finding, number in counts(heatmap).items()
     ]
     if items:
-        held = sum(int(is_family_wise(heatmap, block).sum()) for block in heatmap.blocks)
+        held, level = sum(int(is_family_wise(heatmap, block).sum()) for block in heatmap.blocks), heatmap.fdr_alpha
         items.append(
-            f"<li>Marked: q ≤ {alpha(heatmap):g}. Coloured: also family-wise p ≤ {alpha(heatmap):g} over all heads of "
+            f"<li>Marked: q ≤ {level:g}. Coloured: also family-wise p ≤ {level:g} over all heads of "
             f"all blocks ({_heads(held)}); white: q alone.</li>"
         )
     else:
@@ -146,8 +144,8 @@ def warnings(heatmap: Heatmap) -> str:
 
 
 def provenance(heatmap: Heatmap) -> str:
-    """Settings, versions and seeds."""
-    attributes = {k: v for k, v in heatmap.attributes.items() if k not in ("warnings", "notes")}
+    """Settings, versions and seeds; not what is shown elsewhere, nor where every head lies."""
+    attributes = {k: v for k, v in heatmap.attributes.items() if k not in ("warnings", "notes", "slices")}
     settings = (heatmap.statistics or {}).get("settings", {})
     shown = {"run_id": heatmap.run_id, **attributes, **({"statistics": settings} if settings else {})}
     rows = (f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in _flat(shown))

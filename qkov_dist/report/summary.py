@@ -1,8 +1,10 @@
-"""What a finished run prints: the heads with most interference, and where everything is."""
+"""What a finished run prints: the answer, the heads with most interference, and where everything is."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from tabulate import tabulate
@@ -12,10 +14,12 @@ from qkov_dist.results.heatmap import Heatmap
 from .findings import found, name_of, null_of, significance
 
 NUM_SHOWN = 5
+WIDTH = 110
 
 
 def print_summary(heatmap: Heatmap, folder: str | Path, file: str = "heatmap.h5") -> None:
-    """Print each block's strongest heads and the path of the file, to stdout."""
+    """Print the answer, each block's strongest heads and the path of the file, to stdout."""
+    print_verdict(heatmap)
     score = heatmap.attributes["score"]
     rows = [row for block in heatmap.blocks for row in _strongest(heatmap, block)]
     headers = ["block", "layer", "head", f"mean {score}"]
@@ -28,6 +32,30 @@ def print_summary(heatmap: Heatmap, folder: str | Path, file: str = "heatmap.h5"
         print(f"note: {note}")
     print(f"\nscores, samples and settings: {Path(folder) / file}")
     print("open it with qkov_dist.load_heatmap, xarray (engine='h5netcdf'), h5web or HDFView")
+
+
+def print_verdict(heatmap: Heatmap) -> None:
+    """Print the answer in words, and what to do next; nothing where no effects are known."""
+    verdict = heatmap.verdict
+    if verdict is None:
+        return
+    print()
+    for text in verdict.sentences:
+        print(_filled(text))
+    print()
+    for detail in verdict.details:
+        print(_filled(f"- {detail}", indent="  "))
+    print("\nWhat to do next:")
+    for place, action in enumerate(verdict.actions, 1):
+        print(_filled(f"{place}. {action.why}", indent="   "))
+        if action.command:
+            print(f"     {action.command}")
+
+
+def _filled(text: str, indent: str = "") -> str:
+    """Text in lines; names of heads stay whole."""
+    whole = re.sub(r"\b([QKVO]) (?=\d)", "\\1\N{NO-BREAK SPACE}", text)
+    return fill(whole, WIDTH, subsequent_indent=indent).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def print_page(path: Path) -> None:

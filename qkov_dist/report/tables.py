@@ -1,29 +1,28 @@
 """The report's tables: views and means of what a heatmap holds.
 
-``heads`` has a row for each present native head, ``blocks`` and ``layers`` sum these up, ``conflicts`` lists the
-strongest sample pairs, and ``shared``, where there is something to say, the parameters that belong to no head.
-
-A table as text: CSV for spreadsheets, Markdown for papers.
-
-A spreadsheet runs text that begins like a formula, some also behind whitespace or with full-width signs: such cells get
-an apostrophe in front.
+``heads`` has a row for each present native head, ``blocks`` and ``layers`` sum these up (effects add up, with errors of
+their own), ``conflicts`` lists sample pairs that score beyond what their scales explain, and ``shared``, where there is
+something to say, the parameters that belong to no head. Effects are named as in pandas: ``change_adam``.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import re
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from qkov_dist.results.block_view import HEAD_DIM, Floats, Ints
+from qkov_dist.results.effects import EFFECT_KEYS
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.verdict import CHANGE
+from qkov_dist.scoring.influence_records import OPTIMIZERS
 
+from .effect_findings import EFFECTS, effect_name, effects_of, found_by_change
 from .findings import counts, found, name_of, sides, tally
+from .table import Cell, Table
 
 NUM_CONFLICTS = 50
 STATISTICS = ("overlap", "cross_mean")
@@ -45,6 +44,9 @@ TEST_COLUMNS = (
     "q_value_by",
     "p_max",
 )
+FINDING = ("finding",)
+EFFECT_NAMES = tuple(finding.name for finding in EFFECTS)
+TOTALS = ("change", "standard_error", "ci_low", "ci_high", "curvature_a", "curvature_b", "own_a", "own_b")
 BESIDE = ("ci_low", "ci_high", "null_mean", "null_low", "null_high")  # what stands beside a block's extreme values
 EXTREMES = {"largest": np.nanargmax, "lowest": np.nanargmin}
 
@@ -56,17 +58,29 @@ def all_tables(heatmap: Heatmap) -> tuple[Table, ...]:
 
 
 def heads_table(heatmap: Heatmap) -> Table:
-    """One row for each present native head, the strongest of a block first.
+    """One row for each present native head, the most harmful first; without effects the strongest of a block first.
 
     ``finding`` is what a significant head shows by the statistic that decides; a ``direction`` is the side of the null
     on which any head lies.
     """
     names = tuple(name for name in STATISTICS if name in (heatmap.statistics or {}))
-    columns = ["block", "layer", "head", "kv_head", "score_mean", "ridge_share", "share_a"]
-    columns += ["finding"] if heatmap.tests else []
+    columns = ["block", "layer", "head", "kv_head", *effect_columns(heatmap, EFFECT_KEYS, FINDING)]
+    columns += ["score_mean", "ridge_share", "share_a", *(["finding"] if heatmap.tests else [])]
     columns += [key if key == name else f"{name}_{key}" for name in names for key in (name, *TEST_COLUMNS[1:])]
     rows = [row for block in heatmap.blocks for row in _head_rows(heatmap, block, names)]
+    if heatmap.has_tested_effects:
+        place = columns.index(CHANGE)
+        rows.sort(key=lambda row: -float(row[place] or 0.0))
     return Table("heads", tuple(columns), tuple(rows))
+
+
+def effect_columns(heatmap: Heatmap, *names: Iterable[str]) -> list[str]:
+    """Names of columns of effects, as pandas has them: ``change_adam``; none where the file knows no effects."""
+    return [f"{name}_{optimizer}" for optimizer in _optimizers(heatmap) for name in chain(*names)]
+
+
+def _optimizers(heatmap: Heatmap) -> tuple[str, ...]:
+    return OPTIMIZERS[::-1] if heatmap.has_tested_effects else ()  # adam first: what training does
 
 
 def _head_rows(heatmap: Heatmap, block: str, names: Iterable[str]) -> Iterator[tuple[Cell, ...]]:
@@ -76,7 +90,8 @@ def _head_rows(heatmap: Heatmap, block: str, names: Iterable[str]) -> Iterator[t
     side = {name: sides(arrays) for name, arrays in tests.items()}
     for layer, head in by_strength(heatmap, block):
         row: list[Cell] = [block, heatmap.layers[layer], heatmap.natives(block)[head]]
-        row += [_kv_head(heatmap, block, layer, head), float(heatmap.mean[block][layer, head])]
+        row += [_kv_head(heatmap, block, layer, head), *_effects_of_head(heatmap, block, layer, head)]
+        row += [float(heatmap.mean[block][layer, head])]
         row += [_number(fisher.get(key), layer, head) for key in ("ridge_share", "share_a")]
         row += [] if codes is None else [name_of(heatmap, int(codes[layer, head]))]
         for name, arrays in tests.items():
@@ -85,10 +100,30 @@ def _head_rows(heatmap: Heatmap, block: str, names: Iterable[str]) -> Iterator[t
         yield tuple(row)
 
 
+def _effects_of_head(heatmap: Heatmap, block: str, layer: int, head: int) -> Iterator[Cell]:
+    for optimizer in _optimizers(heatmap):
+        arrays = effects_of(heatmap, block, optimizer)
+        yield from (_number(arrays[key], layer, head) for key in EFFECT_KEYS)
+        yield effect_name(int(found_by_change(heatmap, block, optimizer)[layer, head]))
+
+
+def _added_up(heatmap: Heatmap, block: str, place: int | None = None) -> Iterator[Cell]:
+    """What the heads of a block, or of one layer of it, add up to, and how many show which effect."""
+    layer = None if place is None else heatmap.layers[place]
+    at = slice(None) if place is None else place
+    for optimizer in _optimizers(heatmap):
+        total = heatmap.total_effect(optimizer, block, layer)
+        numbers = total.change, total.standard_error, *total.interval, *total.curvature.values(), *total.own.values()
+        yield from (None if math.isnan(number) else number for number in numbers)
+        codes = found_by_change(heatmap, block, optimizer)[at]
+        yield from (int((codes == code).sum()) for code in range(1, 1 + len(EFFECTS)))
+
+
 def blocks_table(heatmap: Heatmap) -> Table:
     """One row for each block: how many heads, whose Fisher it is, the extremes, and what the deciding test says."""
     columns = ["block", "heads", "layers", "share_a_median", "share_a_lowest", "share_a_highest", "score_mean"]
     columns += ["score_largest", "score_largest_layer", "score_largest_head"]
+    columns[3:3] = effect_columns(heatmap, TOTALS, EFFECT_NAMES)
     if heatmap.tests:
         name, parts = heatmap.deciding, ("", "_layer", "_head", *(f"_{key}" for key in BESIDE))
         columns += [f"{name}_median", *(f"{name}_{which}{part}" for which in EXTREMES for part in parts)]
@@ -98,7 +133,7 @@ def blocks_table(heatmap: Heatmap) -> Table:
 
 def _block_row(heatmap: Heatmap, block: str) -> tuple[Cell, ...]:
     present, mean = heatmap.present[block], heatmap.mean[block]
-    row: list[Cell] = [block, int(present.sum()), int(present.any(axis=1).sum())]
+    row: list[Cell] = [block, int(present.sum()), int(present.any(axis=1).sum()), *_added_up(heatmap, block)]
     share = heatmap.fisher[block].get("share_a", np.full_like(mean, np.nan))
     row += [_over(reduce, share) for reduce in (np.nanmedian, np.nanmin, np.nanmax)]
     row += [_over(np.nanmean, mean), *_extreme(heatmap, block, "largest", mean)]
@@ -128,7 +163,8 @@ def _significant(heatmap: Heatmap, codes: Ints) -> list[Cell]:
 
 def layers_table(heatmap: Heatmap) -> Table:
     """The layer profile: mean over a layer's present native heads, of the mean score and the deciding statistic."""
-    columns: tuple[str, ...] = ("block", "layer", "heads", "score_mean", "score_largest")
+    columns: tuple[str, ...] = ("block", "layer", "heads", *effect_columns(heatmap, TOTALS, EFFECT_NAMES))
+    columns += ("score_mean", "score_largest")
     if heatmap.tests:
         columns += (f"{heatmap.deciding}_mean", f"{heatmap.deciding}_largest", "significant")
         columns += tuple(finding.name for finding in counts(heatmap))
@@ -144,6 +180,7 @@ def layers_table(heatmap: Heatmap) -> Table:
 def _layer_row(heatmap: Heatmap, block: str, place: int) -> tuple[Cell, ...]:
     mean = heatmap.mean[block][place]
     row: list[Cell] = [block, heatmap.layers[place], int(heatmap.present[block][place].sum())]
+    row += _added_up(heatmap, block, place)
     row += [_over(np.nanmean, mean), _over(np.nanmax, mean)]
     if heatmap.tests:
         statistic = heatmap.tests[block]["statistic"][place]
@@ -164,8 +201,8 @@ def shared_table(heatmap: Heatmap) -> Table:
 
 
 def conflicts_table(heatmap: Heatmap) -> Table:
-    """The strongest sample pairs of each block with both texts; empty where scores of pairs were not kept."""
-    columns = ["block", "layer", "head", "score", "q_value", "finding"]
+    """Sample pairs of each block beyond what their scales explain, with both texts; empty where pairs were not kept."""
+    columns = ["block", "layer", "head", "score", "excess", "q_value", "finding"]
     columns += ["id_a", "tokens_a", "id_b", "tokens_b", "text_a", "text_b"]
     return Table("conflicts", tuple(columns), tuple(_conflict_rows(heatmap)))
 
@@ -181,6 +218,7 @@ def _conflict_rows(heatmap: Heatmap) -> Iterator[tuple[Cell, ...]]:
             record["layer"],
             record["head"],
             record["score"],
+            record["excess"],
             _number(test_arrays(heatmap, heatmap.deciding, block).get("q_value"), *at),
             name_of(heatmap, int(codes[block][at])) if codes else None,
             a.ids[i],
@@ -193,10 +231,10 @@ def _conflict_rows(heatmap: Heatmap) -> Iterator[tuple[Cell, ...]]:
 
 
 def top_conflicts(heatmap: Heatmap) -> list[tuple[str, dict[str, Any]]]:
-    """Block and record of each block's strongest sample pairs."""
+    """Block and record of each block's sample pairs that exceed most what the two samples' scales explain."""
     if heatmap.cross is None:
         return []
-    return [(block, record) for block in heatmap.blocks for record in heatmap[block].top_conflicts(NUM_CONFLICTS)]
+    return [(block, record) for block in heatmap.blocks for record in heatmap[block].top_excesses(NUM_CONFLICTS)]
 
 
 def test_arrays(heatmap: Heatmap, name: str, block: str) -> Mapping[str, Floats]:
@@ -225,57 +263,3 @@ def _number(values: Floats | None, layer: int, head: int) -> Cell:
 def _kv_head(heatmap: Heatmap, block: str, layer: int, head: int) -> int:
     number = heatmap.natives(block)[head]
     return number // int(heatmap.groups[layer]) if HEAD_DIM[block] == "head" else number
-
-
-Cell = str | int | float | None
-
-
-MOST_MARKDOWN_ROWS = 400
-MOST_MARKDOWN_TEXT = 90
-
-
-_FORMULA = re.compile(r"^[\s\0\u200b\ufeff]*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#&~$])")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Named columns and rows of cells; None is an empty cell."""
-
-    name: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-
-    def to_csv(self) -> str:
-        """Comma-separated, numbers in full precision, text that a spreadsheet would run with an apostrophe."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # else a lone \r ends a row
-        writer.writerow(map(_csv_cell, self.columns))
-        writer.writerows([_csv_cell(cell) for cell in row] for row in self.rows)
-        return out.getvalue()
-
-    def to_markdown(self) -> str:
-        """A Markdown table: numbers with four digits, long text cut, nothing left to be read as markup."""
-        rows = [[_markdown_cell(cell) for cell in row] for row in self.rows[:MOST_MARKDOWN_ROWS]]
-        lines = [[_markdown_cell(name) for name in self.columns], ["---"] * len(self.columns), *rows]
-        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        if more := len(self.rows) - len(rows):
-            text += f"\n{more} more rows are in {self.name}.csv.\n"
-        return text
-
-
-def _csv_cell(cell: Cell) -> Cell:
-    if isinstance(cell, str):
-        clean = cell.encode("utf-8", "backslashreplace").decode()
-        return f"'{clean}" if _FORMULA.match(clean) else clean
-    return "" if cell is None else cell
-
-
-def _markdown_cell(cell: Cell) -> str:
-    if cell is None:
-        return ""
-    if isinstance(cell, float):
-        return f"{cell:.4g}"
-    text = " ".join(str(cell).encode("utf-8", "backslashreplace").decode().split())
-    text = text if len(text) <= MOST_MARKDOWN_TEXT else f"{text[: MOST_MARKDOWN_TEXT - 1]}…"
-    return _MARKDOWN.sub(r"\\\1", text)

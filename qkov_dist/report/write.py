@@ -2,7 +2,7 @@
 
     DIR/report.html                             the page: self-contained, offline
     DIR/report/{heads,blocks,layers,conflicts}.{csv,md}, and shared.{csv,md} where O's bias was scored
-    DIR/report/{heatmaps,blocks,layers}.{pdf,png}   with matplotlib
+    DIR/report/{heatmaps,blocks,layers}.{pdf,png}   with matplotlib; {changes,waterfall} where effects are known
 
 It shows what ``heatmap.h5`` holds and computes nothing else. A page of another run is refused, never overwritten.
 """

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from qkov_dist.errors import QkovError
 
+from .conflicts import excess, spread, strongest_heads
+
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
@@ -104,8 +106,9 @@ class BlockView(Mapping[str, Any]):
     def top_conflicts(self, count: int = NUM_CONFLICTS) -> list[dict[str, Any]]:
         """The strongest (sample pair, layer, native head), strongest first; equal scores in index order.
 
-        Each is a dict of sample_i, sample_j (positions in A and B), id_a, id_b, layer, head, score and p_value (of the
-        head by the statistic that decides, None before a test). For K and V ``head`` is the kv head, repeated as
+        Each is a dict of sample_i, sample_j (positions in A and B), id_a, id_b, layer, head, score, excess (the score
+        over what the scales of both samples explain, ``conflicts``) and p_value (of the head by the statistic that
+        decides, None before a test). For K and V ``head`` is the kv head, repeated as
         ``kv_head``: a kv head is listed once, not once for each of its query heads.
         """
         pairs = self._pairs()
@@ -116,6 +119,19 @@ class BlockView(Mapping[str, Any]):
             for place in _largest(sign * self.of_different(layer_scores).ravel(), count)
         ]
         return [self._conflict(layer, place) for _, layer, place in sorted(found)[: max(count, 0)]]
+
+    def top_excesses(self, count: int = NUM_CONFLICTS) -> list[dict[str, Any]]:
+        """Pairs that score beyond what the scales of both samples explain (``conflicts``), most so first.
+
+        The records are those of ``top_conflicts``; each pair is at the head where it exceeds most, and no sample stands
+        in more than a tenth of them, where there are samples enough.
+        """
+        sign = -1 if self.conflict_is_low else 1
+        excesses = (sign * excess(self.of_different(layer)) for layer in self._pairs())
+        values, layers, heads = strongest_heads(excesses)  # scores of both signs rank by -score: lowest is first
+        places = [(int(layers[pair]), (int(heads[pair]), *pair)) for pair in spread(values, count)]
+        shape = self._pairs().shape[1:]
+        return [self._conflict(layer, int(np.ravel_multi_index(place, shape))) for layer, place in places]
 
     def of_different(self, scores: Floats) -> Floats:
         """Scores [..., n_a, n_b], NaN for a sample and its copy."""
@@ -137,6 +153,7 @@ class BlockView(Mapping[str, Any]):
             "head": number,
             **({"kv_head": number} if HEAD_DIM[self.block] == "kv_head" else {}),
             "score": float(pairs[layer, head, i, j]),
+            "excess": float(excess(self.of_different(pairs[layer, head]))[i, j]),
             "p_value": None if self.p_values is None else float(self.p_values[layer, head]),
         }
 

@@ -8,16 +8,20 @@ from 0, A's first. The right axis of pooled scores is ``sample_right``: xarray w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .block_view import HEAD_DIM, missing_extra
 from .hdf5_write import writing
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from xarray import Dataset
 
 COLUMN_NAMES = {"heatmap": "score_mean"}
 
@@ -55,7 +59,7 @@ class LabelledArrays:
                 else:
                     writer.array(variable.path, variable.values, variable.dims)
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> Dataset:
         """An xarray Dataset without copies; ``fisher/Q/min`` becomes ``fisher_Q_min``, samples become coordinates."""
         try:
             import xarray
@@ -76,7 +80,11 @@ class LabelledArrays:
         }
         return xarray.Dataset(data, coords, attributes)
 
-    def to_pandas(self) -> Any:
+    def quantities(self, block: str) -> dict[str, npt.NDArray[Any]]:
+        """Name -> [layer, native head] of all that a block's heads have, by the names of ``to_pandas``."""
+        return _quantities(block, self.variables)
+
+    def to_pandas(self) -> DataFrame:
         """One row for each present native head: block, layer, head, kv_head, then a column for each quantity.
 
         ``head`` counts query heads for Q and O and kv heads for K and V; ``kv_head`` is the kv head that a query head
@@ -95,7 +103,6 @@ class LabelledArrays:
 def _block_columns(
     block: str, coords: Mapping[str, npt.NDArray[Any]], arrays: Mapping[str, Variable]
 ) -> dict[str, npt.NDArray[Any]]:
-    dims = ("layer", HEAD_DIM[block])
     layer, head = np.nonzero(np.asarray(arrays[f"present/{block}"].values))
     numbers = coords[HEAD_DIM[block]][head]
     groups = np.asarray(arrays["group"].values)[layer]
@@ -105,14 +112,20 @@ def _block_columns(
         "head": numbers,
         "kv_head": numbers // groups if HEAD_DIM[block] == "head" else numbers,
     }
-    for path, variable in arrays.items():
-        root, *rest = path.split("/")
-        if block in rest and variable.dims == dims and root != "present":
+    return columns | {name: values[layer, head] for name, values in _quantities(block, arrays.values()).items()}
+
+
+def _quantities(block: str, variables: Iterable[Variable]) -> dict[str, npt.NDArray[Any]]:
+    """Name -> [layer, native head] of all that a block's heads have, by the names of columns."""
+    found: dict[str, npt.NDArray[Any]] = {}
+    for variable in variables:
+        root, *rest = variable.path.split("/")
+        if block in rest and variable.dims == ("layer", HEAD_DIM[block]) and root != "present":
             parts = rest if root == "statistics" else (COLUMN_NAMES.get(root, root), *rest)
             if root == "effects":  # change_adam, as everywhere
                 parts = (rest[-1], rest[-2])
-            columns["_".join(part for part in parts if part != block)] = np.asarray(variable.values)[layer, head]
-    return columns
+            found["_".join(part for part in parts if part != block)] = np.asarray(variable.values)
+    return found
 
 
 def split_arrays(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

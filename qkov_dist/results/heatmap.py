@@ -8,11 +8,10 @@ which repeat kv heads, are made on request by ``heatmap["K"]`` (``views``) and n
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +27,18 @@ from .criteria import Criterion, judged
 from .effects import EFFECT_KEYS, Effects, Harm, Total, counted_samples, harm_of, no_influences_known, total_of
 from .export import LabelledArrays, Variable, split_arrays
 from .head_slices import head_ranges
-from .heatmap_plot import plot_blocks
+from .heatmap_plot import SCORE_LABEL, picture, plot_blocks
 from .influences import Floats as Floats64
 from .influences import Samples
+from .notebook import as_html
 from .selection import Selection, chosen_blocks, select
+from .verdict import CHANGE, Facts, Verdict, verdict_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from xarray import Dataset
 
 Pairs = Literal["none", "cross", "all"]
 FISHER_KEYS = ("mean", "min", "ridge_share", "share_a")
@@ -177,6 +184,56 @@ class Heatmap(Mapping[str, BlockView]):
         """Which pairs of A x B are of different samples, bool [n_a, n_b]: not a sample and its copy."""
         return different(self.samples_a.contents, self.samples_b.contents)
 
+    @property
+    def model_name(self) -> str:
+        """The model's name, the last part of its path; else its type; "" where the file says neither."""
+        return self._setting("model", "path").rstrip("/").rpartition("/")[2] or str(
+            self.attributes.get("model_type", "")
+        )
+
+    @property
+    def title(self) -> str:
+        """Model, tasks and numbers of samples: what a figure must say."""
+        tasks = f"{self.task_a} ({len(self.samples_a)}) \N{MULTIPLICATION SIGN} {self.task_b} ({len(self.samples_b)})"
+        return f"{self.model_name}: {tasks}" if self.model_name else tasks
+
+    @property
+    def has_tested_effects(self) -> bool:
+        """Whether effects are known, with their errors and tests."""
+        of_blocks = (self.effects or {}).values()
+        return bool(of_blocks) and all("q_value" in arrays for of_block in of_blocks for arrays in of_block.values())
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The answer in words; None in files that know no effects, and before they are tested."""
+        if not self.has_tested_effects:
+            return None
+        places = [(block, layer, head) for block in self for layer, head in np.argwhere(self.present[block])]
+        facts = Facts(
+            (self.task_a, self.task_b),
+            self.counted.sizes,
+            self.fdr_alpha,
+            {optimizer: self.total_effect(optimizer) for optimizer in OPTIMIZERS},
+            [f"{block} {self.layers[layer]}.{self.natives(block)[head]}" for block, layer, head in places],
+            self._effect_of_heads("change"),
+            self._effect_of_heads("q_value"),
+            self._setting("output", "dir") or "DIR",
+        )
+        return verdict_of(facts)
+
+    def _setting(self, section: str, key: str) -> str:
+        """One setting of the run's configuration as text; "" where the file does not say."""
+        config = self.attributes.get("config")
+        return str(config.get(section, {}).get(key, "")) if isinstance(config, Mapping) else ""
+
+    def _effect_of_heads(self, key: str) -> dict[str, Floats64]:
+        """Optimizer -> one effect of all present heads, block by block."""
+        effects = self.effects or {}
+        return {
+            optimizer: np.concatenate([effects[block][optimizer][key][self.present[block]] for block in self])
+            for optimizer in OPTIMIZERS
+        }
+
     def natives(self, block: str) -> tuple[int, ...]:
         """Head numbers along a block's native axis."""
         return self.heads if HEAD_DIM[block] == "head" else self.kv_heads
@@ -211,13 +268,16 @@ class Heatmap(Mapping[str, BlockView]):
         return f"Heatmap({self._summary()})"
 
     def _repr_html_(self) -> str:
-        head = "<tr><th>block</th><th>native heads</th><th>largest mean score</th></tr>"
-        rows = "".join(
-            f"<tr><td>{block}</td><td>{len(self.natives(block))} {HEAD_DIM[block].replace('_', ' ')}s</td>"
-            f"<td>{np.max(self.mean[block], where=self.present[block], initial=-np.inf):.4g}</td></tr>"
-            for block in self
-        )
-        return f"<p>{html.escape(self._summary())}</p><table>{head}{rows}</table>"
+        try:
+            drawn = picture(self.plot(value=CHANGE if self.has_tested_effects else "mean"))
+        except QkovError:  # without matplotlib
+            drawn = None
+        rows = [["block", "native heads", "largest mean score"]]
+        for block in self:
+            largest = np.max(self.mean[block], where=self.present[block], initial=-np.inf)
+            heads = f"{len(self.natives(block))} {HEAD_DIM[block].replace('_', ' ')}s"
+            rows.append([block, heads, f"{largest:.4g}"])
+        return as_html(self._summary(), self.verdict, drawn, rows)
 
     def _summary(self) -> str:
         tested = "tested" if self.statistics else "not tested"
@@ -409,17 +469,43 @@ class Heatmap(Mapping[str, BlockView]):
         """
         self.labelled(pairs).write(Path(path), self.run_id)
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> Dataset:
         """An xarray Dataset over layer, head, kv_head, sample_a and sample_b, without copies."""
         return self.labelled().to_xarray()
 
-    def to_pandas(self) -> Any:
+    def to_pandas(self) -> DataFrame:
         """One row for each present native head; see ``Labelled.to_pandas``."""
         return self.labelled("none").to_pandas()
 
-    def plot(self) -> Any:
-        """A matplotlib Figure: the blocks side by side, layer x native head."""
-        return plot_blocks(list(self.values()), f"{self.task_a} x {self.task_b}")
+    def quantity(self, name: str) -> dict[str, Floats]:
+        """Block -> [layer, native head] of one quantity: ``mean``, or any column of ``to_pandas`` (``change_adam``).
+
+        Raises:
+            QkovError: for a name that some block does not have.
+        """
+        if name == "mean":
+            return dict(self.mean)
+        arrays = self.labelled("none")
+        known = {block: arrays.quantities(block) for block in self.blocks}
+        names = sorted(set.intersection(*(set(of_block) for of_block in known.values())))
+        choose("value", name, ("mean", *names))
+        return {block: of_block[name] for block, of_block in known.items()}
+
+    def plot(self, ax: Axes | None = None, block: str | None = None, value: str = "mean") -> Figure:
+        """One quantity of the blocks side by side, layer x native head.
+
+        Args:
+            ax: A matplotlib axis to draw one block on, in place of a figure of its own.
+            block: Q, K, V or O; all of them by default.
+            value: ``mean``, or any column of ``to_pandas``: ``change_adam``, ``q_value_adam``, ``overlap_statistic``.
+
+        Raises:
+            QkovError: without matplotlib, for a block or value that is not there, and for several blocks on one axis.
+        """
+        views = list(self.values()) if block is None else [self[block]]
+        arrays = self.quantity(value)
+        label = SCORE_LABEL if value == "mean" else value.replace("_", " ")
+        return plot_blocks(views, [arrays[view.block] for view in views], label, self.title, ax)
 
 
 def cross_of_pooled(pooled: Mapping[str, Floats], num_a: int) -> dict[str, Floats]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
+from browsing import IN_A_BROWSER, errors, middle, number, pixel, set_screen, text_of
 from heatmaps import (
     HEADS,
     KV_HEADS,
@@ -25,50 +23,16 @@ from qkov_dist.report.tables import conflicts_table
 from qkov_dist.report.write import write_page
 from qkov_dist.results.heatmap import SampleTable
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
+pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
 
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1360,1000",
-)
 HOSTILE = "<b id=evil>bold</b><script>window.evil = 1</script><img src=x onerror='window.evil = 2'>"
 CIVIDIS_LOW, CIVIDIS_HIGH = [0, 0x22, 0x4E], [0xFE, 0xE8, 0x38]
 
+pytestmark = IN_A_BROWSER
 GLYPHS = {None: "none", "contested": "▲ contested", "apart": "▼ apart"}
-
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(
-        not (BROWSER and DRIVER),
-        reason="needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -85,47 +49,12 @@ def page(browser, heatmap, tmp_path):
     return browser
 
 
-def set_screen(browser, width: int, height: int, *, scheme: str = "light", is_phone: bool = False) -> None:
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_phone}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
-def errors(browser) -> list[str]:
-    """What the browser's console complained about since the last call."""
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-
-def middle(page, block: int, layer: int, head: int) -> list[float]:
-    """Where a cell's middle lies on its canvas."""
-    script = "const [x, y, w, h] = boxOf(MAPS[arguments[0]], arguments[1], arguments[2]); return [x + w / 2, y + h / 2]"
-    return page.execute_script(script, block, layer, head)
-
-
-def pixel(page, block: int, layer: int, head: int, at: float = 0.15) -> list[int]:
-    """A cell's colour at a share of its width and height; marks lie in the middle."""
-    script = """
-      const [x, y, w, h] = boxOf(MAPS[arguments[0]], arguments[1], arguments[2]);
-      const context = MAPS[arguments[0]].canvas.getContext("2d");
-      return [...context.getImageData(x + w * arguments[3], y + h * arguments[3], 1, 1).data].slice(0, 3)"""
-    return page.execute_script(script, block, layer, head, at)
-
-
-def text_of(page, selector: str) -> str:
-    return page.execute_script("return document.querySelector(arguments[0]).textContent", selector)
-
-
 def column(page, key: str) -> list[str]:
     place = page.execute_script("return COLUMNS.findIndex(([key]) => key === arguments[0])", key)
     script = (
         "return [...document.querySelectorAll('#conflicts tbody tr')].map((row) => row.cells[arguments[0]].textContent)"
     )
     return page.execute_script(script, place)
-
-
-def number(text: str) -> float:
-    return float(text.replace("−", "-"))
 
 
 def hover(page, block: int, layer: int, head: int) -> None:
@@ -309,16 +238,17 @@ def test_every_control_is_reached_by_tab(page) -> None:
         "map-O",
         "filter-block",
         "score",
+        "excess",
         "tokens_a",
     } <= seen
 
 
 def test_the_table_sorts_by_any_column(page, heatmap) -> None:
-    scores = [number(text) for text in column(page, "score")]
-    assert scores == sorted(scores, reverse=True)
-    best = max(row[3] for row in conflicts_table(heatmap).rows)
-    assert scores[0] == float(f"{best:.4g}")
-    for key in ("tokens_a", "layer", "score", "q"):
+    excesses = [number(text) for text in column(page, "excess")]
+    assert excesses == sorted(excesses, reverse=True)
+    best = max(row[4] for row in conflicts_table(heatmap).rows)
+    assert excesses[0] == float(f"{best:.4g}")
+    for key in ("tokens_a", "layer", "score", "q", "excess"):
         header = page.find_element("css selector", f"th[data-key={key}] button")
         page.execute_script("arguments[0].click()", header)
         order = page.execute_script("return document.querySelector('th[aria-sort]').getAttribute('aria-sort')")

@@ -34,7 +34,8 @@ from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
 from qkov_dist.report.figures import draw_blocks, draw_heatmaps
 from qkov_dist.report.page import make_page, page_data, round_to_float32
-from qkov_dist.report.tables import Table, all_tables, blocks_table, conflicts_table, heads_table, layers_table
+from qkov_dist.report.table import Table
+from qkov_dist.report.tables import all_tables, blocks_table, conflicts_table, heads_table, layers_table
 from qkov_dist.report.write import write_page, write_report
 from qkov_dist.results.heatmap import SampleTable
 
@@ -374,8 +375,9 @@ def test_conflicts_come_with_texts_and_token_counts():
     heatmap = heatmap_with_tests()
     table = conflicts_table(heatmap)
     first = dict(zip(table.columns, table.rows[0], strict=True))
-    top = heatmap["Q"]["top_conflicts"][0]
-    assert (first["score"], first["id_a"], first["id_b"]) == (top["score"], top["id_a"], top["id_b"])
+    top = heatmap["Q"].top_excesses(1)[0]
+    for key in ("score", "excess", "id_a", "id_b", "layer", "head"):
+        assert first[key] == top[key]
     assert first["text_b"] == heatmap.samples_b.texts[top["sample_j"]]
     assert first["tokens_a"] == heatmap.samples_a.num_tokens[top["sample_i"]]
     heads = {(row["block"], row["layer"], row["head"]): row["finding"] for row in records(heads_table(heatmap))}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import html
+import re
 import sys
 
 import numpy as np
 import pytest
 from heatmaps import GROUPS, HEADS, KV_HEADS, LAYERS, NUM_A, NUM_B, NUM_HEADS, make_heatmap, make_statistics, present
+from influences import heatmap_with_effects
 
 from qkov_dist.errors import QkovError
 from qkov_dist.results.block_view import BlockView
@@ -205,9 +209,55 @@ def test_a_missing_package_names_the_extra(method: str, module: str, monkeypatch
         getattr(make_heatmap(), method)()
 
 
-def test_html_is_small_and_escaped() -> None:
-    text = make_heatmap(task_a="<b>")._repr_html_()
-    assert "&lt;b&gt;" in text
-    assert "<b>" not in text
+@pytest.mark.parametrize("value", ["change_adam", "q_value_sgd", "overlap_p_value", "fisher_ridge_share", "score_mean"])
+def test_any_column_of_pandas_is_drawn_under_its_name(value: str) -> None:
+    pytest.importorskip("matplotlib")
+    heatmap = heatmap_with_effects()
+    table = heatmap.to_pandas()
+    figure = heatmap.plot(value=value)
+    assert "math (4) \N{MULTIPLICATION SIGN} cøde (3)" in figure.get_suptitle()
+    for axis, block in zip(figure.axes, "QKVO", strict=False):
+        drawn = axis.images[0].get_array().compressed()
+        np.testing.assert_array_equal(drawn, table[table["block"] == block][value])
+    ends = {axis.images[0].get_clim() for axis in figure.axes[:4]}
+    if value == "change_adam":  # one scale for all blocks, about 0: changes add up
+        ((low, high),) = ends
+        assert high == -low == np.abs(table[value]).max()
+
+
+def test_one_block_is_drawn_on_an_axis_of_ones_own() -> None:
+    pyplot = pytest.importorskip("matplotlib.figure")
+    heatmap, figure = heatmap_with_effects(), pyplot.Figure()
+    axis = figure.subplots()
+    assert heatmap.plot(axis, block="V", value="change_sgd") is figure
+    assert axis.get_title() == "V: change sgd"
+    with pytest.raises(QkovError, match="one block on one axis"):
+        heatmap.plot(axis)
+    with pytest.raises(QkovError, match="change_adam"):
+        heatmap.plot(value="chang_adam")
+
+
+def test_html_shows_verdict_and_picture_and_is_escaped() -> None:
+    text = make_heatmap(task_a="<i>", task_b="$x_{")._repr_html_()
+    assert "&lt;i&gt;" in text
+    assert "<i>" not in text
+    shown = dataclasses.replace(heatmap_with_effects(), task_a="<i>")
+    text = shown._repr_html_()
+    assert html.escape(shown.verdict.sentences[0]) in text
+    assert "<i>" not in text
+    assert len(text) < 100_000
+
+
+def test_html_has_a_picture_only_where_matplotlib_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    found = re.search(r'src="data:image/png;base64,([^"]+)"', make_heatmap()._repr_html_())
+    assert base64.b64decode(found[1]).startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    text = make_heatmap()._repr_html_()
+    assert "<img" not in text
+    assert "<table>" in text
     assert len(text) < 1000
+
+
+def test_repr_says_what_it_is_of() -> None:
     assert repr(make_heatmap()).startswith("Heatmap('math' (4 samples)")

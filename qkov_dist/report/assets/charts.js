@@ -26,7 +26,7 @@ function range(block, value) {
 function axisOver(arrays, kind = STATE.value) {
   const [low, high] = extent(arrays);
   const { height, top, bottom } = CHART;
-  const isLog = high > 0 && (kind === "q" || (STATE.scale === "log" && kind === "score" && !isSigned));
+  const isLog = high > 0 && (kind === "q" || VALUES[kind].isLog || (STATE.scale === "log" && kind === "score" && !isSigned));
   const least = isLog ? Math.max(low, high * 1e-6) : Math.min(low, 0);
   const most = isLog ? high : Math.max(high, 0);
   const move = isLog ? Math.log10 : (x) => x;
@@ -59,7 +59,7 @@ function drawBlocks() {
   const hasNulls = DATA.blocks.some((block) => block.values[value.null]);
   document.getElementById("intervals-hint").textContent = `Every head's ${value.title}, lowest to highest within its block` +
     (hasIntervals ? `, with its ${show(100 * DATA.confidence)} % jackknife interval over samples (cut at the frame).` : ".") +
-    (hasNulls ? ` Grey: the middle ${show(100 * DATA.confidence)} % of its null, under exchanged labels, with a tick at the mean.` : "") +
+    (hasNulls ? ` Grey: ${showsEffect() ? "where it would lie if the head did nothing, 0 ± the same width." : `the middle ${show(100 * DATA.confidence)} % of its null, under exchanged labels, with a tick at the mean.`}` : "") +
     (common ? " One axis for all blocks." : " Each block has its own axis: sizes of slices differ.");
   box.replaceChildren(...DATA.blocks.map((block) => {
     const axis = common || axisOver([range(block, value)]);
@@ -92,7 +92,7 @@ function drawHeads(svg, block, places) {
   }
   const dots = [...places.values()].map((place) => `M${place.map(fixed).join(" ")}h.01`);
   svg.append(makeSvg("path", { class: "mark dots", d: dots.join("") }));
-  for (const finding of DATA.findings.toReversed()) // the first last: what lies above the null stays in sight
+  for (const finding of findingsShown().toReversed()) // the first last: what lies above the null stays in sight
     if (shapes.has(finding)) svg.append(makeSvg("path", { class: `mark-${finding.side}`, d: shapes.get(finding) }));
 }
 

@@ -2,14 +2,14 @@
 
 const [SAMPLES_A, SAMPLES_B] = DATA.samples;
 const ROWS_AT_ONCE = 50;
-const FILTER = { block: "all", layer: "", head: "", words: "", key: "score", down: !isSigned, most: ROWS_AT_ONCE };
+const FILTER = { block: "all", layer: "", head: "", words: "", key: "excess", down: true, most: ROWS_AT_ONCE };
 
-const CONFLICTS = DATA.conflicts.map(([index, layer, head, i, j, score]) => {
+const CONFLICTS = DATA.conflicts.map(([index, layer, head, i, j, score, excess]) => {
   const block = DATA.blocks[index];
   return {
-    block: block.name, layer: DATA.layers[layer], head: block.heads[head], axis: block.axis, score,
+    block: block.name, layer: DATA.layers[layer], head: block.heads[head], axis: block.axis, score, excess,
     q: block.value("q", block.at(layer, head)),
-    finding: findingText(block.finding(block.at(layer, head))), a: SAMPLES_A.ids[i], b: SAMPLES_B.ids[j],
+    found: block.finding(block.at(layer, head))?.name || "", finding: findingText(block.finding(block.at(layer, head))), a: SAMPLES_A.ids[i], b: SAMPLES_B.ids[j],
     tokens_a: SAMPLES_A.tokens[i], tokens_b: SAMPLES_B.tokens[j], i, j,
     words: [SAMPLES_A.ids[i], SAMPLES_B.ids[j], SAMPLES_A.texts[i], SAMPLES_B.texts[j]].join("\n").toLowerCase(),
   };
@@ -17,6 +17,7 @@ const CONFLICTS = DATA.conflicts.map(([index, layer, head, i, j, score]) => {
 
 const COLUMNS = [
   ["block", "block"], ["layer", "layer", "number"], ["head", "head", "number"], ["score", DATA.score, "number"],
+  ["excess", "× scale", "number"],
   ...(isTested ? [["q", "q of head", "number"], ["finding", "finding"]] : []),
   ["tokens_a", `tokens ${DATA.tasks[0]}`, "number"], ["tokens_b", `tokens ${DATA.tasks[1]}`, "number"],
   ["a", DATA.tasks[0]], ["b", DATA.tasks[1]],
@@ -53,17 +54,20 @@ function kept() {
   return rows.sort((x, y) => sign * compare(x[FILTER.key], y[FILTER.key]));
 }
 
-function headerCell([key, title, kind]) {
-  const isSorted = FILTER.key === key;
+/** A column's name that sorts by it: state holds ``key`` and ``down``; ``first`` is the order of the first click. */
+function sortHeader(table, [key, title, kind], state, draw, first) {
+  const isSorted = state.key === key;
   const sort = () => {
-    FILTER.down = isSorted ? !FILTER.down : key === "score" && !isSigned;
-    FILTER.key = key;
-    drawConflicts();
-    document.querySelector(`#conflicts th[data-key="${key}"] button`).focus();
+    state.down = isSorted ? !state.down : first;
+    state.key = key;
+    draw();
+    document.querySelector(`#${table} th[data-key="${key}"] button`).focus();
   };
-  const order = isSorted ? { "aria-sort": FILTER.down ? "descending" : "ascending" } : {};
+  const order = isSorted ? { "aria-sort": state.down ? "descending" : "ascending" } : {};
   return make("th", { scope: "col", role: "columnheader", "data-key": key, class: kind || "", ...order }, make("button", { type: "button", onclick: sort }, title));
 }
+
+const headerCell = (column) => sortHeader("conflicts", column, FILTER, drawConflicts, column[0] === "excess" || (column[0] === "score" && !isSigned));
 
 function textCell(samples, place) {
   const toggle = () => button.setAttribute("aria-expanded", String(cell.classList.toggle("open")));
@@ -72,7 +76,7 @@ function textCell(samples, place) {
   return cell;
 }
 
-const COLUMN_TEXT = { block: (row) => row.block, score: (row) => show(row.score), q: (row) => show(row.q) };
+const COLUMN_TEXT = { block: (row) => row.block, score: (row) => show(row.score), excess: (row) => show(row.excess), q: (row) => show(row.q) };
 
 // Roles stay although a narrow screen lays rows out as cards.
 function conflictRow(row) {

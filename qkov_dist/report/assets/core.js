@@ -24,6 +24,8 @@ unpackAll(DATA.shared, Float32Array);
 for (const block of DATA.blocks) {
   unpackAll(block.values, Float32Array);
   unpackAll(block.marks || {}, Int8Array);
+  for (const arrays of Object.values(block.effects)) for (const name of Object.keys(arrays))
+    arrays[name] = unpack(arrays[name], name === "found" || name === "family" ? Int8Array : Float32Array);
   block.pairs = block.pairs && unpack(block.pairs, Int32Array);
   block.at = (layer, head) => layer * block.heads.length + head;
   block.value = (name, place) => (block.values[name] ? block.values[name][place] : NaN);
@@ -101,11 +103,13 @@ function ticks(low, high, count) {
 const isSigned = DATA.may_be_negative;
 const hasStatistic = DATA.blocks.some((block) => block.values.stat);
 const isTested = DATA.statistic !== null;
+const hasEffects = DATA.effects !== null;
 
 /** What can be shown: its name, where it lies, its interval, and what it means. */
 const VALUES = {
+  ...(hasEffects ? effectValues() : {}),
   score: {
-    label: "score", title: `mean ${DATA.score}`, key: "score", low: "score_low", high: "score_high", null: "score_null", centred: isSigned,
+    label: hasEffects ? DATA.score : "score", title: `mean ${DATA.score}`, key: "score", low: "score_low", high: "score_high", null: "score_null", centred: isSigned,
     there: true,
     hint: `Mean ${DATA.score} over all pairs of one sample of ${DATA.tasks[0]} and one of ${DATA.tasks[1]}. It grows with the loss ` +
       "and with the size of a head's slice: compare heads within one block, not blocks with each other." +
@@ -118,11 +122,11 @@ const VALUES = {
       "with that null, not with 0.",
   },
   effect: {
-    label: "effect", title: "effect size", key: "effect", low: "effect_low", high: "effect_high", centred: true, there: isTested,
+    label: hasEffects ? "effect size" : "effect", title: "effect size", key: "effect", low: "effect_low", high: "effect_high", centred: true, there: isTested,
     hint: `Distance of ${DATA.statistic} from its mean under exchanged task labels, in standard deviations (Cohen's d). Its sign is the side of the null.`,
   },
   q: {
-    label: "q", title: "q", key: "q", there: isTested,
+    label: hasEffects && isTested ? `q of ${DATA.statistic}` : "q", title: "q", key: "q", there: isTested,
     hint: `Benjamini-Hochberg q-value of ${DATA.statistic} within a block${DATA.sided ? `, ${DATA.sided}` : ""}: the smaller, the stronger the colour. ` +
       "Orange lies above the null, blue below it." +
       (DATA.sided?.startsWith("one-sided") ? " Heads on the other side were not looked for: there q is near 1 whatever they do." : ""),
@@ -134,16 +138,23 @@ const VALUES = {
   },
 };
 
-const STATE = { value: "score", scale: "linear", range: "block", marks: "all", selected: null };
+const STATE = {
+  value: hasEffects ? "change" : "score", optimizer: "adam", harmed: "a", step: DATA.effects?.step, effectMarks: "all",
+  scale: "linear", range: "block", marks: "all", selected: null,
+};
 const DRAW = [];
 const redraw = () => DRAW.forEach((draw) => draw());
 
-/** A group of radio buttons that looks like one switch. */
-function segments(title, name, choices) {
+/** A group of radio buttons that looks like one switch; several groups may set the same part of the state. */
+function segments(title, name, choices, state = name) {
   const labels = Object.entries(choices).map(([key, { label, there = true }]) =>
     make("label", {}, make("input", {
-      type: "radio", name, value: key, checked: STATE[name] === key, disabled: !there,
-      onchange: () => { STATE[name] = key; redraw(); },
+      type: "radio", name, value: key, "data-state": state, checked: STATE[state] === key, disabled: !there,
+      onchange: () => { STATE[state] = key; redraw(); },
     }), label));
   return make("fieldset", {}, make("legend", {}, title), make("div", { class: "segments" }, ...labels));
 }
+
+DRAW.push(() => {
+  for (const input of document.querySelectorAll("input[data-state]")) input.checked = input.value === STATE[input.dataset.state];
+});

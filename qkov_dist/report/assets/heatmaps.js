@@ -78,11 +78,17 @@ function scaleOf(map) {
     return { colors: DIVERGING[theme], share: (x) => (x - low) / (high - low), ends: [show(low), show((low + high) / 2), show(high)] };
   }
   const [low, high] = extent(arrays);
+  if (value.isEffect && value.centred) {
+    const sizes = arrays.flatMap((array) => Array.from(array, Math.abs)).filter((size) => !Number.isNaN(size)).sort((a, b) => a - b);
+    const most = sizes[Math.floor(0.99 * (sizes.length - 1))] || 1; // a single wild head must not pale the rest
+    const [least, largest] = [low < -most ? "≤ " : "", high > most ? "≥ " : ""];
+    return { colors: DIVERGING[theme], share: (x) => (x / most + 1) / 2, ends: [`${least}${show(-most)}`, "0", `${largest}${show(most)}`] };
+  }
   if (value.centred) {
     const most = Math.max(Math.abs(low), Math.abs(high)) || 1;
     return { colors: DIVERGING[theme], share: (x) => (x / most + 1) / 2, ends: [show(-most), "0", show(most)] };
   }
-  if (STATE.scale === "log" && high > 0) {
+  if ((value.isLog || (STATE.scale === "log" && !value.isEffect)) && high > 0) {
     const least = Math.max(low, high * 1e-6);
     const span = Math.log(high / least) || 1;
     return { colors: CIVIDIS, share: (x) => Math.log(Math.max(x, least) / least) / span, ends: [show(least), "log", show(high)] };
@@ -208,7 +214,14 @@ function leave() {
 }
 
 /** Names and numbers of one head, in reading order. */
-function numbersOf(block, at) {
+const numbersOf = (block, at) => [...(hasEffects ? effectNumbers(block, at) : []), ...testNumbers(block, at)];
+
+/** The first of them: as many as fit beside the pointer. */
+function numbersAtPointer(block, at) {
+  return hasEffects && showsEffect() ? [...effectNumbers(block, at), ...testNumbers(block, at).slice(0, 4)] : numbersOf(block, at);
+}
+
+function testNumbers(block, at) {
   const interval = (low, high) => {
     const [from, to] = [block.value(low, at), block.value(high, at)];
     return Number.isNaN(from) ? "" : ` [${show(from)}, ${show(to)}]`;
@@ -236,7 +249,7 @@ const nameOf = (block, cell) => `${block.name}, layer ${DATA.layers[cell.layer]}
 function showTip(map, cell, x, y) {
   const { block } = map;
   const rows = isThere(block, cell.layer, cell.head)
-    ? numbersOf(block, block.at(cell.layer, cell.head)).map(([name, text]) => make("span", {}, `${name} ${text}`))
+    ? numbersAtPointer(block, block.at(cell.layer, cell.head)).map(([name, text]) => make("span", {}, `${name} ${text}`))
     : [make("span", {}, "this layer has no such head")];
   tip.replaceChildren(make("b", {}, nameOf(block, cell)), ...rows);
   tip.hidden = false;
@@ -249,10 +262,27 @@ function select(map, cell) {
   STATE.selected = { map, layer: cell.layer, head: cell.head };
   point(map, cell);
   showSelected(map.block, cell);
+  history.replaceState(null, "", hashOf(map.block, cell));
+}
+
+/** A head as the end of the page's address: #Q.14.2 is block, layer and head. */
+const hashOf = (block, cell) => `#${block.name}.${DATA.layers[cell.layer]}.${block.heads[cell.head]}`;
+
+/** Select the head that an address names, and bring it into sight. */
+function follow(hash) {
+  const [, name, layer, head] = hash.match(/^#([QKVO])\.(\d+)\.(\d+)$/) || [];
+  const map = MAPS.find(({ block }) => block.name === name);
+  const cell = map && { layer: DATA.layers.indexOf(Number(layer)), head: map.block.heads.indexOf(Number(head)) };
+  if (!cell || cell.layer < 0 || cell.head < 0) return;
+  select(map, cell);
+  map.element.scrollIntoView({ block: "center" });
 }
 
 DRAW.push(() => {
   MAPS.forEach(drawMap);
   document.getElementById("value-hint").textContent = VALUES[STATE.value].hint;
-  if (STATE.selected) point(STATE.selected.map, STATE.selected);
+  if (STATE.selected) {
+    point(STATE.selected.map, STATE.selected);
+    showSelected(STATE.selected.map.block, STATE.selected);
+  }
 });

@@ -16,12 +16,18 @@ function cornersOf(mark, x, y, radius) {
   return CORNERS[mark].map(([right, down]) => [x + radius * right, y + radius * down]);
 }
 
+/** Which marks belong to what is shown: of effects, or of the tests of scores. */
+const showsEffect = () => Boolean(VALUES[STATE.value].isEffect);
+const findingsShown = () => (showsEffect() ? DATA.effects.findings : DATA.findings);
+
 /** Every marked head of a block: its place, what it shows, and whether that holds over all heads. */
 function* marksOf(block) {
-  if (!block.marks || STATE.marks === "none") return;
-  for (let at = 0; at < block.marks.found.length; at++) {
-    const finding = block.finding(at);
-    if (finding && (STATE.marks === "all" || STATE.marks === finding.name)) yield { at, finding, isFamily: block.marks.family[at] === 1 };
+  const marks = showsEffect() ? block.effects[STATE.optimizer] : block.marks;
+  const chosen = showsEffect() ? STATE.effectMarks : STATE.marks;
+  if (!marks || chosen === "none") return;
+  for (let at = 0; at < marks.found.length; at++) {
+    const finding = findingsShown()[marks.found[at] - 1];
+    if (finding && (chosen === "all" || chosen === finding.name)) yield { at, finding, isFamily: marks.family[at] === 1 };
   }
 }
 
@@ -51,7 +57,14 @@ function drawMarks(context, map) {
 /** A finding in words, with its mark. */
 const findingText = (finding) => (finding ? `${finding.glyph} ${finding.name}` : "none");
 
-/** The choices of the switch of marks. */
+/** The choices of the switch of marks of effects. */
+const effectMarkChoices = () => Object.fromEntries([
+  ["all", { label: "all" }],
+  ...DATA.effects.findings.map(({ name, glyph }) => [name, { label: `${glyph}\u00a0${name}` }]),
+  ["none", { label: "none" }],
+]);
+
+/** The choices of the switch of marks of tests. */
 const markChoices = () => Object.fromEntries([
   ["all", { label: "all", there: isTested }],
   ...DATA.findings.filter(({ number }) => number !== null)

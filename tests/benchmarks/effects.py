@@ -1,0 +1,80 @@
+"""What effects add to the time of scoring: the same factors scored with and without them, in turns, in one process.
+
+    python tests/benchmarks/effects.py [--samples 32] [--tokens 96] [--rounds 9] [--layers 3]
+
+Prints processor seconds (medians) and their ratio, for scores of all pairs and of A x B; takes SmolLM2-135M.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import torch
+from real import smollm2
+
+from qkov_dist import FisherCollector, QKOVConfig, QKOVInterferenceMetric
+from qkov_dist.data.samples import Sample
+from qkov_dist.memory import kept_heap
+
+
+def main() -> None:
+    """Time both and print."""
+    arguments = _arguments()
+    model = smollm2(arguments.layers).model
+    layers = list(range(arguments.layers))
+    collector = FisherCollector(gradient_memory_mb=4000, layers=layers)
+    for task, seed in (("a", 1), ("b", 2)):
+        collector.collect_fisher(model, _samples(arguments.samples, arguments.tokens, seed), task)
+    metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector)
+    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for pairs in ("all", "cross"):
+        seconds = _in_turns(metric, pairs, arguments.rounds)
+        without, having = (statistics.median(of_one) for of_one in seconds)
+        ratios = [one / other for other, one in zip(*seconds, strict=True)]
+        print(
+            f"pairs {pairs}, {arguments.samples} + {arguments.samples} samples of {arguments.tokens} tokens, "
+            f"{arguments.layers} layers: {without:.2f} s without effects, {having:.2f} s with, "
+            f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("samples", 32), ("tokens", 96), ("rounds", 9), ("layers", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args()
+
+
+def _samples(count: int, tokens: int, seed: int) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    return [Sample(f"{seed}-{n}", ids := rng.integers(10, 40000, tokens), ids, "") for n in range(count)]
+
+
+def _in_turns(metric: QKOVInterferenceMetric, pairs: str, rounds: int) -> tuple[list[float], list[float]]:
+    """Processor seconds of scoring without effects, and with."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    roles_of = metric._roles
+    for number in range(rounds + 1):
+        for place in (0, 1) if number % 2 else (1, 0):
+
+            def roles(*arguments, **options):
+                found = roles_of(*arguments, **options)
+                return found if place else replace(found, means=None)  # noqa: B023
+
+            start = time.process_time()
+            with mock.patch.object(metric, "_roles", roles), kept_heap(torch.device("cpu")):
+                numbers = (metric.collector.samples_of("a"), metric.collector.samples_of("b"))
+                roles_now = metric._roles("a", "b", *numbers, pooled=pairs == "all")
+                metric._scored(metric._tile_plan(None, None, len(roles_now.members)), roles_now)
+            if number:  # the first warms up
+                seconds[place].append(time.process_time() - start)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
