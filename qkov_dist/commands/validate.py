@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="FILE.json", help="write all numbers here")
     steps = parser.add_argument_group("steps in one head (without --freeze)")
-    steps.add_argument("--heads", type=positive, default=40, help="heads, spread over blocks and layers (default: 40)")
+    steps.add_argument("--heads", type=positive, default=24, help="heads, spread over blocks and layers (default: 24)")
     steps.add_argument("--optimizer", choices=tuple(SIZES), default="adam", help="whose step (default: %(default)s)")
     steps.add_argument(
         "--sizes", type=positive_float, nargs="+", help="step sizes (default: 1e-4 1e-3 for adam, 0.1 1 for sgd)"

@@ -63,14 +63,14 @@ def outcomes(trials: Sequence[Trial], num_samples: int) -> list[Outcome]:
     """Every criterion at every share, over seeds.
 
     Args:
-        trials: One for each seed.
+        trials: One for each seed; a seed's shares may be in several, each with a training without frozen heads.
         num_samples: Of A's samples.
 
     Raises:
         QkovError: where no seed has a gain on B that all trainings reach.
     """
-    shares = dict.fromkeys(tried.share for trial in trials for tried in trial.tried if tried.criterion != NONE)
-    return [outcome for share in shares for outcome in _at_share(trials, share, num_samples)]
+    shares = {tried.share for trial in trials for tried in trial.tried if tried.criterion != NONE}
+    return [outcome for share in sorted(shares) for outcome in _at_share(trials, share, num_samples)]
 
 
 def _at_share(trials: Sequence[Trial], share: float, num_samples: int) -> Iterator[Outcome]:

@@ -2,7 +2,7 @@
 
     python tests/studies/steps.py WHEEL     # writes tests/studies/results/steps.md; WHEEL as in freezing.py
 
-32 heads of the last ten layers of SmolLM2-135M, 16 + 16 samples of ``freezing.py``: predicted on 8 samples of A,
+40 heads of the last ten layers of SmolLM2-135M, 16 + 16 samples of ``freezing.py``: predicted on 8 samples of A,
 measured on the other 8 and on the same. Near A's optimum: after eight AdamW steps on those 16 samples.
 """
 
@@ -11,21 +11,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from freezing import LAYERS, RESULTS, SUMS, samples, upper_part
 from tabulate import tabulate
 
 from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring.influence_records import OPTIMIZERS, of_samples
 from qkov_dist.verification.agreement import agreements
+from qkov_dist.verification.criteria import heatmap_of
 from qkov_dist.verification.effects import HELD_OUT, measure
 from qkov_dist.verification.examined_model import ExaminedModel
 from qkov_dist.verification.head_targets import sample_targets
 from qkov_dist.verification.trajectories import Training, attention_weights, kept, trained
 from qkov_dist.verification.validate import number, slope_rows
 
-NUM_HEADS, NUM_SAMPLES, RESAMPLES = 32, 16, 500
+NUM_HEADS, NUM_SAMPLES, RESAMPLES = 40, 16, 300
 SIZES = {"adam": (1e-4, 1e-3, 5e-3), "sgd": (1e-3, 1e-2, 1e-1)}
-CASES = {"far": 0, "near": 8}
+CASES = {"far from": 0, "near": 8}
+STEP = 8 * 2e-4  # of all heads at once
 
 
 def page(wheel: Path) -> str:
@@ -39,10 +43,22 @@ def page(wheel: Path) -> str:
         with kept(attention_weights(examined)):
             if warmup:
                 trained(examined, a, Training(warmup, 2e-4, 4), 0)
+            parts += [f"## The whole of attention, {case} A's optimum", _totals(examined)]
             for optimizer in SIZES:
                 print(case, optimizer, flush=True)
-                parts += [f"## {optimizer}, {case} from A's optimum", *_tables(examined, optimizer)]
+                parts += [f"## {optimizer}, {case} A's optimum", *_tables(examined, optimizer)]
     return "\n\n".join(parts) + "\n"
+
+
+def _totals(examined: ExaminedModel) -> str:
+    """First and second order of one step of adam in all heads: by the diagonal of A's Fisher, and by all of it."""
+    heatmap = heatmap_of(examined)
+    harm = heatmap.harm(step=STEP, optimizer="adam").total
+    influences = sum(np.nansum(of_samples(part), axis=(0, 1)) for part in (heatmap.influences or {}).values())
+    of_a = influences[OPTIMIZERS.index("adam")][: len(examined.a)]
+    along = 0.5 * STEP**2 * float(np.mean(of_a**2))
+    orders = {"first": harm["first"], "second, diagonal": harm["second"], "second, along the step": along}
+    return f"Step {STEP:g}: " + ", ".join(f"{name} {value:+.2g}" for name, value in orders.items()) + "."
 
 
 def _tables(examined: ExaminedModel, optimizer: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
-from freezing import upper_of
+from freezing import MATH_CODE, RESULTS, SUMS, upper_of
 from zoo import TINY, VOCAB
 
 
@@ -15,3 +17,27 @@ def test_the_last_layers_alone_are_the_same_function():
     for _ in range(2):  # the second time from memory
         torch.testing.assert_close(upper(input_ids=ids, use_cache=False).logits, expected, rtol=0, atol=0)
     assert not torch.equal(upper(input_ids=ids.flip(1), use_cache=False).logits, expected)
+
+
+def test_what_is_said_of_freezing_is_what_was_found():
+    """Far from A's optimum the first order is worth freezing by, near it the second may be; less is learned."""
+    found = json.loads((RESULTS / "freezing.json").read_text())
+    assert {key: sorted({row["share"] for row in rows}) for key, rows in found.items()} == {
+        **{f"{'-'.join(SUMS)}, {case}": [0.1, 0.25, 0.5] for case in ("far", "near")},
+        **{f"{'-'.join(MATH_CODE)}, {case}": [0.25] for case in ("far", "near")},
+    }
+    high = {
+        (key, row["share"], row["criterion"]): row["less_random"]["over_seeds"][1]
+        for key, rows in found.items()
+        for row in rows
+    }
+    far = {place for place in high if "far" in place[0]}
+    near_sums = {("digits-words, near", share, criterion) for _, share, criterion in high}
+    spared = {place for place, end in high.items() if end < 0}
+    assert spared >= {place for place in far if place[2] in ("change_adam", "harm")}
+    assert not spared & {place for place in far if place[2] in ("curvature", "interference", "overlap")}
+    assert {("digits-words, near", share, "curvature") for share in (0.1, 0.25)} <= spared <= far | near_sums
+    for key, rows in found.items():
+        by_name = {(row["share"], row["criterion"]): row["total_gain"] for row in rows}
+        least = [gain for (share, name), gain in by_name.items() if name != "none" and gain >= by_name[share, "none"]]
+        assert least == [], key  # whatever is frozen, less is learned
