@@ -1,4 +1,4 @@
-"""Tests of effects against what defines them: samples left out one by one, scipy's t test, explicit loops over signs."""
+"""Tests of effects against what defines them: samples left out one by one, scipy's t test, loops over signs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qkov_dist.results.effects import TESTED_KEYS, counted_samples
 from qkov_dist.results.influences import Samples, changes, without_self_pairs
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 from qkov_dist.stats import effect_tests as module
-from qkov_dist.stats.effect_tests import effect_tests, notes_on_effects
+from qkov_dist.stats.effect_tests import effect_tests, even_samples, notes_on_effects
 
 NUM_A, NUM_B, SIZE = 6, 4, 5
 IS_A = np.arange(NUM_A + NUM_B) < NUM_A
@@ -33,7 +33,9 @@ def scale():
 def influences_of(gradients, scale, samples=ALL):
     """One sample at a time."""
     mean_a, mean_b = (gradients[chosen].mean(0) for chosen in (samples.a, samples.b))
-    return np.array([-(g * scale * (mean_b if is_a else mean_a)).sum() for g, is_a in zip(gradients, IS_A, strict=True)])
+    return np.array(
+        [-(g * scale * (mean_b if is_a else mean_a)).sum() for g, is_a in zip(gradients, IS_A, strict=True)]
+    )
 
 
 def change_of(of_a, of_b, scale) -> float:
@@ -121,9 +123,10 @@ def test_samples_that_both_tasks_have_count_in_neither(gradients, scale):
     found = changes(influences_of(gradients, scale, samples), samples)
     of_a, of_b = gradients[[0, 2, 3, 4, 5]], gradients[[6, 7, 9]]
     assert found.value == pytest.approx(change_of(of_a, of_b, scale), rel=1e-12)
-    alone = changes(influences_of(gradients, scale, samples)[[0, 2, 3, 4, 5, 6, 7, 9]], Samples(*(np.arange(8) < 5, np.arange(8) >= 5)))
+    kept = np.array([0, 2, 3, 4, 5, 6, 7, 9])
+    alone = changes(influences_of(gradients, scale, samples)[kept], Samples(IS_A[kept], ~IS_A[kept]))
     assert found.standard_error == alone.standard_error
-    assert any("leave out 2 samples" in note for note in notes_on_effects(samples))
+    assert any("leave out 2 samples" in note for note in notes_on_effects({"Q": made_heads(3, 1, 2)}, samples))
 
 
 @pytest.mark.parametrize("num_a", [0, 1])
@@ -133,7 +136,7 @@ def test_with_fewer_than_two_samples_there_is_a_change_at_most(num_a):
     assert np.isfinite(found["change"]).all() == bool(num_a)
     for name in set(TESTED_KEYS) - {"change"}:
         assert np.isnan(found[name]).all(), name
-    assert any("fewer than two samples" in note for note in notes_on_effects(samples))
+    assert any("fewer than two samples" in note for note in notes_on_effects({"Q": made_heads(3, 1, 2)}, samples))
     assert np.isnan(without_self_pairs(np.array([1.0]), np.array([1.0]), num_a)).all()
 
 
@@ -154,3 +157,19 @@ def test_a_step_on_oneself_is_the_mean_over_pairs_of_different_samples(gradients
     own, norm = -(of_a.mean(0) ** 2 * scale).sum(), ((of_a**2).mean(0) * scale).sum()
     assert without_self_pairs(own, norm, NUM_A) == pytest.approx(np.mean(pairs), rel=1e-12)
     assert abs(own - np.mean(pairs)) > 0.05 * abs(own)
+
+
+def test_loud_samples_count_as_fewer_alike_and_are_told_of():
+    rng, is_a = np.random.default_rng(7), np.arange(40) < 20
+    samples = Samples(is_a, ~is_a)
+    of_heads = rng.choice((-1.0, 1.0), size=(3, 5, 2, 40)) * np.exp(rng.normal(size=(3, 5, 2, 1)))  # all of one size
+    of_heads[2, 4] = np.nan
+    assert even_samples({"Q": of_heads}, samples) == pytest.approx((20, 20))
+    assert notes_on_effects({"Q": of_heads}, samples) == []
+    of_heads[..., 20:25] *= 9
+    assert even_samples({"Q": of_heads}, samples) == pytest.approx((20, (5 * 9 + 15) ** 2 / (5 * 81 + 15)))
+    (note,) = notes_on_effects({"Q": of_heads}, samples)
+    assert "task B are loud, so that 20 count as 9 alike" in note
+    few = Samples(is_a & (np.arange(40) < 15), ~is_a)
+    assert "rest on 15 samples" in notes_on_effects({"Q": of_heads}, few)[1]
+    assert even_samples({"Q": 0 * of_heads}, samples) == (20, 20)
