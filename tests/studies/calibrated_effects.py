@@ -192,8 +192,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         f"Each column: sgd / adam, ± its standard error over {DRAWS} draws of samples. Levels: heads without effect "
         "with p at or below it. Family-wise: draws in which any such head has p_max <= 5%. False discoveries: share of "
         "heads with q <= 5% without effect or of the other sign; under no effect at all, of draws with any. Power: "
-        "heads with an effect that have q <= 5%. Coverage: heads whose 95% interval holds the true change. Samples alike: "
-        "as how many of one size a task's samples count, by the sizes of their influences (Kish)."
+        "heads with an effect that have q <= 5%. Coverage: heads whose 95% interval holds the true change. Samples "
+        "alike: as how many of one size a task's samples count, by the sizes of their influences (Kish)."
     )
     return "\n".join([*parts, ""])
 
