@@ -54,6 +54,8 @@ class SampleTable:
         losses: Their own losses, float64 [n].
         texts: Their text, for reports ("" where there is none).
         contents: Hashes of their tokens and labels (``copies``), by which a sample is known again; "" where unknown.
+        gradient_norms: Norms of their gradients over all scored weights, float64 [n], by which
+            ``metric.sample_scale: unit`` has divided them; None where gradients are as they were.
     """
 
     ids: tuple[str, ...]
@@ -61,12 +63,15 @@ class SampleTable:
     losses: npt.NDArray[np.float64]
     texts: tuple[str, ...]
     contents: tuple[str, ...] = ()
+    gradient_norms: npt.NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if not self.contents:
             object.__setattr__(self, "contents", ("",) * len(self.ids))
         for name in ("num_tokens", "losses", "texts", "contents"):
             _check(f"samples: {name}", (len(self.ids),), np.shape(getattr(self, name)))
+        if self.gradient_norms is not None:
+            _check("samples: gradient_norms", (len(self.ids),), np.shape(self.gradient_norms))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -415,6 +420,8 @@ class Heatmap(Mapping[str, BlockView]):
                 "text": table.texts,
                 "content": table.contents,
             }
+            if table.gradient_norms is not None:
+                columns["gradient_norm"] = table.gradient_norms
             for name, values in columns.items():
                 yield Variable(f"samples/{task}/{name}", (f"sample_{task}",), values)
         for block in self:

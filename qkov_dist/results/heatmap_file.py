@@ -11,6 +11,7 @@
     /influences/{B}/{sgd,adam}                          [layer, head, sample]: what each sample has to do with it
     /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
     /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
+    /samples/{a,b}/gradient_norm                        [a] or [b] float64, with ``metric.sample_scale: unit`` alone
     /group                 [layer]                      query heads of one kv head
 
 ``head`` is ``kv_head`` for K and V. Where each head lies among the model's parameters is the attribute ``slices``
@@ -144,6 +145,7 @@ def _samples(reader: Reader, task: str) -> SampleTable:
         reader.array(f"{group}/loss", (count,)),
         reader.strings(f"{group}/text", count),
         reader.strings(f"{group}/content", count) if reader.has(f"{group}/content") else (),
+        reader.array(f"{group}/gradient_norm", (count,)) if reader.has(f"{group}/gradient_norm") else None,
     )
 
 

@@ -103,6 +103,24 @@ def test_a_run_goes_on_with_another_number_of_ranks(before, after, ranks, folder
 
 
 @pytest.mark.long
+def test_norms_of_samples_go_along_to_another_number_of_ranks(ranks, folder):
+    """Layers that are left would give other norms than all layers did."""
+    whole, first, second = (
+        {**resumed(folder, out, shard), "metric": {"sample_scale": "unit"}}
+        for out, shard in (("unit", "none"), ("unit-1-2", "none"), ("unit-1-2", "ddp"))
+    )
+    run_quietly(whole)
+    assert "a stop" in run_until(first, 3)
+    said = ranks(2).run(run_quietly, second)[0]
+    assert "resuming: 3 of 5 layers are on disk" in said
+    found, expected = (load_heatmap(folder / "out" / out / "heatmap.h5") for out in ("unit-1-2", "unit"))
+    np.testing.assert_array_equal(found.samples_a.gradient_norms, expected.samples_a.gradient_norms)
+    for block in expected.blocks:
+        largest = np.abs(expected.cross[block]).max()
+        np.testing.assert_allclose(found.cross[block], expected.cross[block], atol=PASSES * largest, rtol=0)
+
+
+@pytest.mark.long
 def test_who_starts_again_gets_all_layers_anew_whatever_ranks_were_there(ranks, folder, half):
     """Partial files of one process, then two ranks with output.resume=false."""
     raw = resumed(folder, half.name, "fsdp")
