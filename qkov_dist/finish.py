@@ -149,7 +149,7 @@ def with_tested_effects(heatmap: Heatmap, statistics: QKOVStatistics | None = No
         block: {optimizer: {**arrays, **known[block][optimizer]} for optimizer, arrays in of_block.items()}
         for block, of_block in tested.items()
     }
-    notes = [*heatmap.attributes.get("notes", ()), *notes_on_effects(heatmap.counted)]
+    notes = [*heatmap.attributes.get("notes", ()), *notes_on_effects(heatmap.influences, heatmap.counted)]
     return dataclasses.replace(heatmap, effects=effects, attributes={**heatmap.attributes, "notes": notes})
 
 
