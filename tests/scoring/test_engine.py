@@ -41,15 +41,18 @@ def test_every_architecture_equals_the_oracle(name):
     assert_influences(found, expected_influences(entry, model, job))
 
 
+IN_FLOAT32 = 3e-4  # gemma4's shared K is at 1.8e-4 (2e-7 in float64), all others below 1e-4
+
+
 def assert_influences(found, expected) -> None:
-    """Every sum, and every sample, of every block, to the bar for float32."""
+    """Every sum, and every sample, of every block, as a share of the largest over heads."""
     for layer, blocks in expected.items():
         for block, influences in blocks.items():
             got = found[layer][block].influences
             assert got.shape == influences.shape
             largest = np.abs(influences).max(axis=0, keepdims=True)
             largest[..., len(SUMS) :] = largest[..., len(SUMS) :].max(axis=-1, keepdims=True)
-            assert (np.abs(got - influences) <= TOLERANCE * largest).all(), (layer, block)
+            assert (np.abs(got - influences) <= IN_FLOAT32 * largest).all(), (layer, block)
 
 
 def test_influences_of_the_wrong_role_or_optimizer_would_be_far_out_of_tolerance():
