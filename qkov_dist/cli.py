@@ -28,8 +28,8 @@ COMMANDS = {  # in the order of the help; each is a module of the room ``command
     "check": "Prove on a model of yours that its scores are right: six properties, with the deviation measured of "
     "each.",
     "stats": "Test a finished run again with other settings; what is not given stays as in the last test.",
-    "validate": "Measure whether scores predict what a gradient step on task B, in one head alone, does to task A's "
-    "loss.",
+    "validate": "Measure whether effects and scores predict what a step on task B does to task A's loss; with "
+    "--freeze, whether freezing the heads that they put first spares A.",
     "heads": "List the heads of a finished run, most harmful first, with the exact rows or columns of each.",
     "report": "Write the report of a finished run: report.html, and in report/ figures (PDF, PNG), tables (CSV, "
     "Markdown).",

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.losses import sample_losses
 from qkov_dist.capture.soundness import Soundness
 from qkov_dist.capture.store import FactorStore
-from qkov_dist.data.batches import Objective
+from qkov_dist.data.batches import Batch, Objective, make_batches
 from qkov_dist.data.samples import Sample
 from qkov_dist.distributed.ownership import Owned
 from qkov_dist.layout.heads import AttentionLayer, Layout, Projection
 from qkov_dist.layout.rects import Rect
 from qkov_dist.layout.weights import changed, is_plain, region_of
+from qkov_dist.modes import evaluating, input_device
 from qkov_dist.scoring.engine import score_layer
-from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
+from qkov_dist.scoring.fisher import Estimator, by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import Selection, TilePlan, make_tile_plan
 
@@ -58,6 +61,7 @@ class ExaminedModel:
         layers: Layer numbers to score.
         objective: How labels align with outputs.
         batch_tokens: Padded tokens in one compute batch.
+        estimator: Of the Fisher.
     """
 
     model: nn.Module
@@ -67,6 +71,7 @@ class ExaminedModel:
     layers: tuple[int, ...]
     objective: Objective = "causal"
     batch_tokens: int = 2048
+    estimator: Estimator = "ema"
 
     @cached_property
     def soundness(self) -> Soundness:
@@ -92,7 +97,7 @@ class ExaminedModel:
         """All samples, under one and the same Fisher whichever way the pairs go."""
         num_a, num = len(self.a), self.num_samples
         steps = fisher_steps(num_a, num - num_a, batch_size=FISHER_BATCH, scope="pooled")
-        weights = by_task(fisher_weights(steps, num, estimator="ema", decay=DECAY), np.arange(num) < num_a)
+        weights = by_task(fisher_weights(steps, num, estimator=self.estimator, decay=DECAY), np.arange(num) < num_a)
         of_a, of_b = slice(0, num_a), slice(num_a, num)
         return Roles(tuple(range(num)), weights, *((of_b, of_a) if swapped else (of_a, of_b)))
 
@@ -118,6 +123,28 @@ class ExaminedModel:
         """Run the samples and score A x B."""
         with self.captured(loss_factor=loss_factor) as captured:
             return captured.scores(settings)
+
+    def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Samples in compute batches, where the model is; ``samples`` of a batch are their places."""
+        with evaluating(self.model):
+            self.soundness.see(self.model, samples, self.objective)
+        device = input_device(self.model)
+        made = make_batches(
+            samples,
+            names=[sample.id for sample in samples],
+            batch_tokens=self.batch_tokens,
+            objective=self.objective,
+            alone=self.soundness.alone,
+        )
+        return [batch.to(device) for batch in made]
+
+    def losses(self, batches: Sequence[Batch]) -> npt.NDArray[np.float64]:
+        """Each sample's own loss, in the order of the samples that the batches are of."""
+        found = np.full(sum(len(batch.samples) for batch in batches), np.nan)
+        with evaluating(self.model), torch.no_grad():
+            for batch in batches:
+                found[list(batch.samples)] = sample_losses(self.model, batch, "mean").double().cpu().numpy()
+        return found
 
     @contextmanager
     def heads_multiplied(self, changes: Sequence[tuple[str, Callable[[int], bool], float]]) -> Iterator[None]:

@@ -1,12 +1,16 @@
-"""What ``qkov validate`` does: do scores predict what a step on one task does to the other? A table for one model."""
+"""What ``qkov validate`` does: do effects and scores predict what a step on one task does to the other?
+
+Head by head, as a table for one model; and, where shares of heads are given, whether freezing the heads that they put
+first spares A while B is learned.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tabulate import tabulate
 
@@ -19,65 +23,121 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.proof import resolve_proved
 from qkov_dist.loading.models import LoadedModel, load_model
 
-from .agreement import Agreement, agreements
-from .effects import HeadEffect, measure, sample_targets
+from .agreement import PREDICTORS, Agreement, Slope, agreements
+from .effects import HELD_OUT, HeadEffect, measure, refuse_common_samples
 from .examined_model import ExaminedModel
+from .freezing import FreezingPlan, Trial, run_trial
+from .freezing_results import Difference, Outcome, outcomes, spares
+from .head_targets import sample_targets
 
 MAX_LAYERS = 10
 
 
-def validate(
-    config: ModelConfig,
-    *,
-    tasks: tuple[str, str],
-    samples: int,
-    max_tokens: int,
-    heads: int,
-    steps: Sequence[float],
-    bootstrap: int,
-    seed: int,
-    output: str | None,
-    console: Console,
-) -> None:
-    """Measure and print.
+@dataclass(frozen=True)
+class Question:
+    """Of what is asked.
 
-    Args:
-        config: The model.
+    Attributes:
         tasks: Paths of A and of B, as in a configuration.
         samples: Samples of each task.
         max_tokens: Samples are cut after so many tokens.
-        heads: How many heads to step in.
-        steps: Step sizes.
-        bootstrap: Resamples of heads for the intervals.
-        seed: Of the choice of heads and the resamples.
+        seed: Of halves, of the choice of heads, and of resamples; the first one of several.
         output: A JSON file to write all numbers to.
+    """
+
+    tasks: tuple[str, str]
+    samples: int
+    max_tokens: int
+    seed: int
+    output: str | None
+
+
+def validate(
+    config: ModelConfig,
+    question: Question,
+    *,
+    heads: int,
+    optimizer: str,
+    sizes: Sequence[float],
+    bootstrap: int,
+    console: Console,
+) -> None:
+    """Step in one head after the other, measure and print.
+
+    Args:
+        config: The model.
+        question: The tasks.
+        heads: How many heads to step in.
+        optimizer: ``sgd`` or ``adam``.
+        sizes: Step sizes.
+        bootstrap: Resamples of heads for the intervals.
         console: Hears of each stage, and shows how far it is.
 
     Raises:
         QkovError: for a model or task that cannot be read or run, or weights that cannot be changed.
     """
+    examined = _examined(config, question, console)
+    every = examined.layers
+    count = min(len(every), max(-(-heads // 4), 1), MAX_LAYERS)
+    layers = tuple(every[place * (len(every) - 1) // max(count - 1, 1)] for place in range(count))
+    examined = replace(examined, layers=layers)
+    targets = sample_targets(examined, heads, question.seed)
+    console.say(f"one step of {question.tasks[1]} in each of {len(targets)} heads, measured on {question.tasks[0]}")
+    with console.bar("stepping", len(targets), "head") as advance:
+        effects = measure(examined, targets, sizes, optimizer=optimizer, seed=question.seed, on_head=advance)
+    ranks, slopes = agreements(effects, sizes, resamples=bootstrap, seed=question.seed)
+    _print(question.tasks, optimizer, layers, effects, ranks, slopes)
+    if question.output:
+        content = {
+            "heads": [asdict(effect) for effect in effects],
+            "agreements": [asdict(row) for row in ranks],
+            "slopes": [asdict(slope) for slope in slopes],
+        }
+        _write(Path(question.output), content)
+
+
+def validate_freezing(
+    config: ModelConfig, question: Question, plan: FreezingPlan, *, num_seeds: int, console: Console
+) -> None:
+    """Train attention on B with heads frozen by each criterion, and print what that did to A.
+
+    Args:
+        config: The model.
+        question: The tasks.
+        plan: What is tried with each seed.
+        num_seeds: Seeds, from the question's on.
+        console: Hears of each stage, and shows how far it is.
+
+    Raises:
+        QkovError: as :func:`validate`, and where B gains nothing; the output file is there all the same.
+    """
+    examined = _examined(config, question, console)
+    refuse_common_samples(examined)
+    trials: list[Trial] = []
+    console.say(f"training attention on {question.tasks[1]}, looking at {question.tasks[0]}, with {num_seeds} seeds")
+    with console.bar("training", num_seeds * plan.num_trainings, "training") as advance:
+        for seed in range(question.seed, question.seed + num_seeds):
+            trials.append(run_trial(examined, plan, seed, advance))
+            if question.output:
+                _write(Path(question.output), {"plan": asdict(plan), "trials": [trial.as_json() for trial in trials]})
+    print(f"\nA = {question.tasks[0]}, B = {question.tasks[1]}: {num_seeds} seeds")
+    print(freezing_table(outcomes(trials, len(examined.a))))
+
+
+def _examined(config: ModelConfig, question: Question, console: Console) -> ExaminedModel:
+    """The model and its samples, all of its layers."""
     console.say(f"loading {config.path}")
     loaded = load_model(config)
     for line in loaded.remarks:
         console.say(line)
     layout = resolve_proved(loaded.model)
-    indices = [layer.index for layer in layout.layers]
-    count = min(len(indices), max(-(-heads // 4), 1), MAX_LAYERS)
-    layers = tuple(indices[place * (len(indices) - 1) // max(count - 1, 1)] for place in range(count))
-    a, b = (_samples(loaded, path, samples, max_tokens, console) for path in tasks)
-    examined = ExaminedModel(loaded.model, layout, a, b, layers, cast(Objective, loaded.objective))
-    targets = sample_targets(examined, heads, seed)
-    console.say(f"one step of {tasks[1]} in each of {len(targets)} heads, measured on {tasks[0]}")
-    with console.bar("stepping", len(targets), "head") as advance:
-        effects = measure(examined, targets, steps, advance)
-    rows = agreements(effects, steps, resamples=bootstrap, seed=seed)
-    _print(tasks, layers, effects, rows)
-    if output:
-        _write(Path(output), effects, rows)
+    a, b = (_samples(loaded, path, question, console) for path in question.tasks)
+    layers = tuple(layer.index for layer in layout.layers)
+    return ExaminedModel(loaded.model, layout, a, b, layers, cast(Objective, loaded.objective), estimator="mean")
 
 
-def _samples(loaded: LoadedModel, path: str, count: int, max_tokens: int, console: Console) -> tuple[Sample, ...]:
-    task = TaskConfig(name=path, path=path, max_samples=count, max_tokens=max_tokens)
+def _samples(loaded: LoadedModel, path: str, question: Question, console: Console) -> tuple[Sample, ...]:
+    task = TaskConfig(name=path, path=path, max_samples=question.samples, max_tokens=question.max_tokens)
     limits = {"vocab_size": loaded.vocab_size, "max_positions": loaded.max_positions, "objective": loaded.objective}
     found = load_task(task, loaded.tokenizer, **limits)  # type: ignore[arg-type]
     for warning in found.warnings:
@@ -86,47 +146,90 @@ def _samples(loaded: LoadedModel, path: str, count: int, max_tokens: int, consol
 
 
 def _print(
-    tasks: tuple[str, str], layers: Sequence[int], effects: Sequence[HeadEffect], rows: Sequence[Agreement]
+    tasks: tuple[str, str],
+    optimizer: str,
+    layers: Sequence[int],
+    effects: Sequence[HeadEffect],
+    ranks: Sequence[Agreement],
+    slopes: Sequence[Slope],
 ) -> None:
     print(f"\nA = {tasks[0]}, B = {tasks[1]}: {len(effects)} heads of layers {list(layers)}")
-    print("Spearman rank correlation with the change of A's loss after one gradient step on B in that head alone")
-    for step in dict.fromkeys(row.step for row in rows):
-        place = list(dict.fromkeys(row.step for row in rows)).index(step)
-        changes = [effect.changes[place] for effect in effects]
-        print(f"\nstep {step:g}: changes from {min(changes):+.2g} to {max(changes):+.2g}\n")
-        print(tabulate([_shown(row) for row in rows if row.step == step], headers="keys", disable_numparse=True))
-    print(f"\n{_verdict(rows)}")
+    print(f"One {optimizer} step on B in one head alone, and back; predicted on one half of A, measured on the other.")
+    for size in dict.fromkeys(row.size for row in ranks):
+        shown = [row for row in ranks if row.size == size and row.samples == HELD_OUT]
+        print(f"\nsize {size:g}: Spearman rank correlation with the change of A's held-out loss, and its parts\n")
+        print(tabulate([_shown(row) for row in shown], headers="keys", disable_numparse=True))
+    print("\nslope, measured against predicted (1: right in size)\n")
+    print(tabulate(slope_rows(slopes), headers="keys", disable_numparse=True))
+    print(f"\n{_verdict([row for row in ranks if row.samples == HELD_OUT])}")
 
 
 def _shown(row: Agreement) -> dict[str, str]:
+    first = PREDICTORS[row.measured][0]
     return {
         "measured": row.measured,
         "predictor": row.predictor,
-        "all heads": _number(row.rho, row.interval),
-        "within blocks": _number(row.within, row.within_interval),
-        "gain over plain gradients": "baseline"
-        if row.gain_interval == (0, 0)
-        else _number(row.gain, row.gain_interval),
+        "all heads": number(row.rho, row.interval),
+        "within blocks": number(row.within, row.within_interval),
+        "gain over the first": "-" if row.predictor == first else number(row.gain, row.gain_interval),
     }
 
 
-def _number(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+def slope_rows(slopes: Sequence[Slope]) -> list[dict[str, str]]:
+    """One row for each size and part, one column for each half of A's samples."""
+    rows: dict[tuple[float, str, str], dict[str, str]] = {}
+    for slope in slopes:
+        names = {"size": f"{slope.size:g}", "measured": slope.measured, "predicted": slope.predictor}
+        row = rows.setdefault((slope.size, slope.measured, slope.predictor), names)
+        row[f"{slope.samples} samples"] = number(slope.slope, slope.interval)
+    return list(rows.values())
+
+
+def number(value: float, interval: tuple[float, float], form: str = "+.2f") -> str:
+    """A value with its interval."""
+    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
 def _verdict(rows: Sequence[Agreement]) -> str:
-    """Which scores rank heads better or worse than plain gradients, beyond the intervals."""
-    scores = [row for row in rows if "signed" in row.predictor or row.predictor in ("interference", "overlap")]
-    better = [f"{r.predictor} for {r.measured} at step {r.step:g}" for r in scores if r.gain_interval[0] > 0]
-    worse = [f"{r.predictor} for {r.measured} at step {r.step:g}" for r in scores if r.gain_interval[1] < 0]
+    """Which scores rank heads better or worse than the predicted change, beyond the intervals."""
+    scores = [row for row in rows if row.measured == "change" and row.predictor != "change"]
+    better = [f"{row.predictor} at size {row.size:g}" for row in scores if row.gain_interval[0] > 0]
+    worse = [f"{row.predictor} at size {row.size:g}" for row in scores if row.gain_interval[1] < 0]
     return (
-        f"better than plain gradients within blocks: {'; '.join(better) or 'none'}\n"
-        f"worse than plain gradients within blocks: {'; '.join(worse) or 'none'}"
+        f"better than the predicted change within blocks: {'; '.join(better) or 'none'}\n"
+        f"worse than the predicted change within blocks: {'; '.join(worse) or 'none'}"
     )
 
 
-def _write(path: Path, effects: Sequence[HeadEffect], rows: Sequence[Agreement]) -> None:
-    content = {"heads": [asdict(effect) for effect in effects], "agreements": [asdict(row) for row in rows]}
+def freezing_table(found: Sequence[Outcome], style: str = "simple") -> str:
+    """Outcomes as a table for each share, and what they say in words."""
+    parts = []
+    for share in dict.fromkeys(outcome.share for outcome in found):
+        rows = [outcome for outcome in found if outcome.share == share]
+        heads = max(outcome.heads for outcome in rows)
+        title = f"{share:.0%} of heads frozen ({heads}): A's held-out change where B has gained {rows[0].gain:.3g}"
+        table = tabulate([_outcome_row(row) for row in rows], headers="keys", tablefmt=style, disable_numparse=True)
+        parts += [title, table, spares(rows)]
+    return "\n\n".join(parts)
+
+
+def _outcome_row(row: Outcome) -> dict[str, str]:
+    def shown(difference: Difference) -> str:
+        return number(difference.value, difference.over_seeds, "+.4f")
+
+    samples = row.less_random.over_samples
+    return {
+        "frozen by": row.criterion,
+        "A's change": shown(row.change),
+        "less none": "-" if row.criterion == "none" else shown(row.less_none),
+        "less random": "-" if row.criterion in ("none", "random") else shown(row.less_random),
+        "over samples": "-" if row.criterion in ("none", "random") else f"[{samples[0]:+.4f}, {samples[1]:+.4f}]",
+        "at the end: A": f"{row.total_change:+.4f}",
+        "B": f"{-row.total_gain:+.4f}",
+    }
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
