@@ -57,7 +57,7 @@ class Facts:
         """The heads in conflict (1) or in synergy (-1), those of the largest change first."""
         change = self.changes[BY]
         found = np.flatnonzero((np.sign(change) == sign) & (self.q_values[BY] <= self.level))
-        return [self.names[place] for place in sorted(found, key=lambda place: -abs(change[place]))]
+        return [self.names[int(place)] for place in sorted(found, key=lambda place: -abs(change[place]))]
 
     @property
     def samples(self) -> str:

@@ -147,6 +147,19 @@ def test_the_switch_of_marks_leaves_one_kind_or_none(page, heatmap) -> None:
         assert (in_charts == 0) == (shown == "none")
 
 
+def test_marks_on_nearly_every_cell_are_off_at_first(browser, heatmap, tmp_path) -> None:
+    tests = {
+        block: {**of, "q_value": np.where(np.isnan(of["q_value"]), np.nan, 0.1)} for block, of in heatmap.tests.items()
+    }
+    marked = heatmap.with_statistics({**heatmap.statistics, heatmap.deciding: tests})
+    browser.get(write_page(marked, tmp_path).as_uri())
+    assert browser.execute_script("return STATE.marks") == "none"
+    assert "44 of 44 heads are significant" in text_of(browser, "#value-hint")
+    browser.find_element("css selector", "input[name=marks][value=all]").click()
+    assert "are significant" not in text_of(browser, "#value-hint")
+    assert mark_colors(browser, 0, 0, 0)[0] != pixel(browser, 0, 0, 0)
+
+
 def test_small_q_is_orange_above_the_null_and_blue_below(page, heatmap) -> None:
     page.find_element("css selector", "input[value=q]").click()
     seen = set()

@@ -273,6 +273,13 @@ def test_pictures_are_downloaded(page, tmp_path) -> None:
     assert errors(page) == []
 
 
+def test_colours_of_effects_are_shared_or_those_of_each_block(page) -> None:
+    script = "return MAPS.map((map) => map.ends[2].textContent)"
+    assert len(set(page.execute_script(script))) == 1
+    press(page, "input[name=range-of-effects][value=block]")
+    assert len(set(page.execute_script(script))) > 1
+
+
 def test_what_adds_up_ends_at_the_total(page, heatmap) -> None:
     for optimizer in ("adam", "sgd"):
         press(page, f"input[name=optimizer][value={optimizer}]")

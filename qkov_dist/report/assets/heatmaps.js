@@ -65,7 +65,7 @@ function walk(map, event) {
 function scaleOf(map) {
   const value = VALUES[STATE.value];
   const mine = map.block.values[value.key] || new Float32Array();
-  const shared = STATE.range === "shared" || STATE.value !== "score";
+  const shared = value.isEffect ? STATE.effectRange === "shared" : STATE.range === "shared" || STATE.value !== "score";
   const arrays = shared ? DATA.blocks.map((block) => block.values[value.key] || []) : [mine];
   const theme = isDark() ? "dark" : "light";
   if (STATE.value === "q") {
@@ -289,7 +289,8 @@ function follow(hash) {
 
 DRAW.push(() => {
   MAPS.forEach(drawMap);
-  document.getElementById("value-hint").textContent = VALUES[STATE.value].hint;
+  document.getElementById("value-hint").textContent = VALUES[STATE.value].hint + (!showsEffect() && hidesMarks && STATE.marks === "none"
+    ? ` ${numMarked} of ${numHeads} heads are significant: their marks, which would hide the colours, are switched on under Marks.` : "");
   if (STATE.selected) {
     point(STATE.selected.map, STATE.selected);
     showSelected(STATE.selected.map.block, STATE.selected);

@@ -1,6 +1,7 @@
 // Put the parts together; draw again when the width or the colour scheme changes.
 
-const OF_EFFECTS = hasEffects ? [...effectTools(), segments("Marks", "marks-of-effects", effectMarkChoices(), "effectMarks")] : [];
+const OF_EFFECTS = hasEffects ? [...effectTools(), segments("Marks", "marks-of-effects", effectMarkChoices(), "effectMarks"),
+  segments("Colours", "range-of-effects", { shared: { label: "shared" }, block: { label: "each block" } }, "effectRange")] : [];
 const OF_TESTS = [
   segments("Marks", "marks", markChoices()),
   segments("Score's scale", "scale", { linear: { label: "linear" }, log: { label: "log", there: !isSigned } }),
