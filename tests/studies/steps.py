@@ -67,7 +67,7 @@ def _tables(examined: ExaminedModel, optimizer: str) -> list[str]:
     ranks, slopes = agreements(effects, sizes, resamples=RESAMPLES, seed=0)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in (row for row in ranks if row.samples == HELD_OUT):
-        names = {"measured": row.measured, "predictor": row.predictor}
+        names = {"measured": row.measured, "predictor": row.predictor.replace("||", "‖")}
         shown = rows.setdefault((row.measured, row.predictor), names)
         shown[f"size {row.size:g}"] = number(row.within, row.within_interval)
     tables = (list(rows.values()), slope_rows(slopes))
