@@ -77,7 +77,10 @@ class TaskConfig(_Section):
 class MetricConfig(_Section):
     """What is scored."""
 
-    score: str = _key(one_of("interference", "signed", "symmetric"), "member of the score family", "interference")
+    score: str = _key(one_of("interference", "signed", "symmetric", "curvature"), "which score", "interference")
+    sample_scale: str = _key(
+        one_of("none", "unit"), "unit divides each sample's gradient by its norm over all scored weights", "none"
+    )
     loss_reduction: str = _key(one_of("mean", "sum"), "loss of a sample, over its labelled tokens", "mean")
     include_bias: bool = _key(FLAG, "add the biases of Q, K and V to their heads", False)
     layers: tuple[int, ...] | None = _key(SELECTION, "layers to score, counted from 0; null scores all", None)

@@ -20,7 +20,8 @@ from .console import Console
 from .distributed.world import World
 from .results.assemble import assemble
 from .results.gather import Read
-from .results.heatmap import Heatmap, Pairs
+from .results.heatmap import Heatmap
+from .results.heatmap_data import Pairs
 from .results.metadata import HeatmapMetadata, LayerAxes
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first
@@ -148,7 +149,7 @@ def with_tested_effects(heatmap: Heatmap, statistics: QKOVStatistics | None = No
         block: {optimizer: {**arrays, **known[block][optimizer]} for optimizer, arrays in of_block.items()}
         for block, of_block in tested.items()
     }
-    notes = [*heatmap.attributes.get("notes", ()), *notes_on_effects(heatmap.counted)]
+    notes = [*heatmap.attributes.get("notes", ()), *notes_on_effects(heatmap.influences, heatmap.counted)]
     return dataclasses.replace(heatmap, effects=effects, attributes={**heatmap.attributes, "notes": notes})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -27,7 +27,7 @@ from .results.assemble import assemble
 from .results.effects import Effects, counted_samples
 from .results.head_slices import slices_of
 from .results.heatmap import Heatmap
-from .results.metadata import HeatmapMetadata, layer_axes, make_metadata
+from .results.metadata import HeatmapMetadata, layer_axes, make_metadata, with_norms
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_over_ranks, layer_partial
 from .scoring.engine import rounds_of, score_rounds
@@ -35,6 +35,7 @@ from .scoring.exchange import Exchange
 from .scoring.extent import sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_weights
 from .scoring.influence_records import mean_weights
+from .scoring.sample_norms import norms_of, summed_squares, unit_scales
 from .scoring.score_kinds import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
 from .scoring.tiles import Selection, TilePlan, make_tile_plan, tile_bytes
@@ -51,9 +52,12 @@ class QKOVInterferenceMetric:
         ridge_lambda: Absolute ridge, added to the floored I.
         ridge_relative: Relative ridge, a multiple of the mean of I over the layer's block. Where it is the only one of
             the three, scores scale exactly with the loss.
-        score: ``interference``, ``signed`` or ``symmetric``.
+        score: ``interference``, ``signed``, ``symmetric`` or ``curvature``.
         scope: Samples of the Fisher: ``pooled`` (both tasks), ``a`` or ``b`` (as in ``compute_heatmap(a, b)``).
         include_bias: Add the biases of Q, K and V to their heads.
+        sample_scale: ``none``, or ``unit``: divide each sample's gradient by its norm over all scored weights, so that
+            no loud sample decides; scores, the Fisher and effects are then of scaled gradients. Of a single pair the
+            norm is over all collected layers and heads.
         dtype: ``float32`` or ``float64``, of gradients and scores.
         show_progress: Show a progress bar.
         device: Where scores are formed: ``cpu``, ``cuda`` or ``cuda:N``; by default the GPU of the model that was
@@ -71,10 +75,12 @@ class QKOVInterferenceMetric:
     dtype: str = "float32"
     show_progress: bool = field(default=False, kw_only=True)
     device: str | None = field(default=None, kw_only=True)
+    sample_scale: str = field(default="none", kw_only=True)
 
     def __post_init__(self) -> None:
         choose("score", self.score, get_args(Score))
         choose("scope", self.scope, get_args(Scope))
+        choose("sample_scale", self.sample_scale, ("none", "unit"))
         choose("dtype", self.dtype, tuple(DTYPES))
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
             raise wrong_argument("device", "cpu, cuda or cuda:N", repr(self.device))
@@ -111,7 +117,9 @@ class QKOVInterferenceMetric:
             return self._tile_plan([layer], [head], len(roles.members)), roles
 
         with step() as world:
-            blocks = self._scored(*together(world, prepared))[layer].blocks
+            tile_plan, roles = together(world, prepared)
+            everything = together(world, lambda: self._tile_plan(None, None, len(roles.members)))
+            blocks = self._scored(tile_plan, self._scaled(everything, roles)[0])[layer].blocks
         return {block: float(blocks[block].scores[0, 0, 0]) for block in BLOCKS if block in blocks}
 
     def compute_heatmap(
@@ -157,6 +165,9 @@ class QKOVInterferenceMetric:
 
         with step() as world:
             tile_plan, roles, metadata = together(world, prepared)
+            roles, norms = self._scaled(tile_plan, roles)
+            if norms is not None:
+                metadata = with_norms(metadata, norms[: roles.num_scored])
             return with_tested_effects(assemble(metadata, self._scored(tile_plan, roles).items()))
 
     def compute_effects(
@@ -207,6 +218,16 @@ class QKOVInterferenceMetric:
             tile_plan, self.config.layout, tasks, (of_a, of_b), pooled=pairs == "all", attributes=attributes
         )
 
+    def _scaled(self, tile_plan: TilePlan, roles: Roles) -> tuple[Roles, np.ndarray | None]:
+        """The roles of gradients as they are scored, and the norms by which they are divided."""
+        if self.sample_scale == "none":
+            return roles, None
+        collection = self.collector.collection
+        exchange = Exchange(collection.topology, collection.store, self.config.layout, tile_plan.sites)
+        squares = summed_squares(tile_plan, exchange, roles, self._settings())
+        norms = norms_of(squares, [self.collector.records[n].id for n in roles.members])
+        return replace(roles, scales=unit_scales(norms)), norms
+
     def _scored(self, tile_plan: TilePlan, roles: Roles) -> dict[int, LayerPartial]:
         """Every layer's scores, added up over the ranks."""
         collection, layout = self.collector.collection, self.config.layout
@@ -234,6 +255,7 @@ class QKOVInterferenceMetric:
             "model_type": self.config.layout.model_type,
             "slices": slices_of(self.config.layout, include_bias=self.include_bias),
             "score": self.score,
+            "sample_scale": self.sample_scale,
             "scope": self.scope,
             "estimator": self._estimator(task_a, task_b),
             "decay": self.collector.decay,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .capture.collect import Collection
@@ -34,14 +35,16 @@ from .results.disk import file_errors
 from .results.hdf5_write import refuse_other_run
 from .results.heatmap import Heatmap
 from .results.heatmap_file import HEATMAP_FILE, load_heatmap
-from .results.metadata import HeatmapMetadata, from_json, make_metadata, run_attributes, to_json
+from .results.metadata import HeatmapMetadata, from_json, make_metadata, norms_in, run_attributes, to_json, with_norms
 from .results.partial_schema import PartialHeader
 from .results.partials import PartialWriter, locked, partial_path, read_partial
 from .results.reduce import layer_partial
 from .results.resume import carry_over, forget, remove_run, take_over
 from .scoring.engine import BlockScores, rounds_of, score_rounds
 from .scoring.exchange import Exchange
+from .scoring.sample_norms import norms_of, summed_squares, unit_scales
 from .scoring.schedule import Round, layers_of
+from .scoring.settings import ScoreSettings
 from .scoring.tiles import TilePlan
 
 Planned = tuple[RunPlan, list[Phase]]
@@ -136,20 +139,24 @@ def _score_missing_layers(job: Job, writer: PartialWriter, console: Console, mea
     rounds = rounds_of(job.tile_plan, topology, done=writer.completed.__contains__)
     if not rounds:
         return None
+    norms = _known_norms(job, writer)
     if done := len(job.tile_plan.layers) - len(layers_of(rounds)):
         console.say(f"resuming: {done} of {len(job.tile_plan.layers)} layers are on disk")
-    planned = plan, _ = _planned(job, rounds, console)
+    planned = plan, _ = _planned(job, rounds, console, norms_known=norms is not None)
     with stoppable(topology.world) as may_stop:
+        sweeps = _Sweeps(job, plan.gpu_room, writer.folder, console, may_stop, measured)
+        if plan.captures > 1:  # nothing is scored before the norms are known, which all layers decide
+            norms = _norms_first(sweeps, plan.rounds)
         for number, sweep in enumerate(plan.rounds, start=1):
             if len(plan.rounds) > 1:
                 console.say(f"sweep {number} of {len(plan.rounds)}: layers {', '.join(map(str, layers_of(sweep)))}")
-            _score_sweep(job, sweep, plan.gpu_room, writer, console, may_stop, measured)
+            _score_sweep(sweeps, sweep, writer, norms)
     return planned
 
 
-def _planned(job: Job, rounds: Sequence[Round], console: Console) -> Planned:
+def _planned(job: Job, rounds: Sequence[Round], console: Console, *, norms_known: bool) -> Planned:
     """The plan of some rounds and the time expected of it on this hardware, and both said."""
-    plan = plan_of_job(job, rounds)
+    plan = plan_of_job(job, rounds, norms_known=norms_known)
     here = this_hardware() if job.topology.world.rank == 0 else None  # it is rank 0 that says so
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", job.topology.world.size))
     phases = expected(plan, here, ranks_per_node) if here else []
@@ -159,26 +166,74 @@ def _planned(job: Job, rounds: Sequence[Round], console: Console) -> Planned:
     return plan, phases
 
 
-def _score_sweep(
-    job: Job,
-    sweep: Sequence[Round],
-    gpu_room: int,
-    writer: PartialWriter,
-    console: Console,
-    may_stop: Callable[[], None],
-    measured: Measured,
-) -> None:
+def _known_norms(job: Job, writer: PartialWriter) -> np.ndarray | None:
+    """Norms of samples' gradients that an earlier start of this run has stored with its layers, on every rank."""
+    mine = writer.header.extra if job.config.metric.sample_scale == "unit" else {}
+    found = [theirs for theirs in job.topology.world.all_gather(dict(mine)) if theirs]
+    return norms_in(from_json(found[0], str(writer.path))) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweeps:
+    """What all passes over the samples have in common."""
+
+    job: Job
+    gpu_room: int
+    folder: Path
+    console: Console
+    may_stop: Callable[[], None]
+    measured: Measured
+
+    @contextmanager
+    def captured(self, sweep: Sequence[Round]) -> Iterator[tuple[TilePlan, Exchange, HeatmapMetadata]]:
+        """Run all samples for the layers of a sweep; their factors are there for as long as the block lasts."""
+        job, tile_plan = self.job, self.job.tile_plan.only(layers_of(sweep))
+        with closing(_store(job, self.folder, self.gpu_room)) as store:
+            with self.measured.phase("capture"):
+                metadata = _capture(job, tile_plan, store, self.console, self.may_stop)
+            self.measured.see_factors(store)
+            yield tile_plan, Exchange(job.topology, store, job.layout, tile_plan.sites), metadata
+
+    def settings(self) -> ScoreSettings:
+        """The metric's numbers."""
+        return self.job.settings(self.folder, self.console)
+
+    def squares(self, tile_plan: TilePlan, exchange: Exchange) -> np.ndarray:
+        """What these layers add to the squared norm of each sample's gradient, over all ranks."""
+        with self.measured.phase("scoring"), kept_heap(self.job.device):
+            return summed_squares(tile_plan, exchange, self.job.roles(), self.settings())
+
+    def norms(self, squares: np.ndarray) -> np.ndarray:
+        """The norms that all layers' squares make."""
+        return norms_of(squares, [sample.id for task in self.job.tasks for sample in task.samples])
+
+
+def _norms_first(sweeps: _Sweeps, rounds: Sequence[Sequence[Round]]) -> np.ndarray:
+    """Run all samples sweep by sweep for the norms of their gradients alone."""
+    squares = np.zeros(sweeps.job.num_samples)
+    for number, sweep in enumerate(rounds, start=1):
+        sweeps.console.say(
+            f"norms of samples' gradients, sweep {number} of {len(rounds)}: layers "
+            f"{', '.join(map(str, layers_of(sweep)))}; every layer is captured again to be scored"
+        )
+        sweeps.may_stop()
+        with sweeps.captured(sweep) as (tile_plan, exchange, _):
+            squares += sweeps.squares(tile_plan, exchange)
+    return sweeps.norms(squares)
+
+
+def _score_sweep(sweeps: _Sweeps, sweep: Sequence[Round], writer: PartialWriter, norms: np.ndarray | None) -> None:
     """Run all samples for the layers of one sweep, then score and record these."""
-    topology, roles, settings = job.topology, job.roles(), job.settings(writer.folder, console)
-    tile_plan = job.tile_plan.only(layers_of(sweep))
-    with closing(_store(job, writer.folder, gpu_room)) as store:
-        with measured.phase("capture"):
-            metadata = _capture(job, tile_plan, store, console, may_stop)
-        measured.see_factors(store)
-        writer.header = dataclasses.replace(writer.header, extra=to_json(metadata))
-        exchange = Exchange(topology, store, job.layout, tile_plan.sites)
-        bar = console.bar("scoring", len(sweep), "layer")
-        scores = score_rounds(tile_plan, sweep, exchange, roles, settings, topology, may_stop)
+    job, measured, roles = sweeps.job, sweeps.measured, sweeps.job.roles()
+    with sweeps.captured(sweep) as (tile_plan, exchange, metadata):
+        if norms is None and job.config.metric.sample_scale == "unit":  # the sweep is all there is
+            norms = sweeps.norms(sweeps.squares(tile_plan, exchange))
+        if norms is not None:
+            roles = dataclasses.replace(roles, scales=unit_scales(norms))
+        extra = to_json(metadata if norms is None else with_norms(metadata, norms))
+        writer.header = dataclasses.replace(writer.header, extra=extra)
+        bar = sweeps.console.bar("scoring", len(sweep), "layer")
+        scores = score_rounds(tile_plan, sweep, exchange, roles, sweeps.settings(), job.topology, sweeps.may_stop)
         with measured.phase("scoring"), bar as advance, kept_heap(job.device), closing(scores) as scored:
             for layer, blocks in scored:
                 _check_scores(job, layer.layer, blocks)

@@ -77,6 +77,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
         ],
         "metric": {
             "score": "interference",
+            "sample_scale": "none",
             "loss_reduction": "mean",
             "include_bias": False,
             "layers": None,
@@ -169,7 +170,7 @@ def test_bad_selections(minimal: Path, text: str) -> None:
         ("tasks.0.name", "no", "text"),
         ("tasks.1.max_samples", "0", "a whole number of at least 1, or null"),
         ("tasks.1.max_tokens", "-5", "a whole number of at least 1, or null"),
-        ("metric.score", "Interference", "one of interference, signed, symmetric"),
+        ("metric.score", "Interference", "one of interference, signed, symmetric, curvature"),
         ("metric.loss_reduction", "none", "one of mean, sum"),
         ("metric.include_bias", "0", "true or false"),
         ("fisher.estimator", "moving", "one of ema, mean"),

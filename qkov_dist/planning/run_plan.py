@@ -46,6 +46,8 @@ class RunPlan:
         costs: Every rank's, by rank.
         rounds: The rounds of each pass over the samples.
         gpu_room: Bytes of captured factors that may stay on each GPU.
+        captures: How often the samples are run for each part of the layers: twice where ``sample_scale`` needs the
+            norms of all layers before the first is scored, and not all of them fit.
     """
 
     work: Workload
@@ -53,6 +55,7 @@ class RunPlan:
     costs: tuple[Cost, ...]
     rounds: tuple[tuple[Round, ...], ...]
     gpu_room: int = 0
+    captures: int = 1
 
     @property
     def sweeps(self) -> tuple[tuple[int, ...], ...]:
@@ -83,8 +86,11 @@ def plan_simulated(work: Workload, parallelism: Parallelism) -> RunPlan:
     sizes = [scene.scoring.factors(topology) for topology in topologies]
     room = min(scene.gpu_room(topology) for topology in topologies)
     sweeps = _sweeps(work, scene.rounds(), sizes, room)
-    costs = tuple(scene.cost(topology, sweeps, kept, room) for topology, kept in zip(topologies, sizes, strict=True))
-    return RunPlan(work, parallelism, costs, tuple(map(tuple, sweeps)), room)
+    costs = tuple(
+        scene.cost(topology, sweeps, kept, room, captures=_captures(work, sweeps))
+        for topology, kept in zip(topologies, sizes, strict=True)
+    )
+    return RunPlan(work, parallelism, costs, tuple(map(tuple, sweeps)), room, _captures(work, sweeps))
 
 
 def least_peak(work: Workload, parallelism: Parallelism) -> int:
@@ -94,12 +100,13 @@ def least_peak(work: Workload, parallelism: Parallelism) -> int:
     return capture.weights(0) + capture.gathered + capture.passes(batches, work.layers[0]).activations
 
 
-def plan_of_job(job: Job, rounds: Sequence[Round] | None = None) -> RunPlan:
+def plan_of_job(job: Job, rounds: Sequence[Round] | None = None, *, norms_known: bool = False) -> RunPlan:
     """The plan of a job on its ranks; all of them call this alike, and all have the plan of all.
 
     Args:
         job: What is loaded.
         rounds: What is left to score, of a run that goes on; all layers by default.
+        norms_known: Whether norms of samples' gradients are known from before.
 
     Raises:
         QkovError: for factors of which no layer's fit.
@@ -111,9 +118,10 @@ def plan_of_job(job: Job, rounds: Sequence[Round] | None = None) -> RunPlan:
     weights = sum(map(local_bytes, (*job.loaded.model.parameters(), *job.loaded.model.buffers())))
     room = min(world.all_gather(scene.gpu_room(job.topology, weights)))
     sweeps = _sweeps(work, scene.rounds() if rounds is None else rounds, sizes, room)
-    cost = scene.cost(job.topology, sweeps, mine, room, weights)
+    captures = 1 if norms_known else _captures(work, sweeps)
+    cost = scene.cost(job.topology, sweeps, mine, room, weights, captures=captures, norms_known=norms_known)
     costs = tuple(Cost(**theirs) for theirs in world.all_gather(asdict(cost)))
-    return RunPlan(work, scene.capture.parallelism, costs, tuple(map(tuple, sweeps)), room)
+    return RunPlan(work, scene.capture.parallelism, costs, tuple(map(tuple, sweeps)), room, captures)
 
 
 def workload_of(job: Job) -> Workload:
@@ -160,6 +168,11 @@ def _gpu_memory(device: torch.device) -> int:
     """Bytes of a GPU that this process has or can have."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device)) + GPU_OVERHEAD  # the context is there already
+
+
+def _captures(work: Workload, sweeps: Sequence[Sequence[Round]]) -> int:
+    """How often samples are run for each part of the layers."""
+    return 2 if work.config.metric.sample_scale == "unit" and len(sweeps) > 1 else 1
 
 
 def _sweeps(
@@ -222,6 +235,9 @@ class _Scene:
         kept: Mapping[int, int],
         gpu_room: int,
         weights: int | None = None,
+        *,
+        captures: int = 1,
+        norms_known: bool = False,
     ) -> Cost:
         """One rank's.
 
@@ -231,9 +247,11 @@ class _Scene:
             kept: By layer, bytes of its factors.
             gpu_room: Bytes of them that may stay on its GPU.
             weights: Bytes of its weights, where they can be counted.
+            captures: How often the samples are run for each sweep.
+            norms_known: Whether norms of samples' gradients are known from before.
         """
         rank, batches = topology.world.rank, self.scoring.dealt.passes[topology.dp_group.rank]
-        passes = [self.capture.passes(batches, layers_of(sweep)[0]) for sweep in sweeps]
+        passes = captures * [self.capture.passes(batches, layers_of(sweep)[0]) for sweep in sweeps]
         factors = max((sum(kept[layer] for layer in layers_of(sweep)) for sweep in sweeps), default=0)
         on_gpu = min(factors, gpu_room)
         in_memory = min(factors - on_gpu, self.work.config.compute.factor_memory_mb * MIB)
@@ -259,12 +277,12 @@ class _Scene:
             written=self.scoring.partials(rank) + (0 if rank else self.scoring.heatmap()),
             flops_forward=sum(one.forward for one in passes),
             flops_backward=sum(one.backward for one in passes),
-            flops_kept=self.scoring.flops_kept(topology, every),
+            flops_kept=captures * self.scoring.flops_kept(topology, every),
             flops_scoring=self.scoring.flops(rank, scored),
-            flops_ridge=self.scoring.flops_ridge(topology, every),
+            flops_norms=self.scoring.flops_norms(topology, every, norms_known=norms_known),
             flops_statistics=self.statistics.flops(rank),
             elements=self.scoring.elements(rank, scored),
-            batches=len(batches) * len(sweeps),
+            batches=captures * len(batches) * len(sweeps),
         )
 
 

@@ -108,9 +108,13 @@ class ScoringCost:
                 flops += 2 * area * sum(length for length in lengths if length > site_work.above)
         return flops
 
-    def flops_ridge(self, topology: Topology, layers: Sequence[int]) -> int:
-        """Operations of the sums of I that a relative ridge needs, of the samples that a rank runs."""
-        if not self.work.config.ridge.relative:
+    def flops_norms(self, topology: Topology, layers: Sequence[int], *, norms_known: bool = False) -> int:
+        """Operations of norms of gradients of the samples that a rank runs: for the sums of I that a relative ridge
+        needs, and once more for ``sample_scale``, where these are not known from before.
+        """
+        config = self.work.config
+        times = (config.ridge.relative > 0) + (config.metric.sample_scale == "unit" and not norms_known)
+        if not times:
             return 0
         lengths, flops = self.dealt.lengths[topology.dp_group.rank], 0
         for layer in layers:
@@ -120,7 +124,7 @@ class ScoringCost:
                 rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
                 shape = (rect or projection.whole()).shape
                 factored = (length for length in lengths if length <= site_work.above)
-                flops += sum(norm_flops(length, *shape, readers[site_work.input]) for length in factored)
+                flops += times * sum(norm_flops(length, *shape, readers[site_work.input]) for length in factored)
         return flops
 
     def flops(self, rank: int, layers: Sequence[int]) -> int:
@@ -319,19 +323,23 @@ class ScoringCost:
 
     def _copies_of(self, layer_work: LayerWork, sites: Sequence[SiteWork]) -> int:
         of_input = {site.place: self._copies(site.cols, site) for site in layer_work.sites}
-        own = sum(self._copies(site.rows, site) + self._whole_copies(site) for site in sites)
+        own = sum(self._copies(site.rows, site, scaled=True) + self._whole_copies(site) for site in sites)
         return own + sum(of_input[place] for place in {site.input for site in sites})
 
-    def _copies(self, width: int, site: SiteWork) -> int:
-        """A factor in the type of scores, and padded where samples differ in length."""
-        scoring = self.work.scoring
-        copies = self.work.padded_tokens(site.above) if len(set(self.work.lengths_pooled)) > 1 else 0
+    def _copies(self, width: int, site: SiteWork, *, scaled: bool = False) -> int:
+        """A factor in the type of scores, padded where samples differ in length, and D times what samples are scaled
+        by, which is another copy of it for a while.
+        """
+        scoring, padded = self.work.scoring, self.work.padded_tokens(site.above)
+        copies = padded if len(set(self.work.lengths_pooled)) > 1 else 0
+        copies += padded if scaled and self.work.config.metric.sample_scale == "unit" else 0
         if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:
             copies += self._kept[site.above].tokens
         return copies * width * scoring.itemsize
 
     def _whole_copies(self, site: SiteWork) -> int:
-        return 2 * self._kept[site.above].wholes * site.whole * self.work.scoring.itemsize
+        copies = 3 if self.work.config.metric.sample_scale == "unit" else 2
+        return copies * self._kept[site.above].wholes * site.whole * self.work.scoring.itemsize
 
 
 def _num(heads: Mapping[str, tuple[int, ...]]) -> int:

@@ -34,7 +34,7 @@ FLOPS = {
     "flops_backward": "operations: backward",
     "flops_kept": "operations: gradients kept at capture",
     "flops_scoring": "operations: scoring",
-    "flops_ridge": "operations: relative ridge",
+    "flops_norms": "operations: norms of gradients",
     "flops_statistics": "operations: statistics",
 }
 ALWAYS = ("weights", "factors_memory", "factors_disk", "buffers", "scores", "flops_forward", "flops_scoring")
@@ -66,6 +66,7 @@ def as_json(plan: RunPlan, phases: Sequence[Phase]) -> dict[str, Any]:
         "parallelism": asdict(plan.parallelism),
         "parameters": plan.work.model_sizes.num_parameters,
         "sweeps": [list(sweep) for sweep in plan.sweeps],
+        "captures": plan.captures,
         "seconds": {phase.name: phase.seconds for phase in phases},
     }
 
@@ -106,6 +107,7 @@ def _heading(plan: RunPlan) -> str:
     num_a, num_b = work.num_samples
     cut = f" (tp {parallelism.tp}, {parallelism.data})" if plan.num_ranks > 1 else ""
     passes = "once" if len(plan.sweeps) == 1 else f"{len(plan.sweeps)} times, for a part of the layers each"
+    passes += ", each of these once before, for the norms of samples" if plan.captures > 1 else ""
     return (
         f"plan: {work.model_sizes.name} with {work.model_sizes.num_parameters / 1e9:.3g} billion parameters on "
         f"{plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}{cut}; {len(work.layers)} of "

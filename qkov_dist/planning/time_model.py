@@ -96,7 +96,7 @@ class _Clock:
     def scoring(self, cost: Cost) -> dict[str, float]:
         """Scores from factors."""
         itemsize = self.plan.work.scoring.itemsize
-        products = (cost.flops_scoring + cost.flops_ridge) / self._rate(itemsize)
+        products = (cost.flops_scoring + cost.flops_norms) / self._rate(itemsize)
         passing = ELEMENT_TRAFFIC * cost.elements * itemsize / (self.hardware.bandwidth * BANDWIDTH)
         return {
             "products": products,
@@ -117,7 +117,7 @@ class _Clock:
 
     def _factors(self, cost: Cost) -> float:
         """Once over the host's link, and over that of the disk for those that wait there."""
-        sweeps = len(self.plan.sweeps)
+        sweeps = self.plan.captures * len(self.plan.sweeps)
         copied = sweeps * (cost.factors_memory + cost.factors_disk) / HOST_LINK if self.hardware.is_gpu else 0.0
         return copied + sweeps * cost.factors_disk / DISK
 

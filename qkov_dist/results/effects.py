@@ -87,7 +87,7 @@ def counted_samples(contents_a: Sequence[str], contents_b: Sequence[str]) -> Sam
     """Which samples effects are of: those that only one task has, by their contents ("" is unknown, and counts)."""
     is_a = np.arange(len(contents_a) + len(contents_b)) < len(contents_a)
     both = ({*contents_a} & {*contents_b}) - {""}
-    counts = np.array([content not in both for content in (*contents_a, *contents_b)])
+    counts = np.array([content not in both for content in (*contents_a, *contents_b)], bool)
     return Samples(is_a & counts, ~is_a & counts)
 
 

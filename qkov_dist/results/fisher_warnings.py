@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from qkov_dist.scoring.score_kinds import KINDS
+
 from .metadata import HeatmapMetadata
 
 LOUD = 0.9  # from this fraction of I on, one task decides what the other is measured against
 RIDGED = 0.5  # from this fraction of elements on, a head's scores are those of an unweighted product
 RELATIVE = 1e-3  # the default of ridge.relative: a larger floor, in units of the mean of I, is what to take away
 NOISE = 1e-12  # of the largest mean of I in a layer: squares of float32's rounding errors are about 1e-14 of squares
-SMALLEST = 1e-30  # of the mean of I: below it float32 loses digits of squares
+NORMAL, FAR = 1e-38, 1e-4  # the smallest that float32 holds with all digits; of the usual, elements that still count
 
 
 Arrays = Mapping[str, np.ndarray]
@@ -90,12 +92,27 @@ def _tiny(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[str]
     compute = config.get("compute", {}) if isinstance(config, Mapping) else {}
     if compute.get("score_dtype", metadata.attributes.get("dtype")) == "float64":
         return
-    tiny = int(((parts["mean"] > 0) & (parts["mean"] < SMALLEST)).sum())
+    of_squares, of_scores = smallest_fisher(str(metadata.attributes.get("score")))
+    tiny = int(((parts["mean"] > 0) & (parts["mean"] < max(of_squares, of_scores))).sum())
     if tiny:
+        least, lost = max((of_squares, "their squares"), (of_scores, "their scores"))
         yield (
-            f"{block}: gradients of {tiny} heads are so small (mean I below {SMALLEST:g}) that float32 loses digits of "
-            "their squares. Score in float64 (compute.score_dtype, or dtype in Python), or scale the loss."
+            f"{block}: gradients of {tiny} heads are so small (mean I below {least:g}) that float32 "
+            f"loses digits of {lost}. Score in float64 (compute.score_dtype, or dtype in Python), or scale the loss."
         )
+
+
+def smallest_fisher(score: str) -> tuple[float, float]:
+    """The means of I below which float32 loses digits of squares, and of scores of this name, 0 where it never does.
+
+    At the elements at which gradients are ``FAR`` of the usual, sqrt(I), squares are FAR^2 I and terms of a score of
+    degree d FAR^d I^(d/2 - power).
+    """
+    kind = KINDS.get(score)  # type: ignore[call-overload]
+    of_scores = 0.0
+    if kind is not None and (exponent := kind.degree / 2 - kind.power) > 0:
+        of_scores = (NORMAL / FAR**kind.degree) ** (1 / exponent)
+    return NORMAL / FAR**2, of_scores
 
 
 def _noise(metadata: HeatmapMetadata, fisher: Mapping[str, Arrays]) -> Iterator[str]:

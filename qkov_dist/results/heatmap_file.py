@@ -11,10 +11,11 @@
     /influences/{B}/{sgd,adam}                          [layer, head, sample]: what each sample has to do with it
     /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
     /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
+    /samples/{a,b}/gradient_norm                        [a] or [b] float64, with ``metric.sample_scale: unit`` alone
     /group                 [layer]                      query heads of one kv head
 
 ``head`` is ``kv_head`` for K and V. Where each head lies among the model's parameters is the attribute ``slices``
-(``head_slices``). How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
+(``head_slices``). How arrays are named is ``labelled``; how they lie in HDF5, and why a file
 can be trusted after it was read, is ``hdf5_write`` and ``hdf5_read``.
 
 What a stored heatmap must be beyond its types and shapes, so that what shows or tests it can rely on it.
@@ -40,7 +41,8 @@ from .block_view import HEAD_DIM
 from .disk import DAMAGED
 from .hdf5_read import Reader, check_values, reading
 from .head_slices import are_slices
-from .heatmap import FISHER_KEYS, Heatmap, SampleTable
+from .heatmap import Heatmap
+from .heatmap_data import FISHER_KEYS, SampleTable
 
 HEATMAP_FILE = "heatmap.h5"
 _DEEPEST = 8
@@ -144,6 +146,7 @@ def _samples(reader: Reader, task: str) -> SampleTable:
         reader.array(f"{group}/loss", (count,)),
         reader.strings(f"{group}/text", count),
         reader.strings(f"{group}/content", count) if reader.has(f"{group}/content") else (),
+        reader.array(f"{group}/gradient_norm", (count,)) if reader.has(f"{group}/gradient_norm") else None,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,21 @@ from qkov_dist.capture.collect import SampleRecord
 from qkov_dist.config import RunConfig, to_dict
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS, Layout, layout_notes
+from qkov_dist.scoring.sample_norms import NO_GRADIENT
 from qkov_dist.scoring.tiles import LayerTiles, TilePlan
 from qkov_dist.values import written
 
 from .head_slices import slices_of
-from .heatmap import SampleTable
+from .heatmap_data import SampleTable
 from .heatmap_file import ABOVE_ALL, check_attributes
 
 _LONGEST = 300  # of an error's text
+_LISTED = 5  # samples in a warning
+_UNIT = (
+    "sample_scale: unit: each sample's gradient is divided by its norm over all scored weights. Scores, I and effects "
+    "are of scaled gradients: of a loss in which every sample weighs the same, whose change and harm they predict in "
+    "place of those of the tasks' mean losses."
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,36 @@ def layer_axes(layer: LayerTiles, layout: Layout) -> LayerAxes:
     return LayerAxes(layer.layer, layout.layer(layer.layer).group, layer.query_heads, layer.heads)
 
 
+def with_norms(metadata: HeatmapMetadata, norms: np.ndarray) -> HeatmapMetadata:
+    """The same of a run whose samples' gradients are divided by their norms [N], A's first; a note says what of.
+
+    Samples without any gradient are a warning.
+    """
+    num_a = len(metadata.samples[0])
+    parts, known = (norms[:num_a], norms[num_a:]), metadata.attributes
+    tables = [replace(table, gradient_norms=part) for table, part in zip(metadata.samples, parts, strict=True)]
+    still = [
+        f"task {task!r}, sample {name!r}"
+        for task, table, part in zip(metadata.tasks, tables, parts, strict=True)
+        for name, norm in zip(table.ids, part, strict=True)
+        if norm < NO_GRADIENT
+    ]
+    more = f"; {len(still) - _LISTED} samples more" if len(still) > _LISTED else ""
+    warning = f"without any gradient, so that sample_scale leaves them at 0: {'; '.join(still[:_LISTED])}{more}."
+    attributes = {
+        **known,
+        "notes": [*known.get("notes", ()), _UNIT],
+        "warnings": [*known.get("warnings", ()), *([warning] if still else [])],
+    }
+    return replace(metadata, samples=(tables[0], tables[1]), attributes=attributes)
+
+
+def norms_in(metadata: HeatmapMetadata) -> np.ndarray | None:
+    """The norms [N] by which gradients were divided; None where they were not."""
+    norms = [table.gradient_norms for table in metadata.samples]
+    return None if norms[0] is None or norms[1] is None else np.concatenate(norms)  # type: ignore[arg-type]
+
+
 def to_json(metadata: HeatmapMetadata) -> dict[str, Any]:
     """The metadata as JSON values."""
     return {
@@ -109,6 +146,7 @@ def to_json(metadata: HeatmapMetadata) -> dict[str, Any]:
                 "losses": table.losses.tolist(),
                 "texts": list(table.texts),
                 "contents": list(table.contents),
+                **({} if table.gradient_norms is None else {"gradient_norms": table.gradient_norms.tolist()}),
             }
             for table in metadata.samples
         ],
@@ -153,7 +191,8 @@ def _layer_from(raw: Mapping[str, Any]) -> LayerAxes:
 def _table_from(raw: Mapping[str, Any]) -> SampleTable:
     counts, losses = np.array(raw["num_tokens"], np.int64), np.array(raw["losses"], np.float64)
     texts, contents = (tuple(map(str, raw.get(key, ()))) for key in ("texts", "contents"))
-    return SampleTable(tuple(map(str, raw["ids"])), counts, losses, texts, contents)
+    norms = np.array(raw["gradient_norms"], np.float64) if "gradient_norms" in raw else None
+    return SampleTable(tuple(map(str, raw["ids"])), counts, losses, texts, contents, norms)
 
 
 def _number(raw: object) -> int:
@@ -193,6 +232,7 @@ def run_attributes(
         "layout_family": layout.family,
         "slices": slices_of(layout, include_bias=config.metric.include_bias),
         "score": config.metric.score,
+        "sample_scale": config.metric.sample_scale,
         "estimator": config.fisher.estimator,
         "scope": config.fisher.scope,
         "notes": [*layout_notes(layout), *notes],

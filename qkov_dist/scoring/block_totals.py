@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,19 +65,43 @@ def block_totals(
         settings: Where products are formed, and how.
         seen: What this process looks at; everything by default.
     """
-    parts = {
-        site: block_parts([tile for tile in layer_tiles.slices if tile.site == site], seen)
-        for site in layer_tiles.sites
-    }
+    totals = dict.fromkeys(layer_tiles.block_sizes, 0.0)
+    weights = roles.weights.sum(0) if roles.scales is None else roles.weights.sum(0) * roles.scales**2
+    with products_as(settings.matmul_precision, settings.device):
+        slices = [tile for tile in layer_tiles.slices if tile.site in layer_tiles.sites]
+        found = block_squares(slices, source, roles.members, np.flatnonzero(weights).tolist(), settings.device, seen)
+        for block, members, squares in found:
+            totals[block] += float(squares @ torch.from_numpy(weights[members]))
+    return totals
+
+
+def block_squares(
+    tiles: Sequence[Tile],
+    source: FactorSource,
+    members: Sequence[int],
+    wanted: Sequence[int],
+    device: torch.device | str,
+    seen: Seen | None = None,
+) -> Iterator[tuple[str, list[int], Tensor]]:
+    """Squared norms of samples' gradients of one layer, part by part: a block, positions of members, float64 [n].
+
+    What a block's parts add up to is the whole, for each member.
+
+    Args:
+        tiles: What of the layer counts.
+        source: Factors of all samples, or of some; nothing comes of those that it does not have.
+        members: The samples, by number.
+        wanted: Positions of those that are looked at.
+        device: Where products are formed.
+        seen: What this process looks at; everything by default.
+    """
+    sites = sorted({tile.site for tile in tiles})
+    parts = {site: block_parts([tile for tile in tiles if tile.site == site], seen) for site in sites}
     by_input: dict[Site, list[Site]] = {}
     for site in (site for site, of_site in parts.items() if of_site):
         by_input.setdefault(source.x_site(site), []).append(site)
-    totals = dict.fromkeys(layer_tiles.block_sizes, 0.0)
-    with products_as(settings.matmul_precision, settings.device):
-        for sites in by_input.values():
-            for block, total in _sums(source, sites, parts, roles, torch.device(settings.device)):
-                totals[block] += total
-    return totals
+    for together in by_input.values():
+        yield from _squares(source, together, parts, members, wanted, torch.device(device))
 
 
 def block_parts(tiles: Sequence[Tile], seen: Seen | None = None) -> list[Part]:
@@ -104,27 +129,26 @@ def _joined(pieces: Iterable[tuple[Iterable[int], Iterable[int]]]) -> list[tuple
     return [(rows, tuple(sorted(cols))) for rows, cols in by_rows.items()]
 
 
-def _sums(
+def _squares(
     source: FactorSource,
     sites: Sequence[Site],
     parts: Mapping[Site, Sequence[Part]],
-    roles: Roles,
+    members: Sequence[int],
+    wanted: Sequence[int],
     device: torch.device,
-) -> Iterator[tuple[str, float]]:
-    """Block by block, weighted sums of squared norms at projections that share an input."""
-    weights = dict(zip(roles.members, roles.weights.sum(0).tolist(), strict=True))
+) -> Iterator[tuple[str, list[int], Tensor]]:
+    """The same at projections that share an input."""
     sample_index = source.sample_index(sites[0])
-    here = [n for n in roles.members if weights[n] and (n in sample_index.spans or n in sample_index.whole)]
-    ordering = order_samples(here, sample_index, ())
+    here = [n for n in wanted if members[n] in sample_index.spans or members[n] in sample_index.whole]
+    ordering = order_samples([members[n] for n in here], sample_index, ())
     x, outputs, kept = source.x(sites[0]), {s: source.d(s) for s in sites}, {s: source.g(s) for s in sites}
     for group in ordering.groups:
-        of_group = torch.tensor(
-            [weights[here[n]] for n in ordering.order[group.first : group.last]], dtype=torch.float64
-        )
+        of_group = [here[n] for n in ordering.order[group.first : group.last]]
         if group.real is None:
             for site in sites:
                 whole = kept[site]
-                yield from _of_kept(group, whole, parts[site], of_group)  # type: ignore[arg-type]
+                for block, squares in _of_kept(group, whole, parts[site]):  # type: ignore[arg-type]
+                    yield block, of_group, squares
             continue
         inputs = FeatureSlice(group.inputs(x.values), x.start)
         of_sites = {site: FeatureSlice(group.outputs(d.values), d.start) for site, d in outputs.items()}
@@ -135,16 +159,16 @@ def _sums(
                 of_d = d.values[chunk].to(device)
                 for part in parts[site]:
                     squares = products.squares(_features(of_d, part.rows, d.start), part.cols)
-                    yield part.block, float(squares.cpu() @ of_group[chunk])
+                    yield part.block, of_group[chunk], squares.cpu()
 
 
-def _of_kept(group: PaddedGroup, whole: Whole, parts: Sequence[Part], weights: Tensor) -> Iterator[tuple[str, float]]:
+def _of_kept(group: PaddedGroup, whole: Whole, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
     """The same of samples that are kept as gradients."""
     values = whole.values[group.rows.to(whole.values.device)]
     for part in parts:
         rows = _features(values.mT, part.rows, whole.row).mT
         of_part = _features(rows[..., :-1], part.cols, whole.col) if part.cols else rows[..., -1:]
-        yield part.block, float(_square_norms(of_part).cpu() @ weights)
+        yield part.block, _square_norms(of_part).cpu()
 
 
 class _Products:

@@ -6,6 +6,7 @@ R = max(I, epsilon) + lambda, every score is a matrix product of elementwise map
     interference   M_ij = sum_p (g_i^2 / R) |g_j|
     signed         M_ij = sum_p g_i g_j / R
     symmetric      M_ij = sum_p |g_i| |g_j| / R
+    curvature      M_ij = sum_p g_i^2 g_j^2 / R
 
 A term with g = 0 is 0, also where R = 0: an element without any gradient adds nothing. Where R = 0 and some g is not 0
 (a Fisher of one task alone does not see the other's) the score is infinite, and refused as such.

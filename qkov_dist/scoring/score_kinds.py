@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Score = Literal["interference", "signed", "symmetric"]
+Score = Literal["interference", "signed", "symmetric", "curvature"]
 ElementMap = Literal["gradient", "magnitude", "square"]
 
 
@@ -47,6 +47,11 @@ class ScoreKind:
         return "gradient" in (self.left, self.right)
 
     @property
+    def degree(self) -> int:
+        """Power of gradients' scale by which a term grows, given R."""
+        return sum(2 if of_side == "square" else 1 for of_side in (self.left, self.right))
+
+    @property
     def maps_in_place(self) -> bool:
         """Whether both maps can be formed in the memory of the gradients and of their squares."""
         return self.is_symmetric or "square" in (self.left, self.right)
@@ -61,6 +66,7 @@ KINDS: Mapping[Score, ScoreKind] = {
     "interference": ScoreKind("square", "magnitude"),
     "signed": ScoreKind("gradient", "gradient"),
     "symmetric": ScoreKind("magnitude", "magnitude"),
+    "curvature": ScoreKind("square", "square"),
 }
 
 

@@ -52,6 +52,7 @@ class Roles:
         means: For effects, the weight of each member with a role in the mean gradient of its task, float64
             [num_scored]; 0 of those that count in neither. None leaves effects out.
         num_a: How many members, from the first on, are A's.
+        scales: What each member's gradient is multiplied by (``sample_norms``), float64 [N]; None leaves them alone.
     """
 
     members: tuple[int, ...]
@@ -60,6 +61,7 @@ class Roles:
     right: slice
     means: np.ndarray | None = None
     num_a: int = 0
+    scales: np.ndarray | None = None
 
     @property
     def num_scored(self) -> int:

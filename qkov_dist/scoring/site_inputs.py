@@ -87,6 +87,21 @@ class SiteFactors:
         return left.unsqueeze(1), right
 
 
+def _scaled(
+    ordering: Ordering, outputs: Sequence[FeatureSlice], kept: Sequence[Whole | None], scales: Tensor
+) -> tuple[list[FeatureSlice], list[Whole | None]]:
+    """D of each group, or its gradients, times what its samples are multiplied by: [members]."""
+    in_order = scales[list(ordering.order)].view(-1, 1, 1)
+    of_groups = [in_order[group.first : group.last] for group in ordering.groups]
+    return (
+        [FeatureSlice(d.values * scale.to(d.values), d.start) for d, scale in zip(outputs, of_groups, strict=True)],
+        [
+            whole and Whole(whole.values * scale.to(whole.values), whole.row, whole.col)
+            for whole, scale in zip(kept, of_groups, strict=True)
+        ],
+    )
+
+
 def read_sites(
     tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
 ) -> Iterator[tuple[Site, SiteFactors]]:
@@ -126,5 +141,7 @@ def _read_sites(
         whole = whole and whole.to(settings.device, settings.dtype)
         outputs = [FeatureSlice(group.outputs(d.values), d.start) for group in ordering.groups]
         kept = [whole and group.wholes(whole) for group in ordering.groups]
+        if roles.scales is not None:
+            outputs, kept = _scaled(ordering, outputs, kept, torch.from_numpy(roles.scales))
         groups = zip(ordering.groups, inputs, outputs, kept, strict=True)
         yield site, SiteFactors(ordering, [Padded(*group) for group in groups], roles)

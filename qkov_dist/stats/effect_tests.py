@@ -7,6 +7,10 @@ r"""Tests of effects: is the change that a step on one task makes to the other d
 
 One draw of signs is for all heads at once, so that what heads have in common is kept. A head whose influences do not
 vary says nothing: its p is 1.
+
+The error counts what samples of both tasks do to each other once too often, as a jackknife does: where mean gradients
+are small against what samples differ by, p-values are larger than they need be, and errors too wide. Figures are in
+the study ``tests/studies/results/effects.md``.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from qkov_dist.results.influences import Estimate, Floats, Samples, changes
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 ByBlock = Mapping[str, Floats]
+FEW = 16  # samples of a task: with fewer, what they may lack is told
+UNEVEN = 0.75  # samples that count as fewer alike than this share of them are told of
+RARE_OPPONENTS, UNEVEN_COVERED = "27%", "71 to 95%"
 _CHUNK_BYTES = 8 << 20  # of an array [heads, draws]
 
 
@@ -119,11 +126,40 @@ def _flipped(values: Floats, signs: Floats) -> tuple[Floats, Floats]:
     return means, np.maximum(spread, 0.0) / (num * (num - 1))
 
 
-def notes_on_effects(samples: Samples) -> list[str]:
-    """What a reader of effects must know, one sentence each."""
+def even_samples(influences: ByBlock, samples: Samples) -> tuple[float, float]:
+    """As how many samples of one size those of A, and those of B, count (Kish): fewer where a few are loud.
+
+    A sample's size is that of its influences, each head's as a multiple of what is usual in that head.
+    """
+    of_heads = np.concatenate([np.moveaxis(x, -1, 0).reshape(x.shape[-1], -1) for x in influences.values()], axis=1)
+    of_heads = of_heads[:, ~np.isnan(of_heads).any(axis=0)]
+    found = []
+    for chosen in (samples.a, samples.b):
+        squares = of_heads[chosen] ** 2
+        usual = squares.mean(axis=0) if len(squares) else np.zeros(squares.shape[1])
+        sizes = np.sqrt((squares[:, usual > 0] / usual[usual > 0]).sum(axis=1))
+        found.append(float(sizes.sum() ** 2 / (sizes**2).sum()) if sizes.any() else float(len(sizes)))
+    return found[0], found[1]
+
+
+def notes_on_effects(influences: ByBlock, samples: Samples) -> list[str]:
+    """What a reader of effects must know, one sentence each; figures are those of the study of calibration."""
     notes = []
     if num := len(samples.a) - sum(samples.sizes):
         notes.append(f"Effects leave out {num} samples that both tasks have.")
-    if min(samples.sizes) < 2:
-        notes.append("Effects are without errors and tests: a task has fewer than two samples of its own.")
+    fewest = min(samples.sizes)
+    if fewest < 2:
+        return [*notes, "Effects are without errors and tests: a task has fewer than two samples of its own."]
+    if fewest < FEW:
+        notes.append(
+            f"Effects rest on {fewest} samples of a task, which may lack a kind of samples that is rare: where one in "
+            f"eight opposes the others, {RARE_OPPONENTS} of tests with 8 samples were wrong at a level of 5%."
+        )
+    for task, num, alike in zip("AB", samples.sizes, even_samples(influences, samples), strict=True):
+        if alike < UNEVEN * num:
+            notes.append(
+                f"Intervals of effects may be too narrow: a few samples of task {task} are loud, so that {num} count "
+                f"as {alike:.0f} alike. Under such, intervals of 95% held {UNEVEN_COVERED} of true changes "
+                "(p-values kept their level)."
+            )
     return notes

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qkov_dist.stats import loud_samples, pair_sums
 
-from .permutation import Labels, PairCounts, mean_of_pairs, overlap_of_pairs
+from .permutation import Labels, PairCounts, mean_of_all_pairs, mean_of_pairs, overlap_of_pairs
 
 LABELLINGS = 100  # under which the null is looked at again without each sample
 
@@ -93,14 +93,15 @@ def intervals(
 def _left_out(scores: Tensor, shared: LeftOut, names: Iterable[Any]) -> dict[Any, tuple[Tensor, Tensor, Tensor]]:
     """By statistic, a head's value [1], and its values and effect sizes without each sample [1, N].
 
-    An effect size without a sample is the distance from the mean over labellings, in sd, all without that sample. An
+    An effect size without a sample is the distance from the null's mean, in sd about it, all without that sample. An
     overlap is freed of what unequal norms do to it.
     """
     sums, found = pair_sums.left_out_sums(scores, shared.a.to(scores.device), shared.pairs), {}
     for name in names:
         values, left_out = (_statistic(name, *part) for part in zip(sums, shared.counts, strict=True))
-        null = left_out[..., 1:]
-        effects = (left_out[..., 0] - null.mean(-1)) / null.std(-1, correction=0)
+        null, of_all = left_out[..., 1:], mean_of_all_pairs(sums[1], shared.counts[1])
+        mean = of_all if name == "cross_mean" else null.mean(-1)
+        effects = (left_out[..., 0] - mean) / (null - mean.unsqueeze(-1)).square().mean(-1).sqrt()
         found[name] = values[:, 0], left_out[..., 0], effects
     if "overlap" in found:
         (value, left_out, effects), shift = found["overlap"], loud_samples.shift(scores, shared.pairs, shared.n_a)

@@ -13,6 +13,15 @@ divided by P: (1 + #{as extreme}) / (1 + K) with K drawn labellings, and #{as ex
 are enumerated. Differences that rounding explains are ties and count as extreme: equal labellings, or the swapped one
 (which has the same overlap when n_a = n_b), give different last bits in different columns of one product.
 
+Two-sided, as extreme means as far from the mean over labellings. That of ``cross_mean`` is known without drawing any:
+every ordered pair of different samples is as often in (A, B) as any other, so that it is the mean over all of them.
+The mean over K drawn labellings in its place moves by 1 / sqrt(K) of the null's sd from seed to seed, which up to
+doubles the noise of p. As a number that no relabelling changes, the exact mean leaves p valid. Where copies make the
+number of pairs depend on the labelling, it is the ratio of the expectations of sum and number: off from the expectation
+of the ratio by at most the relative sd of that number (of the order of 1 / N^2 for a few copies), in sd of the
+statistic. For ``overlap``, a logarithm of ratios, there is no such formula; where all labellings are enumerated none is
+needed.
+
 Labellings depend on the seed and the two sample counts alone, never on heads, blocks or ranks, so that processes
 holding different heads relabel them together, and the family-wise p-value needs one all-reduce (max) of P numbers.
 """
@@ -69,14 +78,20 @@ class Null:
     """One statistic of some heads under every labelling.
 
     ``values`` [..., P] float64, NaN for an absent head; ``rounding`` [...] is the most that arithmetic moves a value.
+    ``exact_mean`` [...] is the mean over all labellings that exist, where it is known without them.
     """
 
     values: Tensor
     rounding: Tensor
+    exact_mean: Tensor | None = None
 
     def reference(self, exhaustive: bool) -> Tensor:
         """The null distribution: all labellings where they are enumerated, else those drawn (column 0 was not)."""
         return self.values if exhaustive else self.values[..., 1:]
+
+    def mean(self, reference: Tensor) -> Tensor:
+        """The null's mean [...], exact where it is known, else that of ``reference`` [..., any] of its values."""
+        return reference.mean(-1) if self.exact_mean is None else self.exact_mean
 
 
 class Standardised(NamedTuple):
@@ -125,7 +140,8 @@ def head_nulls(
         with_overlap: False for signed scores, whose means may be negative.
     """
     sums = pair_sums.relabelled_sums(scores, labels.a.to(scores.device), pairs)
-    nulls = {"cross_mean": Null(mean_of_pairs(sums, counts), sums.rounding / float(counts.ab.min()))}
+    exact_mean = None if labels.exhaustive else mean_of_all_pairs(sums, counts)
+    nulls = {"cross_mean": Null(mean_of_pairs(sums, counts), sums.rounding / float(counts.ab.min()), exact_mean)}
     if with_overlap:
         values = overlap_of_pairs(sums, counts)
         values = torch.where(values.isfinite().all(-1, keepdim=True), values, torch.nan)
@@ -139,6 +155,12 @@ def mean_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
     return sums.ab / counts.ab.to(sums.ab)
 
 
+def mean_of_all_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
+    """The mean [...] of M over all ordered pairs of different samples: what ``cross_mean`` is on average."""
+    total, pairs = (of.aa[..., 0] + of.bb[..., 0] for of in (sums, counts))
+    return (total + sums.ab[..., 0] + sums.ba[..., 0]) / (pairs + 2 * counts.ab[..., 0]).to(total)
+
+
 def overlap_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
     """``overlap`` [..., P]; NaN where a sum is not above its rounding: its logarithm would be noise."""
     log_sums = ((sums.ab / sums.aa) * (sums.ba / sums.bb)).log() * 0.5
@@ -149,12 +171,12 @@ def overlap_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
 def standardise(null: Null) -> Standardised:
     """How far from its mean over the labellings each head is under every labelling, in sd.
 
-    Each head is centred and scaled by its own mean and sd over the labellings. Without that, the maximum over heads
-    would be that of the few heads with the largest scores (they differ by orders of magnitude between layers), and
-    all others would be tested against it in vain. The observed labelling is one of the P, so that all are treated
-    alike and p-values from z are exact.
+    Each head is centred by its own mean, exact or over the labellings, and scaled by its sd about it. Without that,
+    the maximum over heads would be that of the few heads with the largest scores (they differ by orders of magnitude
+    between layers), and all others would be tested against it in vain. The observed labelling is one of the P, so
+    that all are treated alike and p-values from z are exact.
     """
-    deviation = null.values - null.values.mean(-1, keepdim=True)
+    deviation = null.values - null.mean(null.values).unsqueeze(-1)
     sd = deviation.square().mean(-1).sqrt()
     moves = ~(sd <= null.rounding)
     z = torch.where(moves.unsqueeze(-1), deviation / sd.unsqueeze(-1), 0.0)
@@ -197,7 +219,7 @@ def max_over_heads(standardised: Standardised, alternative: Alternative) -> Tens
 def effect_size(null: Null, exhaustive: bool) -> tuple[Tensor, Tensor]:
     """Cohen's d of the observed value against the null distribution, and the null sd in it, both [...]."""
     reference = null.reference(exhaustive)
-    mean = reference.mean(-1)
+    mean = null.mean(reference)
     sd = (reference - mean.unsqueeze(-1)).square().mean(-1).sqrt()
     d = (null.values[..., 0] - mean) / sd
     return torch.where(sd <= null.rounding, 0.0, d), sd
@@ -211,7 +233,7 @@ def detectable_shift(null: Null, labels: Labels, alternative: Alternative, alpha
     so few labellings exist that no p-value can be as small as alpha; NaN where no relabelling changes the head.
     """
     reference = null.reference(labels.exhaustive)
-    deviation = reference - reference.mean(-1, keepdim=True)
+    deviation = reference - null.mean(reference).unsqueeze(-1)
     critical = _quantile(directed(deviation, alternative), 1 - alpha)
     starts = [_quantile(sign * deviation, 1 - power) for sign in _SIGNS[alternative]]
     shift = critical - torch.stack(starts).amin(0)
@@ -223,7 +245,7 @@ def detectable_shift(null: Null, labels: Labels, alternative: Alternative, alpha
 def null_band(null: Null, exhaustive: bool, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of the null distribution and both ends of its middle ``share``, each [...]."""
     reference, tail = null.reference(exhaustive), (1 - share) / 2
-    return reference.mean(-1), _quantile(reference, tail), _quantile(reference, 1 - tail)
+    return null.mean(reference), _quantile(reference, tail), _quantile(reference, 1 - tail)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

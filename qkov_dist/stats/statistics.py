@@ -14,8 +14,8 @@ how. One-sided p-values are stored beside it.
     cross_mean of signed  above            their gradients agree more than those of random halves: synergy
                           below            less; conflict where the mean itself is negative
 
-``greater`` alone hardly rejects: for ``symmetric`` the overlap of two populations never exceeds 0 (Cauchy-Schwarz), and
-for ``interference`` that takes weights on which one task presses rarely but hard while the other depends on them
+``greater`` alone hardly rejects: for symmetric scores the overlap of two populations never exceeds 0 (Cauchy-Schwarz),
+and for ``interference`` that takes weights on which one task presses rarely but hard while the other depends on them
 steadily. ``less`` alone would call heads in conflict that the tasks share without touching the same weights. Nor does a
 signed mean of two populations lie above its null, with as many samples of each: tasks that share a direction show it by
 a mean above 0.
@@ -102,7 +102,7 @@ class QKOVStatistics:
         if not may_be_negative(score):
             return ("cross_mean", "overlap")
         if self.statistic == "overlap":
-            remedy = "Use statistic='cross_mean', or score: interference or symmetric."
+            remedy = "Use statistic='cross_mean', or another score."
             raise QkovError(
                 "statistics.statistic", expected="cross_mean for signed scores", got="overlap", remedy=remedy
             )

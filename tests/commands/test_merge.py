@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import comparing
 import h5py
 import numpy as np
 import pytest
@@ -85,10 +86,11 @@ def three(finished, tmp_path) -> Path:
 
 
 def deviation(one, other) -> float:
-    """Largest deviation of any score, as a share of its block's largest."""
+    """Largest deviation of any score, among all samples too, or effect, as a share of its block's largest."""
     pairs = [(one.pooled[block], other.pooled[block]) for block in other.blocks]
     pairs += [(one.shared[name]["cross"], other.shared[name]["cross"]) for name in other.shared]
-    return max(float(np.abs(got - expected).max() / np.abs(expected).max()) for got, expected in pairs)
+    shares = [float(np.abs(got - expected).max() / np.abs(expected).max()) for got, expected in pairs]
+    return max(comparing.deviation(one, other), *shares)
 
 
 def places(heatmap) -> dict:

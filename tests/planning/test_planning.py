@@ -191,6 +191,32 @@ def test_factors_beyond_memory_and_disk_are_planned_as_they_are_kept(folder, tmp
     assert (cost.flops_scoring, cost.scores) == (found.flops_scoring, found.scores)
 
 
+def test_norms_of_samples_have_them_run_twice_where_factors_need_several_sweeps(folder, tmp_path):
+    """And never again where they are known from before."""
+    write_task(folder / "few.jsonl", mixed_samples(80, VOCAB, seed=3, lengths=(8, 20)))
+
+    def planned(disk_mb: int, scale: str, **known: bool) -> RunPlan:
+        compute = {"batch_tokens": 200, "factor_memory_mb": 1, "factor_disk_mb": disk_mb}
+        raw = settings(folder, "llama", "x", {}, compute=compute, metric={"sample_scale": scale})
+        raw["tasks"] = [{"name": task, "path": str(folder / "few.jsonl")} for task in "ab"]
+        raw["statistics"]["allow_shared_samples"] = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return plan_of_job(prepare(from_dict(raw), current()), **known)
+
+    for disk_mb, num_sweeps in ((1, 2), (100, 1)):
+        none, unit = planned(disk_mb, "none"), planned(disk_mb, "unit")
+        known = planned(disk_mb, "unit", norms_known=True)
+        assert [len(plan.sweeps) for plan in (none, unit, known)] == [num_sweeps] * 3
+        assert [plan.captures for plan in (none, unit, known)] == [1, num_sweeps, 1]
+        for name in ("flops_forward", "flops_backward", "flops_kept", "batches"):
+            once, twice, again = (getattr(plan.costs[0], name) for plan in (none, unit, known))
+            assert (twice, again) == (num_sweeps * once, once), name
+        norms = [plan.costs[0].flops_norms for plan in (none, unit, known)]
+        assert norms == [norms[0], 2 * norms[0], norms[0]]
+        assert norms[0] > 0
+
+
 def work_of(model, name: str, *, layers=None, num=8, tokens=13, on_gpu=False, **sections) -> Workload:
     """The work of made-up samples, without files."""
     layout = resolve(model)

@@ -167,6 +167,19 @@ def test_gradients_whose_squares_float32_cannot_hold_are_a_warning():
     assert warnings_of(metadata, {"Q": {**fisher, "mean": np.full(shape, 1e-14)}}) == []
 
 
+def test_scores_of_fourth_order_leave_float32_before_squares_do():
+    """Of samples with gradients 1e-4 of the usual, at a mean I of 1e-25: 1e-16 of it, below 1e-38."""
+    metadata, _ = scored("llama")
+    shape = (len(metadata.layers), 4)
+    fisher = {"mean": np.full(shape, 1e-25), "ridge_share": np.zeros(shape), "share_a": np.full(shape, 0.5)}
+    assert warnings_of(metadata, {"Q": fisher}) == []
+    of_fourth_order = replace(metadata, attributes={**metadata.attributes, "score": "curvature"})
+    (warning,) = warnings_of(of_fourth_order, {"Q": fisher})
+    assert "mean I below 1e-22" in warning
+    assert "loses digits of their scores" in warning
+    assert warnings_of(of_fourth_order, {"Q": {**fisher, "mean": np.full(shape, 1e-20)}}) == []
+
+
 def cut(sample, num_tokens):
     return replace(sample, input_ids=sample.input_ids[:num_tokens], labels=sample.input_ids[:num_tokens])
 

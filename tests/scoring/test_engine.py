@@ -26,6 +26,7 @@ from qkov_dist.scoring import block_totals, engine, kernel
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.influence_records import SUMS
+from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
@@ -40,15 +41,18 @@ def test_every_architecture_equals_the_oracle(name):
     assert_influences(found, expected_influences(entry, model, job))
 
 
+IN_FLOAT32 = 3e-4  # gemma4's shared K is at 1.8e-4 (2e-7 in float64), all others below 1e-4
+
+
 def assert_influences(found, expected) -> None:
-    """Every sum, and every sample, of every block, to the bar for float32."""
+    """Every sum, and every sample, of every block, as a share of the largest over heads."""
     for layer, blocks in expected.items():
         for block, influences in blocks.items():
             got = found[layer][block].influences
             assert got.shape == influences.shape
             largest = np.abs(influences).max(axis=0, keepdims=True)
             largest[..., len(SUMS) :] = largest[..., len(SUMS) :].max(axis=-1, keepdims=True)
-            assert (np.abs(got - influences) <= TOLERANCE * largest).all(), (layer, block)
+            assert (np.abs(got - influences) <= IN_FLOAT32 * largest).all(), (layer, block)
 
 
 def test_influences_of_the_wrong_role_or_optimizer_would_be_far_out_of_tolerance():
@@ -74,6 +78,7 @@ def test_a_wrong_kv_mapping_would_be_far_out_of_tolerance():
 METRICS = [
     {"settings": ScoreSettings(score="signed"), "estimator": "mean", "scope": "pooled"},
     {"settings": ScoreSettings(score="symmetric"), "estimator": "ema", "scope": "a"},
+    {"settings": ScoreSettings(score="curvature"), "estimator": "mean"},
     {"settings": ScoreSettings(ridge_relative=0.1, ridge_absolute=0.0), "scope": "b", "fisher_batch": 3},
     {"settings": ScoreSettings(epsilon=1e-3, ridge_relative=0.01), "estimator": "mean", "scope": "a"},
     {"settings": ScoreSettings(dtype=torch.float64), "decay": 0.5, "reduction": "sum"},
@@ -150,6 +155,24 @@ def test_how_it_is_computed_changes_nothing(name, how, tmp_path):
     # float32: sums in another order; a spilled factor comes back bit for bit
     assert_close(changed.run(model, tmp_path), expected, 1e-7 if "factors on disk" in how else 1e-4)
     assert list(tmp_path.iterdir()) == []
+
+
+UNIT_COMPUTE = ["all factors on disk", "every sample kept as its gradient", "long samples kept as gradients"]
+UNIT_COMPUTE += ["heads side by side", "a place for some series, gradients among them"]
+
+
+@pytest.mark.parametrize("how", ["one sample a batch", *UNIT_COMPUTE])
+@pytest.mark.parametrize(("name", "score"), [("llama", "interference"), ("gpt2", "curvature"), ("jamba", "signed")])
+def test_unit_samples_equal_the_oracle_however_computed(name, score, how, tmp_path):
+    entry = TINY[name]
+    model, compute = entry.build(), COMPUTE[how]
+    settings = replace(compute.get("settings", ScoreSettings()), score=score)
+    job = job_for(entry, **{**compute, "settings": settings, "sample_scale": "unit", "include_bias": name == "gpt2"})
+    found = job.run(model, tmp_path)
+    for blocks in found.values():
+        blocks.pop("O_bias", None)
+    assert_close(found, expected_scores(entry, model, job))
+    assert_influences(found, expected_influences(entry, model, job))
 
 
 @pytest.mark.long
@@ -318,10 +341,10 @@ def test_tied_embeddings_equal_the_oracle():
     assert_close(job.run(model), expected_scores(entry, model, job))
 
 
-@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+@pytest.mark.parametrize("score", list(KINDS))
 @pytest.mark.parametrize("loss_factor", [1.0, 1e-6])
 def test_scores_scale_exactly_with_the_loss_at_default_settings(score, loss_factor):
-    """Sum against mean over samples of one length: interference has the dimension of a gradient, the others none."""
+    """Sum against mean over samples of one length: scores have dimensions of a gradient, of none, and of a square."""
     entry = TINY["llama"]
     model, length = entry.build(), 8
     a, b = (mixed_samples(4, VOCAB, seed=seed, lengths=(length + 1, length + 2), mask=False) for seed in (1, 2))
@@ -331,7 +354,7 @@ def test_scores_scale_exactly_with_the_loss_at_default_settings(score, loss_fact
     assert bool(column(some, "sum") / column(some, "count") < 1e-13) is (loss_factor < 1)
     for layer, blocks in mean.items():
         for block, part in blocks.items():
-            ratio = length if score == "interference" else 1
+            ratio = length ** (KINDS[score].degree - 2 * KINDS[score].power)
             assert closeness(total[layer][block].scores, part.scores.double() * ratio) < 1e-5, (layer, block)
             assert part.scores.abs().max() > 0
 

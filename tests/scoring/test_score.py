@@ -16,6 +16,7 @@ from qkov_dist.scoring.score import (
     pair_scores,
     sample_gradients,
 )
+from qkov_dist.scoring.score_kinds import KINDS
 
 SPANS = [(0, 3), (3, 4), (4, 9)]
 
@@ -41,7 +42,7 @@ def test_a_bias_is_a_weight_with_an_input_of_ones(factors):
     torch.testing.assert_close(bias, ones, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+@pytest.mark.parametrize("score", list(KINDS))
 def test_scores_follow_the_definition_and_tiles_add_up(factors, score):
     x, d = factors
     weights = torch.tensor([0.2, 0.5, 0.3]).double()
@@ -59,7 +60,7 @@ def test_scores_follow_the_definition_and_tiles_add_up(factors, score):
     torch.testing.assert_close(scores(slice(0, 3)) + scores(slice(3, 8)), scores(slice(0, 8)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("score", ["signed", "symmetric"])
+@pytest.mark.parametrize("score", ["signed", "symmetric", "curvature"])
 def test_symmetric_scores_are_transposes_of_each_other(factors, score):
     gradients = sample_gradients(*factors, SPANS)
     fisher = gradients.square().mean(dim=0)
@@ -89,7 +90,7 @@ def test_sums_of_fisher_are_additive():
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+@pytest.mark.parametrize("score", list(KINDS))
 def test_what_is_compiled_is_the_fisher_and_the_maps(factors, score):
     gradients = sample_gradients(*factors, SPANS).float()
     weights = torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.125]])
@@ -102,7 +103,7 @@ def test_what_is_compiled_is_the_fisher_and_the_maps(factors, score):
             torch.testing.assert_close(got, wanted, rtol=reordered(30), atol=0)  # three terms, some ten operations
 
 
-@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+@pytest.mark.parametrize("score", list(KINDS))
 @pytest.mark.parametrize("floor", [0.0, 1e-60])
 @pytest.mark.parametrize("fused", [None, fisher_and_maps])
 def test_a_term_without_gradient_is_zero_also_where_nothing_keeps_r_above_zero(score, floor, fused):

@@ -29,7 +29,7 @@ def test_the_configuration_and_the_types_have_the_scores_of_the_table() -> None:
 
 
 def test_what_follows_from_the_maps() -> None:
-    assert [name for name, kind in KINDS.items() if kind.is_symmetric] == ["signed", "symmetric"]
+    assert [name for name, kind in KINDS.items() if kind.is_symmetric] == ["signed", "symmetric", "curvature"]
     assert [name for name in (*KINDS, "another", None) if may_be_negative(name)] == ["signed"]
 
 
@@ -64,8 +64,8 @@ def names_compared(code: str) -> set[str]:
 def test_no_module_compares_names_of_scores() -> None:
     assert names_compared('if score != "signed": pass') == {"signed"}
     found = {str(path.relative_to(PACKAGE)): names_compared(path.read_text()) for path in PACKAGE.rglob("*.py")}
-    # validate names its predictors, of which some are called after scores
-    expected = {"verification/validate.py": {"signed", "interference"}}
+    # criteria that rank heads have names, of which some are called after scores
+    expected = {"results/criteria.py": {"curvature", "interference"}}
     assert {name: names for name, names in found.items() if names} == expected
     scripts = "".join(path.read_text() for path in PACKAGE.rglob("*.js"))
-    assert not any(f'"{name}"' in scripts for name in KINDS)
+    assert not any(f'"{name}"' in scripts for name in set(KINDS) - {"curvature"})  # of effects, which the page shows

@@ -102,9 +102,17 @@ def slow_null(name, M, labels):
     return np.array([slow(name, M, *pair) for pair in groups(labels)])
 
 
-def slow_z(values, alternative):
+def slow_mean(name, M, values, labels):
+    """The null's mean: that of all pairs where labellings of ``cross_mean`` are drawn, else that of these values."""
+    if name == "overlap" or labels.exhaustive:
+        return values.mean()
+    return pair_mean(np.asarray(M, np.float64), range(len(M)), range(len(M)))
+
+
+def slow_z(values, alternative, mean=None):
     """The standardised and directed values, in plain numpy."""
-    z = (values - values.mean()) / values.std()
+    deviation = values - (values.mean() if mean is None else mean)
+    z = deviation / np.sqrt(np.mean(deviation**2))
     return {"greater": z, "less": -z, "two-sided": abs(z)}[alternative]
 
 
@@ -303,6 +311,33 @@ def test_swapped_tasks_have_the_same_overlap_so_that_no_p_is_below_two_labelling
     np.testing.assert_allclose(p * 10, np.round(p * 10), atol=1e-12)
 
 
+def test_the_exact_mean_of_cross_mean_is_that_over_every_labelling_and_nearly_so_with_copies():
+    scores = interference(np.random.default_rng(1), (3,), 9)
+    every, drawn = (permutation.draw_labels(0, 4, 5, limit) for limit in (1000, 20))
+    for contents, relative in ((None, 1e-12), (CONTENTS, 0.02)):
+        null = head_nulls(scores, every, contents)["cross_mean"]
+        exact = head_nulls(scores, drawn, contents)["cross_mean"].exact_mean
+        sd = null.values.std(-1)
+        assert null.exact_mean is None  # enumerated: the mean of its values is exact
+        assert (abs(exact - null.values.mean(-1)) < relative * sd).all()
+        assert head_nulls(scores, drawn, contents)["overlap"].exact_mean is None
+
+
+def test_a_two_sided_p_of_cross_mean_moves_with_the_seed_no_more_than_its_own_count():
+    """A count of K labellings has an sd of sqrt(p (1 - p) / K); a mean that is drawn too adds most of that again."""
+    grad = np.random.default_rng(3).normal(size=(1, 24, 30))
+    scores = grad @ grad.mT  # signed: their null is skewed, so that both of its tails do not even out
+    exact, drawn = [], []
+    for seed in range(300):
+        null = head_nulls(scores, permutation.draw_labels(seed, 12, 12, 400))["cross_mean"]
+        for found, of in ((exact, null), (drawn, replace(null, exact_mean=None))):
+            found.append(permutation.p_value(permutation.standardise(of), "two-sided").item())
+    p = np.mean(exact)
+    assert 0.05 < p < 0.5
+    assert np.std(exact) < 1.15 * math.sqrt(p * (1 - p) / 400)
+    assert np.std(drawn) > 1.5 * np.std(exact)
+
+
 # ---- the whole result
 
 
@@ -321,21 +356,24 @@ def test_all_numbers_equal_a_slow_implementation(alternative, num_permutations):
             for layer, head in np.ndindex(heatmap.pooled[block].shape[:2])
             if (block, layer, head) != ("Q", 1, 3)
         }
-        largest = np.max([slow_z(values, alternative) for values in nulls.values()], axis=0)
+        means = {at: slow_mean(name, heatmap.pooled[at[0]][at[1:]], values, labels) for at, values in nulls.items()}
+        largest = np.max([slow_z(values, alternative, means[at]) for at, values in nulls.items()], axis=0)
         for (block, layer, head), values in nulls.items():
             got = {key: array[layer, head] for key, array in result[name][block].items()}
-            z = slow_z(values, alternative)
+            z = slow_z(values, alternative, means[block, layer, head])
             reference = values if labels.exhaustive else values[1:]
+            mean = slow_mean(name, heatmap.pooled[block][layer, head], reference, labels)
+            sd = np.sqrt(np.mean((reference - mean) ** 2))
             assert got["statistic"] == pytest.approx(values[0], rel=1e-10)
             assert got["p_value"] == pytest.approx(np.mean(z >= z[0] - 1e-9))
             for key, up in (("p_greater", slow_z(values, "greater")), ("p_less", slow_z(values, "less"))):
                 assert got[key] == pytest.approx(np.mean(up >= up[0] - 1e-9)), key
             assert got["p_max"] == pytest.approx(np.mean(largest >= z[0] - 1e-9))
             assert got["p_max"] >= got["p_value"]
-            assert got["effect_size"] == pytest.approx((values[0] - reference.mean()) / reference.std(), rel=1e-9)
-            assert got["detectable"] == pytest.approx(slow_detectable(reference, alternative, 0.1), rel=1e-9)
-            assert got["detectable_sd"] == pytest.approx(got["detectable"] / reference.std(), rel=1e-9)
-            assert got["null_mean"] == pytest.approx(reference.mean(), rel=1e-9)
+            assert got["effect_size"] == pytest.approx((values[0] - mean) / sd, rel=1e-9)
+            assert got["detectable"] == pytest.approx(slow_detectable(reference - mean, alternative, 0.1), rel=1e-9)
+            assert got["detectable_sd"] == pytest.approx(got["detectable"] / sd, rel=1e-9)
+            assert got["null_mean"] == pytest.approx(mean, rel=1e-9)
             band = tuple(np.quantile(reference, [0.025, 0.975]))
             assert (got["null_low"], got["null_high"]) == pytest.approx(band, rel=1e-9)
             if layer == head == 0:
@@ -422,7 +460,9 @@ def test_the_interval_of_an_effect_size_is_that_of_its_distance_from_the_null_wi
                         for pair in groups(labels)
                     ]
                 )
-                left_out.append((values[0] - values[1:].mean()) / values[1:].std())
+                kept = [i for i in range(11) if i != out]
+                mean = slow_mean(name, scores[head][np.ix_(kept, kept)], values[1:], labels)
+                left_out.append((values[0] - mean) / np.sqrt(np.mean((values[1:] - mean) ** 2)))
             parts = np.array(left_out[:n_a]), np.array(left_out[n_a:])
             variances = [(len(part) - 1) ** 2 / len(part) * part.var(ddof=1) for part in parts]
             freedom = sum(variances) ** 2 / sum(v**2 / (len(p) - 1) for v, p in zip(variances, parts, strict=True))
@@ -441,8 +481,7 @@ def test_the_null_is_looked_at_under_some_of_the_labellings_without_each_sample(
     assert torch.equal(jackknife.LeftOut.of(few, different(6)).a, few.a)
 
 
-def slow_detectable(reference, alternative, alpha):
-    up = reference - reference.mean()
+def slow_detectable(up, alternative, alpha):
     if alternative == "two-sided":
         critical = np.quantile(abs(up), 1 - alpha)
         return max(critical - np.quantile(up, 0.2), critical + np.quantile(up, 0.8))

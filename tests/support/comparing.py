@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.influences import changes
 from qkov_dist.scoring.engine import BlockScores
 from qkov_dist.scoring.fisher_sums import no_sums
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
@@ -46,13 +47,39 @@ def as_blocks(heatmap):
     }
 
 
+SUMS_OF_EFFECTS = ("change", "standard_error", "curvature_a", "curvature_b", "own_a", "own_b")
+
+
+def deviations(one, other) -> dict[str, float]:
+    """Of scores, influences, and each effect: the largest deviation as a share of its block's largest.
+
+    A step on oneself is rid of self-pairs by a sum that nearly cancels: its deviation is a share of the influences.
+    """
+    triples = [("scores", one.cross[b], other.cross[b], other.cross[b]) for b in other.blocks]
+    for block in other.blocks:
+        for place, optimizer in enumerate(OPTIMIZERS):
+            both = [x.influences[block][:, :, place] for x in (one, other)]
+            triples.append(("influences", *both, both[1]))
+            mine, theirs = (_effects_of(x, block, optimizer) for x in (one, other))
+            for name in SUMS_OF_EFFECTS:
+                unit = both[1] if name.startswith("own") else theirs[name]
+                triples.append((name, mine[name], theirs[name], unit))
+    found: dict[str, float] = {}
+    for name, ours, wanted, unit in triples:
+        found[name] = max(found.get(name, 0.0), float(np.nanmax(np.abs(ours - wanted)) / np.nanmax(np.abs(unit))))
+    return found
+
+
+def _effects_of(heatmap, block: str, optimizer: str) -> dict[str, np.ndarray]:
+    """A heatmap's effects, tested or not: what tests add is no sum, but follows from influences."""
+    change = changes(heatmap.influences[block][:, :, OPTIMIZERS.index(optimizer)], heatmap.counted)
+    stored = heatmap.effects[block][optimizer]
+    return {"change": change.value, "standard_error": change.standard_error, **stored}
+
+
 def deviation(one, other) -> float:
-    """Largest deviation of any score, or of any influence, as a share of its block's largest."""
-    pairs = [(one.cross[b], other.cross[b]) for b in other.blocks]
-    pairs += [
-        (one.influences[b][:, :, o], other.influences[b][:, :, o]) for b in other.blocks for o in range(len(OPTIMIZERS))
-    ]
-    return max(float(np.nanmax(np.abs(mine - theirs)) / np.nanmax(np.abs(theirs))) for mine, theirs in pairs)
+    """The largest of them."""
+    return max(deviations(one, other).values())
 
 
 def assert_identical(one, other) -> None:

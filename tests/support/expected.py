@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -49,14 +50,38 @@ def _heads(entry: Tiny, model, job: Job) -> Iterator[tuple[int, list[oracle.Head
     """Each layer, and every sample's gradients of it by block and head."""
     samples = [(s.input_ids, s.labels) for s in (*job.a, *job.b)]
     gradients, _ = oracle.per_sample_gradients(model, samples, causal=not entry.masked_lm, reduction=job.reduction)
+    found = {
+        layer.index: [
+            oracle.heads_of_layer(model, entry.family, layer.module, g, include_bias=job.include_bias)
+            for g in gradients
+        ]
+        for layer in resolve(model).layers
+    }
+    if job.sample_scale == "unit":
+        norms = [_norm(entry, model, g, job) for g in gradients]
+        found = {n: [_scaled(*of_sample) for of_sample in zip(heads, norms, strict=True)] for n, heads in found.items()}
+    yield from found.items()
+
+
+def expected_norms(entry: Tiny, model, job: Job) -> list[float]:
+    """Each sample's norm over all scored weights."""
+    samples = [(s.input_ids, s.labels) for s in (*job.a, *job.b)]
+    gradients, _ = oracle.per_sample_gradients(model, samples, causal=not entry.masked_lm, reduction=job.reduction)
+    return [_norm(entry, model, g, job) for g in gradients]
+
+
+def _norm(entry: Tiny, model, gradients: dict[str, torch.Tensor], job: Job) -> float:
+    total = 0.0
     for layer in resolve(model).layers:
-        yield (
-            layer.index,
-            [
-                oracle.heads_of_layer(model, entry.family, layer.module, g, include_bias=job.include_bias)
-                for g in gradients
-            ],
-        )
+        heads = oracle.heads_of_layer(model, entry.family, layer.module, gradients, include_bias=job.include_bias)
+        total += sum(float(head.square().sum()) for of_block in heads.values() for head in of_block)
+        bias = gradients.get(f"{layer.output.module}.bias") if job.include_bias else None
+        total += 0.0 if bias is None else float(bias.square().sum())
+    return math.sqrt(total)
+
+
+def _scaled(heads: oracle.Heads, norm: float) -> oracle.Heads:
+    return {block: [head / norm for head in of_block] for block, of_block in heads.items()}
 
 
 def _fisher(job: Job) -> Callable[[list[torch.Tensor]], torch.Tensor]:

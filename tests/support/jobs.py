@@ -20,6 +20,7 @@ from qkov_dist.scoring.block_totals import block_totals
 from qkov_dist.scoring.engine import BlockScores, score_layers
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.influence_records import mean_weights
+from qkov_dist.scoring.sample_norms import layer_squares, unit_scales
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
@@ -45,6 +46,7 @@ class Job:
     loss_factor: float = 1.0
     gradients_above: int | None = None
     known_lengths: bool = False
+    sample_scale: str = "none"
 
     @property
     def steps(self) -> list[list[int]]:
@@ -84,6 +86,9 @@ class Job:
         collection.run(model, "a", self.a)
         collection.run(model, "b", self.b)
         sources, roles = [(layer, store) for layer in tile_plan.layers], self.roles()
+        if self.sample_scale == "unit":
+            squares = sum(layer_squares(layer, store, roles, self.settings) for layer in tile_plan.layers)
+            roles = replace(roles, scales=unit_scales(np.sqrt(squares)))
         totals = {}
         if self.settings.ridge_relative:
             totals = {layer.layer: block_totals(layer, store, roles, self.settings) for layer in tile_plan.layers}

@@ -120,6 +120,7 @@ PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "interference": lambda gi, gj, reg: (gi.square() / reg * gj.abs()).sum(),
     "signed": lambda gi, gj, reg: (gi * gj / reg).sum(),
     "symmetric": lambda gi, gj, reg: (gi.abs() * gj.abs() / reg).sum(),
+    "curvature": lambda gi, gj, reg: (gi.square() * gj.square() / reg).sum(),
 }
 
 

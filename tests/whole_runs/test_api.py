@@ -138,7 +138,7 @@ def test_arguments_out_of_range_are_named(llama):
         metric.compute_heatmap("math", "code", max_samples_per_task=0)
     with refused("pairs: expected one of cross, all"):
         metric.compute_heatmap("math", "code", pairs="some")
-    with refused("score: expected one of interference, signed, symmetric"):
+    with refused("score: expected one of interference, signed, symmetric, curvature"):
         QKOVInterferenceMetric(config, collector, score="loud")
     with refused("epsilon: expected one of epsilon, ridge_lambda and ridge_relative above 0"):
         QKOVInterferenceMetric(config, collector, ridge_relative=0)

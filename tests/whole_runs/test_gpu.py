@@ -24,6 +24,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.planning.measured import Measured
 from qkov_dist.results.heatmap_file import load_heatmap
 from qkov_dist.scoring.fisher_sums import column
+from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import ScoreSettings
 
 pytestmark = pytest.mark.gpu
@@ -94,7 +95,7 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu(folder, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("score", ["interference", "signed", "symmetric"])
+@pytest.mark.parametrize("score", list(KINDS))
 def test_every_score_is_that_of_the_cpu(score, compiled):
     model, settings = TINY["llama"].build(), ScoreSettings(score=score, ridge_relative=0.1)
     job = Job(mixed_samples(5, VOCAB, seed=1), mixed_samples(3, VOCAB, seed=2), settings=settings)

@@ -160,7 +160,7 @@ def assert_refused(capsys, tmp_path, *arguments: object, expect: str) -> None:
         ("metric.heads=7", "metric.heads: expected query heads 0 to 3 (layer 0), got 7"),
         ("parallel.tp=2", "parallel"),
         ("tasks.b.name=math", "expected two different names"),
-        ("metric.score=loud", "expected one of interference, signed, symmetric"),
+        ("metric.score=loud", "expected one of interference, signed, symmetric, curvature"),
     ],
 )
 def test_bad_settings(config, tmp_path, capsys, override, expect):
