@@ -20,7 +20,8 @@ from .console import Console
 from .distributed.world import World
 from .results.assemble import assemble
 from .results.gather import Read
-from .results.heatmap import Heatmap, Pairs
+from .results.heatmap import Heatmap
+from .results.heatmap_data import Pairs
 from .results.metadata import HeatmapMetadata, LayerAxes
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first

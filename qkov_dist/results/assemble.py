@@ -23,7 +23,8 @@ from qkov_dist.scoring.tiles import SHARED_O_BIAS
 
 from .effects import counted_samples, untested_effects
 from .fisher_warnings import warnings_of
-from .heatmap import FISHER_KEYS, Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
+from .heatmap import Heatmap
+from .heatmap_data import FISHER_KEYS, SampleTable, cross_of_pooled, mean_over_pairs
 from .metadata import HeatmapMetadata, LayerAxes
 from .partial_schema import BlockPartial, Floats, LayerPartial
 

@@ -15,7 +15,7 @@
     /group                 [layer]                      query heads of one kv head
 
 ``head`` is ``kv_head`` for K and V. Where each head lies among the model's parameters is the attribute ``slices``
-(``head_slices``). How arrays are named is ``Heatmap.labelled``; how they lie in HDF5, and why a file
+(``head_slices``). How arrays are named is ``labelled``; how they lie in HDF5, and why a file
 can be trusted after it was read, is ``hdf5_write`` and ``hdf5_read``.
 
 What a stored heatmap must be beyond its types and shapes, so that what shows or tests it can rely on it.
@@ -41,7 +41,8 @@ from .block_view import HEAD_DIM
 from .disk import DAMAGED
 from .hdf5_read import Reader, check_values, reading
 from .head_slices import are_slices
-from .heatmap import FISHER_KEYS, Heatmap, SampleTable
+from .heatmap import Heatmap
+from .heatmap_data import FISHER_KEYS, SampleTable
 
 HEATMAP_FILE = "heatmap.h5"
 _DEEPEST = 8

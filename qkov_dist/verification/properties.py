@@ -3,7 +3,7 @@
     additivity         sum over native heads = the block scored without slicing; = the sum over simulated ranks
     scale              c x loss: c x M;  V <- cV with O <- O/c: M^V / c, c M^O, and nothing else
     ablation           a head whose output is cut off, or whose values are zero, scores exactly 0 where it must
-    symmetry           signed and symmetric: M_AB^T = M_BA under one Fisher
+    symmetry           signed, symmetric, curvature: M_AB^T = M_BA under one Fisher
     layout             every slice answers to its own perturbation, and no other
     batch invariance   a sample in a batch has the gradient that it has alone
 

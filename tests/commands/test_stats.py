@@ -14,7 +14,8 @@ from zoo import TINY, VOCAB
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig, OutputConfig, RunConfig, StatisticsConfig, TaskConfig
-from qkov_dist.results.heatmap import Heatmap, cross_of_pooled
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_data import cross_of_pooled
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes, to_json
 from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path

@@ -17,7 +17,7 @@ from qkov_dist.data.batches import content_of
 from qkov_dist.data.copies import different, different_pairs, look_for_copies
 from qkov_dist.data.samples import Sample
 from qkov_dist.errors import QkovError
-from qkov_dist.results.heatmap import mean_over_pairs
+from qkov_dist.results.heatmap_data import mean_over_pairs
 
 
 def sample(ids: list[int], labels: list[int] | None = None, name: str = "x", text: str = "") -> Sample:

@@ -17,7 +17,7 @@ from qkov_dist.commands.merge import merge_folder
 from qkov_dist.config import to_dict
 from qkov_dist.config_file import from_dict
 from qkov_dist.distributed.world import Alone
-from qkov_dist.results.heatmap import SampleTable
+from qkov_dist.results.heatmap_data import SampleTable
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes, to_json
 from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path

@@ -21,7 +21,7 @@ from heatmaps import (
 
 from qkov_dist.report.tables import conflicts_table
 from qkov_dist.report.write import write_page
-from qkov_dist.results.heatmap import SampleTable
+from qkov_dist.results.heatmap_data import SampleTable
 
 pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
 

@@ -25,7 +25,8 @@ from qkov_dist.report.summary import print_summary
 from qkov_dist.report.table import Table
 from qkov_dist.report.tables import all_tables, blocks_table, heads_table, layers_table
 from qkov_dist.results.effects import EFFECT_KEYS, UNTESTED_KEYS
-from qkov_dist.results.heatmap import Heatmap, SampleTable
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_data import SampleTable
 from qkov_dist.results.heatmap_file import load_heatmap
 
 OPTIMIZERS = ("sgd", "adam")

@@ -15,7 +15,7 @@ from heatmaps import HEADS, KV_HEADS, LAYERS, NUM_A, heatmap_with_tests, present
 from influences import heatmap_with_effects
 
 from qkov_dist.report.write import write_page
-from qkov_dist.results.heatmap import SampleTable
+from qkov_dist.results.heatmap_data import SampleTable
 
 pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
 pytestmark = IN_A_BROWSER

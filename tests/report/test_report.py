@@ -37,7 +37,7 @@ from qkov_dist.report.page import make_page, page_data, round_to_float32
 from qkov_dist.report.table import Table
 from qkov_dist.report.tables import all_tables, blocks_table, conflicts_table, heads_table, layers_table
 from qkov_dist.report.write import write_page, write_report
-from qkov_dist.results.heatmap import SampleTable
+from qkov_dist.results.heatmap_data import SampleTable
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=https://example.com/x.png> {{script}} \u2028 \udc80"
 

@@ -10,7 +10,8 @@ import pytest
 from heatmaps import make_heatmap, make_table
 
 from qkov_dist.results.conflicts import excess
-from qkov_dist.results.heatmap import Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_data import SampleTable, cross_of_pooled, mean_over_pairs
 
 NUM = 16
 

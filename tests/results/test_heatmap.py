@@ -15,7 +15,8 @@ from influences import heatmap_with_effects
 
 from qkov_dist.errors import QkovError
 from qkov_dist.results.block_view import BlockView
-from qkov_dist.results.heatmap import Heatmap, SampleTable
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_data import SampleTable
 
 
 def sorted_conflicts(heatmap: Heatmap, block: str, sign: int) -> list[tuple[float, int, int, int, int]]:

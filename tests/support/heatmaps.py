@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from qkov_dist.results.heatmap import FISHER_KEYS, Heatmap, SampleTable, cross_of_pooled, mean_over_pairs
+from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_data import FISHER_KEYS, SampleTable, cross_of_pooled, mean_over_pairs
 
 LAYERS = (2, 5, 7)
 HEADS = (0, 1, 2, 3, 4, 5)
