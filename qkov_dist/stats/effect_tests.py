@@ -159,7 +159,6 @@ def notes_on_effects(influences: ByBlock, samples: Samples) -> list[str]:
         if alike < UNEVEN * num:
             notes.append(
                 f"Intervals of effects may be too narrow: a few samples of task {task} are loud, so that {num} count "
-                f"as {alike:.0f} alike. Under such, intervals of 95% held {UNEVEN_COVERED} of true changes "
-                "(p-values kept their level)."
+                f"as {alike:.0f} alike. Under such, intervals of 95% held {UNEVEN_COVERED} of true changes."
             )
     return notes

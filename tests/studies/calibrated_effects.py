@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pool import RESULTS
+from pool import RESULTS, small_real_model
 from real_effects import pair_products, real_draws
 from tabulate import tabulate
 
@@ -162,7 +162,7 @@ def study() -> Iterator[dict[str, Any]]:
         for spread in SPREADS:
             for size in SIZES:
                 yield {"title": world.title, "spread": spread, "size": size, **simulated(world, size, spread)}
-    products = pair_products()
+    products = pair_products(small_real_model())
     for title, draws_of in real_draws(products).items():
         for size in SIZES[:2]:
             rng = np.random.default_rng(size)

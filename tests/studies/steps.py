@@ -43,14 +43,14 @@ def page(wheel: Path) -> str:
         with kept(attention_weights(examined)):
             if warmup:
                 trained(examined, a, Training(warmup, 2e-4, 4), 0)
-            parts += [f"## The whole of attention, {case} A's optimum", _totals(examined)]
+            parts += [f"## The whole of attention, {case} A's optimum", totals(examined)]
             for optimizer in SIZES:
                 print(case, optimizer, flush=True)
-                parts += [f"## {optimizer}, {case} A's optimum", *_tables(examined, optimizer)]
+                parts += [f"## {optimizer}, {case} A's optimum", *tables(examined, optimizer)]
     return "\n\n".join(parts) + "\n"
 
 
-def _totals(examined: ExaminedModel) -> str:
+def totals(examined: ExaminedModel) -> str:
     """First and second order of one step of adam in all heads: by the diagonal of A's Fisher, and by all of it."""
     heatmap = heatmap_of(examined)
     harm = heatmap.harm(step=STEP, optimizer="adam").total
@@ -61,13 +61,13 @@ def _totals(examined: ExaminedModel) -> str:
     return f"Step {STEP:g}: " + ", ".join(f"{name} {value:+.2g}" for name, value in orders.items()) + "."
 
 
-def _tables(examined: ExaminedModel, optimizer: str) -> list[str]:
+def tables(examined: ExaminedModel, optimizer: str) -> list[str]:
     sizes = SIZES[optimizer]
     effects = measure(examined, sample_targets(examined, NUM_HEADS, 0), sizes, optimizer=optimizer, seed=0)
     ranks, slopes = agreements(effects, sizes, resamples=RESAMPLES, seed=0)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in (row for row in ranks if row.samples == HELD_OUT):
-        names = {"measured": row.measured, "predictor": row.predictor}
+        names = {"measured": row.measured, "predictor": row.predictor.replace("||", "‖")}
         shown = rows.setdefault((row.measured, row.predictor), names)
         shown[f"size {row.size:g}"] = number(row.within, row.within_interval)
     tables = (list(rows.values()), slope_rows(slopes))

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from calibrated_effects import SIZES, SPREADS, WORLDS, draw, markdown, outcome, simulated
 from pool import RESULTS
+from real import smollm2
+from real_effects import pair_products, real_draws
 
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 from qkov_dist.stats import effect_tests
@@ -79,3 +81,20 @@ def test_errors_of_one_task_alone_are_seen():
     found = outcome((certain_of_a() for _ in range(30)), 16)["sgd"]
     assert found["level 5%"]["mean"] > 0.2
     assert found["family-wise"]["mean"] > 0.5
+
+
+@pytest.mark.long
+@pytest.mark.real
+def test_real_gradients_hold_their_level_and_their_truth():
+    """The first layers of SmolLM2, 20 samples a task."""
+    draws_of = real_draws(pair_products(smollm2(num_layers=2), (1,), 20))
+    found = {}
+    for title, draw_of in draws_of.items():
+        rng = np.random.default_rng(3)
+        found[title] = outcome((draw_of(10, rng) for _ in range(300)), 10)
+    for optimizer in OPTIMIZERS:
+        null, halves = found["signs of A's samples at random"][optimizer], found["halves of Python"][optimizer]
+        for name in ("level 5%", "family-wise"):
+            assert 0 < null[name]["mean"] <= 0.05 + 3 * null[name]["error"], name
+        assert halves["coverage"]["mean"] >= 0.9
+        assert halves["power"]["mean"] > null["level 5%"]["mean"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 
 import torch
+from examined import examined_of
 from freezing import MATH_CODE, RESULTS, SUMS, upper_of
+from steps import SIZES, tables, totals
 from zoo import TINY, VOCAB
+
+from qkov_dist.verification.agreement import PREDICTORS, SLOPES
 
 
 def test_the_last_layers_alone_are_the_same_function():
@@ -43,3 +47,11 @@ def test_what_is_said_of_freezing_is_what_was_found():
         by_name = {(row["share"], row["criterion"]): row["total_gain"] for row in rows}
         least = [gain for (share, name), gain in by_name.items() if name != "none" and gain >= by_name[share, "none"]]
         assert least == [], key  # whatever is frozen, less is learned
+
+
+def test_the_study_of_steps_shows_every_predictor_and_slope():
+    examined = examined_of("llama", torch.float32)
+    ranks, slopes = tables(examined, "adam")
+    assert len(ranks.splitlines()) == 2 + sum(map(len, PREDICTORS.values()))
+    assert len(slopes.splitlines()) == 2 + len(SIZES["adam"]) * len(SLOPES)
+    assert "second, along the step +" in totals(examined)
