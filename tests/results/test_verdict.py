@@ -11,7 +11,7 @@ import pytest
 from influences import heatmap_with_effects
 
 from qkov_dist.results.effects import Total
-from qkov_dist.results.heatmap import SampleTable
+from qkov_dist.results.heatmap_data import SampleTable
 from qkov_dist.results.verdict import SCOPE, Verdict, verdict_of
 from qkov_dist.results.verdict_facts import Facts, number, whole_curvatures
 from qkov_dist.scoring.influence_records import OPTIMIZERS
