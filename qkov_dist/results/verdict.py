@@ -100,8 +100,9 @@ def _said(facts: Facts, stepped: str, optimizer: str) -> str:
     whose, change = facts.name_of(harmed), step * total.change
     ends = [step * end for end in total.interval]
     is_practical = not math.isnan(facts.practical_step(stepped, optimizer))
-    unit = "" if is_practical else f" {facts.unit}"
-    of = f"{unit} of {number(facts.losses[harmed])}" if math.isfinite(facts.losses[harmed]) else unit
+    unit = "" if is_practical or facts.are_scaled else f" {facts.unit}"
+    has_loss = math.isfinite(facts.losses[harmed]) and not facts.are_scaled
+    of = f"{unit} of {number(facts.losses[harmed])}" if has_loss else unit
     why = "" if is_practical else f" Told for a unit step, since {facts.why_no_step(stepped, optimizer)}."
     match direction_of(total):
         case "unknown" if math.isnan(total.standard_error):

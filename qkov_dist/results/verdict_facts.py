@@ -39,6 +39,7 @@ class Facts:
         changes: Optimizer -> change by head.
         q_values: Optimizer -> q of the change by head.
         folder: Where the run lies, as commands name it.
+        are_scaled: Whether each sample's gradient was divided by its norm, so that no number is a change of mean loss.
     """
 
     tasks: tuple[str, str]
@@ -52,6 +53,7 @@ class Facts:
     changes: Mapping[str, Floats]
     q_values: Mapping[str, Floats]
     folder: str
+    are_scaled: bool = False
 
     def significant(self, sign: int) -> list[str]:
         """The heads in conflict (1) or in synergy (-1), those of the largest change first."""
@@ -71,10 +73,13 @@ class Facts:
     def practical_step(self, stepped: str = "b", optimizer: str = BY) -> float:
         """The step on a task that lowers its own loss by ``PART`` of it, to first order; NaN where there is none."""
         own, loss = self.totals[optimizer].own[stepped], self.losses[stepped]
-        return PART * loss / -own if own < 0 and loss > 0 and math.isfinite(loss) else math.nan
+        has_step = not self.are_scaled and own < 0 and loss > 0 and math.isfinite(loss)
+        return PART * loss / -own if has_step else math.nan
 
     def why_no_step(self, stepped: str = "b", optimizer: str = BY) -> str:
         """Why there is no practical step, as a clause."""
+        if self.are_scaled:
+            return "gradients were divided by their norms (sample_scale: unit), so that numbers are of scaled losses"
         name, own = self.name_of(stepped), self.totals[optimizer].own[stepped]
         if math.isnan(own):
             return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shlex
@@ -234,6 +235,16 @@ def test_losses_of_samples_that_both_tasks_have_do_not_count() -> None:
 
     heatmap = heatmap_with_effects(samples_a=table("a", [9, 1, 2, 3]), samples_b=table("b", [9, 4, 4.4]))
     assert "(0.42 nats; a step of" in heatmap.verdict.sentences[0]
+
+
+def test_numbers_of_scaled_gradients_are_no_changes_of_mean_losses() -> None:
+    plain = heatmap_with_effects()
+    scaled = dataclasses.replace(plain.samples_a, gradient_norms=np.ones(len(plain.samples_a)))
+    verdict = dataclasses.replace(plain, samples_a=scaled).verdict
+    assert "nats" in plain.verdict.sentences[0]
+    assert "nats" not in verdict.sentences[0]
+    assert "Told for a unit step, since gradients were divided by their norms" in verdict.sentences[0]
+    assert set(verdict.practical["adam"].values()) == {None}
 
 
 def test_the_whole_curvature_is_that_of_the_whole_fisher_along_the_step() -> None:
