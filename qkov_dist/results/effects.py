@@ -38,7 +38,7 @@ class Total:
         change: First-order change of either task's loss for a unit step on the other.
         standard_error: Of it.
         interval: 95% t interval of it.
-        curvature: Second-order rise of each task's loss for a squared unit step on the other, by ``a`` and ``b``, by the
+        curvature: Second-order rise of each task's loss (``a``, ``b``) for a squared unit step on the other, by the
             diagonal of the Fisher: the sum over heads.
         curvature_along: The same by the whole of the Fisher, terms between heads included: no sum over heads.
         own: First-order change of each task's loss for a unit step on itself, without self-pairs.
