@@ -2,7 +2,7 @@
 
 by                          value                                     q                harmful side
 change_sgd, change_adam     first-order change of the other's loss    of the change    above 0: conflict
-harm                        step * change + step^2 * curvature        none
+harm                        step * change + step^2 * curvature along  none
 curvature                   second-order rise of the harmed's loss    none
 interference                mean score                                of cross_mean    above its null
 overlap                     overlap of the two tasks                  of overlap       above its null: contested

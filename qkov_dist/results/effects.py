@@ -4,9 +4,11 @@ A step's size s is learning rate times number of steps. Its harm to a task is
 
     s * change + s^2 * curvature,
 
-far from the task's optimum by the first order, near it by the second; they are equal at s = |change| / curvature.
-Heads, blocks and layers add up: the total is that of the summed influences, with an error of its own. Errors are those
-of the first order; how far other samples would move a curvature is not known.
+far from the task's optimum by the first order, near it by the second; they are equal at s = |change| / curvature. The
+curvature is that along the step, by the whole Fisher (``influences.curvatures_along``): by its diagonal alone
+(``curvature_a``, which adds up over heads) it came out some thousand times too small where it was measured. The total
+is that of the summed influences, with an error of its own. Errors are those of the first order; how far other samples
+would move a curvature is not known.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from qkov_dist.errors import QkovError, choose, wrong_argument
-from qkov_dist.scoring.influence_records import OPTIMIZERS, sums_of
+from qkov_dist.scoring.influence_records import OPTIMIZERS, of_samples, sums_of
 
-from .influences import TASKS, Estimate, Floats, Samples, changes, summed, without_self_pairs
+from .influences import TASKS, Estimate, Floats, Samples, changes, curvatures_along, summed, without_self_pairs
 
 ByBlock = Mapping[str, Floats]
 Effects = Mapping[str, Mapping[str, Mapping[str, Floats]]]  # block -> optimizer -> name -> [layer, native head]
-UNTESTED_KEYS = ("curvature_a", "curvature_b", "own_a", "own_b")
+UNTESTED_KEYS = ("curvature_a", "curvature_b", "curvature_along_a", "curvature_along_b", "own_a", "own_b")
 TESTED_KEYS = ("change", "standard_error", "ci_low", "ci_high", "p_value", "q_value", "p_max")
 EFFECT_KEYS = (*TESTED_KEYS, *UNTESTED_KEYS)
 
@@ -36,7 +38,9 @@ class Total:
         change: First-order change of either task's loss for a unit step on the other.
         standard_error: Of it.
         interval: 95% t interval of it.
-        curvature: Second-order rise of each task's loss for a squared unit step on the other, by ``a`` and ``b``.
+        curvature: Second-order rise of each task's loss (``a``, ``b``) for a squared unit step on the other, by the
+            diagonal of the Fisher: the sum over heads.
+        curvature_along: The same by the whole of the Fisher, terms between heads included: no sum over heads.
         own: First-order change of each task's loss for a unit step on itself, without self-pairs.
     """
 
@@ -44,6 +48,7 @@ class Total:
     standard_error: float
     interval: tuple[float, float]
     curvature: Mapping[str, float]
+    curvature_along: Mapping[str, float]
     own: Mapping[str, float]
 
 
@@ -96,11 +101,16 @@ def untested_effects(records: Floats, samples: Samples) -> dict[str, dict[str, F
     found: dict[str, dict[str, Floats]] = {}
     for place, optimizer in enumerate(OPTIMIZERS):
         found[optimizer] = {}
-        for task, num in zip(TASKS, samples.sizes, strict=True):
+        influences = of_samples(records)[..., place, :]
+        for task, chosen in zip(TASKS, (samples.a, samples.b), strict=True):
             curvature, own, norm = (
                 sums_of(records, f"{name}_{task}")[..., place] for name in ("curvature", "own", "norm")
             )
-            found[optimizer] |= {f"curvature_{task}": curvature, f"own_{task}": without_self_pairs(own, norm, num)}
+            found[optimizer] |= {
+                f"curvature_{task}": curvature,
+                f"curvature_along_{task}": curvatures_along(influences, chosen),
+                f"own_{task}": without_self_pairs(own, norm, int(chosen.sum())),
+            }
     return found
 
 
@@ -113,13 +123,15 @@ def total_of(influences: ByBlock, effects: Effects, samples: Samples, optimizer:
         samples: Which samples count.
         optimizer: ``sgd`` or ``adam``.
     """
-    change = changes(summed(influences)[OPTIMIZERS.index(optimizer)], samples)
+    together = summed(influences)[OPTIMIZERS.index(optimizer)]
+    change = changes(together, samples)
     low, high = change.interval()
+    along = {task: float(curvatures_along(together, getattr(samples, task))) for task in TASKS}
     curvature, own = (
         {task: float(summed({b: effects[b][optimizer][f"{name}_{task}"] for b in influences})) for task in TASKS}
         for name in ("curvature", "own")
     )
-    return Total(float(change.value), float(change.standard_error), (float(low), float(high)), curvature, own)
+    return Total(float(change.value), float(change.standard_error), (float(low), float(high)), curvature, along, own)
 
 
 def harm_of(influences: ByBlock, effects: Effects, samples: Samples, step: float, optimizer: str, harms: str) -> Harm:
@@ -144,10 +156,12 @@ def harm_of(influences: ByBlock, effects: Effects, samples: Samples, step: float
     total = total_of(influences, effects, samples, optimizer)
     place = OPTIMIZERS.index(optimizer)
     parts = {
-        block: _parts(step, changes(of_block[:, :, place], samples), effects[block][optimizer][f"curvature_{harmed}"])
+        block: _parts(
+            step, changes(of_block[:, :, place], samples), effects[block][optimizer][f"curvature_along_{harmed}"]
+        )
         for block, of_block in influences.items()
     }
-    of_all = _parts(step, changes(summed(influences)[place], samples), np.asarray(total.curvature[harmed]))
+    of_all = _parts(step, changes(summed(influences)[place], samples), np.asarray(total.curvature_along[harmed]))
     return Harm(
         step,
         optimizer,

@@ -158,7 +158,7 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
         return total_of({name: influences[name][at] for name in blocks}, chosen, self.counted, optimizer)
 
     def harm(self, step: float, optimizer: str = "adam", harms: str = "a") -> Harm:
-        """What a step on one task does to the other, by head: step * change + step^2 * curvature.
+        """What a step on one task does to the other, by head: step * change + step^2 * curvature along it.
 
         Args:
             step: Learning rate times number of steps.

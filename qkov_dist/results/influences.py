@@ -78,6 +78,19 @@ def changes(influences: Floats, samples: Samples) -> Estimate:
     return Estimate(value, np.sqrt(total), freedom)
 
 
+def curvatures_along(influences: Floats, harmed: Mask) -> Floats:
+    """Second-order rise of a task's mean loss for a squared unit step on the other: 1/2 mean_n influence_n^2.
+
+    It is 1/2 u' F u of the step u = P gbar with the whole empirical Fisher F of the task, in place of the Hessian: with
+    all terms between elements, and, of summed influences, between heads, which the Fisher's diagonal leaves out.
+
+    Args:
+        influences: [..., N].
+        harmed: The task's samples, bool [N].
+    """
+    return 0.5 * _mean(influences[..., harmed] ** 2)
+
+
 def without_self_pairs(own: Floats, norm: Floats, num: int) -> Floats:
     """A task's change by a unit step on itself over pairs of different samples.
 

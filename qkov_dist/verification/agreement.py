@@ -116,9 +116,9 @@ def _measured(effects: Sequence[HeadEffect], samples: str, part: str, place: int
 
 
 def _predicted(effects: Sequence[HeadEffect], name: str, size: float) -> Floats:
-    """A predictor; ``harm`` as change a unit of the size, change + size * curvature."""
+    """A predictor; ``harm`` as change a unit of the size, change + size * curvature along the step."""
     if name == "harm":
-        return _predicted(effects, "change", size) + size * _predicted(effects, "curvature", size)
+        return _predicted(effects, "change", size) + size * _predicted(effects, "curvature_along", size)
     return np.array([effect.predicted[name] for effect in effects])
 
 

@@ -57,6 +57,8 @@ def test_a_total_is_the_sum_over_heads_with_the_error_of_the_sum(heatmap, optimi
     for task in "ab":
         assert total.curvature[task] == pytest.approx(summed(f"curvature_{task}"), rel=1e-9)
         assert total.own[task] == pytest.approx(summed(f"own_{task}"), rel=1e-9)
+        of_task = rows.sum(0)[getattr(heatmap.counted, task)]
+        assert total.curvature_along[task] == pytest.approx(0.5 * (of_task**2).mean(), rel=1e-9)
 
 
 @pytest.mark.parametrize(("harms", "optimizer"), [("a", "sgd"), ("B", "adam")])
@@ -66,7 +68,7 @@ def test_harm_of_a_step_is_first_plus_second_order(heatmap, harms, optimizer):
     assert (harm.step, harm.optimizer, harm.harmed) == (step, optimizer, harms.lower())
     for block, arrays in heatmap.effects.items():
         known = arrays[optimizer]
-        curvature = known[f"curvature_{harms.lower()}"]
+        curvature = known[f"curvature_along_{harms.lower()}"]
         expected = {
             "first": step * known["change"],
             "second": step**2 * curvature,
@@ -78,9 +80,13 @@ def test_harm_of_a_step_is_first_plus_second_order(heatmap, harms, optimizer):
         }
         for name, values in expected.items():
             np.testing.assert_allclose(getattr(harm, name)[block], values, rtol=1e-12, err_msg=name)
-    for name in ("value", "first", "second"):
-        of_heads = sum(np.nansum(values) for values in getattr(harm, name).values())
-        assert harm.total[name] == pytest.approx(of_heads, rel=1e-9)
+    assert harm.total["first"] == pytest.approx(sum(np.nansum(values) for values in harm.first.values()), rel=1e-9)
+    of_samples = sum(np.nansum(i, axis=(0, 1)) for i in heatmap.influences.values())[OPTIMIZERS.index(optimizer)]
+    along = 0.5 * (of_samples[getattr(heatmap.counted, harms.lower())] ** 2).mean()
+    assert harm.total["second"] == pytest.approx(step**2 * along, rel=1e-9)
+    heads_alone = sum(np.nansum(values) for values in harm.second.values())
+    assert abs(harm.total["second"] - heads_alone) > 1e-2 * heads_alone  # there are terms between heads
+    assert harm.total["value"] == pytest.approx(harm.total["first"] + harm.total["second"], rel=1e-9)
     turn = harm.total["overtakes"]
     assert not heatmap.harm(0.9 * turn, optimizer, harms).near_optimum
     assert heatmap.harm(1.1 * turn, optimizer, harms).near_optimum

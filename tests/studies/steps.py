@@ -11,13 +11,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from freezing import LAYERS, RESULTS, SUMS, samples, upper_part
 from tabulate import tabulate
 
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring.influence_records import OPTIMIZERS, of_samples
 from qkov_dist.verification.agreement import agreements
 from qkov_dist.verification.criteria import heatmap_of
 from qkov_dist.verification.effects import HELD_OUT, measure
@@ -53,11 +51,12 @@ def page(wheel: Path) -> str:
 def totals(examined: ExaminedModel) -> str:
     """First and second order of one step of adam in all heads: by the diagonal of A's Fisher, and by all of it."""
     heatmap = heatmap_of(examined)
-    harm = heatmap.harm(step=STEP, optimizer="adam").total
-    influences = sum(np.nansum(of_samples(part), axis=(0, 1)) for part in (heatmap.influences or {}).values())
-    of_a = influences[OPTIMIZERS.index("adam")][: len(examined.a)]
-    along = 0.5 * STEP**2 * float(np.mean(of_a**2))
-    orders = {"first": harm["first"], "second, diagonal": harm["second"], "second, along the step": along}
+    harm, diagonal = heatmap.harm(step=STEP, optimizer="adam").total, heatmap.total_effect("adam").curvature["a"]
+    orders = {
+        "first": harm["first"],
+        "second, diagonal": STEP**2 * diagonal,
+        "second, along the step": harm["second"],
+    }
     return f"Step {STEP:g}: " + ", ".join(f"{name} {value:+.2g}" for name, value in orders.items()) + "."
 
 
