@@ -15,6 +15,7 @@ import numpy as np
 from qkov_dist.results.advice import Action
 from qkov_dist.results.effects import Total
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.influences import TASKS, Floats, curvatures_along
 from qkov_dist.results.verdict_facts import BY
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
@@ -106,7 +107,7 @@ _TERMS = {
     "V 13.2": "block V, layer 13, head 2; of K and V, kv head 2: one that several query heads share",
     "first order": "the change as the slope at the present weights says: it grows with the step",
     "second order": "what the slope's own change adds: it always raises the loss, and grows with the step's square",
-    "curvature": "the second order for a squared unit step in one head, by the Fisher's diagonal",
+    "curvature": "the second order for a unit step in one head, by the whole Fisher along it (no sum over heads)",
     "q": "of the heads of a block at or below this q, the expected share that is no find (Benjamini-Hochberg)",
     "family-wise p": "the probability that any of all heads shows as much where none does anything (p_max in files)",
     "share of harm": "a head's part of the sum of all changes above 0, be they significant or not",
@@ -222,13 +223,22 @@ def block_effects(heatmap: Heatmap, block: str) -> Iterator[tuple[str, dict[str,
             {
                 "change": arrays["change"],
                 "width": arrays["ci_high"] - arrays["change"],
-                **{f"curvature_{task}": arrays[f"curvature_{task}"] for task in "ab"},
+                **{f"curvature_{task}": _curvature(heatmap, block, optimizer, task) for task in TASKS},
                 "q": arrays["q_value"],
                 "p_max": arrays["p_max"],
                 "found": found_by_change(heatmap, block, optimizer),
                 "family": is_family_wise_change(heatmap, block, optimizer),
             },
         )
+
+
+def _curvature(heatmap: Heatmap, block: str, optimizer: str, task: str) -> Floats:
+    """The curvature that harm takes; worked out from influences where a file does not hold it yet."""
+    arrays, name = effects_of(heatmap, block, optimizer), f"curvature_along_{task}"
+    if name in arrays or heatmap.influences is None:
+        return arrays[name]
+    of_optimizer = heatmap.influences[block][:, :, OPTIMIZERS.index(optimizer)]
+    return curvatures_along(of_optimizer, heatmap.counted.a if task == "a" else heatmap.counted.b)
 
 
 def _prose(text: str) -> str:

@@ -29,10 +29,9 @@ def example_step(facts: Facts) -> float:
 
 
 def second_decides(facts: Facts, step: float, harmed: str = "a") -> bool:
-    """Whether, at a step, either estimate of the second order is larger than the first order."""
+    """Whether, at a step, the second order is larger than the first."""
     total = facts.totals[BY]
-    second = max(total.curvature[harmed], facts.whole_curvature[BY][harmed])
-    return step * second > abs(total.change)
+    return step * total.curvature_along[harmed] > abs(total.change)
 
 
 def actions(facts: Facts) -> Iterator[Action]:

@@ -29,7 +29,7 @@ from .labelled import labelled
 from .notebook import as_html
 from .selection import Selection, chosen_blocks, select
 from .verdict import Verdict, verdict_of
-from .verdict_facts import CHANGE, UNITS, Facts, mean_losses, whole_curvatures
+from .verdict_facts import CHANGE, UNITS, Facts, mean_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,10 +64,6 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
             UNITS.get(self._setting("metric", "loss_reduction"), "nats"),
             self.fdr_alpha,
             {optimizer: self.total_effect(optimizer) for optimizer in OPTIMIZERS},
-            {
-                optimizer: whole_curvatures(self._known_effects[0], self.counted, place)
-                for place, optimizer in enumerate(OPTIMIZERS)
-            },
             [f"{block} {self.layers[layer]}.{self.natives(block)[head]}" for block, layer, head in places],
             self._effect_of_heads("change"),
             self._effect_of_heads("q_value"),

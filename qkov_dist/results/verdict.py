@@ -129,23 +129,22 @@ def _capital(text: str) -> str:
 
 
 def _order(facts: Facts) -> str:
-    """Which order decides at the step of the answer; the steps of equality are estimates, never limits."""
-    total, whole = facts.totals[BY], facts.whole_curvature[BY]["a"]
-    step = facts.practical_step()
-    diagonal = total.curvature["a"]
-    ends = [overtakes(total.change, curvature) for curvature in (diagonal, whole)]
+    """Which order decides at the step of the answer; the step of equality is an estimate, never a limit."""
+    total, step = facts.totals[BY], facts.practical_step()
+    curvature = total.curvature_along["a"]
     until = (
-        f"By the diagonal the second is the larger from a step of {number(ends[0])} on, with all terms from "
-        f"{number(ends[1])} on: estimates at the present weights, with the Fisher in place of the Hessian, not steps "
-        "up to which training is safe."
+        f"By that estimate the second is the larger from a step of {number(overtakes(total.change, curvature))} on; it "
+        "is made at the present weights, with the Fisher in place of the Hessian: no step up to which training is safe."
     )
     if math.isnan(step):
-        return f"The second order always raises {facts.tasks[0]}'s loss and grows with the square of the step. {until}"
+        return (
+            f"The second order always raises {facts.tasks[0]}'s loss and grows with the square of the step: "
+            f"{number(curvature)} for a unit step, by the whole Fisher along it. {until}"
+        )
     which = "second" if second_decides(facts, step) else "first"
     return (
         f"At a step of {number(step)} the {which} order decides: the first is {number(step * total.change)}, the "
-        f"second +{number(step**2 * diagonal)} by the Fisher's diagonal (the curvature of heads), "
-        f"+{number(step**2 * whole)} with the terms between weights and heads that the diagonal leaves out. {until}"
+        f"second +{number(step**2 * curvature)}, by the whole Fisher along the step. {until}"
     )
 
 

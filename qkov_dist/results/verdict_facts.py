@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from .effects import ByBlock, Total
-from .influences import TASKS, Floats, Samples, summed
+from .effects import Total
+from .influences import TASKS, Floats, Samples
 
 Direction = Literal["harm", "help", "unknown"]
 BY, BESIDE = "adam", "sgd"
@@ -34,7 +34,6 @@ class Facts:
         unit: Of losses.
         level: At or below which q a head is significant.
         totals: Optimizer -> what all heads add up to.
-        whole_curvature: Optimizer -> ``whole_curvatures``.
         names: Of heads, as ``Q 14.2``: block, layer, head.
         changes: Optimizer -> change by head.
         q_values: Optimizer -> q of the change by head.
@@ -48,7 +47,6 @@ class Facts:
     unit: str
     level: float
     totals: Mapping[str, Total]
-    whole_curvature: Mapping[str, Mapping[str, float]]
     names: Sequence[str]
     changes: Mapping[str, Floats]
     q_values: Mapping[str, Floats]
@@ -94,22 +92,6 @@ def direction_of(total: Total) -> Direction:
     """Harm or help where the interval of the total does not contain 0."""
     low, high = total.interval
     return "harm" if low > 0 else "help" if high < 0 else "unknown"
-
-
-def whole_curvatures(influences: ByBlock, samples: Samples, place: int) -> dict[str, float]:
-    """Second-order rise of each task's loss for a squared unit step on the other, terms between weights and heads too.
-
-    ``curvature`` takes the diagonal of F alone. Along this one step all of F is known: g_n P gbar is the sum of a
-    sample's influences, so that half of P gbar F P gbar is half of the mean of their squares.
-
-    Args:
-        influences: Block -> [layer, head, optimizer, N].
-        samples: Which samples count.
-        place: Of the optimizer among ``OPTIMIZERS``.
-    """
-    of_samples = summed(influences)[place]
-    chosen = {task: of_samples[mask] for task, mask in zip(TASKS, (samples.a, samples.b), strict=True)}
-    return {task: float(0.5 * np.mean(part**2)) if len(part) else math.nan for task, part in chosen.items()}
 
 
 def mean_losses(losses_a: Floats, losses_b: Floats, samples: Samples) -> dict[str, float]:

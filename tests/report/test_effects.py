@@ -153,7 +153,7 @@ def test_the_numbers_of_the_page_are_those_of_the_heatmap() -> None:
         for optimizer, packed in block["effects"].items():
             stored = heatmap.effects[block["name"]][optimizer]
             same = {"change": "change", "q": "q_value", "p_max": "p_max"}
-            for key, name in (same | {f"curvature_{task}": f"curvature_{task}" for task in "ab"}).items():
+            for key, name in (same | {f"curvature_{task}": f"curvature_along_{task}" for task in "ab"}).items():
                 np.testing.assert_array_equal(numbers(packed[key]), stored[name].ravel().astype("f4"))
             change, width = numbers(packed["change"]), numbers(packed["width"])
             np.testing.assert_allclose(change + width, stored["ci_high"].ravel(), rtol=1e-5)

@@ -153,7 +153,7 @@ def test_the_list_of_heads_is_sorted_filtered_and_follows_the_optimizer(page, he
         harm = table[f"change_{optimizer}"].clip(lower=0).sum()
         for _, row in table.iterrows():
             cells = shown[f"{row['block']} {row['layer']}.{row['head']}"]
-            for place, key in {1: "change", 3: "q_value", 4: "p_max", 6: "curvature_a"}.items():
+            for place, key in {1: "change", 3: "q_value", 4: "p_max", 6: "curvature_along_a"}.items():
                 assert number(cells[place]) == pytest.approx(row[f"{key}_{optimizer}"], rel=1e-3)
             low, high = (row[f"{end}_{optimizer}"] for end in ("ci_low", "ci_high"))
             assert [number(end) for end in cells[2].strip("[]").split(",")] == pytest.approx([low, high], rel=1e-3)
@@ -253,7 +253,7 @@ def test_tables_are_downloaded_as_csv(page, heatmap, tmp_path) -> None:
     assert [(r["block"], int(r["layer"]), int(r["head"])) for r in heads] == [
         tuple(row) for row in table[["block", "layer", "head"]].itertuples(index=False)
     ]
-    for key in ("change_adam", "ci_low_adam", "q_value_adam", "curvature_b_adam"):
+    for key in ("change_adam", "ci_low_adam", "q_value_adam", "curvature_along_b_adam"):
         np.testing.assert_allclose([float(row[key]) for row in heads], table[key], rtol=1e-5)
     conflicts = list(csv.DictReader(download(page, tmp_path, "conflicts.csv").decode().splitlines(keepends=True)))
     assert {row["id_a"] for row in conflicts} == {"'=", "1", "2", "3"}  # no formula is run

@@ -24,7 +24,7 @@ function effectValues() {
     curvature: {
       label: "curvature", key: "curvature", isEffect: true, isLog: true,
       get title() { return `curvature (${STATE.optimizer})`; },
-      get hint() { return `Second order of what ${stepText()}: the rise for a squared unit step of ${STATE.optimizer}. It decides where steps are large or the task is near its optimum.`; },
+      get hint() { return `Second order of what ${stepText()}: the rise for a squared unit step of ${STATE.optimizer}, by the whole Fisher along the step. It decides where steps are large or the task is near its optimum.`; },
     },
   };
 }

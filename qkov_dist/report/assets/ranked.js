@@ -75,7 +75,7 @@ function drawRanked() {
   document.getElementById("ranked-hint").textContent =
     `Every head's ${VALUES.change.title}, for a unit step (learning rate × number of steps = 1), most harmful first; an interval that holds 0 leaves the ` +
     `direction open. Share: of the sum of all changes above 0, significant or not. Curvature and harm: what ${stepText()}, harm at a step of ${STATE.step}; ` +
-    "step and task are chosen at the heatmaps. The CSV has the heads shown by the filter, with the names of pandas: p_max is the family-wise p, curvature_a that of A's loss.";
+    "step and task are chosen at the heatmaps. The CSV has the heads shown by the filter, with the names of pandas: p_max is the family-wise p, curvature_along_a that of A's loss.";
   const draw = () => { drawRanked(); };
   document.getElementById("heads").replaceChildren(
     make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...rankedColumns().map((column) => sortHeader("heads", column, RANKED, draw, column[2] === "number" && !["q", "p_max"].includes(column[0]))))),
@@ -97,10 +97,10 @@ function rankedTools() {
 /** The heads of the filter as columns and rows, with the names that pandas has, and for the rest what the table says. */
 function rankedTable() {
   const optimizer = STATE.optimizer;
-  const names = ["change", "ci_low", "ci_high", "q_value", "p_max", "curvature_a", "curvature_b", "finding"];
+  const names = ["change", "ci_low", "ci_high", "q_value", "p_max", "curvature_along_a", "curvature_along_b", "finding"];
   const rows = rankedRows().map(({ block, cell, at, change, low, high, q, p_max, share, harm, finding }) => [
     block.name, DATA.layers[cell.layer], block.heads[cell.head], change, low, high, q, p_max,
-    ...["curvature_a", "curvature_b"].map((name) => block.effects[optimizer][name][at]), finding, share, harm, STATE.step,
+    ...["a", "b"].map((task) => block.effects[optimizer][`curvature_${task}`][at]), finding, share, harm, STATE.step,
   ]);
   return [["block", "layer", "head", ...names.map((name) => `${name}_${optimizer}`), `share_of_harm_${optimizer}`, `harm_${STATE.harmed}_${optimizer}`, "step"], ...rows];
 }
