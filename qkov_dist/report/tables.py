@@ -46,7 +46,10 @@ TEST_COLUMNS = (
 )
 FINDING = ("finding",)
 EFFECT_NAMES = tuple(finding.name for finding in EFFECTS)
-TOTALS = ("change", "standard_error", "ci_low", "ci_high", "curvature_a", "curvature_b", "own_a", "own_b")
+TOTALS = (
+    *("change", "standard_error", "ci_low", "ci_high", "curvature_a", "curvature_b"),
+    *("curvature_along_a", "curvature_along_b", "own_a", "own_b"),
+)
 BESIDE = ("ci_low", "ci_high", "null_mean", "null_low", "null_high")  # what stands beside a block's extreme values
 EXTREMES = {"largest": np.nanargmax, "lowest": np.nanargmin}
 
@@ -103,7 +106,7 @@ def _head_rows(heatmap: Heatmap, block: str, names: Iterable[str]) -> Iterator[t
 def _effects_of_head(heatmap: Heatmap, block: str, layer: int, head: int) -> Iterator[Cell]:
     for optimizer in _optimizers(heatmap):
         arrays = effects_of(heatmap, block, optimizer)
-        yield from (_number(arrays[key], layer, head) for key in EFFECT_KEYS)
+        yield from (_number(arrays.get(key), layer, head) for key in EFFECT_KEYS)
         yield effect_name(int(found_by_change(heatmap, block, optimizer)[layer, head]))
 
 
@@ -113,7 +116,8 @@ def _added_up(heatmap: Heatmap, block: str, place: int | None = None) -> Iterato
     at = slice(None) if place is None else place
     for optimizer in _optimizers(heatmap):
         total = heatmap.total_effect(optimizer, block, layer)
-        numbers = total.change, total.standard_error, *total.interval, *total.curvature.values(), *total.own.values()
+        by_task = (total.curvature, total.curvature_along, total.own)
+        numbers = total.change, total.standard_error, *total.interval, *(x for of in by_task for x in of.values())
         yield from (None if math.isnan(number) else number for number in numbers)
         codes = found_by_change(heatmap, block, optimizer)[at]
         yield from (int((codes == code).sum()) for code in range(1, 1 + len(EFFECTS)))

@@ -170,6 +170,21 @@ def test_the_numbers_of_the_page_are_those_of_the_heatmap() -> None:
             assert part == pytest.approx([found.change, *found.interval], rel=1e-5)
 
 
+def test_a_file_without_the_curvature_along_a_step_has_the_same_page(tmp_path) -> None:
+    heatmap = heatmap_with_effects()
+    older = heatmap.with_effects(
+        {
+            block: {
+                optimizer: {key: values for key, values in arrays.items() if "along" not in key}
+                for optimizer, arrays in of_block.items()
+            }
+            for block, of_block in heatmap.effects.items()
+        }
+    )
+    assert make_page(older) == make_page(heatmap)
+    assert {row["curvature_along_a_adam"] for row in records(heads_table(older))} == {None}
+
+
 def test_names_of_tasks_are_never_markup() -> None:
     plain, hostile = heatmap_with_effects(), heatmap_with_effects(task_a=HOSTILE, task_b=HOSTILE)
     assert _tags(make_page(hostile)) == _tags(make_page(plain))
@@ -247,6 +262,7 @@ def test_blocks_and_layers_add_up_with_errors_of_their_own(optimizer: str) -> No
             assert row[f"standard_error_{optimizer}"] == found.standard_error
             assert (row[f"ci_low_{optimizer}"], row[f"ci_high_{optimizer}"]) == found.interval
             assert row[f"own_b_{optimizer}"] == found.own["b"]
+            assert row[f"curvature_along_a_{optimizer}"] == found.curvature_along["a"]
         conflicts = sum((expected(heatmap, block, optimizer) == "conflict").sum() for block in heatmap.blocks)
         assert sum(row[f"conflict_{optimizer}"] for row in rows) == conflicts
 
