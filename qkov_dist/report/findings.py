@@ -54,8 +54,8 @@ class Finding:
 
 _NO_SIDE = Finding("unlike", None, "dot", "●", "the file does not say on which side of its null", is_rare=True)
 _OVERLAP = (
-    Finding("contested", "above", "up", "▲", "the tasks use the same weights more than random halves of the pool do"),
-    Finding("apart", "below", "down", "▼", "they do so less than random halves of the pool; overlap may be above 0"),
+    Finding("contested", "above", "square", "■", "the tasks use the same weights more than random halves of the pool"),
+    Finding("apart", "below", "diamond", "◆", "they do so less than random halves of the pool; overlap may be above 0"),
 )
 _SIGNED = (
     Finding("synergy", "above", "up", "▲", "gradients of the two tasks agree, more than under exchanged labels", False),
@@ -157,6 +157,17 @@ def significance(heatmap: Heatmap) -> str:
     parts = ", ".join(f"{number:,} {finding.name}" for finding, number in numbers.items())
     tested = ", ".join(filter(None, (heatmap.deciding, sidedness(heatmap), f"q <= {heatmap.fdr_alpha:g}")))
     return f"{total:,} of {present:,} heads{f': {parts}' if total else ''} ({tested})"
+
+
+def about_intervals(heatmap: Heatmap) -> str:
+    """Why a value may lie outside its interval, and beside what p stands; "" where overlap has no interval."""
+    if not any("ci_low" in arrays for arrays in (heatmap.statistics or {}).get("overlap", {}).values()):
+        return ""
+    return (
+        "Intervals say how far other samples would move a value; overlap's is freed of what samples of unequal "
+        "gradient norms do to it, which the value is not, and need not hold the value. p and q come from exchanged "
+        "labels, not from intervals: a small p may stand beside an interval that holds 0."
+    )
 
 
 def how_tested(heatmap: Heatmap) -> Iterator[str]:

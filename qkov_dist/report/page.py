@@ -23,7 +23,7 @@ from qkov_dist.results.block_view import HEAD_DIM
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .findings import Finding, counts, findings, found, is_family_wise, sidedness, sides
+from .findings import Finding, about_intervals, counts, findings, found, is_family_wise, sidedness, sides
 from .page_effects import block_effects, effects_data, sections
 from .tables import test_arrays, top_conflicts
 
@@ -87,6 +87,7 @@ def make_page(heatmap: Heatmap) -> str:
         "count": parts.warning_count(heatmap),
         "warnings": parts.warnings(heatmap),
         "blocks": parts.block_table(heatmap),
+        "beside": parts.beside_intervals(heatmap),
         "shared": parts.shared(heatmap),
         "provenance": parts.provenance(heatmap),
         "data": _data_block(page_data(heatmap)),
@@ -110,6 +111,7 @@ def page_data(heatmap: Heatmap) -> dict[str, Any]:
         "groups": np.asarray(heatmap.groups).tolist(),
         "title": heatmap.title,
         "effects": effects_data(heatmap),
+        "intervals_beside": about_intervals(heatmap),
         "blocks": [_block(heatmap, block) for block in heatmap.blocks],
         "tasks": [heatmap.task_a, heatmap.task_b],
         "samples": _samples(heatmap),

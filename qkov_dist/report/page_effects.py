@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from qkov_dist.results.advice import Action
 from qkov_dist.results.effects import Total
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.verdict import BY, Action, Verdict, example_step
+from qkov_dist.results.influences import TASKS, Floats, curvatures_along
+from qkov_dist.results.verdict_facts import BY
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .effect_findings import (
@@ -25,9 +27,11 @@ from .effect_findings import (
     how_effects_were_tested,
     is_family_wise_change,
 )
-from .findings import significance
+from .findings import counts, significance
 
 _MINUS = re.compile(r"(?<![\w-])-(?=\d)")
+_RATE = re.compile(r"\blearning rate x number of steps")
+SEEN = 2  # details that are seen at once
 _SCALE = 100.0  # of the drawn interval, in its own units
 
 
@@ -36,28 +40,32 @@ def answer(heatmap: Heatmap) -> str:
     verdict = heatmap.verdict
     if verdict is None:
         return ""
+    whole, scope, heads = verdict.sentences
     return (
         f'<section id="answer" class="{verdict.direction}" aria-labelledby="answer-title">'
         f'<div class="said"><h2 id="answer-title">Does training on {_escape(heatmap.task_b)} hurt '
         f"{_escape(heatmap.task_a)}?</h2>"
-        f'<p class="verdict">{_prose(verdict.sentences[0])}</p>{_line(heatmap)}'
-        f'<p class="heads">{_linked(verdict)}</p></div>'
+        f'<p class="verdict">{_prose(whole)} <span class="scope">{_prose(scope)}</span></p>'
+        f'{_line(heatmap)}<p class="heads">{_linked(heads)}</p></div>'
         f'<div class="next"><h3>What to do next</h3><ol>{"".join(map(_action, verdict.actions))}</ol></div>'
-        f'<ul class="more-said">{"".join(f"<li>{_prose(text)}</li>" for text in verdict.details)}</ul></section>'
+        f'<div class="more-said"><ul>{_items(verdict.details[:SEEN])}</ul>'
+        "<details><summary>The other way round, by the other optimizer, at a unit step; words of this page</summary>"
+        f"<ul>{_items(verdict.details[SEEN:])}</ul>{_WORDS}</details></div></section>"
     )
 
 
-def _linked(verdict: Verdict) -> str:
-    """The sentence on heads; each head named in it leads to its place in the heatmaps."""
-    before, colon, named = verdict.sentences[1].rpartition(": ")
-    if not verdict.carriers or not colon:
-        return _prose(verdict.sentences[1])
-    links = re.sub(r"([QKVO]) (\d+)\.(\d+)", r'<a href="#\1.\2.\3">\1 \2.\3</a>', _prose(named))
-    return f"{_prose(before)}: {links}"
+def _items(texts: Iterable[str]) -> str:
+    return "".join(f"<li>{_prose(text)}</li>" for text in texts)
+
+
+def _linked(text: str) -> str:
+    """The sentence on heads, which holds no text of a run; each head named in it leads to its place in the heatmaps."""
+    return re.sub(r"([QKVO]) (\d+)\.(\d+)", r'<a href="#\1.\2.\3">\1 \2.\3</a>', _prose(text))
 
 
 def _action(action: Action) -> str:
-    command = f"<pre>{_escape(action.command)}</pre>" if action.command else ""
+    command = re.sub(r"(--step )(\S+)$", r'\1<span class="step-of-command">\2</span>', _escape(action.command))
+    command = f"<pre>{command}</pre>" if command else ""
     return f"<li>{_prose(action.why)}{command}</li>"
 
 
@@ -95,6 +103,21 @@ def sections(heatmap: Heatmap) -> dict[str, str]:
     }
 
 
+_TERMS = {
+    "V 13.2": "block V, layer 13, head 2; of K and V, kv head 2: one that several query heads share",
+    "first order": "the change as the slope at the present weights says: it grows with the step",
+    "second order": "what the slope's own change adds: it always raises the loss, and grows with the step's square",
+    "curvature": "the second order for a unit step in one head, by the whole Fisher along it (no sum over heads)",
+    "q": "of the heads of a block at or below this q, the expected share that is no find (Benjamini-Hochberg)",
+    "family-wise p": "the probability that any of all heads shows as much where none does anything (p_max in files)",
+    "share of harm": "a head's part of the sum of all changes above 0, be they significant or not",
+    "Fisher I, λ": "I: mean squared gradient of a weight over both tasks; λ: the ridge added to it",
+    "ridge share": "λ's part of I + λ: near 1 the Fisher says nothing there",
+    "overlap": "whether both tasks' gradients are large in the same weights, their scale apart",
+    "labellings": "ways to call the samples A and B, by which the null is drawn",
+    "× scale": "how many times a pair of samples scores what the two samples' own scales explain",
+}
+_WORDS = f"<dl class='pairs terms'>{''.join(f'<div><dt>{k}</dt><dd>{v}</dd></div>' for k, v in _TERMS.items())}</dl>"
 _RANKED = """<section id="ranked" aria-labelledby="ranked-title">
 <h2 id="ranked-title">Heads by what a step does</h2>
 <p class="hint" id="ranked-hint"></p>
@@ -117,9 +140,19 @@ def _weights(heatmap: Heatmap) -> str:
         '<h2 id="weights-title">Where both tasks use the same weights</h2>'
         '<p class="hint">A second question: not what a step does, but where the two tasks work. '
         f"Mean {score} says where both tasks' gradients are large, overlap whether that is in the same weights, their "
-        "scale apart. Near a task's optimum the second order of a step decides, and interference resembles it. "
-        f"<b>{_escape(significance(heatmap).replace('<=', '≤'))}.</b></p>"
+        "scale apart. Near a task's optimum the second order of a step decides, and interference resembles it. Its "
+        f"findings have words and signs of their own. {_escape(significance(heatmap).replace('<=', '≤'))}.</p>"
+        f'<ul class="legend-marks">{_weights_findings(heatmap)}</ul>'
         '<div class="toolbar" id="weights-tools"></div></section>'
+    )
+
+
+def _weights_findings(heatmap: Heatmap) -> str:
+    """What each finding of the tests of scores says."""
+    return "".join(
+        f'<li><i class="mark-{finding.side or "null"}" aria-hidden="true">{finding.glyph}</i> <b>{finding.name}</b>: '
+        f"{_escape(finding.meaning)}</li>"
+        for finding in counts(heatmap)
     )
 
 
@@ -141,17 +174,20 @@ def _legend(heatmap: Heatmap) -> str:
     said = " ".join(how_effects_were_tested(heatmap))
     return (
         f'<ul class="legend-marks" id="effect-marks">{"".join(items)}</ul>'
-        f'<p class="hint" id="effects-tested"><b>How effects were tested.</b> {_escape(said)}</p>'
+        f'<p class="hint" id="effects-tested"><b>How effects were tested.</b> {_prose(said)}</p>'
     )
 
 
 def effects_data(heatmap: Heatmap) -> dict[str, Any] | None:
     """What the script needs beside the blocks' arrays; None where no effects are known."""
-    if not heatmap.has_tested_effects:
+    verdict = heatmap.verdict
+    if verdict is None:
         return None
     return {
-        "step": example_step(heatmap.total_effect(BY)),
+        "step": verdict.step,
         "samples": heatmap.counted.sizes,
+        "level": heatmap.fdr_alpha,
+        "practical": verdict.practical,
         "findings": [_finding(heatmap, place) for place in range(len(EFFECTS))],
         "totals": {optimizer: _totals(heatmap, optimizer) for optimizer in OPTIMIZERS},
     }
@@ -187,7 +223,7 @@ def block_effects(heatmap: Heatmap, block: str) -> Iterator[tuple[str, dict[str,
             {
                 "change": arrays["change"],
                 "width": arrays["ci_high"] - arrays["change"],
-                **{f"curvature_{task}": arrays[f"curvature_{task}"] for task in "ab"},
+                **{f"curvature_{task}": _curvature(heatmap, block, optimizer, task) for task in TASKS},
                 "q": arrays["q_value"],
                 "p_max": arrays["p_max"],
                 "found": found_by_change(heatmap, block, optimizer),
@@ -196,9 +232,18 @@ def block_effects(heatmap: Heatmap, block: str) -> Iterator[tuple[str, dict[str,
         )
 
 
+def _curvature(heatmap: Heatmap, block: str, optimizer: str, task: str) -> Floats:
+    """The curvature that harm takes; worked out from influences where a file does not hold it yet."""
+    arrays, name = effects_of(heatmap, block, optimizer), f"curvature_along_{task}"
+    if name in arrays or heatmap.influences is None:
+        return arrays[name]
+    of_optimizer = heatmap.influences[block][:, :, OPTIMIZERS.index(optimizer)]
+    return curvatures_along(of_optimizer, heatmap.counted.a if task == "a" else heatmap.counted.b)
+
+
 def _prose(text: str) -> str:
     """Escaped, with signs and minus as they are printed."""
-    return _MINUS.sub("−", _escape(text)).replace("&lt;=", "≤")
+    return _MINUS.sub("−", _RATE.sub("learning rate × number of steps", _escape(text))).replace("&lt;=", "≤")
 
 
 def _escape(text: str) -> str:

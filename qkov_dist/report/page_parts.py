@@ -12,7 +12,7 @@ from typing import Any
 
 from qkov_dist.results.heatmap import Heatmap
 
-from .findings import counts, how_tested, is_family_wise, significance
+from .findings import about_intervals, counts, how_tested, is_family_wise, significance
 from .table import Cell
 from .tables import EXTREMES, blocks_table, shared_table
 
@@ -29,9 +29,10 @@ def _facts(heatmap: Heatmap) -> Iterator[tuple[str, str]]:
     yield "Model", heatmap.model_name or "not said"
     yield "Samples", f"{len(heatmap.samples_a)} {heatmap.task_a}, {len(heatmap.samples_b)} {heatmap.task_b}"
     layers, heads, kv_heads = len(heatmap.layers), len(heatmap.heads), len(heatmap.kv_heads)
-    yield "Scored", f"{layers} layers × {heads} heads ({kv_heads} kv); {present:,} heads in {len(heatmap)} blocks"
-    yield "Score", str(heatmap.attributes.get("score", "not said"))
-    yield "Same weights" if heatmap.has_tested_effects else "Significant", significance(heatmap).replace("<=", "≤")
+    yield "Scored", f"{layers} layers × {heads} heads ({kv_heads} kv heads); {present:,} heads in {len(heatmap)} blocks"
+    if not heatmap.has_tested_effects:
+        yield "Score", str(heatmap.attributes.get("score", "not said"))
+        yield "Significant", significance(heatmap).replace("<=", "≤")
 
 
 def tested(heatmap: Heatmap) -> str:
@@ -82,6 +83,12 @@ def block_table(heatmap: Heatmap) -> str:
     return _table("blocks", titles, [_block_cells(row, name, names, has_share=has_share) for row in rows])
 
 
+def beside_intervals(heatmap: Heatmap) -> str:
+    """What is to be known of the table's intervals, where they are read."""
+    said = about_intervals(heatmap)
+    return f'<p class="hint">{_escape(said)}</p>' if said else ""
+
+
 def _block_cells(
     row: Mapping[str, Cell], name: str, names: Sequence[str], *, has_share: bool
 ) -> Iterator[Sequence[str]]:
@@ -95,7 +102,7 @@ def _block_cells(
         for key in (f"{name}_{which}" for which in EXTREMES):
             interval = f"[{_text(row[f'{key}_ci_low'])}, {_text(row[f'{key}_ci_high'])}]"
             mean, low, high = (_text(row[f"{key}_null_{end}"]) for end in ("mean", "low", "high"))
-            yield f"{_text(row[key])} {interval}", f"its null {mean} [{low}, {high}]", _place(row, key)
+            yield _text(row[key]), interval, f"its null {mean} [{low}, {high}]", _place(row, key)
         yield (_text(row["q_smallest"]),)
         yield from ((_text(row[finding]),) for finding in names)
     if has_share:

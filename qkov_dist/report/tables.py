@@ -17,7 +17,7 @@ import numpy as np
 from qkov_dist.results.block_view import HEAD_DIM, Floats, Ints
 from qkov_dist.results.effects import EFFECT_KEYS
 from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.verdict import CHANGE
+from qkov_dist.results.verdict_facts import CHANGE
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .effect_findings import EFFECTS, effect_name, effects_of, found_by_change

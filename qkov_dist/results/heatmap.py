@@ -28,7 +28,8 @@ from .influences import Floats as Floats64
 from .labelled import labelled
 from .notebook import as_html
 from .selection import Selection, chosen_blocks, select
-from .verdict import CHANGE, Facts, Verdict, verdict_of
+from .verdict import Verdict, verdict_of
+from .verdict_facts import CHANGE, UNITS, Facts, mean_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,12 +60,15 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
         facts = Facts(
             (self.task_a, self.task_b),
             self.counted.sizes,
+            mean_losses(self.samples_a.losses, self.samples_b.losses, self.counted),
+            UNITS.get(self._setting("metric", "loss_reduction"), "nats"),
             self.fdr_alpha,
             {optimizer: self.total_effect(optimizer) for optimizer in OPTIMIZERS},
             [f"{block} {self.layers[layer]}.{self.natives(block)[head]}" for block, layer, head in places],
             self._effect_of_heads("change"),
             self._effect_of_heads("q_value"),
             self._setting("output", "dir") or "DIR",
+            are_scaled=self.samples_a.gradient_norms is not None,
         )
         return verdict_of(facts)
 

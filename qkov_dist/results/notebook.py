@@ -20,7 +20,8 @@ def as_html(summary: str, verdict: Verdict | None, picture: bytes | None, rows: 
     """
     parts = [f"<p>{html.escape(summary)}</p>"]
     if verdict is not None:
-        parts.append(f"<p><b>{html.escape(verdict.sentences[0])}</b> {html.escape(verdict.sentences[1])}</p>")
+        first, *others = map(html.escape, verdict.sentences)
+        parts.append(f"<p><b>{first}</b> {' '.join(others)}</p>")
     if picture is not None:
         parts.append(f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>')
     head, *body = (

@@ -32,7 +32,7 @@ HOSTILE = "<b id=evil>bold</b><script>window.evil = 1</script><img src=x onerror
 CIVIDIS_LOW, CIVIDIS_HIGH = [0, 0x22, 0x4E], [0xFE, 0xE8, 0x38]
 
 pytestmark = IN_A_BROWSER
-GLYPHS = {None: "none", "contested": "▲ contested", "apart": "▼ apart"}
+GLYPHS = {None: "none", "contested": "■ contested", "apart": "◆ apart"}
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,11 @@ def expected_finding(heatmap, name: str, layer: int, head: int) -> str | None:
 
 
 def mark_colors(page, block: int, layer: int, head: int) -> list[list[int]]:
-    """A cell's colour in its middle, where the upper left of a mark would be, and where its lower left."""
+    """A cell's colour in its middle, where the upper left of a square would be, and where the top of a diamond."""
     script = """
       const [x, y, radius] = markPlace(MAPS[arguments[0]], arguments[1], arguments[2]);
       const context = MAPS[arguments[0]].canvas.getContext("2d");
-      return [[0, 0], [-0.66, -0.8], [-0.66, 0.8]].map(([right, down]) =>
+      return [[0, 0], [-0.8, -0.8], [0, -0.95]].map(([right, down]) =>
         [...context.getImageData(x + right * radius, y + down * radius, 1, 1).data].slice(0, 3))"""
     return page.execute_script(script, block, layer, head)
 
@@ -120,15 +120,16 @@ def test_shape_and_colour_of_a_mark_tell_the_side_and_the_family_wise_heads(page
     for block, name in enumerate("QKVO"):
         for layer, head in np.argwhere(present(name)).tolist():
             ground = pixel(page, block, layer, head)
-            inside, upper_left, lower_left = mark_colors(page, block, layer, head)
+            inside, corner, top = mark_colors(page, block, layer, head)
             finding = expected_finding(heatmap, name, layer, head)
             is_family = heatmap.tests[name]["p_max"][layer, head] <= 0.3
             seen.add((finding, bool(is_family)))
             if finding is None:
-                assert inside == upper_left == lower_left == ground
+                assert inside == corner == top == ground
                 continue
-            flat, pointed = (lower_left, upper_left) if finding == "contested" else (upper_left, lower_left)
-            assert pointed == ground != flat
+            drawn, bare = (corner, None) if finding == "contested" else (top, corner)
+            assert drawn != ground
+            assert bare in (None, ground)
             fill = {"contested": [255, 143, 82], "apart": [124, 198, 255]}[finding]
             assert inside == (fill if is_family else [255, 255, 255])
     assert len(seen) == 6
@@ -144,6 +145,19 @@ def test_the_switch_of_marks_leaves_one_kind_or_none(page, heatmap) -> None:
                 assert is_marked == (finding is not None and shown in (finding, "all"))
         in_charts = page.execute_script("return document.querySelectorAll('#block-charts path[class^=mark-]').length")
         assert (in_charts == 0) == (shown == "none")
+
+
+def test_marks_on_nearly_every_cell_are_off_at_first(browser, heatmap, tmp_path) -> None:
+    tests = {
+        block: {**of, "q_value": np.where(np.isnan(of["q_value"]), np.nan, 0.1)} for block, of in heatmap.tests.items()
+    }
+    marked = heatmap.with_statistics({**heatmap.statistics, heatmap.deciding: tests})
+    browser.get(write_page(marked, tmp_path).as_uri())
+    assert browser.execute_script("return STATE.marks") == "none"
+    assert "44 of 44 heads are significant" in text_of(browser, "#value-hint")
+    browser.find_element("css selector", "input[name=marks][value=all]").click()
+    assert "are significant" not in text_of(browser, "#value-hint")
+    assert mark_colors(browser, 0, 0, 0)[0] != pixel(browser, 0, 0, 0)
 
 
 def test_small_q_is_orange_above_the_null_and_blue_below(page, heatmap) -> None:

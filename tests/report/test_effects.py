@@ -20,6 +20,7 @@ from qkov_dist.cli import main
 from qkov_dist.report.effect_figures import draw_changes, draw_waterfall
 from qkov_dist.report.effect_findings import effect_counts, effect_name, found_by_change, is_family_wise_change
 from qkov_dist.report.figures import figures
+from qkov_dist.report.findings import about_intervals
 from qkov_dist.report.page import make_page, page_data
 from qkov_dist.report.summary import print_summary
 from qkov_dist.report.table import Table
@@ -103,13 +104,40 @@ def test_the_page_begins_with_the_answer_and_says_what_to_do_next() -> None:
     heatmap = heatmap_with_effects()
     page = make_page(heatmap)
     verdict = heatmap.verdict
-    shown = shown_text(page, "answer").replace("−", "-").replace("≤", "<=")
-    for text in (verdict.sentences[0], *verdict.details, *(action.why for action in verdict.actions)):
+    shown = shown_text(page, "answer").replace("−", "-").replace("≤", "<=").replace("rate × number", "rate x number")
+    for text in (*verdict.sentences[:2], *verdict.details, *(action.why for action in verdict.actions)):
         assert text in shown
     assert all(action.command in shown for action in verdict.actions)
     assert page.index('id="answer"') < min(page.index(f'id="{name}"') for name in ("ranked", "maps", "sums"))
-    for name in verdict.carriers[:5]:
+    significant = [
+        f"{block} {heatmap.layers[layer]}.{heatmap.natives(block)[head]}"
+        for block, arrays in ((block, heatmap.effects[block]["adam"]) for block in heatmap.blocks)
+        for layer, head in np.argwhere((arrays["q_value"] <= 0.3) & (arrays["change"] > 0))
+    ]
+    assert 0 < len(significant) <= 6
+    for name in set(significant) & {*verdict.carriers[:5]}:
         assert f'<a href="#{name.replace(" ", ".")}">{name}</a>' in page
+
+
+def test_two_vocabularies_have_signs_of_their_own_and_the_second_stands_below_the_first_view() -> None:
+    page = make_page(heatmap_with_effects())
+    answer, weights = shown_text(page, "answer"), shown_text(page, "same-weights")
+    assert "contested" not in answer
+    assert "<dt>Significant</dt>" not in page
+    assert "■ contested : the tasks use the same weights more than" in weights
+    assert "◆ apart : they do so less" in weights
+    effects = re.search(r'<ul class="legend-marks" id="effect-marks">.*?</ul>', page, re.S)[0]
+    assert set("▲▼") <= set(effects)
+    assert not set("▲▼") & set(re.search(r'<ul class="legend-marks" id="marks">.*?</ul>', page, re.S)[0])
+
+
+def test_beside_intervals_of_overlap_it_is_said_what_they_hold() -> None:
+    said = about_intervals(heatmap_with_effects())
+    assert "need not hold the value" in said
+    page = make_page(heatmap_with_effects())
+    assert said in shown_text(page, "block-comparison")
+    assert page_data(heatmap_with_effects())["intervals_beside"] == said
+    assert about_intervals(dataclasses.replace(heatmap_with_effects(), statistics=None)) == ""
 
 
 def test_a_file_that_knows_no_effects_shows_what_it_showed() -> None:
@@ -125,7 +153,7 @@ def test_the_numbers_of_the_page_are_those_of_the_heatmap() -> None:
         for optimizer, packed in block["effects"].items():
             stored = heatmap.effects[block["name"]][optimizer]
             same = {"change": "change", "q": "q_value", "p_max": "p_max"}
-            for key, name in (same | {f"curvature_{task}": f"curvature_{task}" for task in "ab"}).items():
+            for key, name in (same | {f"curvature_{task}": f"curvature_along_{task}" for task in "ab"}).items():
                 np.testing.assert_array_equal(numbers(packed[key]), stored[name].ravel().astype("f4"))
             change, width = numbers(packed["change"]), numbers(packed["width"])
             np.testing.assert_allclose(change + width, stored["ci_high"].ravel(), rtol=1e-5)

@@ -58,7 +58,8 @@ def test_the_answer_its_interval_and_the_next_command_are_seen_before_scrolling(
         for selector in ("#answer .verdict", "#answer .interval-line", "#answer .next pre"):
             assert 0 < page.execute_script(script, page.find_element("css selector", selector)) <= height
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    assert heatmap.verdict.sentences[0] == text_of(page, "#answer .verdict").replace("−", "-")
+    shown = text_of(page, "#answer .verdict").replace("−", "-").replace("rate × number", "rate x number")
+    assert shown == " ".join(heatmap.verdict.sentences[:2])
     assert errors(page) == []
 
 
@@ -97,10 +98,48 @@ def test_harm_is_computed_again_for_the_step_that_is_typed(page, heatmap, optimi
     for place, block in enumerate("QKVO"):
         found = page.execute_script("return [...MAPS[arguments[0]].block.values.harm].map((x) => x ?? null)", place)
         np.testing.assert_allclose(np.array(found, float), harm.value[block].ravel(), rtol=1e-4, atol=1e-5)
+    assert text_of(page, "#answer .step-of-command") == "0.25"
+    assert page.execute_script("return document.querySelector('#heads th[data-key=harm]').textContent") == (
+        f"harm to {'math' if harmed == 'a' else 'cøde'} at 0.25"
+    )
+    practical = heatmap.verdict.practical[optimizer]["b" if harmed == "a" else "a"]
+    assert (10 * practical < 0.25) == ("takes more than all of" in text_of(page, "#step-said"))
+
+
+@pytest.mark.parametrize("typed", ["abc", "-1", "0", "1,5", " ", "1e9"])
+def test_what_is_no_step_gets_a_message_and_changes_nothing(page, typed: str) -> None:
+    step = page.find_element("css selector", "#step")
+    before = page.execute_script("return STATE.step")
     step.clear()
-    step.send_keys("-1")
+    step.send_keys(typed)
     assert step.get_attribute("aria-invalid") == "true"
-    assert page.execute_script("return STATE.step") == 0.25
+    assert text_of(page, "#step-said").startswith("Not a step: type a number above 0")
+    assert page.execute_script("return STATE.step") in (before, 1)  # 1e9 and 1,5 begin with a step of 1
+    step.clear()
+    step.send_keys(str(before))
+    assert not text_of(page, "#step-said").startswith("Not a step")
+
+
+def test_a_filter_that_keeps_no_head_says_so(browser, heatmap, tmp_path) -> None:
+    effects = {
+        block: {
+            optimizer: {**arrays, "q_value": np.where(arrays["change"] > 0, 0.9, arrays["q_value"])}
+            for optimizer, arrays in of_block.items()
+        }
+        for block, of_block in heatmap.effects.items()
+    }
+    browser.get(write_page(heatmap.with_effects(effects), tmp_path).as_uri())
+    browser.find_element("css selector", "#ranked-kind option[value=conflict]").click()
+    assert rows(browser) == [["No head is in conflict by adam at q ≤ 0.3 (0 of 44)."]]
+    assert text_of(browser, "#ranked-more") == ""
+
+
+def test_sorting_by_effect_puts_heads_without_one_last(page) -> None:
+    page.execute_script("RANKED.most = 1000; drawRanked()")
+    for _ in range(2):
+        press(page, "#heads th[data-key=finding] button")
+        shown = [row[-1] != "none" for row in rows(page)]
+        assert shown == sorted(shown, reverse=True)
 
 
 def test_the_list_of_heads_is_sorted_filtered_and_follows_the_optimizer(page, heatmap) -> None:
@@ -114,7 +153,7 @@ def test_the_list_of_heads_is_sorted_filtered_and_follows_the_optimizer(page, he
         harm = table[f"change_{optimizer}"].clip(lower=0).sum()
         for _, row in table.iterrows():
             cells = shown[f"{row['block']} {row['layer']}.{row['head']}"]
-            for place, key in {1: "change", 3: "q_value", 4: "p_max", 6: "curvature_a"}.items():
+            for place, key in {1: "change", 3: "q_value", 4: "p_max", 6: "curvature_along_a"}.items():
                 assert number(cells[place]) == pytest.approx(row[f"{key}_{optimizer}"], rel=1e-3)
             low, high = (row[f"{end}_{optimizer}"] for end in ("ci_low", "ci_high"))
             assert [number(end) for end in cells[2].strip("[]").split(",")] == pytest.approx([low, high], rel=1e-3)
@@ -130,6 +169,13 @@ def test_the_list_of_heads_is_sorted_filtered_and_follows_the_optimizer(page, he
     assert [number(row[3]) for row in rows(page)] == sorted(number(row[3]) for row in rows(page))
     page.find_element("css selector", "#ranked-kind option[value=synergy]").click()
     assert {row[-1] for row in rows(page)} == {"▼ synergy"}
+    columns, *kept = page.execute_script("return rankedTable()")
+    assert len(kept) == len(rows(page))  # the file holds what the filter shows
+    assert {row[columns.index("finding_sgd")] for row in kept} == {"synergy"}
+    harm = heatmap.harm(page.execute_script("return STATE.step"), "sgd", "a").value
+    for row in kept:
+        at = LAYERS.index(row[1]), heatmap.natives(row[0]).index(row[2])
+        assert row[columns.index("harm_a_sgd")] == pytest.approx(harm[row[0]][at], rel=1e-4)
 
 
 def test_hover_shows_the_change_with_interval_and_null(page, heatmap) -> None:
@@ -147,10 +193,6 @@ def test_an_address_opens_a_head_and_follows_the_selection(page) -> None:
     page.get("about:blank")
     page.get(f"{address}#V.5.2")
     assert selected(page) == "V, layer 5, kv head 2"
-    seen = page.execute_script(
-        "const b = MAPS[2].canvas.getBoundingClientRect(); return [b.top, b.bottom, innerHeight]"
-    )
-    assert 0 <= seen[0] < seen[1] <= seen[2]
     page.execute_script(f"select(MAPS[0], {{ layer: {LAYERS.index(7)}, head: {HEADS.index(3)} }})")
     assert page.current_url == f"{address}#Q.7.3"
     page.execute_script("location.hash = 'K.2.1'")
@@ -160,7 +202,26 @@ def test_an_address_opens_a_head_and_follows_the_selection(page) -> None:
         page.execute_script(f"location.hash = '{nowhere}'")
         time.sleep(0.1)
         assert selected(page) == "K, layer 2, kv head 1"
+        is_said = page.execute_script("return document.getElementById('no-head').offsetParent !== null")
+        assert is_said == (nowhere != "heatmaps")
+    assert text_of(page, "#no-head").startswith("This report has no head Q 2.1e3: blocks Q, K, V, O; layers 2 to 7;")
+    page.execute_script("location.hash = 'K.2.1'")
+    time.sleep(0.1)
+    assert page.execute_script("return document.getElementById('no-head').hidden")
     assert errors(page) == []
+
+
+@pytest.mark.parametrize(("width", "height", "is_phone"), [(1360, 800, False), (390, 844, True)])
+def test_an_address_of_a_head_brings_its_numbers_into_sight(page, width: int, height: int, is_phone: bool) -> None:
+    set_screen(page, width, height, is_phone=is_phone)
+    address = page.current_url.partition("#")[0]
+    page.get("about:blank")
+    page.get(f"{address}#V.5.2")
+    time.sleep(0.3)
+    script = "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.top, b.bottom]"
+    for part in ("#selected h3", "#selected .numbers"):
+        top, bottom = page.execute_script(script, part)
+        assert page.execute_script(script, "nav")[1] <= top < bottom <= height
 
 
 def test_a_head_of_the_answer_and_of_the_list_leads_to_its_cell(page, heatmap) -> None:
@@ -192,7 +253,7 @@ def test_tables_are_downloaded_as_csv(page, heatmap, tmp_path) -> None:
     assert [(r["block"], int(r["layer"]), int(r["head"])) for r in heads] == [
         tuple(row) for row in table[["block", "layer", "head"]].itertuples(index=False)
     ]
-    for key in ("change_adam", "ci_low_adam", "q_value_adam", "curvature_b_adam"):
+    for key in ("change_adam", "ci_low_adam", "q_value_adam", "curvature_along_b_adam"):
         np.testing.assert_allclose([float(row[key]) for row in heads], table[key], rtol=1e-5)
     conflicts = list(csv.DictReader(download(page, tmp_path, "conflicts.csv").decode().splitlines(keepends=True)))
     assert {row["id_a"] for row in conflicts} == {"'=", "1", "2", "3"}  # no formula is run
@@ -210,6 +271,13 @@ def test_pictures_are_downloaded(page, tmp_path) -> None:
         assert len(root.findall("{http://www.w3.org/2000/svg}svg")) == (2 if name == "sums" else 4)
         assert b"class=" not in drawn  # looks travel with it
     assert errors(page) == []
+
+
+def test_colours_of_effects_are_shared_or_those_of_each_block(page) -> None:
+    script = "return MAPS.map((map) => map.ends[2].textContent)"
+    assert len(set(page.execute_script(script))) == 1
+    press(page, "input[name=range-of-effects][value=block]")
+    assert len(set(page.execute_script(script))) > 1
 
 
 def test_what_adds_up_ends_at_the_total(page, heatmap) -> None:

@@ -404,16 +404,16 @@ def test_markdown_cells_hold_no_markup():
 # Figures
 
 
-def test_marks_of_a_figure_point_up_for_contested_heads_and_down_for_heads_apart():
+def test_marks_of_a_figure_are_squares_for_contested_heads_and_diamonds_for_heads_apart():
     pytest.importorskip("matplotlib")
     heatmap = heatmap_with_tests()
     figure = draw_heatmaps(heatmap)
     for axis, block in zip(figure.axes, "QKVO", strict=False):
         marked = {"contested": set(), "apart": set()}
         for marks in axis.collections:
-            corners = marks.get_paths()[0].vertices[:3].round(6)
-            is_up = (corners[:, 1] == corners[:, 1].max()).sum() == 1
-            marked["contested" if is_up else "apart"] |= {tuple(place) for place in marks.get_offsets().tolist()}
+            corners = marks.get_paths()[0].vertices[:4].round(6)
+            is_square = len(set(corners[:, 0])) == 2
+            marked["contested" if is_square else "apart"] |= {tuple(place) for place in marks.get_offsets().tolist()}
         tests = heatmap.tests[block]
         for name, sign in {"contested": 1, "apart": -1}.items():
             layers, heads = np.nonzero((tests["q_value"] <= 0.3) & (sign * tests["effect_size"] > 0))

@@ -1,4 +1,4 @@
-// The selected head with its strongest pair, and the table of top conflicts: sorted and filtered here.
+// The selected head with its strongest pair, and the table of sample pairs: sorted and filtered here.
 
 const [SAMPLES_A, SAMPLES_B] = DATA.samples;
 const ROWS_AT_ONCE = 50;
@@ -34,13 +34,14 @@ function showSelected(block, cell) {
   if (!isThere(block, cell.layer, cell.head)) return panel.replaceChildren(title, make("p", {}, "This layer has no such head."));
   const numbers = numbersOf(block, at).map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text)));
   panel.replaceChildren(title, make("dl", { class: "numbers" }, ...numbers));
+  if (DATA.intervals_beside) panel.append(make("p", { class: "hint" }, DATA.intervals_beside));
   if (!block.pairs) return;
   const [i, j] = [Math.floor(block.pairs[at] / SAMPLES_B.ids.length), block.pairs[at] % SAMPLES_B.ids.length];
   const sample = (task, samples, place) => make("div", {},
     make("h4", {}, `${task}: ${samples.ids[place]}, ${samples.tokens[place]} labelled tokens, loss ${show(samples.losses[place])}`),
     make("pre", {}, sampleText(samples, place)));
   panel.append(make("p", { class: "hint" }, "Strongest pair of this head: ",
-    make("button", { type: "button", onclick: () => listConflicts(block, cell) }, "list its top conflicts")),
+    make("button", { type: "button", onclick: () => listConflicts(block, cell) }, "list its strongest pairs")),
     make("div", { class: "texts" }, sample(DATA.tasks[0], SAMPLES_A, i), sample(DATA.tasks[1], SAMPLES_B, j)));
 }
 
@@ -96,7 +97,7 @@ function drawConflicts() {
     make("span", { role: "status" }, `${shown.length} of ${rows.length} pairs`), ...(shown.length < rows.length ? [more] : []));
 }
 
-/** Show the conflicts of one head. */
+/** Show the strongest pairs of one head. */
 function listConflicts(block, cell) {
   Object.assign(FILTER, { block: block.name, layer: String(DATA.layers[cell.layer]), head: String(block.heads[cell.head]) });
   for (const name of ["block", "layer", "head"]) document.getElementById(`filter-${name}`).value = FILTER[name];

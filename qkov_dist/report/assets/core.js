@@ -138,9 +138,14 @@ const VALUES = {
   },
 };
 
+/** Marks on nearly every cell would hide the colours: they are off at first. */
+const numMarked = DATA.findings.reduce((sum, { number }) => sum + (number || 0), 0);
+const numHeads = DATA.blocks.reduce((sum, block) => sum + block.values.score.filter((score) => !Number.isNaN(score)).length, 0);
+const hidesMarks = numMarked > 0.8 * numHeads;
+
 const STATE = {
   value: hasEffects ? "change" : "score", optimizer: "adam", harmed: "a", step: DATA.effects?.step, effectMarks: "all",
-  scale: "linear", range: "block", marks: "all", selected: null,
+  effectRange: "shared", scale: "linear", range: "block", marks: hidesMarks ? "none" : "all", selected: null,
 };
 const DRAW = [];
 const redraw = () => DRAW.forEach((draw) => draw());

@@ -9,7 +9,7 @@ function makeMap(block, index) {
   const canvas = make("canvas", {
     tabindex: 0, role: "application", id: `map-${block.name}`, "aria-describedby": "marks",
     "aria-label": `Heatmap of block ${block.name}: ${DATA.layers.length} layers by ${block.heads.length} ${block.axis}s. ` +
-      "Arrow keys move between cells, Enter lists the conflicts of a head.",
+      "Arrow keys move between cells, Enter lists the strongest pairs of a head.",
   });
   const cursor = make("div", { class: "cursor", hidden: true });
   const bar = make("canvas", { class: "bar", "aria-hidden": "true" });
@@ -65,7 +65,7 @@ function walk(map, event) {
 function scaleOf(map) {
   const value = VALUES[STATE.value];
   const mine = map.block.values[value.key] || new Float32Array();
-  const shared = STATE.range === "shared" || STATE.value !== "score";
+  const shared = value.isEffect ? STATE.effectRange === "shared" : STATE.range === "shared" || STATE.value !== "score";
   const arrays = shared ? DATA.blocks.map((block) => block.values[value.key] || []) : [mine];
   const theme = isDark() ? "dark" : "light";
   if (STATE.value === "q") {
@@ -268,19 +268,29 @@ function select(map, cell) {
 /** A head as the end of the page's address: #Q.14.2 is block, layer and head. */
 const hashOf = (block, cell) => `#${block.name}.${DATA.layers[cell.layer]}.${block.heads[cell.head]}`;
 
-/** Select the head that an address names, and bring it into sight. */
+/** Select the head that an address names, bring its numbers into sight; say so where there is none. */
 function follow(hash) {
-  const [, name, layer, head] = hash.match(/^#([QKVO])\.(\d+)\.(\d+)$/) || [];
+  const [, name, layer, head] = hash.match(/^#([A-Za-z])\.([^.]+)\.([^.]+)$/) || [];
+  const said = document.getElementById("no-head");
+  said.hidden = true;
+  if (!name) return;
   const map = MAPS.find(({ block }) => block.name === name);
-  const cell = map && { layer: DATA.layers.indexOf(Number(layer)), head: map.block.heads.indexOf(Number(head)) };
-  if (!cell || cell.layer < 0 || cell.head < 0) return;
-  select(map, cell);
-  map.element.scrollIntoView({ block: "center" });
+  const isNumber = /^\d+ \d+$/.test(`${layer} ${head}`);
+  const cell = map && isNumber && { layer: DATA.layers.indexOf(Number(layer)), head: map.block.heads.indexOf(Number(head)) };
+  if (cell && cell.layer >= 0 && cell.head >= 0) select(map, cell);
+  else {
+    const here = (map || MAPS[0]).block;
+    said.textContent = `This report has no head ${name} ${layer}.${head}: blocks ${DATA.blocks.map((block) => block.name).join(", ")}; layers ` +
+      `${DATA.layers[0]} to ${DATA.layers.at(-1)}; ${here.axis}s of ${here.name} ${here.heads[0]} to ${here.heads.at(-1)}.`;
+    said.hidden = false;
+  }
+  document.getElementById(said.hidden ? "selected" : "no-head").scrollIntoView({ block: "start" });
 }
 
 DRAW.push(() => {
   MAPS.forEach(drawMap);
-  document.getElementById("value-hint").textContent = VALUES[STATE.value].hint;
+  document.getElementById("value-hint").textContent = VALUES[STATE.value].hint + (!showsEffect() && hidesMarks && STATE.marks === "none"
+    ? ` ${numMarked} of ${numHeads} heads are significant: their marks, which would hide the colours, are switched on under Marks.` : "");
   if (STATE.selected) {
     point(STATE.selected.map, STATE.selected);
     showSelected(STATE.selected.map.block, STATE.selected);

@@ -1,6 +1,7 @@
 // Put the parts together; draw again when the width or the colour scheme changes.
 
-const OF_EFFECTS = hasEffects ? [...effectTools(), segments("Marks", "marks-of-effects", effectMarkChoices(), "effectMarks")] : [];
+const OF_EFFECTS = hasEffects ? [...effectTools(), segments("Marks", "marks-of-effects", effectMarkChoices(), "effectMarks"),
+  segments("Colours", "range-of-effects", { shared: { label: "shared" }, block: { label: "each block" } }, "effectRange")] : [];
 const OF_TESTS = [
   segments("Marks", "marks", markChoices()),
   segments("Score's scale", "scale", { linear: { label: "linear" }, log: { label: "log", there: !isSigned } }),
@@ -18,7 +19,7 @@ document.getElementById("maps").append(...MAPS.map((map) => map.element));
 document.getElementById("maps").classList.toggle("wide", mostHeads > 24);
 
 document.getElementById("selected").append(make("p", { class: "hint" },
-  "Click a cell, or move between cells with the arrow keys, to see a head's numbers and its strongest pair of samples. Enter lists its conflicts."));
+  "Click a cell, or move between cells with the arrow keys, to see a head's numbers and its strongest pair of samples. Enter lists its strongest pairs."));
 document.getElementById("conflicts-hint").textContent = CONFLICTS.length
   ? "Pairs of samples of each block by how many times their score exceeds what the two samples' own scales explain (× scale), each at its " +
     "strongest head; no sample stands in more than a tenth of the rows, where there are samples enough. Click a column's name to sort, a text to see all of it."
