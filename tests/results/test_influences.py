@@ -102,7 +102,8 @@ def test_effects_of_whole_gradients_are_the_sums_over_their_slices():
     of_whole, of_slices = untested_effects(whole[None, None], samples), untested_effects(slices[None], samples)
     for optimizer in OPTIMIZERS:
         for name, values in of_whole[optimizer].items():
-            assert of_slices[optimizer][name].sum() == pytest.approx(values.item(), rel=1e-12)
+            is_sum = of_slices[optimizer][name].sum() == pytest.approx(values.item(), rel=1e-12)
+            assert is_sum == ("along" not in name), name  # a curvature along a step has terms between slices
     np.testing.assert_allclose(of_samples(slices).sum(0), of_samples(whole), rtol=1e-12)
 
 
