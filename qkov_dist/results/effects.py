@@ -21,7 +21,7 @@ import numpy as np
 from qkov_dist.errors import QkovError, choose, wrong_argument
 from qkov_dist.scoring.influence_records import OPTIMIZERS, of_samples, sums_of
 
-from .influences import TASKS, Estimate, Floats, Samples, changes, curvatures_along, summed, without_self_pairs
+from .influences import TASKS, Floats, Samples, changes, curvatures_along, summed, without_self_pairs
 
 ByBlock = Mapping[str, Floats]
 Effects = Mapping[str, Mapping[str, Mapping[str, Floats]]]  # block -> optimizer -> name -> [layer, native head]
@@ -134,12 +134,11 @@ def total_of(influences: ByBlock, effects: Effects, samples: Samples, optimizer:
     return Total(float(change.value), float(change.standard_error), (float(low), float(high)), curvature, along, own)
 
 
-def harm_of(influences: ByBlock, effects: Effects, samples: Samples, step: float, optimizer: str, harms: str) -> Harm:
+def harm_of(influences: ByBlock, samples: Samples, step: float, optimizer: str, harms: str) -> Harm:
     """The harm of a step, by head.
 
     Args:
         influences: Block -> [layer, head, optimizer, N].
-        effects: Of the same heads.
         samples: Which samples count.
         step: Learning rate times number of steps, above 0.
         optimizer: ``sgd`` or ``adam``.
@@ -153,15 +152,9 @@ def harm_of(influences: ByBlock, effects: Effects, samples: Samples, step: float
     choose("harms", harmed, TASKS)
     if not (np.isfinite(step) and step > 0):
         raise wrong_argument("step", "a finite number above 0 (learning rate times number of steps)", step)
-    total = total_of(influences, effects, samples, optimizer)
     place = OPTIMIZERS.index(optimizer)
-    parts = {
-        block: _parts(
-            step, changes(of_block[:, :, place], samples), effects[block][optimizer][f"curvature_along_{harmed}"]
-        )
-        for block, of_block in influences.items()
-    }
-    of_all = _parts(step, changes(summed(influences)[place], samples), np.asarray(total.curvature_along[harmed]))
+    parts = {block: _parts(step, of_block[:, :, place], samples, harmed) for block, of_block in influences.items()}
+    of_all = _parts(step, summed(influences)[place], samples, harmed)
     return Harm(
         step,
         optimizer,
@@ -171,8 +164,9 @@ def harm_of(influences: ByBlock, effects: Effects, samples: Samples, step: float
     )
 
 
-def _parts(step: float, change: Estimate, curvature: Floats) -> dict[str, Floats]:
-    """Everything that ``Harm`` says of one set of heads."""
+def _parts(step: float, influences: Floats, samples: Samples, harmed: str) -> dict[str, Floats]:
+    """Everything that ``Harm`` says, from influences [..., N] of heads, or of all heads together."""
+    change, curvature = changes(influences, samples), curvatures_along(influences, getattr(samples, harmed))
     first, second = step * change.value, step**2 * curvature
     low, high = change.interval()
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -45,11 +45,15 @@ def _ridged(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[st
     terms = _terms(metadata.attributes)
     mean = float(np.nanmean(parts["mean"][worst[0]]))  # of the layer's block, or of its selected heads
     yield (
-        f"{block}: {_dominating(terms, mean)} exceeds I on more than half of the elements of {len(ridged)} heads (most "
+        f"{block}: {_dominating(terms, mean)} exceeds I on more than half of the elements of {_heads(len(ridged))} (most "
         f"in layer {metadata.layers[worst[0]].layer}, head {metadata.axis(block)[worst[1]]}: "
         f"{parts['ridge_share'][worst]:.0%}); scores there are those of an unweighted product. "
         f"Set {_advice(terms, mean, metadata.attributes)}."
     )
+
+
+def _heads(number: int) -> str:
+    return f"{number} head{'' if number == 1 else 's'}"
 
 
 def _terms(attributes: Mapping[str, Any]) -> dict[str, float]:
@@ -83,7 +87,7 @@ def _without(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[s
     still = np.argwhere(parts["mean"] == 0)
     if len(still):
         names = ", ".join(f"{metadata.layers[i].layer}.{metadata.axis(block)[h]}" for i, h in still[:5])
-        yield f"{block}: every gradient of {len(still)} heads is zero (layer.head {names})."
+        yield f"{block}: every gradient of {_heads(len(still))} is zero (layer.head {names})."
 
 
 def _tiny(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[str]:
@@ -97,7 +101,7 @@ def _tiny(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[str]
     if tiny:
         least, lost = max((of_squares, "their squares"), (of_scores, "their scores"))
         yield (
-            f"{block}: gradients of {tiny} heads are so small (mean I below {least:g}) that float32 "
+            f"{block}: gradients of {_heads(tiny)} are so small (mean I below {least:g}) that float32 "
             f"loses digits of {lost}. Score in float64 (compute.score_dtype, or dtype in Python), or scale the loss."
         )
 
@@ -124,7 +128,7 @@ def _noise(metadata: HeatmapMetadata, fisher: Mapping[str, Arrays]) -> Iterator[
     for block, parts in fisher.items():
         if noisy := int(((parts["mean"] > 0) & (parts["mean"] < NOISE * peak)).sum()):
             yield (
-                f"{block}: gradients of {noisy} heads are rounding errors beside the rest of their layer (mean I below "
+                f"{block}: gradients of {_heads(noisy)} are rounding errors beside the rest of their layer (mean I below "
                 f"{NOISE:g} of its largest), and so are their scores. Samples of two tokens have none of Q and K."
             )
 

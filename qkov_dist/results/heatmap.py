@@ -164,7 +164,7 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
         Raises:
             QkovError: for an argument out of range, and in files that know no effects.
         """
-        return harm_of(*self._known_effects, self.counted, step, optimizer, harms)
+        return harm_of(self._known_effects[0], self.counted, step, optimizer, harms)
 
     def select(
         self,

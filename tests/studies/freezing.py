@@ -138,7 +138,10 @@ PLANS = (
         (SUMS, FreezingPlan(replace(TRAINING, looks=4), shares=(0.25,))),
         (MATH_CODE, FreezingPlan(TRAINING, shares=(0.25,))),
     ),
-    ((SUMS, FreezingPlan(replace(TRAINING, looks=4), shares=(0.1, 0.5))),),
+    (
+        (SUMS, FreezingPlan(replace(TRAINING, looks=4), shares=(0.1, 0.5))),
+        (MATH_CODE, FreezingPlan(TRAINING, shares=(0.1, 0.5))),
+    ),
 )  # one after the other
 
 
