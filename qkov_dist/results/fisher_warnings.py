@@ -45,8 +45,8 @@ def _ridged(metadata: HeatmapMetadata, block: str, parts: Arrays) -> Iterator[st
     terms = _terms(metadata.attributes)
     mean = float(np.nanmean(parts["mean"][worst[0]]))  # of the layer's block, or of its selected heads
     yield (
-        f"{block}: {_dominating(terms, mean)} exceeds I on more than half of the elements of {_heads(len(ridged))} (most "
-        f"in layer {metadata.layers[worst[0]].layer}, head {metadata.axis(block)[worst[1]]}: "
+        f"{block}: {_dominating(terms, mean)} exceeds I on more than half of the elements of {_heads(len(ridged))} "
+        f"(most in layer {metadata.layers[worst[0]].layer}, head {metadata.axis(block)[worst[1]]}: "
         f"{parts['ridge_share'][worst]:.0%}); scores there are those of an unweighted product. "
         f"Set {_advice(terms, mean, metadata.attributes)}."
     )
@@ -128,8 +128,8 @@ def _noise(metadata: HeatmapMetadata, fisher: Mapping[str, Arrays]) -> Iterator[
     for block, parts in fisher.items():
         if noisy := int(((parts["mean"] > 0) & (parts["mean"] < NOISE * peak)).sum()):
             yield (
-                f"{block}: gradients of {_heads(noisy)} are rounding errors beside the rest of their layer (mean I below "
-                f"{NOISE:g} of its largest), and so are their scores. Samples of two tokens have none of Q and K."
+                f"{block}: gradients of {_heads(noisy)} are rounding errors beside the rest of their layer "
+                f"(mean I below {NOISE:g} of its largest), and so are their scores. Samples of two tokens have none of Q and K."
             )
 
 
