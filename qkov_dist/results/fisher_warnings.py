@@ -129,7 +129,8 @@ def _noise(metadata: HeatmapMetadata, fisher: Mapping[str, Arrays]) -> Iterator[
         if noisy := int(((parts["mean"] > 0) & (parts["mean"] < NOISE * peak)).sum()):
             yield (
                 f"{block}: gradients of {_heads(noisy)} are rounding errors beside the rest of their layer "
-                f"(mean I below {NOISE:g} of its largest), and so are their scores. Samples of two tokens have none of Q and K."
+                f"(mean I below {NOISE:g} of its largest), and so are their scores. "
+                "Samples of two tokens have none of Q and K."
             )
 
 
