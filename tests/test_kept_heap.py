@@ -42,6 +42,7 @@ print(inside, resident() - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
 def test_what_is_freed_is_taken_again_and_goes_back_at_the_end():
     def measured(device: str) -> tuple[int, int]:

@@ -146,6 +146,7 @@ def refusal(capsys, name: str, finished: Path, run: Path) -> str:
     return message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", dict.fromkeys((*READS_HEATMAP, *READS_PARTIALS)))
 def test_a_run_from_friends_is_read(finished, run, name):
     assert command(name, finished, run) == 0
@@ -188,6 +189,7 @@ def test_a_file_in_a_format_without_checksums_is_not_opened(finished, run, capsy
 # Ids and names
 
 
+@pytest.mark.long
 def test_ids_and_names_of_tasks_never_become_paths(finished, run):
     assert qkov("report", run) == 0
     outer = finished.parents[1]
@@ -201,6 +203,7 @@ def test_ids_and_names_of_tasks_never_become_paths(finished, run):
     assert not Path("/tmp/qkov-escaped").exists()
 
 
+@pytest.mark.long
 def test_ids_and_names_are_no_markup_in_the_page(run):
     assert qkov("report", run) == 0
     page = (run / "report.html").read_text()
@@ -212,6 +215,7 @@ def test_ids_and_names_are_no_markup_in_the_page(run):
     assert not [table for table in tables if re.search(r"(?<!\\)<", table)]
 
 
+@pytest.mark.long
 def test_a_spreadsheet_runs_no_id(run):
     assert qkov("report", run) == 0
     with (run / "report" / "conflicts.csv").open(newline="") as file:

@@ -79,6 +79,7 @@ def observed() -> dict[str, list[str]]:
     return seen
 
 
+@pytest.mark.long
 def test_what_does_not_compute_loads_no_heavy_library(tmp_path: Path) -> None:
     made = make_heatmap()
     made.with_statistics(make_statistics()).save(tmp_path / "heatmap.h5")

@@ -267,6 +267,7 @@ def followed(tmp_path_factory) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(folder=folder, heatmap=load_heatmap("runs/first"))
 
 
+@pytest.mark.long
 def test_the_first_heatmap_is_made_and_the_programs_run(followed, capsys) -> None:
     """In the order of the words; each program stands alone."""
     assert (followed.folder / "runs/first/report.html").is_file()
@@ -370,6 +371,7 @@ def execute(options: argparse.Namespace) -> int:
 '''
 
 
+@pytest.mark.long
 def test_what_is_added_by_a_recipe_takes_the_files_that_it_names(tmp_path) -> None:
     """In a copy of the package: an architecture is proved, a wrong one refused; a score is scored; a key is read; a cut
     is resolved, or refused; a command runs.

@@ -32,6 +32,7 @@ def setup(tmp_path, monkeypatch) -> Setup:
     return Setup(base, 1, in_this_process, lambda line: None)
 
 
+@pytest.mark.long
 def test_the_main_table_has_every_contestant_or_says_why_not(setup, tmp_path):
     result = main_table(setup)
     (reports,) = result.data["rounds"]
@@ -52,11 +53,13 @@ def test_the_main_table_has_every_contestant_or_says_why_not(setup, tmp_path):
     assert (tmp_path / "results" / "main.md").read_text() == result.page
 
 
+@pytest.mark.long
 def test_other_cases_run(setup):
     assert "the loop / scoring" in samples_table(setup).page
     assert "| quarter" in spill_table(setup).page
 
 
+@pytest.mark.long
 def test_exponents_are_of_the_size_that_varies(setup):
     sizes = {"samples": (2, 4), "layers": (1, 2)}
     result = growth_table(setup, sizes, {"samples": 2, "tokens": 8, "layers": 1, "ranks": 1})

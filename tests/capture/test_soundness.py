@@ -496,6 +496,7 @@ WRONG_MODELS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", WRONG_MODELS)
 def test_a_model_without_a_loss_of_each_token_is_refused_in_one_message(what):

@@ -102,6 +102,7 @@ COMPLETIONS = {
 }
 
 
+@pytest.mark.long
 def test_bash_completes_commands_options_files_and_keys(tmp_path: Path) -> None:
     for name in ("conf.yaml", "conf.txt"):
         (tmp_path / name).touch()

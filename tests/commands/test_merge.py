@@ -132,6 +132,7 @@ def test_three_ranks_add_up_to_one_process(finished, three, capsys):
     assert merged.samples_a.ids == one.samples_a.ids
 
 
+@pytest.mark.long
 def test_tests_with_other_settings_are_not_lost_without_a_word(finished, tmp_path, capsys):
     """`qkov stats`, then `qkov merge` into the same file: refused, or one of the two by name."""
     folder = Path(shutil.copytree(finished / "one", tmp_path / "one"))

@@ -59,6 +59,7 @@ def test_llama_3_has_as_many_parameters_and_heads_as_it_should(size):
     assert (layout.num_heads, layout.num_kv_heads) == (heads, kv_heads)
 
 
+@pytest.mark.long
 def test_a_model_too_large_for_one_gpu_is_refused_with_what_would_fit(config, capsys):
     arguments = [f"model.path={llama('405b')}", *SAMPLES, "--gpu-memory", 80]
     assert qkov_plan(config, *arguments) == 2
@@ -84,6 +85,7 @@ def test_each_way_that_is_named_fits_by_itself(config, capsys):
         assert qkov_plan(config, *arguments, *way.split()) == 0
 
 
+@pytest.mark.long
 def test_what_nothing_makes_fit_says_so(config, capsys):
     assert qkov_plan(config, f"model.path={llama('405b')}", *SAMPLES, "--gpu-memory", 10) == 2
     assert "No more ranks, smaller batches or bfloat16 make it fit" in capsys.readouterr().err

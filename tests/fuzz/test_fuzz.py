@@ -70,6 +70,7 @@ def test_hostile_inputs_have_clear_answers(watchdog: Watchdog, reader: str) -> N
         assert tally.counts["refused"] > NUM_INPUTS // 5  # the inputs are hostile
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("reader", "kind", "word"),
     [
@@ -90,6 +91,7 @@ def test_the_harness_tells_a_fault_from_an_answer(reader: str, kind: str, word: 
     assert word in found.detail
 
 
+@pytest.mark.long
 def test_what_never_ends_is_a_hang() -> None:
     assert (found := bad("computes", cpu_seconds=1)).kind == "hang"
     assert "bad_readers.py" in found.detail, "where it was"
@@ -112,6 +114,7 @@ def test_failures_are_counted_saved_and_replayed(tmp_path: Path) -> None:
     assert campaign.replay(saved).kind == "error"  # no overrides.json where the reader looks for it
 
 
+@pytest.mark.long
 def test_inputs_are_the_same_for_a_seed_and_others_for_another() -> None:
     first, again, other = (list(campaign.drawn("heatmap", 20, seed)) for seed in (0, 0, 1))
     assert first == again

@@ -270,6 +270,7 @@ def test_blocks_and_layers_add_up_with_errors_of_their_own(optimizer: str) -> No
 # Figures and terminal
 
 
+@pytest.mark.long
 def test_every_figure_says_model_tasks_and_samples() -> None:
     pytest.importorskip("matplotlib")
     config = {"model": {"path": "hub/small-model/"}}

@@ -323,6 +323,7 @@ def count_refused_damage(path: Path) -> None:
     print(refused)
 
 
+@pytest.mark.long
 def test_random_damage_is_refused_or_harmless_and_never_crashes(saved: Path) -> None:
     result = apart(count_refused_damage, saved)
     assert result.returncode == 0, result.stderr

@@ -93,6 +93,7 @@ def test_head_counts_that_differ_by_layer_share_one_axis():
     assert heatmap.groups.tolist() == [2, 4, 2, 4]
 
 
+@pytest.mark.long
 def test_a_missing_layer_or_head_is_an_error():
     metadata, parts = scored("llama", (1, 4))
     with pytest.raises(QkovError, match=r"no scores of layers \[1\]"):

@@ -163,6 +163,7 @@ def header_of(copy: Path, world_size: int):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", ["writing", "removing", "reading"])
 def test_a_kill_at_any_step_of_carrying_loses_nothing_and_counts_nothing_twice(step, half, folder, monkeypatch):
     def killed(*args, **kwargs):

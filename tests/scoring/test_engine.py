@@ -145,6 +145,7 @@ COMPUTE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert_masked", "jamba"])
 @pytest.mark.parametrize("how", COMPUTE)
 def test_how_it_is_computed_changes_nothing(name, how, tmp_path):

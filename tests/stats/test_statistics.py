@@ -922,6 +922,7 @@ def test_p_is_uniform_when_labels_are_exchangeable(name, alternative):
     assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.03)  # 3.4 standard errors
 
 
+@pytest.mark.long
 def test_family_wise_error_is_at_its_level_with_correlated_heads():
     rng = np.random.default_rng(3)
     design = QKOVStatistics(n_permutations=99).design(8, 8)
@@ -936,6 +937,7 @@ def test_family_wise_error_is_at_its_level_with_correlated_heads():
     assert uncorrected / 250 > 0.25
 
 
+@pytest.mark.long
 def test_false_discoveries_are_at_their_level_and_true_ones_are_found():
     rng = np.random.default_rng(5)
     design = QKOVStatistics(n_permutations=999).design(12, 12)

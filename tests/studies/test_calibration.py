@@ -52,6 +52,7 @@ def test_under_a_mean_fisher_scoring_a_split_anew_only_reorders_the_scores(pool)
         torch.testing.assert_close(once[block], anew, rtol=1e-4, atol=1e-5 * float(anew.abs().max()))
 
 
+@pytest.mark.long
 def test_a_fisher_of_one_task_is_seen_to_break_it(pool):
     broken = dataclasses.replace(EXACT, rule=FisherRule("mean", "a"), splits=60, rescored=True)
     results = run_condition(broken, pool)

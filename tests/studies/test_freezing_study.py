@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from examined import examined_of
 from freezing import MATH_CODE, RESULTS, SUMS, upper_of
@@ -49,6 +50,7 @@ def test_what_is_said_of_freezing_is_what_was_found():
         assert least == [], key  # whatever is frozen, less is learned
 
 
+@pytest.mark.long
 def test_the_study_of_steps_shows_every_predictor_and_slope():
     examined = examined_of("llama", torch.float32)
     ranks, slopes = tables(examined, "adam")

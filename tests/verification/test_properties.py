@@ -52,6 +52,7 @@ MORE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*NAMES, *MORE])
 def test_all_six_properties_hold(name):
     examined = examined_of(name)
@@ -100,6 +101,7 @@ def q_and_v_exchanged(layout: Layout) -> Layout:
     return replace(layout, layers=layers)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "mistake", "checks"),
     [

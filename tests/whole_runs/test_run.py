@@ -78,6 +78,7 @@ def test_xarray_opens_the_file(config, tmp_path):
         assert scores["Q"].sizes == {"layer": 2, "head": 4, "sample_a": 5, "sample_b": 3}
 
 
+@pytest.mark.long
 def test_pairs_all_and_none(config, tmp_path):
     assert qkov("run", config, "--quiet", "output.pairs=all", f"output.dir={tmp_path}/all") == 0
     assert qkov("run", config, "--quiet", "output.pairs=none", f"output.dir={tmp_path}/none") == 0
@@ -94,6 +95,7 @@ def test_without_statistics_only_cross_pairs_are_scored(config, tmp_path):
     assert load_heatmap(tmp_path / "out" / "heatmap.h5").statistics is None
 
 
+@pytest.mark.long
 def test_a_finished_run_is_not_computed_again_unless_asked(config, tmp_path, capsys, monkeypatch):
     assert qkov("run", config, "--quiet") == 0
     before = load_heatmap(tmp_path / "out" / "heatmap.h5")
@@ -263,6 +265,7 @@ def test_a_users_error_under_debug_exits_with_2_and_shows_where(tmp_path, capsys
     assert told.splitlines()[-1].startswith(f"qkov: {tmp_path}: expected a folder with heatmap.h5")
 
 
+@pytest.mark.long
 def test_commands_take_a_run_by_its_folder_or_its_file(config, tmp_path, capsys):
     assert qkov("run", config, "--quiet") == 0
     folder = tmp_path / "out"
@@ -333,6 +336,7 @@ def test_inspect_works_from_a_config_alone(entry, tmp_path, capsys):
     assert "not proved yet" in printed
 
 
+@pytest.mark.long
 def test_inspect_verify_proves_and_check_holds(model_dir, capsys):
     assert qkov("inspect", model_dir, "--verify") == 0
     assert "24 slices of 2 layers, no mismatch" in capsys.readouterr().out

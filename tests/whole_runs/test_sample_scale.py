@@ -109,6 +109,7 @@ def run_swept(raw: dict, swept: bool) -> list[str]:
         return run_quietly(raw)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "cut", "swept"),
     [("gpt2", {"shard": "ddp"}, True), ("gpt2", {"shard": "fsdp"}, False), ("llama", {"tp": 2}, False)],
