@@ -33,35 +33,30 @@ class MeanWeights:
     Attributes:
         weights: Each sample's weight in the mean gradient of its task [n], A's first; members beyond n are in none.
         num_a: A's samples.
+        of_squares: What makes F of both tasks of the squares of members' gradients, [2, members].
         of_fisher: F of each task as a multiple of what it adds to the Fisher, [2]; None where it is no multiple.
     """
 
     weights: Tensor
     num_a: int
+    of_squares: Tensor
     of_fisher: Tensor | None
 
     @staticmethod
     def of(weights: Tensor, num_a: int, fisher_weights: Tensor) -> MeanWeights:
         """From the weights of means [n] and those of the Fisher, by task [2, members]."""
-        found = MeanWeights(weights, num_a, None)
-        scale = torch.stack([found.of_squares(fisher_weights.shape[1])[task].sum() for task in (0, 1)])
-        scale = scale / fisher_weights.sum(1)
-        same = torch.allclose(scale[:, None] * fisher_weights, found.of_squares(fisher_weights.shape[1]), rtol=1e-6)
-        return MeanWeights(weights, num_a, scale) if same else found
+        of_squares = weights.new_zeros(fisher_weights.shape)
+        of_squares[0, :num_a] = weights[:num_a]
+        of_squares[1, num_a : len(weights)] = weights[num_a:]
+        scale = of_squares.sum(1) / fisher_weights.sum(1)
+        same = torch.allclose(scale[:, None] * fisher_weights, of_squares, rtol=1e-6)
+        return MeanWeights(weights, num_a, of_squares, scale if same else None)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> MeanWeights:
         """The same where gradients are, and in their type."""
-        scale = self.of_fisher
-        return MeanWeights(
-            self.weights.to(device, dtype), self.num_a, None if scale is None else scale.to(device, dtype)
-        )
-
-    def of_squares(self, num_members: int) -> Tensor:
-        """What makes F of both tasks of the squares of members' gradients, [2, members]."""
-        weights = self.weights.new_zeros(2, num_members)
-        weights[0, : self.num_a] = self.weights[: self.num_a]
-        weights[1, self.num_a : len(self.weights)] = self.weights[self.num_a :]
-        return weights
+        weights, of_squares = self.weights.to(device, dtype), self.of_squares.to(device, dtype)
+        scale = None if self.of_fisher is None else self.of_fisher.to(device, dtype)
+        return MeanWeights(weights, self.num_a, of_squares, scale)
 
 
 class InfluenceSums:
@@ -78,18 +73,23 @@ class InfluenceSums:
         self._samples = means.weights.new_zeros(2, num_heads, len(means.weights))
         self._products = means.weights.new_zeros(num_heads, NUM_VECTORS, NUM_VECTORS)
 
-    def add(self, gradients: Tensor, squares: Tensor, by_task: Tensor, inverse: Tensor, vectors: Tensor) -> None:
+    @property
+    def needs_squares(self) -> bool:
+        """Whether F has to be formed from squares."""
+        return self.means.of_fisher is None
+
+    def add(self, gradients: Tensor, squares: Tensor | None, by_task: Tensor, inverse: Tensor, vectors: Tensor) -> None:
         """Add the elements of a tile of each head.
 
         Args:
             gradients: [members, heads * p].
-            squares: Their squares.
+            squares: Their squares; None where these are not needed.
             by_task: What each task adds to the Fisher, [2, heads * p].
             inverse: 1 / R [heads * p], finite: 0 where no sample has a gradient.
             vectors: A buffer [12, heads * p].
         """
-        if self.means.of_fisher is None:
-            torch.mm(self.means.of_squares(len(squares)), squares, out=vectors[_F])
+        if squares is not None and self.needs_squares:
+            torch.mm(self.means.of_squares, squares, out=vectors[_F])
         else:
             vectors[_F].copy_(by_task)
         means, steps = vectors[_MEANS], vectors[_STEPS]

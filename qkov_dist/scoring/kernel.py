@@ -140,25 +140,46 @@ def _maps(
     part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: Buffers, effects: InfluenceSums | None
 ) -> tuple[Tensor, Tensor]:
     """The maps of gradients [N, p]; into ``by_task`` [2, p] goes what each task adds to the Fisher."""
-    if rule.fused and effects is None:
+    if rule.fused:
         floor = part.new_tensor([rule.epsilon, rule.ridge])
         of_tasks, of_i, of_j = rule.fused(part, weights, floor, rule.score)
         by_task.copy_(of_tasks)
+        if effects is not None:
+            squares = _squares(part, buffers) if effects.needs_squares else None
+            _add_effects(effects, part, squares, by_task, _inverse(by_task, rule), rule, buffers)
         return of_i, of_j
-    squares = buffers.take("squares", (part.shape[0], part.shape[1]), part)
-    torch.mul(part, part, out=squares)
+    squares = _squares(part, buffers)
     torch.mm(weights, squares, out=by_task)
-    inverse = by_task.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
+    inverse = _inverse(by_task, rule)
     if effects is not None:
-        finite = inverse.masked_fill(inverse.isinf(), 0.0) if rule.may_vanish(part.dtype) else inverse
-        vectors = buffers.take("vectors", (NUM_VECTORS, part.shape[1]), part)
-        effects.add(part, squares, by_task, finite, vectors)
-    if rule.fused:
-        floor = part.new_tensor([rule.epsilon, rule.ridge])
-        return rule.fused(part, weights, floor, rule.score)[1:]
+        _add_effects(effects, part, squares, by_task, inverse, rule, buffers)
     if rule.may_vanish(part.dtype) or not KINDS[rule.score].maps_in_place:
         return maps(part, inverse, rule.score)
     return _mapped(part, squares, inverse, rule.score)
+
+
+def _squares(part: Tensor, buffers: Buffers) -> Tensor:
+    squares = buffers.take("squares", (part.shape[0], part.shape[1]), part)
+    return torch.mul(part, part, out=squares)
+
+
+def _inverse(by_task: Tensor, rule: Rule) -> Tensor:
+    """1 / R [p]."""
+    return by_task.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
+
+
+def _add_effects(
+    effects: InfluenceSums,
+    part: Tensor,
+    squares: Tensor | None,
+    by_task: Tensor,
+    inverse: Tensor,
+    rule: Rule,
+    buffers: Buffers,
+) -> None:
+    finite = inverse.masked_fill(inverse.isinf(), 0.0) if rule.may_vanish(part.dtype) else inverse
+    vectors = buffers.take("vectors", (NUM_VECTORS, part.shape[1]), part)
+    effects.add(part, squares, by_task, finite, vectors)
 
 
 def _add_pairs(scores: Tensor, of_i: Tensor, of_j: Tensor) -> None:

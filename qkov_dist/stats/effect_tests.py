@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 
 from qkov_dist.results.influences import Estimate, Floats, Samples, changes
 from qkov_dist.scoring.influence_records import OPTIMIZERS
+
+from .head_tests import q_values
 
 ByBlock = Mapping[str, Floats]
 FEW = 16  # samples of a task: with fewer, what they may lack is told
@@ -66,7 +67,7 @@ def _tests(estimate: Estimate, largest: Floats, confidence: float) -> dict[str, 
         "ci_low": low,
         "ci_high": high,
         "p_value": p_value,
-        "q_value": _q_values(p_value),
+        "q_value": q_values(p_value, "bh"),
         "p_max": _family_wise(z, largest),
     }
 
@@ -76,14 +77,6 @@ def _z(estimate: Estimate) -> Floats:
     error = estimate.standard_error
     z: Floats = np.divide(estimate.value, error, out=np.where(np.isnan(error), np.nan, 0.0), where=error > 0)
     return z
-
-
-def _q_values(p_values: Floats) -> Floats:
-    there = np.isfinite(p_values)
-    q_values = np.full_like(p_values, np.nan)
-    if there.any():
-        q_values[there] = false_discovery_control(p_values[there], method="bh")
-    return q_values
 
 
 def _family_wise(z: Floats, largest: Floats) -> Floats:

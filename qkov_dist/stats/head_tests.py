@@ -192,18 +192,19 @@ def largest(parts: Iterable[MaxZ]) -> MaxZ:
 def correct(tests: HeadTests, max_z: Floats) -> dict[str, Floats]:
     """Add q-values over one block's heads, and the family-wise p-value over all heads that ``max_z`` [P] covers."""
     return tests.arrays | {
-        "q_value": _q_values(tests.arrays["p_value"], "bh"),
-        "q_value_by": _q_values(tests.arrays["p_value"], "by"),
+        "q_value": q_values(tests.arrays["p_value"], "bh"),
+        "q_value_by": q_values(tests.arrays["p_value"], "by"),
         "p_max": permutation.count_p(torch.from_numpy(tests.threshold), torch.from_numpy(max_z)).numpy(),
     }
 
 
-def _q_values(p_values: Floats, method: Literal["bh", "by"]) -> Floats:
+def q_values(p_values: Floats, method: Literal["bh", "by"]) -> Floats:
+    """Benjamini-Hochberg or Benjamini-Yekutieli over all finite p-values, in their shape; NaN stays NaN."""
     present = np.isfinite(p_values)
-    q_values = np.full_like(p_values, np.nan)
+    corrected = np.full_like(p_values, np.nan)
     if present.any():
-        q_values[present] = false_discovery_control(p_values[present], method=method)
-    return q_values
+        corrected[present] = false_discovery_control(p_values[present], method=method)
+    return corrected
 
 
 class BlockTests(NamedTuple):
