@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
 import json
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from heatmaps import NUM_A, heatmap_with_tests, large_heatmap, make_table
 from influences import heatmap_with_effects
+from pages import numbers, records
 from selections import heatmap_with_slices
 
 from qkov_dist.cli import main
@@ -23,7 +23,6 @@ from qkov_dist.report.figures import figures
 from qkov_dist.report.findings import about_intervals
 from qkov_dist.report.page import make_page, page_data
 from qkov_dist.report.summary import print_summary
-from qkov_dist.report.table import Table
 from qkov_dist.report.tables import all_tables, blocks_table, heads_table, layers_table
 from qkov_dist.results.effects import EFFECT_KEYS, UNTESTED_KEYS
 from qkov_dist.results.heatmap import Heatmap
@@ -32,14 +31,6 @@ from qkov_dist.results.heatmap_file import load_heatmap
 
 OPTIMIZERS = ("sgd", "adam")
 HOSTILE = "</h2><script>alert(1)</script> {{data}}"
-
-
-def numbers(text: str, dtype: str = "<f4") -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype)
-
-
-def records(table: Table) -> list[dict[str, object]]:
-    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
 def shown_text(page: str, name: str) -> str:

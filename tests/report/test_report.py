@@ -29,6 +29,7 @@ from heatmaps import (
     present,
     signed_heatmap,
 )
+from pages import numbers, records
 
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
@@ -45,14 +46,6 @@ HOSTILE = "</script><script>alert(1)</script><!-- <img src=https://example.com/x
 def data_of(page: str) -> dict:
     """The data block as a browser's JSON.parse would see it."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
-
-
-def numbers(text: str, dtype: str = "<f4") -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype)
-
-
-def records(table: Table) -> list[dict[str, object]]:
-    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
 def text_of(page: str, name: str) -> str:

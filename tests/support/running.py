@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import pytest
 from samples import mixed_samples, write_task
 from zoo import RELATIVES, TINY, VOCAB
 
@@ -14,13 +15,25 @@ from qkov_dist.config_file import from_dict
 from qkov_dist.console import Console
 from qkov_dist.results.assemble import assemble
 from qkov_dist.results.metadata import from_json
-from qkov_dist.results.partials import list_partials, read_partial
+from qkov_dist.results.partials import PartialWriter, list_partials, read_partial
 from qkov_dist.results.reduce import add_layers
 from qkov_dist.run import run
 
 
 def qkov(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def interrupt_at(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a run interrupted when it is about to record a layer."""
+    write_layer = PartialWriter.write_layer
+
+    def interrupted(writer, number, *args):
+        if number == layer:
+            raise KeyboardInterrupt
+        write_layer(writer, number, *args)
+
+    monkeypatch.setattr(PartialWriter, "write_layer", interrupted)
 
 
 def exit_as_qkov(*arguments: object) -> None:

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from collecting import collected
 from jobs import job_for
-from running import qkov
+from running import interrupt_at, qkov
 from training import adamw, moved_slices, train
 
 from qkov_dist import QKOVConfig, QKOVInterferenceMetric, Selection, freeze_heads, load_heatmap
-from qkov_dist.results.partials import PartialWriter
 
 
 def test_the_most_harmful_heads_of_a_run_are_held(config, entry, tmp_path):
@@ -31,14 +30,7 @@ def test_the_most_harmful_heads_of_a_run_are_held(config, entry, tmp_path):
 
 def test_where_heads_lie_comes_through_kills_and_from_python(config, entry, tmp_path, monkeypatch):
     assert qkov("run", config, "--quiet") == 0
-    write_layer = PartialWriter.write_layer
-
-    def interrupted(writer, layer, *args):
-        if layer == 1:
-            raise KeyboardInterrupt
-        write_layer(writer, layer, *args)
-
-    monkeypatch.setattr(PartialWriter, "write_layer", interrupted)
+    interrupt_at(1, monkeypatch)
     again = f"output.dir={tmp_path}/again"
     assert qkov("run", config, "--quiet", again) == 130
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from expected import expected_scores
 from jobs import job_for
 from processes import forked
 from rounding import PASSES
-from running import exit_as_qkov, qkov
+from running import exit_as_qkov, interrupt_at, qkov
 from samples import mixed_samples, write_task
 from zoo import VOCAB
 
@@ -28,7 +28,6 @@ import qkov_dist.run
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.data.samples import Sample
-from qkov_dist.results.partials import PartialWriter
 
 
 def test_a_run_equals_the_oracle_and_writes_what_it_promises(config, entry, tmp_path, capsys):
@@ -109,14 +108,7 @@ def test_a_finished_run_is_not_computed_again_unless_asked(config, tmp_path, cap
 
 def test_a_run_goes_on_from_the_layers_on_disk_bit_for_bit(config, tmp_path, capsys, monkeypatch):
     assert qkov("run", config, "--quiet") == 0
-    write_layer = PartialWriter.write_layer
-
-    def interrupted(writer, layer, *args):
-        if layer == 1:
-            raise KeyboardInterrupt
-        write_layer(writer, layer, *args)
-
-    monkeypatch.setattr(PartialWriter, "write_layer", interrupted)
+    interrupt_at(1, monkeypatch)
     again = f"output.dir={tmp_path}/again"
     assert qkov("run", config, "--quiet", again) == 130
     assert not (tmp_path / "again" / "heatmap.h5").exists()

@@ -12,13 +12,12 @@ from comparing import as_blocks, assert_close, assert_identical
 from expected import expected_influences, expected_norms, expected_scores
 from jobs import job_for
 from rounding import PASSES
-from running import qkov, run_quietly, settings, write_inputs
+from running import interrupt_at, qkov, run_quietly, settings, write_inputs
 from samples import padded
 
 import qkov_dist.planning.run_plan
 import qkov_dist.run
 from qkov_dist import FisherCollector, QKOVConfig, QkovError, QKOVInterferenceMetric, load_heatmap
-from qkov_dist.results.partials import PartialWriter
 from qkov_dist.scoring.influence_records import of_samples
 
 UNIT = "metric.sample_scale=unit"
@@ -84,14 +83,7 @@ def test_several_sweeps_capture_twice_and_say_so(config, tmp_path, capsys, sweep
 
 def test_a_run_goes_on_with_the_norms_of_its_layers_on_disk(config, tmp_path, capsys, monkeypatch, sweeps):
     assert qkov("run", config, "--quiet", UNIT) == 0
-    write_layer = PartialWriter.write_layer
-
-    def interrupted(writer, layer, *args):
-        if layer == 1:
-            raise KeyboardInterrupt
-        write_layer(writer, layer, *args)
-
-    monkeypatch.setattr(PartialWriter, "write_layer", interrupted)
+    interrupt_at(1, monkeypatch)
     assert qkov("run", config, "--quiet", UNIT, f"output.dir={tmp_path}/again") == 130
     monkeypatch.undo()
     monkeypatch.setattr(qkov_dist.run, "summed_squares", None)  # layer 0 alone would give other norms
