@@ -1014,7 +1014,7 @@ def test_repeats_of_kv_heads_would_change_the_correction():
     native = stats.false_discovery_control(p, method="by")
     repeated = stats.false_discovery_control(np.repeat(p, 4), method="by")[::4]
     assert abs(native - repeated).max() > 0.01
-    np.testing.assert_allclose(head_tests._q_values(p, "by"), native)
+    np.testing.assert_allclose(head_tests.q_values(p, "by"), native)
 
 
 def test_heads_of_large_scores_would_own_an_unstandardised_maximum():
