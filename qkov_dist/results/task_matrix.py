@@ -5,8 +5,8 @@ Samples of all tasks were captured once and scored once among all, under the Fis
     mean[t, u]         mean score over pairs of different samples, i in t and j in u; within a task where t = u
     overlap[t, u]      1/2 log(mean[t, u] mean[u, t] / (mean[t, t] mean[u, u])), symmetric, 0 on the diagonal; NaN for
                        scores that may be negative
-    change_sgd[t, u]   first-order change of t's loss for a unit step on u, symmetric; on the diagonal a task's change by
-    change_adam[t, u]  a step on itself, over pairs of different samples
+    change_sgd[t, u]   first-order change of t's loss for a unit step on u, symmetric; on the diagonal a task's change
+    change_adam[t, u]  by a step on itself, over pairs of different samples
 
 A pair's heatmap is that of a run of two tasks, but for the Fisher. Pairs are named in the order of the configuration.
 """
@@ -124,7 +124,8 @@ class TaskMatrix:
 
     def __repr__(self) -> str:
         listed = ", ".join(f"{name!r} ({len(t)} samples)" for name, t in zip(self.tasks, self.samples, strict=True))
-        return f"TaskMatrix({listed}, {len(self.layers)} layers, {len(self.heads)} heads, {len(self.kv_heads)} kv heads)"
+        axes = f"{len(self.layers)} layers, {len(self.heads)} heads, {len(self.kv_heads)} kv heads"
+        return f"TaskMatrix({listed}, {axes})"
 
 
 def checked_pair(tasks: tuple[str, ...], pair: tuple[str, ...]) -> Pair:

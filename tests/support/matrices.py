@@ -37,10 +37,7 @@ def made_matrix(tasks: tuple[str, ...] = TASKS) -> TaskMatrix:
 def _values(name: str, block: str, num: int, rng: np.random.Generator) -> np.ndarray:
     mask = present(block)
     found = rng.normal(size=(num, num, *mask.shape))
-    if name == "mean":
-        found = np.exp(found)
-    else:
-        found = (found + found.swapaxes(0, 1)) / 2
+    found = np.exp(found) if name == "mean" else (found + found.swapaxes(0, 1)) / 2
     if name == "overlap":
         found[range(num), range(num)] = 0.0
     if name.startswith("change"):
