@@ -18,7 +18,7 @@ from task_files import CONVERSATION, labelled_text, load, refused
 from toy_tokenizers import CHAT, CHATTER, TAGGED_CHAT, TOKENIZER, VOCAB, byte_tokenizer, word_tokenizer
 from transformers import ByT5Tokenizer
 
-from qkov_dist.data import sources
+from qkov_dist.data import text_files
 from qkov_dist.data.builtin import MAX_SAMPLES, builtin_samples
 from qkov_dist.data.samples import IGNORED, task_fingerprint
 
@@ -430,7 +430,7 @@ def test_not_utf8_names_line_and_byte(tmp_path: Path) -> None:
 
 
 def test_endless_line(file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 20)
     path = file({"text": "fine"}, {"text": "x" * 100})
     assert refused(path).where == f"{path}:2"
 
