@@ -8,6 +8,7 @@ names that ``datasets`` writes beside a schema.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -22,6 +23,7 @@ from .rows import Budget, Content, Unread, unreadable
 
 _BATCH_ROWS = 64
 _BUFFER_BYTES = 1 << 20  # read of a column at a time
+_MAPPED_BYTES = 64 << 20  # of a mapped file that stay in memory
 EXTRA = 'pip install "qkov-dist[data]"'
 
 Names = Mapping[str, Sequence[str]]  # of classes, by column
@@ -47,11 +49,11 @@ def arrow_rows(path: Path, budget: Budget, columns: Columns | None, *, parquet: 
     number, kind = 0, f"a readable {'Parquet' if parquet else 'Arrow'} file"
     try:
         for batch, classes in (_parquet if parquet else _arrow)(path, columns):
-            budget.spend(batch.nbytes, f"{path}:{number + 1}", rows=0)
+            budget.spend(batch.nbytes, path, number + 1, rows=0)
             for index in range(batch.num_rows):
                 number += 1
+                budget.spend(0, path, number)
                 place = f"{path}:{number}"
-                budget.spend(0, place)
                 yield Unread(place, number, partial(_content, batch, index, classes, place))
     except (pa.ArrowException, OSError) as error:
         raise unreadable(f"{path}:{number + 1}" if number else str(path), kind, error) from error
@@ -71,15 +73,20 @@ def _arrow(path: Path, columns: Columns | None) -> Iterator[tuple[Any, Names]]:
     pa: Any = needed_module("pyarrow", str(path))
     if path.stat().st_size == 0:
         return  # nothing can be mapped
-    with pa.memory_map(str(path)) as source:
-        reader = _reader(pa, source)
-        check_names(str(path), reader.schema.names, columns)
-        wanted, classes = _wanted(reader.schema, columns), class_names(reader.schema.metadata)
-        for batch in _batches(reader):
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                part = batch.select(wanted).slice(start, _BATCH_ROWS)
-                part.validate(full=True)
-                yield part, classes
+    with path.open("rb") as file:
+        mapped, seen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0
+    reader = _reader(pa, pa.py_buffer(mapped))
+    check_names(str(path), reader.schema.names, columns)
+    wanted, classes = _wanted(reader.schema, columns), class_names(reader.schema.metadata)
+    for batch in _batches(reader):
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            part = batch.select(wanted).slice(start, _BATCH_ROWS)
+            part.validate(full=True)
+            yield part, classes
+            seen += part.nbytes
+            if seen > _MAPPED_BYTES:
+                mapped.madvise(mmap.MADV_DONTNEED)  # what was read is let go; what is still wanted is read again
+                seen = 0
 
 
 def _reader(pa: Any, source: Any) -> Any:
@@ -87,7 +94,6 @@ def _reader(pa: Any, source: Any) -> Any:
     try:
         return pa.ipc.open_file(source)
     except pa.ArrowInvalid:
-        source.seek(0)
         return pa.ipc.open_stream(source)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from qkov_dist.errors import QkovError
+from qkov_dist.values import readable
 
 from . import text_files
 from .columns import Columns, check_names
@@ -37,19 +37,22 @@ def csv_rows(path: Path, budget: Budget, columns: Columns | None, *, separator: 
 def _records(path: Path, budget: Budget, separator: str) -> Iterator[tuple[int, list[str]]]:
     """Each record with the line that it begins at."""
     remedy = "Save the file as UTF-8."
-    with opened(path) as file, _long_fields():
-        texts = (decoded(line, f"{path}:{number}", remedy) for number, line in lines(path, file, budget))
+    with opened(path) as file:
+        texts = (decoded(line, path, number, remedy) for number, line in lines(path, file, budget))
         reader = csv.reader(texts, delimiter=separator, strict=True)
         while True:
             line = reader.line_num + 1
+            before = csv.field_size_limit(text_files.MAX_LINE_BYTES)  # of all readers: for one record alone
             try:
                 record = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
                 remedy = 'Put text with quotes or line ends in it between double quotes, and write "" for a quote.'
-                got = f"{error}"
+                got = readable(str(error))
                 raise QkovError(f"{path}:{line}", expected="a record", got=got, remedy=remedy) from None
+            finally:
+                csv.field_size_limit(before)
             if record:
                 yield line, record
 
@@ -63,13 +66,3 @@ def _content(names: list[str], record: list[str], place: str) -> Content:
             remedy="Put text with the separator in it between double quotes.",
         )
     return dict(zip(names, record, strict=True))
-
-
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Values as long as any line may be, where the csv module allows 128 KiB."""
-    before = csv.field_size_limit(text_files.MAX_LINE_BYTES)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)

@@ -59,7 +59,7 @@ def hub_rows(path: str, budget: Budget, columns: Columns | None) -> Iterator[Unr
     try:
         with _quiet(datasets):
             for number, (row, classes) in enumerate(_streamed(datasets, place, path, columns), 1):
-                budget.spend(0, f"{path}:{number}")
+                budget.spend(0, path, number)
                 yield Unread(f"{path}:{number}", number, partial(_content, row, classes, place.column, path, number))
     except QkovError:
         raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from qkov_dist.errors import QkovError
-from qkov_dist.values import written
+from qkov_dist.values import readable, written
 
 from . import text_files
 from .rows import Budget, Content, Unread
@@ -28,8 +28,7 @@ def jsonl_rows(path: Path, budget: Budget) -> Iterator[Unread]:
     with opened(path) as file:
         for number, line in lines(path, file, budget):
             if line.strip():
-                place = f"{path}:{number}"
-                yield Unread(place, number, partial(_object, line, place))
+                yield Unread(f"{path}:{number}", number, partial(_object, line, path, number))
 
 
 def json_rows(path: Path, budget: Budget) -> Iterator[Unread]:
@@ -42,8 +41,8 @@ def json_rows(path: Path, budget: Budget) -> Iterator[Unread]:
     yield from jsonl_rows(path, budget)
 
 
-def _object(line: bytes, place: str) -> Content:
-    text = decoded(line, place, _LINES_REMEDY)
+def _object(line: bytes, path: Path, number: int) -> Content:
+    text, place = decoded(line, path, number, _LINES_REMEDY), f"{path}:{number}"
     try:
         row = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
@@ -93,10 +92,9 @@ class _Window:
                 character = self.next_character()
             if character != "{":
                 raise self._wrong("an object", character)
-            number, place = number + 1, f"{self._path}:{self._line}"
-            self._budget.spend(0, place)
-            found = self._object()
-            yield Unread(place, number, partial(dict, found))
+            number, line = number + 1, self._line
+            self._budget.spend(0, self._path, line)
+            yield Unread(f"{self._path}:{line}", number, partial(dict, self._object()))
         self._at += 1
         if character := self.next_character():
             raise self._wrong("nothing after the array", character)
@@ -125,7 +123,7 @@ class _Window:
     def _more(self) -> bool:
         """Read on, and let go of what lies before the next value; whether there was more."""
         data = self._file.read(_CHUNK_BYTES)
-        self._budget.spend(len(data), f"{self._path}:{self._line}", rows=0)
+        self._budget.spend(len(data), self._path, self._line, rows=0)
         try:
             text = self._decode(data, not data)
         except UnicodeDecodeError as error:
@@ -135,4 +133,4 @@ class _Window:
 
     def _wrong(self, expected: str, got: str) -> QkovError:
         place = f"{self._path}:{self._line}"
-        return QkovError(place, expected=expected, got=got or "the end of the file", remedy=_ARRAY_REMEDY)
+        return QkovError(place, expected=expected, got=readable(got) or "the end of the file", remedy=_ARRAY_REMEDY)

@@ -41,13 +41,13 @@ class Budget:
     rows: int = 0
     num_bytes: int = 0
 
-    def spend(self, num_bytes: int, place: str, *, rows: int = 1) -> None:
-        """Count what was read up to ``place``; raises QkovError where it is too much."""
+    def spend(self, num_bytes: int, path: Path | str, number: int, *, rows: int = 1) -> None:
+        """Count what was read up to line or row ``number`` of a path; raises QkovError where it is too much."""
         self.rows, self.num_bytes = self.rows + rows, self.num_bytes + num_bytes
         if self.limited and (self.rows > MAX_ROWS or self.num_bytes > MAX_BYTES):
             expected = f"at most {MAX_ROWS} lines and {MAX_BYTES >> 20} MiB"
             remedy = "Set max_samples of this task to read the first samples alone, or shorten the file."
-            raise QkovError(place, expected=expected, got="more", remedy=remedy)
+            raise QkovError(f"{path}:{number}", expected=expected, got="more", remedy=remedy)
 
 
 def drawn(rows: Iterable[Unread], count: int, seed: int) -> list[Row]:

@@ -44,7 +44,7 @@ def load_task(
     reader = _Reader(config, tokenizer, vocab_size, max_positions, objective)
     samples = tuple(reader.sample(row) for row in rows(config))
     if not samples:
-        remedy = 'Write one sample a line, for example {"text": "..."}.'
+        remedy = 'Give it rows; of JSONL one sample a line, for example {"text": "..."}.'
         raise QkovError(config.path, expected="at least one sample", got="none", remedy=remedy)
     return Task(config.name, samples, reader.notes(), reader.warnings())
 

@@ -38,24 +38,23 @@ def lines(path: Path, file: BinaryIO, budget: Budget) -> Iterator[tuple[int, byt
     try:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            place = f"{path}:{number}"
-            budget.spend(len(line), place)
+            budget.spend(len(line), path, number)
             if len(line) > MAX_LINE_BYTES:
-                expected = f"at most {MAX_LINE_BYTES} bytes a line"
-                raise QkovError(place, expected=expected, got="a longer line", remedy="Cut this line, or leave it out.")
+                expected, remedy = f"at most {MAX_LINE_BYTES} bytes a line", "Cut this line, or leave it out."
+                raise QkovError(f"{path}:{number}", expected=expected, got="a longer line", remedy=remedy)
             yield number, line.removeprefix(_BOM) if number == 1 else line
     except _READ_ERRORS as error:
         place = f"{path}:{number + 1}" if number else str(path)
         raise unreadable(place, _kind(path), error) from error
 
 
-def decoded(line: bytes, place: str, remedy: str) -> str:
+def decoded(line: bytes, path: Path, number: int, remedy: str) -> str:
     """A line as text; raises QkovError at the byte that is none."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:
         got = f"byte {line[error.start]:#04x} at byte {error.start} of the line"
-        raise QkovError(place, expected="UTF-8 text", got=got, remedy=remedy) from None
+        raise QkovError(f"{path}:{number}", expected="UTF-8 text", got=got, remedy=remedy) from None
 
 
 def _kind(path: Path) -> str:
