@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from qkov_dist.errors import QkovError
+from qkov_dist.values import readable
 
 from .columns import Columns, check_names, without_nulls
 from .rows import Budget, Content, Unread, unreadable
@@ -30,13 +31,14 @@ Names = Mapping[str, Sequence[str]]  # of classes, by column
 
 
 def needed_module(name: str, place: str) -> ModuleType:
-    """A library of the extra ``data``; raises QkovError where it is not installed."""
+    """A library of the extra ``data``; raises QkovError where it is not installed, or not whole."""
     try:
         return import_module(name)
-    except ImportError:
+    except ImportError as error:
         package = name.partition(".")[0]
+        got = "no such package" if error.name in (name, package) else readable(str(error))
         remedy = f"Run '{EXTRA}', or give a JSONL, JSON, CSV or TSV file."
-        raise QkovError(place, expected=f"the package {package!r}", got="no such package", remedy=remedy) from None
+        raise QkovError(place, expected=f"the package {package!r}", got=got, remedy=remedy) from error
 
 
 def arrow_rows(path: Path, budget: Budget, columns: Columns | None, *, parquet: bool) -> Iterator[Unread]:
@@ -49,13 +51,14 @@ def arrow_rows(path: Path, budget: Budget, columns: Columns | None, *, parquet: 
     number, kind = 0, f"a readable {'Parquet' if parquet else 'Arrow'} file"
     try:
         for batch, classes in (_parquet if parquet else _arrow)(path, columns):
-            budget.spend(batch.nbytes, path, number + 1, rows=0)
             for index in range(batch.num_rows):
                 number += 1
-                budget.spend(0, path, number)
+                budget.spend(batch.nbytes // batch.num_rows, path, number)
                 place = f"{path}:{number}"
                 yield Unread(place, number, partial(_content, batch, index, classes, place))
-    except (pa.ArrowException, OSError) as error:
+    except QkovError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last of names that are no UTF-8
         raise unreadable(f"{path}:{number + 1}" if number else str(path), kind, error) from error
 
 

@@ -45,7 +45,7 @@ class Budget:
         """Count what was read up to line or row ``number`` of a path; raises QkovError where it is too much."""
         self.rows, self.num_bytes = self.rows + rows, self.num_bytes + num_bytes
         if self.limited and (self.rows > MAX_ROWS or self.num_bytes > MAX_BYTES):
-            expected = f"at most {MAX_ROWS} lines and {MAX_BYTES >> 20} MiB"
+            expected = f"at most {MAX_ROWS} lines or rows and {MAX_BYTES >> 20} MiB"
             remedy = "Set max_samples of this task to read the first samples alone, or shorten the file."
             raise QkovError(f"{path}:{number}", expected=expected, got="more", remedy=remedy)
 

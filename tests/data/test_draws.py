@@ -17,6 +17,7 @@ import pytest
 from task_files import load, refused
 
 from qkov_dist.config import TaskConfig
+from qkov_dist.data import json_files
 from qkov_dist.data.rows import Unread, drawn
 from qkov_dist.data.sources import rows
 
@@ -155,7 +156,11 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json", "t.parquet"])
-def test_memory_does_not_grow_with_the_rows_that_are_drawn_from(tmp_path: Path, name: str) -> None:
+def test_memory_does_not_grow_with_the_rows_that_are_drawn_from(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_files, "_CHUNK_BYTES", 1 << 16)
+
     def peak(rows_of: int) -> int:
         path = tmp_path / name
         written(path, rows_of)
@@ -166,7 +171,7 @@ def test_memory_does_not_grow_with_the_rows_that_are_drawn_from(tmp_path: Path, 
         tracemalloc.stop()
         return found
 
-    few, many = peak(3000), peak(9000)
+    few, many = peak(2000), peak(6000)
     assert many < few + (1 << 20), (few, many)
 
 

@@ -234,6 +234,8 @@ def test_text_that_is_none_in_a_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.arrow"
     path.write_bytes(as_arrow(pa.table({"question": ["a"], "answer": wrong})))
     assert refused(path, columns=GSM8K).expected == "a readable Arrow file"
+    path.write_bytes(as_arrow(pa.table({"question": ["a"], "answer": ["b"]})).replace(b"answer", b"answe\xf8"))
+    assert refused(path, columns=GSM8K).expected == "a readable Arrow file"
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.json", "t.parquet", "t.arrow", "stream.arrow"])
@@ -291,6 +293,6 @@ def test_rows_beyond_measure_are_refused_where_all_are_asked_for(
     for name in ("t.csv", "t.json", "t.parquet", "t.arrow"):
         path = tmp_path / name
         path.write_bytes(KINDS[name]({"question": ["a"] * 4, "answer": ["b"] * 4}))
-        assert refused(path, columns=GSM8K).expected == "at most 3 lines and 64 MiB"
+        assert refused(path, columns=GSM8K).expected == "at most 3 lines or rows and 64 MiB"
         assert len(texts(path, max_samples=2)) == 2
         assert len(texts(path, max_samples=4, sample="random")) == 4
