@@ -9,7 +9,8 @@ import numpy as np
 from heatmaps import GROUPS, HEADS, KV_HEADS, LAYERS, present
 from influences import heatmap_with_effects, with_made_effects
 
-from qkov_dist.results.task_matrix import MATRIX_KEYS, TaskMatrix
+from qkov_dist.results.matrix_data import MATRIX_KEYS
+from qkov_dist.results.task_matrix import TaskMatrix
 
 TASKS = ("math", "code", "loi française", "chat")
 
