@@ -20,8 +20,8 @@ from .verdict_facts import BESIDE, BY, CHANGE, PART, Direction, number
 MOST_PAIRS, MOST_TASKS, MOST_KEYS = 3, 8, 8  # named in a sentence; keys of a command
 TIMES = "\N{MULTIPLICATION SIGN}"
 SIZES = (
-    f"Per cents: what training attention on one task until its own loss is {PART:.0%} lower does to another task's loss, "
-    "to first order, as a part of that loss, with the 95% interval of the pair."
+    f"Per cents: what training attention on one task until its own loss is {PART:.0%} lower does to another's loss, to "
+    "first order, as a part of that loss, with the 95% interval of the pair."
 )
 WORDS = (
     "In conflict: a step on either task, in that head alone, raises the other task's loss, significantly; in synergy: "
@@ -35,14 +35,14 @@ class MatrixVerdict:
 
     Attributes:
         direction: Harm where some pair harms over all pairs; help where some helps and none harms.
-        sentences: Who hurts and helps whom; the mix without harm; heads.
+        sentences: How many pairs hurt and help; which, where there are such; the mix without harm; heads.
         details: What is not measured, what words mean, how sure it is, and what other ways of asking say.
         mix: The tasks that are without a harmful pair among them.
         actions: What to do next.
     """
 
     direction: Direction
-    sentences: tuple[str, str, str]
+    sentences: tuple[str, ...]
     details: tuple[str, ...]
     mix: tuple[str, ...]
     actions: tuple[Action, ...]
@@ -77,7 +77,7 @@ def matrix_verdict(facts: MatrixFacts) -> MatrixVerdict:
     direction: Direction = "harm" if kinds["harm"] else "help" if kinds["help"] else "unknown"
     return MatrixVerdict(
         direction,
-        (_who(facts, kinds), _mix(facts.tasks, mix, records), _heads(facts)),
+        (*_who(facts, kinds), _mix(facts.tasks, mix, records), _heads(facts)),
         (SIZES, SCOPE, WORDS, *_how_sure(records), _other_optimizer(records)),
         mix,
         tuple(_actions(facts, kinds)),
@@ -118,21 +118,19 @@ def percent(value: float) -> str:
     return "not known" if not math.isfinite(value) else f"{number(100 * value)}%"
 
 
-def _who(facts: MatrixFacts, kinds: Mapping[Direction, Sequence[PairRecord]]) -> str:
+def _who(facts: MatrixFacts, kinds: Mapping[Direction, Sequence[PairRecord]]) -> Iterator[str]:
     records = facts.records
     pairs = f"Of {len(records):,} pairs of {len(facts.tasks)} tasks" if len(records) > 1 else "Of the one pair of tasks"
     harm, help_, open_ = (len(kinds[kind]) for kind in ("harm", "help", "unknown"))
-    found = (
+    yield (
         f"{pairs}, {_counted(harm, 'hurt')} each other, {_counted(help_, 'help')} each other, and of "
         f"{open_:,} it is not known ({BY}, q <= {records[0].level:g} over the pairs)."
     )
-    parts = [found]
     for verb, chosen in (("Hurt", kinds["harm"]), ("Help", kinds["help"])):
         if chosen:
             more = len(chosen) - MOST_PAIRS
             listed_ = "; ".join(map(_sizes, chosen[:MOST_PAIRS])) + (f"; and {more:,} more" if more > 0 else "")
-            parts.append(f"{verb}: {listed_}.")
-    return " ".join(parts)
+            yield f"{verb}: {listed_}."
 
 
 def _verb(count: int, verb: str) -> str:
@@ -233,7 +231,7 @@ def in_words(expected: Chance, level: float) -> str:
         f"such families. Of {expected.found:,} heads found in conflict or in synergy over all pairs at most "
         f"{number(expected.false_finds)} are expected to be no find; were there no effect at all, at most "
         f"{number(expected.false_families)} families would show any (level {level:g}). Totals of pairs are corrected "
-        f"over all pairs; of {expected.pairs:,} intervals of 95% about {number(expected.false_intervals)} miss the truth."
+        f"over pairs; of {expected.pairs:,} intervals of 95% about {number(expected.false_intervals)} miss the truth."
     )
 
 
