@@ -224,15 +224,19 @@ def _how_sure(records: Sequence[PairRecord]) -> Iterator[str]:
         yield f"By its own 95% interval alone, not over all pairs: {named}."
 
 
-def in_words(expected: Chance, level: float) -> str:
-    """What chance alone gives, as the page and the terminal say it."""
-    return (
+def in_words(expected: Chance, level: float, found: str = "in conflict or synergy", *, has_totals: bool = True) -> str:
+    """What chance alone gives, as the page and the terminal say it; ``found`` is what heads are found to be."""
+    of_heads = (
         f"Tests of heads are corrected within a block of a pair: {expected.pairs:,} pairs make {expected.families:,} "
-        f"such families. Of {expected.found:,} heads found in conflict or in synergy over all pairs at most "
+        f"such families. Of {expected.found:,} heads found {found} over all pairs at most "
         f"{number(expected.false_finds)} are expected to be no find; were there no effect at all, at most "
-        f"{number(expected.false_families)} families would show any (level {level:g}). Totals of pairs are corrected "
-        f"over pairs; of {expected.pairs:,} intervals of 95% about {number(expected.false_intervals)} miss the truth."
+        f"{number(expected.false_families)} families would show any (level {level:g})."
     )
+    of_totals = (
+        f" Totals of pairs are corrected over pairs; of {expected.pairs:,} intervals of 95% about "
+        f"{number(expected.false_intervals)} miss the truth."
+    )
+    return of_heads + (of_totals if has_totals else "")
 
 
 def _other_optimizer(records: Sequence[PairRecord]) -> str:
