@@ -38,6 +38,7 @@ SCRIPT = (
     "matrix_page.js",
 )
 MOST_CODES = 2_000_000  # bytes of what heads show in every pair
+_LONGEST_TITLE = 64
 _DIRECTIONS = {"harm": 1, "help": -1, "unknown": 0}
 
 
@@ -63,7 +64,8 @@ def make_matrix_page(matrix: TaskMatrix, pages: Mapping[Pair, str]) -> str:
 
 
 def _title(matrix: TaskMatrix) -> str:
-    return " × ".join(matrix.tasks) if len(matrix.tasks) <= 4 else f"{len(matrix.tasks)} tasks"
+    named = " × ".join(matrix.tasks)
+    return named if len(named) <= _LONGEST_TITLE else f"{len(matrix.tasks)} tasks"
 
 
 def _answer(matrix: TaskMatrix) -> str:
@@ -75,11 +77,17 @@ def _answer(matrix: TaskMatrix) -> str:
     return (
         f'<section id="answer" class="{verdict.direction}" aria-labelledby="answer-title">'
         '<div class="said"><h2 id="answer-title">Which tasks hurt each other, and which can be trained together?</h2>'
-        f'<p class="verdict">{prose(first)}</p>{"".join(f"<p>{prose(text)}</p>" for text in others)}</div>'
+        f'<p class="verdict">{prose(first)}</p>{"".join(map(_paragraph, others))}</div>'
         f'<div class="next"><h3>What to do next</h3><ol>{"".join(map(action_item, verdict.actions))}</ol></div>'
         '<div class="more-said"><details><summary>What the numbers are, and how sure they are</summary><ul>'
         f"{''.join(f'<li>{prose(text)}</li>' for text in verdict.details)}</ul></details></div></section>"
     )
+
+
+def _paragraph(text: str) -> str:
+    """A sentence of the answer; what it is about, before its colon, stands out."""
+    lead, colon, rest = text.partition(":")
+    return f'<p><span class="lead">{prose(lead)}{colon}</span>{prose(rest)}</p>'
 
 
 def _facts(matrix: TaskMatrix) -> str:

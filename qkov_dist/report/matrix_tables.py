@@ -1,8 +1,8 @@
 """The tables of a matrix of tasks: ``pairs``, ``tasks`` and ``heads_over_pairs``; the matrix itself in long form.
 
-Numbers of a pair are those of all heads. ``change`` is for a unit step, its q over all pairs; ``on_a`` is what training on b
-until its own loss is 10% lower does to a's loss, as a part of it. ``direction`` holds over all pairs, ``own_direction`` by
-the pair's own interval.
+Numbers of a pair are those of all heads. ``change`` is for a unit step, its q over all pairs; ``on_a`` is what training
+on b until its own loss is 10% lower does to a's loss, as a part of it, ``step_on_a`` such a step on a. ``direction``
+holds over all pairs, ``own_direction`` by the pair's own interval.
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ def pairs_table(matrix: TaskMatrix) -> Table:
     return Table("pairs", tuple(columns), tuple(rows))
 
 
+def _scores_at(a: int, b: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    yield "mean", (a, b)
+    yield "mean", (b, a)
+    yield "overlap", (a, b)
+
+
 def _of_total(record: PairRecord, optimizer: str) -> Iterator[Cell]:
     of = record.totals[optimizer]
     total = of.total
@@ -86,7 +92,7 @@ def tasks_table(matrix: TaskMatrix) -> Table:
     """One row for each task, like tasks together: pairs by what they do, heads over all its pairs."""
     counted = _count_columns(matrix)
     columns = ("task", "samples", "mean_loss", "pairs_that_hurt", "pairs_that_help", "pairs_not_known")
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (
             *(row.task, row.num_samples, _known(row.loss), *row.pairs),
             *(row.heads[kind][0 if sign > 0 else 1] for _, kind, sign in counted),

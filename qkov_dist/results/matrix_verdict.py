@@ -95,7 +95,7 @@ def by_verdict(records: Sequence[PairRecord]) -> dict[Direction, list[PairRecord
 def mix_without_harm(tasks: Sequence[str], records: Sequence[PairRecord]) -> tuple[str, ...]:
     """Tasks left when the one with most harmful pairs is taken away, again and again; then what fits is put back."""
     harmful = {frozenset(record.tasks) for record in records if record.direction() == "harm"}
-    kept, gone = list(tasks), []
+    kept, gone = list(tasks), list[str]()
 
     def harms(task: str) -> int:
         return sum(frozenset((task, other)) in harmful for other in kept)

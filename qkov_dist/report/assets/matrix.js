@@ -27,12 +27,12 @@ const inkOn = ([red, green, blue]) => (0.299 * red + 0.587 * green + 0.114 * blu
 
 /** Width and height of cells, and whether numbers and upright names fit. */
 function gridSize() {
-  const width = document.getElementById("matrix-scroll").clientWidth;
+  const width = document.getElementById("matrix-area").clientWidth - 8;
   const longest = Math.max(...DATA.tasks.map((name) => [...name].length));
   const names = Math.min(longest * 7.6 + 18, width < 500 ? 104 : 190);
   const least = matchMedia("(pointer: coarse)").matches ? 24 : 15;
-  const cell = Math.min(Math.max(Math.floor((width - names - 3) / NUM), least), 92);
-  return { names, cell, height: Math.min(Math.max(Math.round(cell * 0.62), Math.min(cell, 22)), 44), hasText: cell >= 40, isUpright: longest * 7.6 < cell - 4 };
+  const cell = Math.min(Math.max(Math.floor((width - names - NUM - 4) / NUM), least), 92); // a gap of one beside each
+  return { names, cell, height: Math.min(Math.max(Math.round(cell * 0.62), Math.min(cell, 22)), 44), hasText: cell >= 40, isNarrow: cell < 68, isUpright: longest * 7.6 < cell - 4 };
 }
 
 function cellText(row, column, hasText) {
@@ -40,7 +40,7 @@ function cellText(row, column, hasText) {
   const number = value.at(row, column);
   const at = pairAt(row, column);
   const mark = STATE.matrix === "change" && at !== undefined ? ["▼", "", "▲"][verdictOf(at) + 1] : "";
-  return hasText ? `${value.text(number)}${mark && ` ${mark}`}` : mark;
+  return [...(hasText ? [value.text(number)] : []), ...(mark ? [make("small", {}, mark)] : [])];
 }
 
 function gridCell(row, column, scale, size) {
@@ -52,7 +52,7 @@ function gridCell(row, column, scale, size) {
   const inner = make(page ? "a" : "span", {
     class: "cell", tabindex: "-1", href: page, "data-row": row, "data-column": column,
     "aria-label": `${isSelf ? `${DATA.tasks[row]} with itself` : `${DATA.tasks[row]} × ${DATA.tasks[column]}`}: ${value.text(number)}${page ? ", opens the pair's page" : ""}`,
-  }, cellText(row, column, size.hasText));
+  }, ...cellText(row, column, size.hasText));
   const cell = make("td", { role: "gridcell", class: isSelf ? "self" : "" }, inner);
   if (!isSelf && !Number.isNaN(number)) {
     const color = mix(scale.colors, scale.share(number));
@@ -70,6 +70,7 @@ function drawGrid() {
   GRID.style.setProperty("--names", `${size.names}px`);
   GRID.style.setProperty("--letters", size.cell < 18 ? ".62rem" : size.cell < 48 ? ".72rem" : ".84rem");
   GRID.classList.toggle("upright", size.isUpright);
+  GRID.classList.toggle("narrow", size.isNarrow);
   const value = MATRIX[STATE.matrix];
   const corner = make("th", { class: "corner" }, ...(value.isDirected ? [make("small", {}, STATE.matrix === "change" ? "loss of ↓  trained on →" : "i of ↓  j of →")] : []));
   const name = (task, scope) => make("th", { scope, title: DATA.tasks[task] }, make("span", {}, DATA.tasks[task]));
@@ -112,7 +113,7 @@ function pairNumbers(row, column) {
   const rows = [];
   if (hasTotals) {
     const of = DATA.totals[STATE.optimizer];
-    rows.push(["over all pairs", verdictText(at)]);
+    rows.push(["they, over all pairs", verdictText(at)]);
     for (const [harmed, stepped] of hasSteps ? [[row, column], [column, row]] : []) {
       const ends = [of.low[at], of.high[at]].map((end) => percentOf(factorOf(harmed, stepped) * end));
       rows.push([`${DATA.tasks[harmed]}'s loss, trained on ${DATA.tasks[stepped]}`, `${percentOf(factorOf(harmed, stepped) * of.change[at])} [${ends.join(", ")}]`]);
@@ -121,7 +122,7 @@ function pairNumbers(row, column) {
     rows.push(["heads in conflict", whole(countOf(at, "conflict"))], ["in synergy", whole(countOf(at, "synergy"))], ["cosine", twoDigits(cosineOf(row, column))]);
   }
   if (DATA.kinds.includes("scores")) rows.push([`heads ${wordOf("contested")}`, whole(countOf(at, "contested"))], [wordOf("apart"), whole(countOf(at, "apart"))]);
-  rows.push([`mean ${DATA.score}, ${a} on ${b}`, show(entry("mean", row, column))], [`${b} on ${a}`, show(entry("mean", column, row))]);
+  rows.push([`mean ${DATA.score}, i of ${a}, j of ${b}`, show(entry("mean", row, column))], [`i of ${b}, j of ${a}`, show(entry("mean", column, row))]);
   if (hasMatrix("overlap")) rows.push(["overlap", show(entry("overlap", row, column))]);
   return rows;
 }

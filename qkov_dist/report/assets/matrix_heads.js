@@ -1,6 +1,5 @@
 // Heads over pairs: in how many pairs (or with how many tasks) each head is in conflict, as heatmaps by block.
 
-const ENTER_SAYS = "Enter goes to a head's pairs";
 const hasCodes = DATA.blocks.every((block) => block.codes !== null);
 const WORDS = ["conflict", "synergy", "contested", "apart"].filter((word) => DATA.kinds.includes(countedBy(word)[0]));
 const DIGITS = ["sgd", "adam", "scores"];
@@ -12,7 +11,7 @@ const VALUES = {
     get title() { return countsTask() ? `tasks with which ${DATA.tasks[STATE.task]} is ${inWord()}` : `pairs ${inWord()}`; },
     get hint() {
       const what = countsTask() ? `With how many of the other ${NUM - 1} tasks ${DATA.tasks[STATE.task]} is ${inWord()} in each head` : `In how many of the ${DATA.pairs.length} pairs each head is ${inWord()}`;
-      return `${what} (q ≤ ${level} within a block of a pair). ${mostHeadsText()}`;
+      return `${what} (q ≤ ${level} within a block of a pair).`;
     },
   },
 };
@@ -48,9 +47,10 @@ function headsOfMostPairs() {
   return found.sort((x, y) => y.number - x.number).slice(0, 5);
 }
 
-function mostHeadsText() {
-  const most = headsOfMostPairs();
-  return most.length ? `Most: ${most.map(({ block, cell, number }) => `${block.name} ${DATA.layers[cell.layer]}.${block.heads[cell.head]} (${number})`).join(", ")}.` : "None.";
+function listHeads() {
+  const most = headsOfMostPairs().flatMap(({ block, cell, number }, n) =>
+    [n ? ", " : "Most: ", make("a", { href: hashOf(block, cell) }, `${block.name} ${DATA.layers[cell.layer]}.${block.heads[cell.head]}`), ` (${number})`]);
+  document.getElementById("most-heads").replaceChildren(...(most.length ? [...most, "."] : ["No head."]));
 }
 
 const numbersAtPointer = (block, at) => WORDS.map((word) => {
@@ -98,3 +98,4 @@ function headTools() {
 }
 
 DRAW.unshift(prepareCounts);
+if (WORDS.length) DRAW.push(listHeads);

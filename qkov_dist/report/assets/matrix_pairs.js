@@ -6,11 +6,11 @@ const PAIRS = { key: hasTotals ? "conflict" : "score", down: true, task: "all", 
 const hasScores = DATA.kinds.includes("scores");
 const pairColumns = () => [
   ["pair", "pair"],
-  ...(hasTotals ? [["conflict", "heads in conflict", "number"], ["synergy", "in synergy", "number"]] : []),
+  ...(hasTotals ? [["finding", "they"], ["conflict", "conflict", "number"], ["synergy", "synergy", "number"]] : []),
   ...(hasScores ? [["contested", wordOf("contested"), "number"], ["apart", wordOf("apart"), "number"]] : []),
-  ...(hasSteps ? [["onFirst", "first's loss by second", "number"], ["onSecond", "second's loss by first", "number"]] : []),
-  ...(hasTotals ? [["change", "change", "number"], ["low", "95% interval"], ["q", "q over pairs", "number"], ["cosine", "cosine", "number"], ["finding", "they"]] : []),
-  ["score", `mean ${DATA.score}`, "number"], ...(hasMatrix("overlap") ? [["overlap", "overlap", "number"]] : []),
+  ...(hasSteps ? [["onFirst", "1st by 2nd", "number"], ["onSecond", "2nd by 1st", "number"]] : []),
+  ...(hasTotals ? [["change", "change", "number"], ["low", "95% interval"], ["q", "q", "number"], ["cosine", "cosine", "number"]]
+    : [["score", `mean ${DATA.score}`, "number"], ...(hasMatrix("overlap") ? [["overlap", "overlap", "number"]] : [])]),
 ];
 
 function pairRows() {
@@ -45,8 +45,8 @@ function drawPairs() {
   const written = DATA.pages.filter(Boolean).length;
   const pages = written === DATA.pairs.length ? "Every pair has its page." : `${written} of ${DATA.pairs.length} pairs have their pages; \`${DATA.command} A B\` writes another one.`;
   document.getElementById("pairs-hint").textContent = (hasTotals
-    ? `Changes are those of all attention by ${STATE.optimizer}, for a unit step (learning rate × number of steps = 1), with each pair's own 95% interval; q is over all pairs` +
-      `${hasSteps ? "; per cents are those of a practical step, which lowers the other task's own loss by 10%" : ""}. ` : "") + pages;
+    ? `Conflict, synergy and so on: numbers of heads. Change: of all attention by ${STATE.optimizer}, for a unit step (learning rate × number of steps = 1), with the pair's ` +
+      `own 95% interval and q over all pairs.${hasSteps ? " 1st by 2nd: what training on the second task, until its own loss is 10% lower, does to the first's loss." : ""} ` : "Numbers of heads. ") + pages;
   document.getElementById("pair-table").replaceChildren(
     make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...pairColumns().map((column) => sortHeader("pair-table", column, PAIRS, drawPairs, column[2] === "number" && column[0] !== "q")))),
     make("tbody", { role: "rowgroup" }, ...shown.map((row) => pairRow(row, Math.max(...ends, 1e-30)))));

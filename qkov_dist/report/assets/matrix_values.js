@@ -14,6 +14,7 @@ const STATE = {
   value: "count", kind: hasTotals ? "conflict" : "contested", task: "all", scale: "linear", range: "shared", selected: null,
 };
 const hidesMarks = false; // the heatmaps of heads bear none
+const ENTER_SAYS = "Enter goes to a head's pairs"; // in the name of a heatmap
 
 /** The place of a pair in every list of pairs, for two tasks in either order; undefined for a task with itself. */
 const PAIR_AT = new Map(DATA.pairs.flatMap(([a, b], at) => [[a * NUM + b, at], [b * NUM + a, at]]));
@@ -55,7 +56,15 @@ const verdictText = (at) => ["▼ help", "not known", "▲ hurt"][verdictOf(at) 
   (verdictOf(at) === 0 && verdictOf(at, "own") !== 0 ? ` (${verdictOf(at, "own") > 0 ? "▲" : "▼"} by its own interval alone)` : "");
 
 const hasSteps = hasTotals && DATA.pairs.some(([a, b]) => Number.isFinite(factorOf(a, b)));
-const percentOf = (part) => (Number.isFinite(part) ? `${part > 0 ? "+" : ""}${show(Number((100 * part).toPrecision(2)))}%` : "–");
+
+/** A part as per cent with its sign: two digits, and no more than two places. */
+function percentOf(part) {
+  if (!Number.isFinite(part)) return "–";
+  const [percent, size] = [100 * part, Math.abs(100 * part)];
+  const text = size < 1 ? percent.toFixed(2) : size < 9.95 ? percent.toFixed(1) : String(Number(percent.toPrecision(3)));
+  return `${percent > 0 ? "+" : ""}${text.replace("-", "−")}%`;
+}
+
 const whole = (number) => (Number.isFinite(number) ? String(number) : "–");
 const twoDigits = (number) => (Number.isFinite(number) ? show(Number(number.toPrecision(2))) : "–");
 const optimizerText = () => `by ${STATE.optimizer}`;
