@@ -105,7 +105,7 @@ def tasks_table(matrix: TaskMatrix) -> Table:
 def heads_over_pairs_table(matrix: TaskMatrix) -> Table:
     """One row for each head, those in conflict in most pairs first: in how many pairs it shows what."""
     counted = _count_columns(matrix)
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (one.block, one.layer, one.head, *(one.counts[kind][0 if sign > 0 else 1] for _, kind, sign in counted))
         for one in heads_over_pairs(matrix)
     ]

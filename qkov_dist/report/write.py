@@ -27,6 +27,7 @@ from qkov_dist.results.disk import file_errors
 from qkov_dist.results.hdf5_write import remove_leftovers
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path, load_heatmap
+from qkov_dist.results.matrix_file import has_many_tasks, load_matrix
 from qkov_dist.results.task_matrix import Pair, TaskMatrix, checked_pair
 from qkov_dist.results.verdict_facts import BY
 
@@ -58,12 +59,13 @@ def write_page(heatmap: Heatmap, folder: str | Path) -> Path:
     return path
 
 
-def write_report(place: str | Path, say: Callable[[str], None]) -> Path:
+def write_report(place: str | Path, say: Callable[[str], None], pairs: Iterable[Pair] = ()) -> Path:
     """Write page, tables and figures of a run beside its heatmap; returns the page's path.
 
     Args:
         place: The heatmap's file, or the folder where ``heatmap.h5`` lies.
         say: Takes a line about each part.
+        pairs: Of more than two tasks: the pairs whose pages alone are written (``write_matrix_report``).
 
     Raises:
         QkovError: without a readable ``heatmap.h5``, for a page of another run, and where writing fails.
@@ -72,7 +74,13 @@ def write_report(place: str | Path, say: Callable[[str], None]) -> Path:
     if not path.exists():
         remedy = "Name the output folder of a finished `qkov run`, or its heatmap."
         raise QkovError(str(place), expected=f"a folder with {HEATMAP_FILE}, or a heatmap", got="none", remedy=remedy)
-    heatmap, folder = load_heatmap(path), path.parent
+    folder, chosen = path.parent, list(pairs)
+    if has_many_tasks(path):
+        return write_matrix_report(load_matrix(path), folder, say, chosen)
+    if chosen:
+        remedy = "Leave --pair away: the report is of both tasks."
+        raise QkovError(str(place), expected="more than two tasks", got="two", remedy=remedy)
+    heatmap = load_heatmap(path)
     page = write_page(heatmap, folder)
     _write_others(all_tables(heatmap), figures(heatmap), folder / FOLDER, say)
     return page
@@ -97,7 +105,7 @@ def write_matrix_page(matrix: TaskMatrix, folder: str | Path, pairs: Iterable[Pa
     for checked in (path, *(path.parent / files[pair] for pair in chosen)):
         _refuse_other_page(checked, matrix.run_id)
     for pair in chosen:
-        content = make_page(matrix.heatmaps[pair], link_back(PAGE_FILE, pair))
+        content = make_page(matrix.heatmap(*pair), link_back(PAGE_FILE, pair))
         _replace(path.parent / files[pair], content.encode("utf-8", "backslashreplace"))
     written = {pair: file for pair, file in files.items() if _is_of_run(path.parent / file, matrix.run_id)}
     _replace(path, make_matrix_page(matrix, written).encode("utf-8", "backslashreplace"))

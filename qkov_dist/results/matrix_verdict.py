@@ -95,16 +95,20 @@ def by_verdict(records: Sequence[PairRecord]) -> dict[Direction, list[PairRecord
 def mix_without_harm(tasks: Sequence[str], records: Sequence[PairRecord]) -> tuple[str, ...]:
     """Tasks left when the one with most harmful pairs is taken away, again and again; then what fits is put back."""
     harmful = {frozenset(record.tasks) for record in records if record.direction() == "harm"}
-    kept, gone = list(tasks), list[str]()
+    kept = list(tasks)
+    gone: list[str] = []
 
     def harms(task: str) -> int:
+        """How many of the tasks kept it harms."""
         return sum(frozenset((task, other)) in harmful for other in kept)
 
-    while kept and max(map(harms, kept)):
+    while kept and any(harms(task) for task in kept):
         worst = max(reversed(kept), key=harms)
         kept.remove(worst)
         gone.append(worst)
-    kept.extend(task for task in reversed(gone) if not harms(task))
+    for task in reversed(gone):
+        if not harms(task):
+            kept.append(task)
     return tuple(task for task in tasks if task in kept)
 
 
