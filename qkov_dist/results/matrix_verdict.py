@@ -249,11 +249,9 @@ def _other_optimizer(records: Sequence[PairRecord]) -> str:
         record.verdict(BESIDE) != record.verdict() and "unknown" not in (record.verdict(BESIDE), record.verdict())
         for record in records
     )
-    harm, help_ = beside.count("harm"), beside.count("help")
-    return (
-        f"By {BESIDE} {harm:,} {'pair hurts' if harm == 1 else 'pairs hurt'} and {help_:,} {_verb(help_, 'help')}; in "
-        f"{other:,} the direction is the opposite of {BY}'s."
-    )
+    harm, help_ = (_counted(beside.count(kind), verb) for kind, verb in (("harm", "hurt"), ("help", "help")))
+    opposite = f"in {other:,} the direction is the opposite of" if other else "no direction is the opposite of"
+    return f"By {BESIDE} {harm} and {help_}; {opposite} {BY}'s."
 
 
 def _actions(facts: MatrixFacts, kinds: Mapping[Direction, Sequence[PairRecord]]) -> Iterator[Action]:
