@@ -26,7 +26,6 @@ from .results.assemble import Assembly, assemble
 from .results.gather import Read
 from .results.heatmap import Heatmap
 from .results.heatmap_data import Pairs
-from .results.matrix_file import save_matrix
 from .results.matrix_sums import MatrixSums
 from .results.metadata import HeatmapMetadata, LayerAxes
 from .results.partial_schema import LayerPartial
@@ -78,10 +77,7 @@ def finish(
         )
     if found is None:
         return None
-    if isinstance(found, TaskMatrix):
-        save_matrix(found, path, pairs)
-    else:
-        found.save(path, pairs)
+    found.save(path, pairs)
     for warning in found.attributes["warnings"]:
         console.say(f"warning: {warning}")
     for note in notes_of(found):

@@ -15,8 +15,9 @@ import numpy as np
 
 from qkov_dist.report import page_parts as parts
 from qkov_dist.results.block_view import HEAD_DIM
+from qkov_dist.results.matrix_data import MATRIX_KEYS, Pair
 from qkov_dist.results.matrix_pairs import KINDS, PairRecord, heads_in
-from qkov_dist.results.task_matrix import MATRIX_KEYS, Pair, TaskMatrix
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.results.verdict_facts import UNITS
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from qkov_dist.results.matrix_data import MATRIX_KEYS
 from qkov_dist.results.matrix_pairs import SCORES, PairRecord
-from qkov_dist.results.task_matrix import MATRIX_KEYS, TaskMatrix
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.results.verdict_facts import BY
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 

@@ -44,7 +44,7 @@ from .hdf5_read import Reader, check_values, reading
 from .head_slices import are_slices
 from .heatmap import Heatmap
 from .heatmap_data import FISHER_KEYS, SampleTable
-from .task_matrix import checked_pair
+from .matrix_data import checked_pair, pair_group
 
 HEATMAP_FILE = "heatmap.h5"
 _DEEPEST = 8
@@ -80,11 +80,6 @@ def load_heatmap(path: str | Path, pair: tuple[str, str] | None = None, *, with_
             heatmap = _pair(reader, tasks, pair, with_scores=with_scores)
         check_stored(heatmap)
         return heatmap
-
-
-def pair_group(task_a: str, task_b: str) -> str:
-    """Where the heatmap of two of more tasks is in their file."""
-    return f"pairs/{task_a}__{task_b}"
 
 
 def task_names(reader: Reader) -> tuple[str, ...] | None:

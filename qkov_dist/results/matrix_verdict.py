@@ -249,7 +249,7 @@ def _other_optimizer(records: Sequence[PairRecord]) -> str:
         record.verdict(BESIDE) != record.verdict() and "unknown" not in (record.verdict(BESIDE), record.verdict())
         for record in records
     )
-    harm, help_ = (_counted(beside.count(kind), verb) for kind, verb in (("harm", "hurt"), ("help", "help")))
+    harm, help_ = _counted(beside.count("harm"), "hurt"), _counted(beside.count("help"), "help")
     opposite = f"in {other:,} the direction is the opposite of" if other else "no direction is the opposite of"
     return f"By {BESIDE} {harm} and {help_}; {opposite} {BY}'s."
 

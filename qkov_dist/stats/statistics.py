@@ -36,7 +36,7 @@ Ranks that hold the scores of different layers test them there (``layer_tests``)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -47,6 +47,7 @@ from qkov_dist.data.copies import different_pairs
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.scoring.score_kinds import may_be_negative
 from qkov_dist.stats import permutation
 
@@ -154,6 +155,19 @@ class QKOVStatistics:
             for place, layer in enumerate(heatmap.layers)
         )
         return self.results(heatmap, design, tests)
+
+    def test_matrix(self, matrix: TaskMatrix) -> TaskMatrix:
+        """Test every pair of tasks, each among its own samples; families of tests are a pair's.
+
+        Returns:
+            The matrix with tested heatmaps.
+
+        Raises:
+            QkovError: as ``test_heatmap`` does.
+        """
+        heatmaps = {pair: matrix.heatmap(*pair) for pair in matrix.pairs}
+        tested = {pair: found.with_statistics(self.test_heatmap(found)) for pair, found in heatmaps.items()}
+        return replace(matrix, heatmaps=tested, whole=None)
 
     def results(self, heatmap: Heatmap, design: Design, tests: LayerTests) -> StatisticsResult:
         """What the tests of all layers say, corrected for their number.

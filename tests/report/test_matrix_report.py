@@ -18,7 +18,6 @@ from qkov_dist.report.matrix_tables import heads_over_pairs_table, matrix_table,
 from qkov_dist.report.pair_files import pair_files
 from qkov_dist.report.summary import print_matrix_summary
 from qkov_dist.report.write import first_pairs, write_matrix_page
-from qkov_dist.results.matrix_file import save_matrix
 from qkov_dist.results.matrix_pairs import KINDS
 from qkov_dist.results.task_matrix import TaskMatrix
 
@@ -165,7 +164,7 @@ def test_the_terminal_begins_with_the_answer(matrix, capsys) -> None:
 
 @pytest.mark.long
 def test_qkov_report_writes_all_of_a_file_and_one_pair_on_request(matrix, tmp_path, capsys) -> None:
-    save_matrix(matrix, tmp_path / "heatmap.h5")
+    matrix.save(tmp_path / "heatmap.h5")
     assert qkov("report", tmp_path, "--pair", "math", HOSTILE) == 0
     assert len(list(tmp_path.glob("pairs/*"))) == 1
     assert not (tmp_path / "report").exists()

@@ -15,7 +15,8 @@ from qkov_dist.results.effects import counted_samples, untested_effects
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_data import FISHER_KEYS, SampleTable
 from qkov_dist.results.influences import without_self_pairs
-from qkov_dist.results.task_matrix import MATRIX_KEYS, TaskMatrix
+from qkov_dist.results.matrix_data import MATRIX_KEYS
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.scoring.influence_records import SUMS, of_samples
 from qkov_dist.stats.statistics import QKOVStatistics
 

@@ -17,18 +17,24 @@ from running import interrupt_at, qkov, run_quietly
 from samples import mixed_samples, write_task
 from zoo import VOCAB
 
-from qkov_dist import QKOVStatistics, load_heatmap, load_matrix
+from qkov_dist import (
+    FisherCollector,
+    QKOVConfig,
+    QKOVInterferenceMetric,
+    QKOVStatistics,
+    load_heatmap,
+    load_matrix,
+)
 from qkov_dist.distributed.world import Alone
 from qkov_dist.errors import QkovError
 from qkov_dist.finish import combine_tasks
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.results.influences import Samples
-from qkov_dist.results.matrix_file import save_matrix
+from qkov_dist.results.matrix_data import MATRIX_KEYS
 from qkov_dist.results.metadata import from_json
 from qkov_dist.results.partials import list_partials, read_partial
 from qkov_dist.results.reduce import add_layers
-from qkov_dist.results.task_matrix import MATRIX_KEYS
 from qkov_dist.scoring.influence_records import OPTIMIZERS, SUMS
 
 SIZES = {"math": 5, "code": 3, "law": 4}
@@ -163,7 +169,7 @@ def summed(folder, path, twice):
     counted = [*partials, partials[twice]]
     metadata = from_json(partials[0].header.extra, "test")
     matrix = combine_tasks(metadata, lambda x: add_layers([p.read_layer(x.layer) for p in counted]), Alone())
-    save_matrix(matrix, path)
+    matrix.save(path)
     return path
 
 
@@ -238,6 +244,21 @@ def test_pairs_that_are_not_there_are_refused_with_those_that_are(config, tmp_pa
     ):
         with pytest.raises(QkovError, match=re.escape(what)):
             load_heatmap(tmp_path / "out", pair)
+
+
+def test_from_python_every_pair_is_the_same_and_is_tested(entry, tmp_path):
+    samples = {name: mixed_samples(num, VOCAB, seed=seed) for seed, (name, num) in enumerate(SIZES.items(), start=1)}
+    model, collector = entry.build(), FisherCollector(batch_tokens=24)
+    for task, of_task in samples.items():
+        collector.collect_fisher(model, of_task, task=task)
+    metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector)
+    matrix = QKOVStatistics(n_permutations=20).test_matrix(metric.compute_matrix(["math", "code", "law"]))
+    assert matrix.heatmap("math", "law").tests["Q"]["p_value"].shape == (2, 4)
+    matrix.save(tmp_path / "heatmap.h5")
+    assert_every_pair_is_right(tmp_path / "heatmap.h5", samples, expected(entry, samples))
+    for tasks, what in ((["math", "code"], "3 to 64 different names"), (["math", "code", "math"], "different names")):
+        with pytest.raises(QkovError, match=what):
+            metric.compute_matrix(tasks)
 
 
 def test_samples_that_a_third_task_has_count_in_no_effect(config, tmp_path):
