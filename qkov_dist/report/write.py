@@ -132,7 +132,8 @@ def write_matrix_report(
         return write_matrix_page(matrix, folder, chosen)
     page = write_matrix_page(matrix, folder, first_pairs(matrix, MOST_AT_ONCE))
     shown = min(len(matrix.pairs), MOST_AT_ONCE)
-    others = "" if shown == len(matrix.pairs) else f"; the other {len(matrix.pairs) - shown:,}: qkov report DIR --pair A B"
+    left = len(matrix.pairs) - shown
+    others = f"; each of the other {left:,}: qkov report DIR --pair A B" if left else ""
     say(f"pages of {shown:,} of {len(matrix.pairs):,} pairs: {Path(folder) / PAIRS}/*.html{others}")
     _write_others(matrix_tables(matrix), matrix_figures(matrix), Path(folder) / FOLDER, say)
     return page

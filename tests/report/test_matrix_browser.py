@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from browsing import IN_A_BROWSER, errors, number, set_screen, text_of
 from matrices import matrix_of_camps
@@ -136,6 +138,22 @@ def test_a_phone_scrolls_in_one_direction_and_shows_before_it_opens(page, scheme
     assert text_of(page, "#pair h3") == "math × code"
     assert page.current_url.partition("#")[0].endswith("report.html")
     assert errors(page) == []
+
+
+@pytest.mark.parametrize("is_tested", [True, False])
+def test_without_effects_there_are_scores_alone(browser, matrix, tmp_path, is_tested) -> None:
+    without = {"effects": None, "influences": None, **({} if is_tested else {"statistics": None})}
+    heatmaps = {pair: dataclasses.replace(heatmap, **without) for pair, heatmap in matrix.heatmaps.items()}
+    values = {block: {name: of[name] for name in ("mean", "overlap")} for block, of in matrix.values.items()}
+    bare = dataclasses.replace(matrix, heatmaps=heatmaps, values=values)
+    set_screen(browser, 1280, 1000)
+    errors(browser)
+    browser.get(write_matrix_page(bare, tmp_path, []).as_uri())
+    assert number(cell(browser, 0, 1).text) == float(f"{bare.average('mean')[0, 1]:.2g}")
+    offered = [i.get_attribute("value") for i in browser.find_elements("css selector", "input[name=matrix]:enabled")]
+    assert offered == ["score", "overlap", *(["contested", "apart"] if is_tested else [])]
+    assert browser.find_element("css selector", "#heads-over-pairs").is_displayed() == is_tested
+    assert errors(browser) == []
 
 
 def test_many_tasks_stay_readable(browser, tmp_path) -> None:

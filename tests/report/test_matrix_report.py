@@ -157,7 +157,7 @@ def test_the_terminal_begins_with_the_answer(matrix, capsys) -> None:
     assert lines[1].startswith("Of 3 pairs of 3 tasks, 1 hurts each other, none help each other")
     header = next(line.split() for line in lines if line.startswith("a  "))
     row = next(line for line in lines if line.startswith("math  ") and "a/b c" in line)
-    assert header[:4] == ["a", "b", "conflict", "synergy"]
+    assert header[:6] == ["a", "b", "contested", "apart", "conflict", "synergy"]
     assert row.endswith("harm")
     assert lines[-2].endswith("runs/x/heatmap.h5")
 

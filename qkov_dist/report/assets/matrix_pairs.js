@@ -23,7 +23,7 @@ function pairRows() {
       score: (entry("mean", a, b, "all") + entry("mean", b, a, "all")) / 2, overlap: entry("overlap", a, b, "all"), finding: verdictOf(at) ? verdictText(at) : "",
     };
   });
-  rows.sort((x, y) => x.q - y.q); // of equal ones the surest first
+  if (hasTotals) rows.sort((x, y) => x.q - y.q); // of equal ones the surest first
   return sortBy(rows.filter(({ a, b }) => PAIRS.task === "all" || [a, b].includes(Number(PAIRS.task))), PAIRS.key, PAIRS.down);
 }
 
@@ -32,7 +32,7 @@ const PAIR_TEXT = { onFirst: (row) => percentOf(row.onFirst), onSecond: (row) =>
 function pairRow(row, most) {
   const cells = {
     pair: [make("a", { href: DATA.pages[row.at] || hashOfPair(row.a, row.b) }, row.pair)],
-    low: Number.isNaN(row.low) ? ["–"] : [make("span", {}, `[${show(row.low)}, ${show(row.high)}]`), intervalLine(row, most)],
+    low: !Number.isFinite(row.low) ? ["–"] : [make("span", {}, `[${show(row.low)}, ${show(row.high)}]`), intervalLine(row, most)],
     finding: [make("span", { class: ["mark-below", "", "mark-above"][verdictOf(row.at) + 1] }, PAIR_TEXT.finding(row))],
   };
   return make("tr", { role: "row" }, ...pairColumns().map(([key, title, kind]) =>
