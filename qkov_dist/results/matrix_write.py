@@ -92,6 +92,7 @@ def _write_pair(writer: Writer, matrix: MatrixData, names: Pair, arrays: Labelle
             writer.link(f"{group}/{variable.path}", "/".join([root, *rest]))
         else:
             _write(writer, variable, f"{group}/", own_dims)
-    shared = {key for key, value in matrix.attributes.items() if arrays.attributes.get(key) == value}
+    of_all = {**matrix.attributes, "tasks": list(matrix.tasks)}
+    shared = {key for key, value in of_all.items() if arrays.attributes.get(key) == value}
     own = {key: value for key, value in arrays.attributes.items() if key not in shared}
     writer.attributes(own, group)

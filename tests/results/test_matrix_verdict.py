@@ -14,7 +14,7 @@ from qkov_dist.results.effects import Total
 from qkov_dist.results.influences import summed
 from qkov_dist.results.matrix_order import clustered, cosines_of
 from qkov_dist.results.matrix_pairs import PairRecord, PairTotal, chance, heads_in
-from qkov_dist.results.matrix_verdict import mix_without_harm
+from qkov_dist.results.matrix_verdict import in_words, mix_without_harm
 from qkov_dist.results.task_matrix import TaskMatrix
 
 
@@ -46,9 +46,8 @@ def test_commands_name_the_pair_by_its_places_and_quote_it(matrix) -> None:
     assert of_matrix[0].startswith("qkov heads runs/camps --pair ")
     assert of_matrix[0].endswith(" --by change_adam --significant")
     assert of_matrix[-1] == "qkov report runs/camps"
-    facts = dataclasses.replace(matrix.heatmap("minus1", "none3").facts, tasks=("minus1", "none 3"))
-    assert facts.places == (1, 3)
-    assert facts.place == "runs/camps --pair minus1 'none 3'"
+    heatmap = matrix.heatmap("plus0", "minus1")
+    assert heatmap.verdict.actions[0].command.startswith("qkov heads runs/camps --pair plus0 minus1 --by change_adam")
     (more,) = (a.command for a in matrix.heatmap("minus1", "none3").verdict.actions if a.command.startswith("qkov run"))
     assert more.split()[3:5] == [f"tasks.{place}.max_samples={more.split('=')[1].split()[0]}" for place in (1, 3)]
 
@@ -94,6 +93,19 @@ def test_codes_count_the_significant_heads_of_either_sign(matrix) -> None:
     expected = chance(matrix.records)
     assert (expected.pairs, expected.families) == (6, 24)
     assert expected.false_finds == pytest.approx(0.05 * expected.found)
+
+
+def test_families_over_all_pairs_are_said(matrix) -> None:
+    over_all = [dataclasses.replace(record, families={"adam": "all", "sgd": "all"}) for record in matrix.records]
+    assert (chance(over_all).families, chance(over_all, "scores").families) == (4, 24)
+    said = in_words(chance(over_all), 0.05)
+    assert said.startswith("Tests of heads are corrected within a block over all pairs: 6 pairs make 4 such families.")
+    config = {**matrix.attributes["config"], "statistics": {"family": "all"}}
+    attributes = {**matrix.attributes, "config": config}
+    heatmaps = {pair: dataclasses.replace(heatmap, attributes=attributes) for pair, heatmap in matrix.heatmaps.items()}
+    run = dataclasses.replace(matrix, heatmaps=heatmaps)
+    assert "within a block over all pairs" in run.verdict.sentences[-1]
+    assert run.records[0].families["scores"] == "pair"
 
 
 def test_a_mix_keeps_what_fits() -> None:

@@ -167,7 +167,7 @@ def _pair_of(matrix: TaskMatrix, pair: tuple[str, str], records: dict[str, Any],
         fisher,
         cross,
         statistics={"overlap": tests, "settings": {"statistic": "overlap", "alternative": "two-sided"}},
-        attributes=matrix.attributes,
+        attributes={**matrix.attributes, "tasks": list(matrix.tasks)},
         influences={block: of_samples(of_block) for block, of_block in of_pair.items()},
         effects={block: untested_effects(of_block, counted) for block, of_block in of_pair.items()},
     )

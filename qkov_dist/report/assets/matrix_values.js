@@ -81,8 +81,8 @@ const level = show(DATA.level);
 
 /** What a cell can show: its number at (row, column), as text, and what it means. */
 const MATRIX = {
-  conflict: { ...heads("conflict"), hint: `Heads of a pair in conflict: a step on either task, in that head alone, raises the other's loss (q ≤ ${level} within a block of the pair). A task is no pair with itself.` },
-  synergy: { ...heads("synergy"), hint: `Heads of a pair in synergy: a step on either task, in that head alone, lowers the other's loss (q ≤ ${level} within a block of the pair). A task is no pair with itself.` },
+  conflict: { ...heads("conflict"), hint: `Heads of a pair in conflict: a step on either task, in that head alone, raises the other's loss (q ≤ ${level} ${DATA.scopes.adam}). A task is no pair with itself.` },
+  synergy: { ...heads("synergy"), hint: `Heads of a pair in synergy: a step on either task, in that head alone, lowers the other's loss (q ≤ ${level} ${DATA.scopes.adam}). A task is no pair with itself.` },
   change: {
     label: "change", centred: true, there: hasTotals, isDirected: hasSteps,
     get title() { return hasSteps ? `change of the row's loss by a practical step on the column's task (${STATE.optimizer})` : `change of either task's loss by a unit step on the other (${STATE.optimizer})`; },
@@ -110,6 +110,6 @@ const MATRIX = {
     label: "overlap", centred: true, there: hasMatrix("overlap"), text: twoDigits, at: (row, column) => entry("overlap", row, column), title: "overlap, mean over heads",
     hint: "Whether two tasks use the same weights, their scale apart, averaged over heads: 0 as much as each by itself, very negative: each with weights of its own. Diagonal: 0 by definition.",
   },
-  contested: { ...heads("contested"), label: wordOf("contested"), hint: `Heads of a pair that are ${wordOf("contested")}: the two tasks use the same weights more than random halves of their samples do (q ≤ ${level} within a block of the pair).` },
-  apart: { ...heads("apart"), label: wordOf("apart"), hint: `Heads of a pair that are ${wordOf("apart")}: they use the same weights less than random halves of their samples do (q ≤ ${level} within a block of the pair).` },
+  contested: { ...heads("contested"), label: wordOf("contested"), hint: `Heads of a pair that are ${wordOf("contested")}: the two tasks use the same weights more than random halves of their samples do (q ≤ ${level} ${DATA.scopes.scores}).` },
+  apart: { ...heads("apart"), label: wordOf("apart"), hint: `Heads of a pair that are ${wordOf("apart")}: they use the same weights less than random halves of their samples do (q ≤ ${level} ${DATA.scopes.scores}).` },
 };
