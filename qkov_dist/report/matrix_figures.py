@@ -9,7 +9,7 @@ import numpy as np
 
 from qkov_dist.results.heatmap_plot import as_plain, draw_block_values
 from qkov_dist.results.matrix_pairs import heads_in
-from qkov_dist.results.matrix_plot import draw_matrix
+from qkov_dist.results.matrix_plot import as_counts, draw_matrix
 from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.results.verdict_facts import BY
 
@@ -90,12 +90,15 @@ def draw_heads(matrix: TaskMatrix) -> Any:
     blocks = matrix.blocks
     height = 0.8 + 0.055 * max(len(matrix.layers), 24)
     figure = Figure(figsize=(max(1.9 * len(blocks), 5.0), 2 * height + 0.2), layout="constrained")
-    figure.suptitle(as_plain(f"{matrix.title}: pairs of {len(matrix.pairs):,}"))
+    figure.suptitle(as_plain(f"{matrix.title}: in how many of {len(matrix.pairs):,} pairs"))
     rows = figure.subplots(2, len(blocks), squeeze=False)
     for axes, word, sign in ((rows[0], "conflict", 1), (rows[1], "synergy", -1)):
+        counts = {block: heads_in(matrix.records, BY, sign, block) for block in blocks}
+        most = max(of_block.max() for of_block in counts.values())
         for block, axis in zip(blocks, axes, strict=True):
-            counts = np.where(matrix.present[block], heads_in(matrix.records, BY, sign, block), np.nan)
-            draw_block_values(axis, block, matrix.layers, matrix.natives(block), counts, f"in {word} ({BY})", None)
+            shown = np.where(matrix.present[block], counts[block], np.nan)
+            draw_block_values(axis, block, matrix.layers, matrix.natives(block), shown, f"in {word} ({BY})", None)
+            as_counts(axis.images[0], float(most))
         axes[0].set_ylabel("layer")
     return figure
 

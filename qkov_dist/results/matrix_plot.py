@@ -46,9 +46,20 @@ def draw_matrix(
     axis.set_yticks(range(len(tasks)), labels=names)
     if len(tasks) > 32:
         axis.tick_params(labelsize=5)
+    axis.figure.colorbar(image, ax=axis)
+    if is_integer:
+        as_counts(image, float(np.nanmax(apart, initial=0)))
     if len(tasks) <= MOST_WITH_NUMBERS:
         _write_numbers(axis, image, values, is_integer=is_integer)
-    axis.figure.colorbar(image, ax=axis)
+
+
+def as_counts(image: Any, most: float) -> None:
+    """Colours of an image from 0 to a largest count, with whole numbers at its bar."""
+    from matplotlib.ticker import MaxNLocator
+
+    image.set_clim(0, max(most, 1))
+    image.colorbar.locator = MaxNLocator(nbins=5, integer=True)
+    image.colorbar.update_ticks()
 
 
 def _write_numbers(axis: Any, image: Any, values: Floats, *, is_integer: bool) -> None:

@@ -12,6 +12,7 @@ from pages import numbers, records
 from running import qkov
 
 from qkov_dist.errors import QkovError
+from qkov_dist.report.matrix_figures import draw_totals
 from qkov_dist.report.matrix_findings import said_of_pairs
 from qkov_dist.report.matrix_page import make_matrix_page, matrix_data
 from qkov_dist.report.matrix_tables import heads_over_pairs_table, matrix_table, pairs_table, tasks_table
@@ -160,6 +161,17 @@ def test_the_terminal_begins_with_the_answer(matrix, capsys) -> None:
     assert header[:6] == ["a", "b", "contested", "apart", "conflict", "synergy"]
     assert row.endswith("harm")
     assert lines[-2].endswith("runs/x/heatmap.h5")
+
+
+def test_figures_count_from_0_and_tell_training_by_row_and_column(matrix) -> None:
+    conflict, _, relative, _ = draw_totals(matrix).axes[:4]
+    most = max(record.count("adam", 1) for record in matrix.records)
+    assert conflict.images[0].get_clim() == (0, most)
+    order = list(matrix.order)
+    at = order.index(0), order.index(1)
+    drawn = np.asarray(relative.images[0].get_array())
+    assert drawn[at] == pytest.approx(100 * matrix.records[0].totals["adam"].relative(0)[0])
+    assert drawn[at[::-1]] == pytest.approx(100 * matrix.records[0].totals["adam"].relative(1)[0])
 
 
 @pytest.mark.long
