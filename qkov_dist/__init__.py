@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from .errors import QkovError
     from .layout.resolve import register_layout
     from .metric import QKOVInterferenceMetric
+    from .results.comparison import Comparison
     from .results.heatmap import Heatmap
     from .results.heatmap_file import load_heatmap
     from .results.selection import Selection
+    from .stats.comparison import compare_runs
     from .stats.statistics import QKOVStatistics
 
 __all__ = [
+    "Comparison",
     "FisherCollector",
     "FreezeHeadsCallback",
     "Heatmap",
@@ -32,6 +35,7 @@ __all__ = [
     "QKOVStatistics",
     "QkovError",
     "Selection",
+    "compare_runs",
     "freeze_heads",
     "load_heatmap",
     "register_layout",
@@ -39,6 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {  # the imports above once more, for when the program runs
+    "Comparison": "results.comparison",
     "FisherCollector": "collector",
     "FreezeHeadsCallback": "acting.trainer",
     "Heatmap": "results.heatmap",
@@ -47,6 +52,7 @@ _HOMES = {  # the imports above once more, for when the program runs
     "QKOVStatistics": "stats.statistics",
     "QkovError": "errors",
     "Selection": "results.selection",
+    "compare_runs": "stats.comparison",
     "freeze_heads": "acting.freeze",
     "load_heatmap": "results.heatmap_file",
     "register_layout": "layout.resolve",

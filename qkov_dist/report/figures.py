@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,21 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
     Raises:
         ModuleNotFoundError: where matplotlib is not installed.
     """
+    makers = {name: make for name, make in FIGURES.items() if name not in EFFECT_FIGURES or heatmap.has_tested_effects}
+    yield from saved({name: partial(make, heatmap) for name, make in makers.items()})
+
+
+def saved(makers: Mapping[str, Callable[[], Any]]) -> Iterator[tuple[str, bytes]]:
+    """File name and content of figures by name, each made under this package's settings, as PDF and PNG.
+
+    Raises:
+        ModuleNotFoundError: where matplotlib is not installed.
+    """
     import matplotlib
 
     with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
-        for name, make in FIGURES.items():
-            if name in EFFECT_FIGURES and not heatmap.has_tested_effects:
-                continue
-            figure = make(heatmap)
+        for name, make in makers.items():
+            figure = make()
             for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
                 content = io.BytesIO()
                 figure.savefig(content, format=kind, dpi=_PNG_DPI, metadata=metadata)

@@ -41,18 +41,18 @@ def print_verdict(heatmap: Heatmap) -> None:
         return
     print()
     for text in verdict.sentences:
-        print(_filled(text))
+        print(filled(text))
     print()
     for detail in verdict.details:
-        print(_filled(f"- {detail}", indent="  "))
+        print(filled(f"- {detail}", indent="  "))
     print("\nWhat to do next:")
     for place, action in enumerate(verdict.actions, 1):
-        print(_filled(f"{place}. {action.why}", indent="   "))
+        print(filled(f"{place}. {action.why}", indent="   "))
         if action.command:
             print(f"     {action.command}")
 
 
-def _filled(text: str, indent: str = "") -> str:
+def filled(text: str, indent: str = "") -> str:
     """Text in lines; names of heads stay whole."""
     whole = re.sub(r"\b([QKVO]) (?=\d)", "\\1\N{NO-BREAK SPACE}", text)
     return fill(whole, WIDTH, subsequent_indent=indent).replace("\N{NO-BREAK SPACE}", " ")

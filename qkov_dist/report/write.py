@@ -33,8 +33,8 @@ def write_page(heatmap: Heatmap, folder: str | Path) -> Path:
         QkovError: where ``folder`` holds a page of another run, or cannot be written.
     """
     path = Path(folder) / PAGE_FILE
-    _refuse_other_page(path, heatmap.run_id)
-    _replace(path, make_page(heatmap).encode("utf-8", "backslashreplace"))
+    refuse_other_page(path, heatmap.run_id)
+    replace(path, make_page(heatmap).encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -55,19 +55,24 @@ def write_report(place: str | Path, say: Callable[[str], None]) -> Path:
     heatmap, folder = load_heatmap(path), path.parent
     page = write_page(heatmap, folder)
     for table in all_tables(heatmap):
-        _replace(folder / FOLDER / f"{table.name}.csv", table.to_csv().encode())
-        _replace(folder / FOLDER / f"{table.name}.md", table.to_markdown().encode())
+        replace(folder / FOLDER / f"{table.name}.csv", table.to_csv().encode())
+        replace(folder / FOLDER / f"{table.name}.md", table.to_markdown().encode())
     say(f"tables: {folder / FOLDER}/*.csv, *.md")
     try:
         for name, content in figures(heatmap):
-            _replace(folder / FOLDER / name, content)
+            replace(folder / FOLDER / name, content)
         say(f"figures: {folder / FOLDER}/*.pdf, *.png")
     except ModuleNotFoundError as error:
         say(f"no figures: {error.name} is not installed. Run: pip install 'qkov-dist[report]'")
     return page
 
 
-def _refuse_other_page(path: Path, run_id: str) -> None:
+def refuse_other_page(path: Path, run_id: str) -> None:
+    """Refuse to overwrite a page that does not bear the marker of this run.
+
+    Raises:
+        QkovError: naming the file.
+    """
     with file_errors(path, OSError):
         found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     if found is not None and run_marker(run_id) not in found:
@@ -75,7 +80,7 @@ def _refuse_other_page(path: Path, run_id: str) -> None:
         raise QkovError(str(path), expected=f"a report of run {run_id!r}", got="another file", remedy=remedy)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
     """Have a file appear whole, or not at all."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with file_errors(path, OSError):
