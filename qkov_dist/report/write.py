@@ -20,7 +20,8 @@ from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path, load_heatmap
 
 from .figures import figures
-from .page import make_page, run_marker
+from .page import make_page
+from .page_frame import run_marker
 from .tables import all_tables
 
 PAGE_FILE, FOLDER = "report.html", "report"

@@ -9,7 +9,7 @@ function makeMap(block, index) {
   const canvas = make("canvas", {
     tabindex: 0, role: "application", id: `map-${block.name}`, "aria-describedby": "marks",
     "aria-label": `Heatmap of block ${block.name}: ${DATA.layers.length} layers by ${block.heads.length} ${block.axis}s. ` +
-      "Arrow keys move between cells, Enter lists the strongest pairs of a head.",
+      `Arrow keys move between cells, ${ENTER_SAYS}.`,
   });
   const cursor = make("div", { class: "cursor", hidden: true });
   const bar = make("canvas", { class: "bar", "aria-hidden": "true" });
@@ -47,7 +47,7 @@ function firstCell(map) {
 function walk(map, event) {
   const steps = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   const cell = STATE.selected?.map === map ? STATE.selected : firstCell(map);
-  if (event.key === "Enter") listConflicts(map.block, cell);
+  if (event.key === "Enter") enterHead(map.block, cell);
   else if (event.key === "Home") select(map, { layer: cell.layer, head: 0 });
   else if (event.key === "End") select(map, { layer: cell.layer, head: map.block.heads.length - 1 });
   else if (event.key === "Escape") leave();
@@ -211,37 +211,6 @@ function leave() {
   tip.hidden = true;
   if (STATE.selected) point(STATE.selected.map, STATE.selected);
   else MAPS.forEach((map) => { map.cursor.hidden = true; });
-}
-
-/** Names and numbers of one head, in reading order. */
-const numbersOf = (block, at) => [...(hasEffects ? effectNumbers(block, at) : []), ...testNumbers(block, at)];
-
-/** The first of them: as many as fit beside the pointer. */
-function numbersAtPointer(block, at) {
-  return hasEffects && showsEffect() ? [...effectNumbers(block, at), ...testNumbers(block, at).slice(0, 4)] : numbersOf(block, at);
-}
-
-function testNumbers(block, at) {
-  const interval = (low, high) => {
-    const [from, to] = [block.value(low, at), block.value(high, at)];
-    return Number.isNaN(from) ? "" : ` [${show(from)}, ${show(to)}]`;
-  };
-  const withNull = ({ title, key, low, high, null: name }) => {
-    rows.push([title, show(block.value(key, at)) + interval(low, high)]);
-    const mean = block.value(name, at);
-    if (!Number.isNaN(mean)) rows.push([`its null`, show(mean) + interval(`${name}_low`, `${name}_high`)]);
-  };
-  const rows = [];
-  withNull(VALUES.score);
-  if (hasStatistic) withNull(VALUES.overlap);
-  if (isTested) {
-    rows.push(["effect size", show(block.value("effect", at)) + interval("effect_low", "effect_high")], ["p", show(block.value("p", at))]);
-    rows.push(["q", show(block.value("q", at))], ["family-wise p", show(block.value("p_max", at))]);
-    rows.push(["finding", findingText(block.finding(at))]);
-  }
-  if (block.values.share) rows.push([VALUES.share.title, show(block.value("share", at))]);
-  rows.push(["ridge share", show(block.value("ridge", at))]);
-  return rows;
 }
 
 const nameOf = (block, cell) => `${block.name}, layer ${DATA.layers[cell.layer]}, ${block.axis} ${block.heads[cell.head]}`;

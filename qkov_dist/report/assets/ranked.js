@@ -24,17 +24,6 @@ function rankedHeads() {
   }));
 }
 
-/** Numbers by size, names by their numbers; what is not there, or no finding, last. */
-function sortBy(rows, key, down) {
-  const sign = down ? -1 : 1;
-  return rows.sort((x, y) => {
-    const [a, b] = [x[key], y[key]];
-    const isNone = (value) => Number.isNaN(value) || value === "";
-    if (isNone(a) || isNone(b)) return isNone(a) - isNone(b);
-    return sign * (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b);
-  });
-}
-
 function rankedRow(row, most) {
   const link = make("a", { href: hashOf(row.block, row.cell), onclick: () => follow(hashOf(row.block, row.cell)) }, row.head);
   const hasInterval = !Number.isNaN(row.low);
