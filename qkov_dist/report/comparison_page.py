@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qkov_dist.results.block_view import HEAD_DIM
@@ -16,7 +16,7 @@ from .comparison_tables import interval
 from .page_frame import base64_of, page_of
 
 SCRIPT = ("core.js", "sorting.js", "compare.js")
-MOVE_ARRAYS = ("difference", "standard_error", "ci_low", "ci_high", "q_value", "p_max")
+MOVE_ARRAYS = ("difference", "standard_error", "ci_low", "ci_high", "p_value", "q_value", "p_max")
 HINTS = {
     "change": "First-order change of either task's loss for a unit step on the other in this head alone; above 0 is "
     "harm. It grows with the gradients' scale.",
@@ -29,9 +29,10 @@ HINTS = {
 
 
 def comparison_id(comparison: Comparison) -> str:
-    """By which a page tells which comparison it shows: a hash of its runs, in order."""
-    said = "\n".join(f"{run.run_id} {run.name} {run.tasks}" for run in comparison.runs)
-    return hashlib.sha256(said.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    """By which a page tells which comparison it shows: tasks and first run, hashed; runs can be added."""
+    first = comparison.runs[0]
+    said = "\n".join((first.run_id, first.name, *first.tasks))
+    return f"compared {hashlib.sha256(said.encode('utf-8', 'backslashreplace')).hexdigest()[:16]}"
 
 
 def make_comparison_page(comparison: Comparison) -> str:
@@ -53,7 +54,7 @@ def make_comparison_page(comparison: Comparison) -> str:
 def comparison_data(comparison: Comparison) -> dict[str, Any]:
     """What the page's script draws."""
     return {
-        "title": comparison.title,
+        "shared": {},
         "runs": [run.name for run in comparison.runs],
         "layers": comparison.runs[0].layers,
         "alpha": comparison.alpha,
@@ -64,7 +65,8 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
                 "name": block,
                 "axis": HEAD_DIM[block].replace("_", " "),
                 "heads": comparison.runs[0].natives[block],
-                "quantities": {name: _of_block(of, block) for name, of in comparison.quantities.items()},
+                "values": {k: v for name, of in comparison.quantities.items() for k, v in _values(name, of, block)},
+                "effects": {},
             }
             for block in comparison.blocks
         ],
@@ -83,11 +85,13 @@ def _quantity(comparison: Comparison, name: str, quantity: Quantity) -> dict[str
     }
 
 
-def _of_block(quantity: Quantity, block: str) -> dict[str, Any]:
-    moves = None
+def _values(name: str, quantity: Quantity, block: str) -> Iterator[tuple[str, str]]:
+    """Of every head, by name: ``overlap_0`` of the first run, ``overlap_q_value`` of the test."""
+    for place, of_run in enumerate(quantity.values[block]):
+        yield f"{name}_{place}", base64_of(of_run, "<f4")
     if quantity.moves is not None:
-        moves = {key: base64_of(quantity.moves[block][key], "<f4") for key in MOVE_ARRAYS}
-    return {"values": [base64_of(of_run, "<f4") for of_run in quantity.values[block]], "moves": moves}
+        for key in MOVE_ARRAYS:
+            yield f"{name}_{key}", base64_of(quantity.moves[block][key], "<f4")
 
 
 def _answer(sentences: Iterable[str]) -> str:

@@ -89,26 +89,24 @@ def _matrix(comparison: Comparison) -> list[list[Any]]:
 
 
 def most_moved(comparison: Comparison, count: int = NUM_SHOWN) -> tuple[list[list[Any]], list[str]]:
-    """Rows and titles of the heads that moved most by the leading quantity: first by q, then by size over error."""
-    name, runs = comparison.leading, comparison.runs
-    quantity = comparison.quantities[name]
+    """Rows and titles of the heads that moved most by the leading quantity: those that moved first, by p."""
+    runs, quantity = comparison.runs, comparison.quantities[comparison.leading]
     titles = ["head", *(run.name for run in runs), "difference"]
     titles += ["largest step, to"] if len(runs) > 2 else []
     titles += ["standard error", "q", "family-wise p"] if quantity.moves is not None else []
     rows = []
-    for block, *place in comparison.heads():
-        at = (place[0], place[1])
-        values = quantity.values[block][(slice(None), *at)]
+    for block, layer, head in comparison.heads():
+        values = quantity.values[block][:, layer, head]
         difference = float(values[-1] - values[0])
-        row: list[Any] = [comparison.name_of(block, *at), *map(float, values), difference]
+        row: list[Any] = [comparison.name_of(block, layer, head), *map(float, values), difference]
         if len(runs) > 2:
-            step, to = (of_block[at] for of_block in quantity.largest_step(block))
+            step, to = (of_block[layer, head] for of_block in quantity.largest_step(block))
             row.append(f"{step:.4g}, {runs[int(to)].name}")
-        key = (0.0, -abs(difference))
+        order = (False, 0.0, -abs(difference))
         if quantity.moves is not None:
-            error, q, p_max = (float(quantity.moves[block][k][at]) for k in ("standard_error", "q_value", "p_max"))
-            row += [error, q, p_max]
-            key = (q, -abs(difference) / error if error else 0.0)
-        rows.append(((*key,), row))
-    ordered = sorted((pair for pair in rows if not any(map(math.isnan, pair[0]))), key=lambda pair: pair[0])
-    return [row for _, row in ordered[:count]], titles
+            of_head = {key: float(array[layer, head]) for key, array in quantity.moves[block].items()}
+            row += [of_head[key] for key in ("standard_error", "q_value", "p_max")]
+            order = (not of_head["q_value"] <= comparison.alpha, of_head["p_value"], -abs(difference))
+        rows.append((order, row))
+    known = [pair for pair in rows if not any(map(math.isnan, pair[0]))]
+    return [row for _, row in sorted(known, key=lambda pair: pair[0])[:count]], titles

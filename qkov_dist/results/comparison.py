@@ -120,15 +120,15 @@ class Comparison:
         return sum(int(self.quantities[name].moved(block, self.alpha).sum()) for block in self.blocks)
 
     def most_moved(self, name: str, count: int = MOST_NAMED) -> list[str]:
-        """Heads that moved by a quantity, smallest q first, then by the size of the difference over its error."""
+        """Heads that moved by a quantity, smallest p first, then by the size of the difference."""
         moves = self.quantities[name].moves
         if moves is None:
             return []
         ranked = []
         for block, layer, head in self.heads():
-            q, difference, error = (float(moves[block][key][layer, head]) for key in _RANKED_BY)
+            q, p, difference = (float(moves[block][key][layer, head]) for key in ("q_value", "p_value", "difference"))
             if q <= self.alpha:
-                ranked.append((q, -abs(difference) / error if error else 0.0, self.name_of(block, layer, head)))
+                ranked.append((p, -abs(difference), self.name_of(block, layer, head)))
         return [name for *_, name in sorted(ranked)[:count]]
 
     @property
@@ -211,7 +211,6 @@ class Comparison:
 
 _TO = " \N{RIGHTWARDS ARROW} "
 _TIMES = " \N{MULTIPLICATION SIGN} "
-_RANKED_BY = ("q_value", "difference", "standard_error")
 
 
 def _without_nan(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

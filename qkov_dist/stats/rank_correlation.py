@@ -1,9 +1,9 @@
 """Do two runs rank heads alike: Spearman's correlation over native heads, with an interval.
 
 Heads are all there are of a model, no sample of more: what is uncertain is the samples they were measured on. So the
-interval is that of a delete-one jackknife over samples, on the scale of its arcsine (finite at 1), with Welch's
-degrees of freedom. A sample of paired runs is left out of both at once. Where a quantity is known without its samples, the interval is a
-percentile bootstrap over heads (``by`` says ``heads``): how far a few heads decide the number.
+interval is that of a delete-one jackknife over samples, on the scale of its arcsine (finite at 1), with Welch's degrees
+of freedom. A sample of paired runs is left out of both at once. Where a quantity is known without its samples, the
+interval is a percentile bootstrap over heads (``by`` says ``heads``): how far a few heads decide the number.
 
 Noise lowers a rank correlation: two runs on other samples of one model stay below 1.
 """

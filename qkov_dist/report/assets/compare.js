@@ -6,29 +6,23 @@ const CHART = { width: 300, height: 220, left: 48, right: 8, top: 8, bottom: 34 
 const STATE = { quantity: DATA.quantities[0].key, key: "rank", down: false, most: ROWS_AT_ONCE };
 const tip = document.getElementById("tip");
 
-for (const block of DATA.blocks)
-  for (const of of Object.values(block.quantities)) {
-    of.values = of.values.map((text) => unpack(text, Float32Array));
-    if (of.moves) unpackAll(of.moves, Float32Array);
-  }
-
 const current = () => DATA.quantities.find(({ key }) => key === STATE.quantity);
-const ofBlock = (block) => block.quantities[STATE.quantity];
+const number = (block, key, at) => block.value(`${STATE.quantity}_${key}`, at);
+const ofRun = (block, run) => block.values[`${STATE.quantity}_${run}`];
 const nameAt = (block, at) => `${block.name} ${DATA.layers[Math.floor(at / block.heads.length)]}.${block.heads[at % block.heads.length]}`;
-const difference = (block, at) => ofBlock(block).values[LAST][at] - ofBlock(block).values[0][at];
-const hasMoved = (block, at) => (ofBlock(block).moves?.q_value[at] ?? NaN) <= DATA.alpha;
-const isFamily = (block, at) => (ofBlock(block).moves?.p_max[at] ?? NaN) <= DATA.alpha;
+const difference = (block, at) => number(block, LAST, at) - number(block, 0, at);
+const hasMoved = (block, at) => number(block, "q_value", at) <= DATA.alpha;
+const isFamily = (block, at) => number(block, "p_max", at) <= DATA.alpha;
 const fixed = (number) => number.toFixed(1);
-const there = (block) => [...ofBlock(block).values[0].keys()].filter((at) => !Number.isNaN(difference(block, at)));
+const there = (block) => [...ofRun(block, 0).keys()].filter((at) => !Number.isNaN(difference(block, at)));
 const stateOf = (block, at) => (hasMoved(block, at) ? (difference(block, at) > 0 ? "up" : "down") : "");
 
 /** All numbers of a head, a line each. */
 function linesOf(block, at) {
-  const { values, moves } = ofBlock(block);
-  const lines = DATA.runs.map((run, n) => `${run}: ${show(values[n][at])}`);
-  if (moves) lines.push(`difference ${show(moves.difference[at])} [${show(moves.ci_low[at])}, ${show(moves.ci_high[at])}]`, `q ${show(moves.q_value[at])}, family-wise p ${show(moves.p_max[at])}`);
-  else lines.push(`difference ${show(difference(block, at))}`);
-  return lines;
+  const lines = DATA.runs.map((run, n) => `${run}: ${show(number(block, n, at))}`);
+  if (!current().isTested) return [...lines, `difference ${show(difference(block, at))}`];
+  const [apart, low, high, q, family] = ["difference", "ci_low", "ci_high", "q_value", "p_max"].map((key) => show(number(block, key, at)));
+  return [...lines, `difference ${apart} [${low}, ${high}]`, `q ${q}, family-wise p ${family}`];
 }
 
 function showTip(event, block, at) {
@@ -64,7 +58,7 @@ function drawScatter() {
   measure("scatter-charts").replaceChildren(...DATA.blocks.map((block) => {
     const { width, height, left, right, top, bottom } = CHART;
     const { svg, element } = framed(block, `Block ${block.name}: ${current().label} of each head, first run across, last run up`);
-    const [first, last] = [ofBlock(block).values[0], ofBlock(block).values[LAST]];
+    const [first, last] = [ofRun(block, 0), ofRun(block, LAST)];
     const both = current().isTested ? [...first, ...last] : null; // values of one kind share an axis
     const x = scaleOver(both || [...first], left, width - right);
     const y = scaleOver(both || [...last], height - bottom, top);
@@ -129,7 +123,7 @@ function drawMaps() {
     });
   }
   document.getElementById("differences-hint").textContent = `Last run minus first, ${current().label}; blue below 0, orange above, one scale up to ±${show(most)}. ` +
-    (current().isTested ? `A dot: moved (q ≤ ${show(DATA.alpha)}); a large one: also over all heads of all blocks.` : "Not tested.") + " Layer 0 is at the bottom.";
+    (current().isTested ? `A dot: moved (q ≤ ${show(DATA.alpha)}); a large one: also over all heads of all blocks.` : "Not tested.") + " The first layer is at the bottom.";
 }
 
 function drawTrajectories() {
@@ -137,7 +131,7 @@ function drawTrajectories() {
   measure("trajectory-charts").replaceChildren(...DATA.blocks.map((block) => {
     const { width, height, left, right, top, bottom } = CHART;
     const { svg, element } = framed(block, `Block ${block.name}: ${current().label} of each head over the runs`);
-    const { values } = ofBlock(block);
+    const values = DATA.runs.map((_, run) => ofRun(block, run));
     const places = there(block);
     const y = scaleOver(values.flatMap((of) => [...of]), height - bottom, top);
     const x = (run) => left + 8 + (run / LAST) * (width - left - right - 16);
@@ -163,18 +157,18 @@ function drawTrajectories() {
 
 function rows() {
   const found = DATA.blocks.flatMap((block) => there(block).map((at) => {
-    const { values, moves } = ofBlock(block);
+    const values = DATA.runs.map((_, run) => ofRun(block, run));
     const row = { block, at, head: nameAt(block, at), difference: difference(block, at), size: Math.abs(difference(block, at)) };
     values.forEach((of, run) => { row[`run_${run}`] = of[at]; });
     const steps = values.slice(1).map((of, run) => of[at] - values[run][at]);
     row.step = steps.reduce((most, step) => (Math.abs(step) > Math.abs(most) ? step : most), 0);
     row.step_to = steps.indexOf(row.step) + 2;
-    for (const key of ["standard_error", "ci_low", "ci_high", "q_value", "p_max"]) row[key] = moves ? moves[key][at] : NaN;
-    row.z = row.size / row.standard_error;
+    for (const key of ["ci_low", "ci_high", "p_value", "q_value", "p_max"]) row[key] = number(block, key, at);
+    row.moved = hasMoved(block, at);
     return row;
   }));
-  const byTest = (a, b) => (a.q_value - b.q_value) || (b.z - a.z);
-  found.sort((a, b) => (current().isTested ? byTest(a, b) || 0 : b.size - a.size));
+  const byTest = (a, b) => (b.moved - a.moved) || (a.p_value - b.p_value) || (b.size - a.size);
+  found.sort((a, b) => (current().isTested ? byTest(a, b) : b.size - a.size));
   found.forEach((row, place) => { row.rank = place; });
   return sortBy(found, STATE.key, STATE.down);
 }
@@ -200,7 +194,7 @@ function drawTable() {
     make("tbody", { role: "rowgroup" }, ...shown.map((row) => make("tr", { role: "row", class: stateOf(row.block, row.at) }, ...columns().map(([key, title, kind]) =>
       make("td", { role: "cell", class: `short ${kind || ""} ${key}`, "data-label": title }, text(row, key)))))));
   document.getElementById("heads-hint").textContent = `Every head's ${current().label}` + (current().isTested
-    ? ", smallest q first. Click a column's name to sort." : ", largest difference first. Not tested: only ranks are compared. Click a column's name to sort.");
+    ? ", those that moved first, by p. Click a column's name to sort." : ", largest difference first. Not tested: only ranks are compared. Click a column's name to sort.");
   const more = make("button", { type: "button", onclick: () => { STATE.most += 100; drawTable(); } }, "Show more");
   document.getElementById("more").replaceChildren(make("span", { role: "status" }, `${shown.length} of ${all.length} heads`), ...(shown.length < all.length ? [more] : []));
 }
