@@ -183,7 +183,7 @@ def differences(runs: Sequence[RunHeader]) -> Differences:
     for key, (_, concerned) in _SETTINGS.items():
         values = [run.settings.get(key) for run in runs]
         if any(value != values[0] for value in values):
-            found.append(f"{key} ({', '.join(map(str, dict.fromkeys(values)))})")
+            found.append(f"{key} ({_said(values)})")
             of_another_kind |= set(concerned)
     if of_another_kind:
         names = ", ".join(name for name in QUANTITIES if name in of_another_kind)
@@ -218,7 +218,7 @@ def _of_model(runs: Sequence[RunHeader]) -> list[str]:
     for key in _ARRAYS_OF_MODEL:
         values = [run.model.get(key) for run in runs]
         if any(value != values[0] for value in values):
-            found.append(f"model.{key} ({', '.join(str(value) for value in dict.fromkeys(values))})")
+            found.append(f"model.{key} ({_said(values)})")
     apart = max((_loss_apart(runs[0], run) for run in runs[1:]), default=0.0)
     if apart > SAME_LOSS:
         found.insert(0, f"model weights (losses of the same samples differ by up to {apart:.2g} of themselves)")
@@ -236,6 +236,10 @@ def _loss_apart(first: RunHeader, other: RunHeader) -> float:
             if content and content in known and np.isfinite(loss):
                 largest = max(largest, abs(loss - known[content]) / max(abs(loss), abs(known[content]), 1e-12))
     return float(largest)
+
+
+def _said(values: Iterable[object]) -> str:
+    return ", ".join("not said" if value is None else str(value) for value in dict.fromkeys(values))
 
 
 def _listed(names: Iterable[str]) -> str:
