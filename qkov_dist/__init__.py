@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .results.comparison import Comparison
     from .results.heatmap import Heatmap
     from .results.heatmap_file import load_heatmap
+    from .results.matrix_file import load_matrix
     from .results.selection import Selection
+    from .results.task_matrix import TaskMatrix
     from .stats.comparison import compare_runs
     from .stats.statistics import QKOVStatistics
 
@@ -35,9 +37,11 @@ __all__ = [
     "QKOVStatistics",
     "QkovError",
     "Selection",
+    "TaskMatrix",
     "compare_runs",
     "freeze_heads",
     "load_heatmap",
+    "load_matrix",
     "register_layout",
     "scale_heads",
 ]
@@ -53,8 +57,10 @@ _HOMES = {  # the imports above once more, for when the program runs
     "QkovError": "errors",
     "Selection": "results.selection",
     "compare_runs": "stats.comparison",
+    "TaskMatrix": "results.task_matrix",
     "freeze_heads": "acting.freeze",
     "load_heatmap": "results.heatmap_file",
+    "load_matrix": "results.matrix_file",
     "register_layout": "layout.resolve",
     "scale_heads": "acting.freeze",
 }

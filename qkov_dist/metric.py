@@ -17,14 +17,14 @@ import torch
 
 from .collector import FisherCollector, QKOVConfig
 from .console import Console
-from .data.copies import look_for_copies
+from .data.copies import in_one_task, look_for_copies
 from .distributed.connect import step
 from .distributed.shared_errors import together
 from .errors import QkovError, ascending, choose, is_whole, wrong_argument
 from .finish import with_tested_effects
 from .layout.heads import BLOCKS
 from .results.assemble import assemble
-from .results.effects import Effects, counted_samples
+from .results.effects import Effects
 from .results.head_slices import slices_of
 from .results.heatmap import Heatmap
 from .results.metadata import HeatmapMetadata, layer_axes, make_metadata, with_norms
@@ -336,16 +336,15 @@ class QKOVInterferenceMetric:
         )
         scored = [*of_a, *of_b]
         members = (*scored, *(n for n in np.flatnonzero(weights).tolist() if n not in set(scored)))
-        left, right = sides(len(of_a), len(scored), pooled=pooled)
-        in_a = [self.collector.records[n].task == task_a for n in members]
+        left, right = sides((len(of_a), len(of_b)), pooled=pooled)
+        in_b = [self.collector.records[n].task != task_a for n in members]
         means = self._means(of_a, of_b)
-        return Roles(members, by_task(weights[list(members)], in_a), left, right, means, len(of_a))
+        return Roles(members, by_task(weights[list(members)], in_b), left, right, means, (len(of_a), len(of_b)))
 
     def _means(self, of_a: list[int], of_b: list[int]) -> np.ndarray:
         """Each scored sample's weight in the mean gradient of its task."""
-        contents = ([self.collector.records[n].content for n in of_task] for of_task in (of_a, of_b))
-        samples = counted_samples(*contents)
-        return mean_weights(samples.a, samples.b)
+        contents = [[self.collector.records[n].content for n in of_task] for of_task in (of_a, of_b)]
+        return mean_weights(in_one_task(contents), (len(of_a), len(of_b)))
 
 
 def _place(numbers: list[int], place: int, task: str, argument: str) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 from qkov_dist.results.block_view import HEAD_DIM
 from qkov_dist.results.compared_runs import RunHeader
-from qkov_dist.results.comparison import WITHOUT_RANKS, Comparison, Quantity
+from qkov_dist.results.comparison import WITHOUT_RANKS, Comparison
+from qkov_dist.results.comparison_data import Quantity
 from qkov_dist.results.comparison_words import NAMES
 
 from .comparison_tables import interval

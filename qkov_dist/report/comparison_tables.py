@@ -10,6 +10,7 @@ import numpy as np
 from tabulate import tabulate
 
 from qkov_dist.results.comparison import Comparison
+from qkov_dist.results.comparison_data import Quantity
 from qkov_dist.results.comparison_words import NAMES
 
 from .summary import filled
@@ -74,7 +75,7 @@ def _by_block(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def interval(quantity: Any, block: str, one: int = 0, other: int = -1) -> str:
+def interval(quantity: Quantity, block: str, one: int = 0, other: int = -1) -> str:
     """A rank correlation with its interval; a dash where there is none."""
     value, low, high = (float(of[block][one, other]) for of in (quantity.correlation, quantity.low, quantity.high))
     if math.isnan(value):

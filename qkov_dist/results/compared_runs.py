@@ -58,6 +58,7 @@ class RunHeader:
         model: What is said of the model: path, revision, dtype, type.
         shapes: Parameter -> shape of all that heads lie in; empty where the file does not say.
         settings: ``section.key`` -> value, as far as the file says.
+        beside: Names of other tasks of the run, whose samples are in its Fisher.
         alpha: Level of its tests.
     """
 
@@ -71,6 +72,7 @@ class RunHeader:
     model: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     settings: Mapping[str, Any]
+    beside: tuple[str, ...]
     alpha: float
 
 
@@ -108,6 +110,7 @@ def header_of(heatmap: Heatmap, name: str) -> RunHeader:
         {**model, "type": str(attributes.get("model_type", ""))},
         {record["parameter"]: tuple(record["shape"]) for record in slices},
         _settings(sections, attributes),
+        tuple(sorted({task["name"] for task in sections.get("tasks", ())} - {heatmap.task_a, heatmap.task_b})),
         heatmap.fdr_alpha,
     )
 
@@ -185,6 +188,10 @@ def differences(runs: Sequence[RunHeader]) -> Differences:
         if any(value != values[0] for value in values):
             found.append(f"{key} ({_said(values)})")
             of_another_kind |= set(concerned)
+    besides = {run.beside for run in runs}
+    if len(besides) > 1:
+        found.append(f"tasks beside the pair ({'; '.join(sorted(', '.join(of_run) or 'none' for of_run in besides))})")
+        of_another_kind |= {*OF_ADAM, *OF_SCORES}
     if of_another_kind:
         names = ", ".join(name for name in QUANTITIES if name in of_another_kind)
         notes.append(f"Settings differ, so that values are of another kind: only ranks are compared of {names}.")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from .compared_runs import QUANTITIES
-
-if TYPE_CHECKING:
-    from .comparison import Comparison
+from .comparison_data import ComparisonData, Quantity
 
 NAMES = {
     "change_adam": "change by adam",
@@ -23,7 +19,7 @@ NAMES = {
 assert tuple(NAMES) == QUANTITIES
 
 
-def words(comparison: Comparison) -> list[str]:
+def words(comparison: ComparisonData) -> list[str]:
     """The answer: what moved, rank correlations, what differs."""
     tested = [name for name, of in comparison.quantities.items() if of.moves is not None]
     runs = comparison.runs
@@ -34,7 +30,7 @@ def words(comparison: Comparison) -> list[str]:
     return [*filter(None, said), f"The runs differ in: {differs}."]
 
 
-def _moved(comparison: Comparison, name: str, ends: str) -> str:
+def _moved(comparison: ComparisonData, name: str, ends: str) -> str:
     num, quantity = comparison.num_moved(name), comparison.quantities[name]
     how = "paired by sample" if quantity.paired else "unpaired"
     count = f"{num:,} of {comparison.num_heads:,} heads" if num else f"None of {comparison.num_heads:,} heads"
@@ -46,7 +42,7 @@ def _moved(comparison: Comparison, name: str, ends: str) -> str:
     return said + (f": {', '.join(named)}{more}." if named else ".") + held
 
 
-def _others(comparison: Comparison, names: list[str]) -> str:
+def _others(comparison: ComparisonData, names: list[str]) -> str:
     counted = [f"{NAMES[name]} {comparison.num_moved(name):,}" for name in names]
     return f"Moved by other quantities: {'; '.join(counted)}." if counted else ""
 
@@ -55,7 +51,7 @@ def _only_ranks(ends: str) -> str:
     return f"Whether heads moved {ends} was not tested: only ranks are compared."
 
 
-def _ranks(comparison: Comparison) -> str:
+def _ranks(comparison: ComparisonData) -> str:
     name = comparison.leading
     quantity = comparison.quantities[name]
     parts = [f"{block} {_bracket(quantity, block)}" for block in comparison.blocks]
@@ -65,8 +61,8 @@ def _ranks(comparison: Comparison) -> str:
     return f"Rank correlation{ends}, {NAMES[name]}: {', '.join(parts)}{how}."
 
 
-def _bracket(quantity: object, block: str) -> str:
-    value, low, high = (float(getattr(quantity, key)[block][0, -1]) for key in ("correlation", "low", "high"))
+def _bracket(quantity: Quantity, block: str) -> str:
+    value, low, high = (float(of[block][0, -1]) for of in (quantity.correlation, quantity.low, quantity.high))
     if np.isnan(value):
         return "-"
     return f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else "")

@@ -13,7 +13,7 @@ A pair's heatmap is that of a run of two tasks, but for the Fisher. Pairs are na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -63,8 +63,10 @@ class TaskMatrix:
         present: Block -> whether the layer has this head, bool [layer, native head].
         values: Block -> name (``MATRIX_KEYS``; of changes none where effects were left out) -> float64
             [task, task, layer, native head], NaN for absent heads.
-        heatmaps: (task, task) -> the pair's heatmap. Of a file each is read when it is asked for.
+        heatmaps: (task, task) -> the pair's heatmap. Of a file each is read when it is asked for, without scores of
+            sample pairs.
         attributes: run_id, score, config, versions, warnings, notes, ...: those of all pairs.
+        whole: Reads a pair's heatmap with the scores that the file has; None where ``heatmaps`` have them.
     """
 
     tasks: tuple[str, ...]
@@ -77,6 +79,7 @@ class TaskMatrix:
     values: Mapping[str, Mapping[str, Floats]]
     heatmaps: Mapping[Pair, Heatmap]
     attributes: Mapping[str, Any]
+    whole: Callable[[Pair], Heatmap] | None = None
 
     def __post_init__(self) -> None:
         num = len(self.tasks)
@@ -177,7 +180,8 @@ class TaskMatrix:
         Raises:
             QkovError: for a task that is not there, and for a pair in another order than the configuration's.
         """
-        return self.heatmaps[checked_pair(self.tasks, (task_a, task_b))]
+        pair = checked_pair(self.tasks, (task_a, task_b))
+        return self.heatmaps[pair] if self.whole is None else self.whole(pair)
 
     def total(self, name: str, block: str | None = None) -> Floats:
         """The sum of a change over all heads, or those of a block: [task, task].

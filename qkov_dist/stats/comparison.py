@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from qkov_dist.errors import QkovError, wrong_argument
 from qkov_dist.results.compared_runs import Differences, RunHeader, differences, header_of, refuse_unlike, same_order
-from qkov_dist.results.comparison import WITHOUT_RANKS, Comparison, Quantity, in_order
+from qkov_dist.results.comparison import WITHOUT_RANKS, Comparison, in_order
+from qkov_dist.results.comparison_data import Quantity
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path, load_heatmap
+from qkov_dist.results.task_matrix import checked_pair
 
 from .head_moves import moves
-from .rank_correlation import Correlation, rank_correlation
+from .rank_correlation import rank_correlation
 from .sample_values import SampleValues, quantities_of
 
 TESTED = ("change_adam", "change_sgd", "relative_adam", "relative_sgd", "overlap")
@@ -78,7 +81,7 @@ def compare_runs(
         confidence: Of intervals.
         num_draws: Draws of signs for the family-wise p-value of paired tests.
         seed: Of the draws.
-        pair: Names of A and of B: the pair of tasks that is compared; by default that of each run.
+        pair: Names of A and of B: the pair of tasks that is compared; of files of two tasks it may be left out.
 
     Raises:
         QkovError: for fewer than two runs, files that cannot be read, arguments out of range, and runs whose heads or
@@ -92,7 +95,7 @@ def compare_runs(
         raise wrong_argument("names", f"{len(runs)}, one a run", len(called))
     read: list[_Run] = []
     for place, name in zip(runs, called, strict=True):
-        heatmap = _read(place, name, pair)
+        heatmap = _read(place, pair)
         header = header_of(heatmap, name)
         if read:
             refuse_unlike(read[0].header, header)
@@ -101,14 +104,13 @@ def compare_runs(
     return _compared(read, settings)
 
 
-def _read(run: Heatmap | str | Path, name: str, pair: tuple[str, str] | None) -> Heatmap:
+def _read(run: Heatmap | str | Path, pair: tuple[str, str] | None) -> Heatmap:
     """The heatmap of a run, of the pair that is asked for."""
-    heatmap = run if isinstance(run, Heatmap) else load_heatmap(run)
-    got = (heatmap.task_a, heatmap.task_b)
-    if pair is not None and got != tuple(pair):
-        remedy = "Name the pair in the order of the run's configuration, or leave it out."
-        raise QkovError(f"pair, {name}", expected=f"tasks {pair[0]!r}, {pair[1]!r}", got=f"{got}", remedy=remedy)
-    return heatmap
+    if not isinstance(run, Heatmap):
+        return load_heatmap(run, pair)
+    if pair is not None:
+        checked_pair((run.task_a, run.task_b), pair)
+    return run
 
 
 def _names(runs: Sequence[Heatmap | str | Path]) -> list[str]:
@@ -187,19 +189,20 @@ def _untested(quantities: dict[str, Quantity], apart: Differences) -> str:
 def _quantity(
     name: str, runs: list[SampleValues], apart: Differences, settings: Settings, *, is_tested: bool
 ) -> Quantity:
+    has_samples = all(run.of_samples is not None for run in runs)
+    paired = apart.paired and has_samples and all(_count_alike(runs[0], run) for run in runs[1:])
     found = None
     if is_tested:
         found = moves(
             runs[0],
             runs[-1],
-            paired=apart.paired,
+            paired=paired,
             num_draws=settings.num_draws,
             seed=settings.seed,
             confidence=settings.confidence,
         )
-    has_samples = all(run.of_samples is not None for run in runs)
     values = {block: np.stack([run.values[block] for run in runs]) for block in runs[0].values}
-    ranks = {block: _ranks(name, runs, block, apart, settings) for block in values}
+    ranks = {block: _ranks(name, runs, block, settings, paired=paired) for block in values}
     arrays = {key: {block: of[key] for block, of in ranks.items()} for key in ("value", "low", "high")}
     return Quantity(
         values,
@@ -208,30 +211,30 @@ def _quantity(
         arrays["high"],
         "samples" if has_samples else "heads",
         found,
-        apart.paired and has_samples and found is not None,
+        paired and found is not None,
     )
 
 
+def _count_alike(first: SampleValues, other: SampleValues) -> bool:
+    """Whether the same samples count: those that a third task of one run has too do not."""
+    one, another = first.samples, other.samples
+    return bool(np.array_equal(one.a, another.a) and np.array_equal(one.b, another.b))
+
+
 def _ranks(
-    name: str, runs: list[SampleValues], block: str, apart: Differences, settings: Settings
+    name: str, runs: list[SampleValues], block: str, settings: Settings, *, paired: bool
 ) -> dict[str, np.ndarray]:
     """Value and ends of every two runs, each [run, run]."""
     num = len(runs)
     found = {key: np.full((num, num), np.nan) for key in ("value", "low", "high")}
-    for one in range(num):
-        for other in range(one, num):
-            if name in WITHOUT_RANKS:
-                continue
-            of_pair = Correlation(1.0, 1.0, 1.0, "")
-            if one != other:
-                of_pair = rank_correlation(
-                    runs[one],
-                    runs[other],
-                    block,
-                    paired=apart.paired,
-                    confidence=settings.confidence,
-                    seed=settings.seed,
-                )
-            for key, of_runs in found.items():
-                of_runs[one, other] = of_runs[other, one] = getattr(of_pair, key)
+    if name in WITHOUT_RANKS:
+        return found
+    for array in found.values():
+        np.fill_diagonal(array, 1.0)
+    for one, other in combinations(range(num), 2):
+        of_pair = rank_correlation(
+            runs[one], runs[other], block, paired=paired, confidence=settings.confidence, seed=settings.seed
+        )
+        for key, of_runs in found.items():
+            of_runs[one, other] = of_runs[other, one] = getattr(of_pair, key)
     return found

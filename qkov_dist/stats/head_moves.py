@@ -92,9 +92,9 @@ def _apart(one: Estimate, other: Estimate, is_rounding: npt.NDArray[np.bool_], c
 def moves(
     first: SampleValues, second: SampleValues, *, paired: bool, num_draws: int, seed: int = 0, confidence: float = 0.95
 ) -> Moves | None:
-    """Paired where that can be, else unpaired; None where a run does not know its errors."""
+    """Paired as asked, or unpaired; None where a run does not know its errors."""
     if not can_be_tested(first, second):
         return None
-    if paired and first.of_samples is not None and second.of_samples is not None:
+    if paired:
         return paired_moves(first, second, num_draws=num_draws, seed=seed, confidence=confidence)
     return unpaired_moves(first, second, confidence=confidence)

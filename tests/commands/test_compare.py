@@ -101,7 +101,7 @@ def test_output_holds_page_tables_and_figures_and_runs_can_be_added(compare, fol
     [
         ((), "qkov: compare: expected two runs or more, got one."),
         (("nowhere",), "qkov: nowhere: expected a folder with heatmap.h5, or a heatmap, got none."),
-        (("late", "--pair", "math", "law"), "qkov: pair, early: expected tasks 'math', 'law', got"),
+        (("late", "--pair", "math", "law"), "heatmap.h5: pair: expected one of math, cøde, got 'law'"),
         (("late", "--alpha", "2"), "qkov: alpha: expected a number between 0 and 1, got 2.0."),
         (("late", "--format", "jsn"), "Did you mean 'json'?"),
         (("other",), "qkov: compare other with early: expected tasks 'math', 'cøde', got 'math', 'law'."),
