@@ -23,6 +23,9 @@ CHOICES = ("by", "harms", "optimizer", "step", "top", "share", "significant", "b
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, by what its heads are ranked, how many, and in which form."""
     parser.add_argument("folder", metavar="DIR", help="output folder of the run, or its heatmap's file")
+    parser.add_argument(
+        "--pair", nargs=2, metavar=("A", "B"), help="of more than two tasks: these two, in the configuration's order"
+    )
     parser.add_argument("--by", choices=CRITERIA, default="change_adam", help="rank by this (default: %(default)s)")
     parser.add_argument(
         "--step", type=positive_float, metavar="S", help="for harm: learning rate times number of steps"
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     """Rank, choose, print."""
-    heatmap = load_heatmap(options.folder)
+    heatmap = load_heatmap(options.folder, None if options.pair is None else tuple(options.pair))
     chosen = {name: getattr(options, name) for name in CHOICES}
     try:
         selection = heatmap.select(**chosen)

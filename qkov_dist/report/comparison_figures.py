@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from qkov_dist.results.comparison import Comparison
 from qkov_dist.results.comparison_words import NAMES
 from qkov_dist.results.heatmap_plot import as_plain, draw_block
 
-from .drawing import MARK_FILLS
-from .figures import BLOCK_COLORS, saved
+from .drawing import MARK_FILLS, files_of
+from .figures import BLOCK_COLORS
 
 NUM_LINES = 8
 
@@ -28,7 +27,7 @@ def comparison_figures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
     makers: dict[str, Callable[[Comparison], Any]] = {"scatter": draw_scatter, "differences": draw_differences}
     if len(comparison.runs) > 2:
         makers["trajectories"] = draw_trajectories
-    yield from saved({name: partial(make, comparison) for name, make in makers.items()})
+    yield from files_of(makers, comparison)
 
 
 def _panels(comparison: Comparison, height: float) -> tuple[Any, list[tuple[Any, str]]]:

@@ -17,7 +17,7 @@ from qkov_dist.results.comparison import Comparison
 from .comparison_figures import comparison_figures
 from .comparison_page import comparison_id, make_comparison_page
 from .comparison_tables import correlations_table, heads_table
-from .write import refuse_other_page, replace
+from .write import write_files
 
 COMPARISON_PAGE = "compare.html"
 
@@ -28,17 +28,11 @@ def write_comparison(comparison: Comparison, folder: Path, say: Callable[[str], 
     Raises:
         QkovError: where ``folder`` holds a page of another comparison, or cannot be written.
     """
-    path = folder / COMPARISON_PAGE
-    refuse_other_page(path, comparison_id(comparison))
-    replace(path, make_comparison_page(comparison).encode("utf-8", "backslashreplace"))
-    for table in (heads_table(comparison), correlations_table(comparison)):
-        replace(folder / f"{table.name}.csv", table.to_csv().encode())
-        replace(folder / f"{table.name}.md", table.to_markdown().encode())
-    say(f"tables: {folder}/*.csv, *.md")
-    try:
-        for name, content in comparison_figures(comparison):
-            replace(folder / name, content)
-        say(f"figures: {folder}/*.pdf, *.png")
-    except ModuleNotFoundError as error:
-        say(f"no figures: {error.name} is not installed. Run: pip install 'qkov-dist[report]'")
-    return path
+    return write_files(
+        folder / COMPARISON_PAGE,
+        comparison_id(comparison),
+        make_comparison_page(comparison),
+        (heads_table(comparison), correlations_table(comparison)),
+        comparison_figures(comparison),
+        say,
+    )

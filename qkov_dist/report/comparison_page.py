@@ -16,6 +16,7 @@ from qkov_dist.results.comparison_words import NAMES
 from .comparison_tables import interval
 from .page_frame import base64_of, page_of
 
+STYLE = ("page.css", "compare.css")
 SCRIPT = ("core.js", "sorting.js", "compare.js")
 MOVE_ARRAYS = ("difference", "standard_error", "ci_low", "ci_high", "p_value", "q_value", "p_max")
 HINTS = {
@@ -49,7 +50,8 @@ def make_comparison_page(comparison: Comparison) -> str:
         "ranks_hint": html.escape(_about_ranks(comparison)),
         "notes": _notes(comparison.notes),
     }
-    return page_of("compare.html", comparison_id(comparison), SCRIPT, comparison_data(comparison), shown)
+    data = comparison_data(comparison)
+    return page_of("compare.html", comparison_id(comparison), STYLE, SCRIPT, data, shown)
 
 
 def comparison_data(comparison: Comparison) -> dict[str, Any]:

@@ -7,9 +7,7 @@ all blocks. Text in PDFs stays text.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +17,12 @@ from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_plot import draw_block
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .drawing import MARK_EDGES, MARKERS, add_legend, mark_heads, new_figure
+from .drawing import MARK_EDGES, MARKERS, add_legend, files_of, mark_heads, new_figure
 from .effect_figures import EFFECT_FIGURES
 from .findings import counts, findings, found, is_family_wise, sidedness
 from .tables import test_arrays
 
 BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
-_PNG_DPI = 200
 
 
 def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
@@ -34,25 +31,8 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
     Raises:
         ModuleNotFoundError: where matplotlib is not installed.
     """
-    makers = {name: make for name, make in FIGURES.items() if name not in EFFECT_FIGURES or heatmap.has_tested_effects}
-    yield from saved({name: partial(make, heatmap) for name, make in makers.items()})
-
-
-def saved(makers: Mapping[str, Callable[[], Any]]) -> Iterator[tuple[str, bytes]]:
-    """File name and content of figures by name, each made under this package's settings, as PDF and PNG.
-
-    Raises:
-        ModuleNotFoundError: where matplotlib is not installed.
-    """
-    import matplotlib
-
-    with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
-        for name, make in makers.items():
-            figure = make()
-            for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-                content = io.BytesIO()
-                figure.savefig(content, format=kind, dpi=_PNG_DPI, metadata=metadata)
-                yield f"{name}.{kind}", content.getvalue()
+    known = [name for name in FIGURES if heatmap.has_tested_effects or name not in EFFECT_FIGURES]
+    yield from files_of({name: FIGURES[name] for name in known}, heatmap)
 
 
 def _panels(heatmap: Heatmap, height: float, xlabel: str) -> tuple[Any, list[tuple[Any, str, str]]]:

@@ -18,6 +18,7 @@ from .page_effects import block_effects, effects_data, sections
 from .page_frame import base64_of, page_of, round_to_float32
 from .tables import test_arrays, top_conflicts
 
+STYLE = ("page.css",)
 SCRIPT = (
     "core.js",
     "values.js",
@@ -30,6 +31,7 @@ SCRIPT = (
     "sums.js",
     "conflicts.js",
     "ranked.js",
+    "saving.js",
     "downloads.js",
     "page.js",
 )
@@ -69,7 +71,7 @@ def make_page(heatmap: Heatmap, matrix_page: str = "") -> str:
         "shared": parts.shared(heatmap),
         "provenance": parts.provenance(heatmap),
     }
-    return page_of("page.html", heatmap.run_id, SCRIPT, page_data(heatmap), shown)
+    return page_of("page.html", heatmap.run_id, STYLE, SCRIPT, page_data(heatmap), shown)
 
 
 def page_data(heatmap: Heatmap) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-STYLE = ("page.css",)
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 _MARKER = '<meta name="qkov-run" content="{}">'
 
@@ -28,22 +27,25 @@ def run_marker(run_id: str) -> str:
     return _MARKER.format(html.escape(run_id))
 
 
-def page_of(template: str, run_id: str, script: Iterable[str], data: Any, parts: Mapping[str, str]) -> str:
+def page_of(
+    template: str, run_id: str, style: Iterable[str], script: Iterable[str], data: Any, parts: Mapping[str, str]
+) -> str:
     """A page.
 
     Args:
         template: The name of its asset.
         run_id: The run that it shows.
-        script: Names of assets, in their order.
+        style: Names of assets, in their order.
+        script: The same.
         data: What the script draws: JSON values.
         parts: Markup by the names of places in the template.
     """
-    style, code = _assets(STYLE), _assets(script)
+    looks, code = _assets(style), _assets(script)
     policy = "; ".join(
         (
             "default-src 'none'",
             f"script-src '{_hash(code)}'",
-            f"style-src '{_hash(style)}'",
+            f"style-src '{_hash(looks)}'",
             "base-uri 'none'",
             "form-action 'none'",
         )
@@ -52,7 +54,7 @@ def page_of(template: str, run_id: str, script: Iterable[str], data: Any, parts:
         **parts,
         "policy": policy,
         "marker": run_marker(run_id),
-        "style": style,
+        "style": looks,
         "data": _data_block(data),
         "script": code,
     }

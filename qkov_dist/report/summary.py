@@ -1,19 +1,48 @@
-"""What a finished run prints: the answer, the heads with most interference, and where everything is."""
+"""What a finished run prints: the answer, the strongest heads, or of many tasks the pairs, and where everything is."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
 import numpy as np
 from tabulate import tabulate
 
+from qkov_dist.results.advice import Action
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.task_matrix import TaskMatrix
 
 from .findings import found, name_of, null_of, significance
+from .matrix_findings import families, said_of_pairs
+from .matrix_tables import pairs_table, tasks_table
+from .table import Cell
 
-NUM_SHOWN = 5
+NUM_SHOWN, NUM_ROWS = 5, 12
+PAIR_COLUMNS = {
+    "a": "task_a",
+    "b": "task_b",
+    "conflict": "conflict_adam",
+    "synergy": "synergy_adam",
+    "contested": "contested",
+    "apart": "apart",
+    "change": "change_adam",
+    "low": "ci_low_adam",
+    "high": "ci_high_adam",
+    "q": "q_value_adam",
+    "direction": "direction_adam",
+}
+TASK_COLUMNS = {
+    "task": "task",
+    "samples": "samples",
+    "loss": "mean_loss",
+    "hurt": "pairs_that_hurt",
+    "help": "pairs_that_help",
+    "not known": "pairs_not_known",
+    "conflict": "conflict_adam",
+    "synergy": "synergy_adam",
+}
 WIDTH = 110
 
 
@@ -39,14 +68,48 @@ def print_verdict(heatmap: Heatmap) -> None:
     verdict = heatmap.verdict
     if verdict is None:
         return
+    _print_answer(verdict.sentences, verdict.details, verdict.actions)
+
+
+def print_matrix_summary(matrix: TaskMatrix, folder: str | Path, file: str = "heatmap.h5") -> None:
+    """Print the answer, the pairs with most heads in conflict, each task, and the path of the file, to stdout."""
+    if verdict := matrix.verdict:
+        _print_answer(verdict.sentences, verdict.details, verdict.actions)
+    for title, table, columns in (
+        ("pairs with most heads in conflict", pairs_table(matrix), PAIR_COLUMNS),
+        ("tasks, like ones together", tasks_table(matrix), TASK_COLUMNS),
+    ):
+        known = {name: table.columns.index(column) for name, column in columns.items() if column in table.columns}
+        rows = [[_cell(row[place]) for place in known.values()] for row in table.rows[:NUM_ROWS]]
+        more = len(table.rows) - len(rows)
+        print(f"\n{matrix.title}: {title}\n")
+        print(tabulate(rows, headers=list(known), floatfmt=".3g"))
+        if more > 0:
+            print(f"... and {more:,} more")
+    if not verdict:
+        print()
+        for text in families(matrix):
+            print(filled(text))
+    for kind, text in said_of_pairs(matrix):
+        if kind == "note":
+            print(f"note: {text}")
+    print(f"\nscores, samples and settings: {Path(folder) / file}")
+    print(f"open it with qkov_dist.load_matrix, a pair of it with load_heatmap(..., pair={matrix.pairs[0]!r})")
+
+
+def _cell(cell: Cell) -> Cell:
+    return "-" if cell is None else cell
+
+
+def _print_answer(sentences: Sequence[str], details: Sequence[str], actions: Sequence[Action]) -> None:
     print()
-    for text in verdict.sentences:
+    for text in sentences:
         print(filled(text))
     print()
-    for detail in verdict.details:
+    for detail in details:
         print(filled(f"- {detail}", indent="  "))
     print("\nWhat to do next:")
-    for place, action in enumerate(verdict.actions, 1):
+    for place, action in enumerate(actions, 1):
         print(filled(f"{place}. {action.why}", indent="   "))
         if action.command:
             print(f"     {action.command}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compared_runs import QUANTITIES
 from .comparison_data import ComparisonData, Quantity
 
 NAMES = {
@@ -16,7 +15,6 @@ NAMES = {
     "cross_mean": "effect size of cross_mean",
     "score_mean": "mean score",
 }
-assert tuple(NAMES) == QUANTITIES
 
 
 def words(comparison: ComparisonData) -> list[str]:

@@ -66,7 +66,7 @@ def matrix_to_xarray(
     except ImportError as error:
         raise missing_extra("to_xarray", "xarray") from error
     names = np.array(tasks, dtype=object)
-    coords = {"task": names, "task_right": names, **{name: np.asarray(axis, np.int64) for name, axis in axes.items()}}
+    coords: dict[str, Any] = {**{name: np.asarray(axis, np.int64) for name, axis in axes.items()}}
     coords |= {"task": ("task", names, {"long_name": "task whose loss changes"})}
     coords |= {"task_right": ("task_right", names, {"long_name": "task stepped on"})}
     data = {

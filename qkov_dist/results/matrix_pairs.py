@@ -68,6 +68,7 @@ class PairRecord:
         totals: Optimizer -> what attention adds up to; empty where effects are not known.
         codes: Kind of ``KINDS`` (those known) -> block -> int8 [layer, native head].
         statistic: By which scores were tested; "" where they were not.
+        said: Kind (warning, note, statistics) and text of all that the pair warns of and notes.
     """
 
     tasks: tuple[str, str]
@@ -76,6 +77,7 @@ class PairRecord:
     totals: Mapping[str, PairTotal]
     codes: Mapping[str, Mapping[str, Codes]]
     statistic: str = ""
+    said: tuple[tuple[str, str], ...] = ()
 
     def count(self, kind: str, sign: int, block: str | None = None) -> int:
         """How many heads, of all blocks or of one, have a sign: 1 conflict, -1 synergy."""
@@ -120,7 +122,13 @@ def _record(heatmap: Heatmap) -> PairRecord:
             for block, of in heatmap.tests.items()
         }
     tasks, statistic = (heatmap.task_a, heatmap.task_b), heatmap.deciding if heatmap.tests else ""
-    return PairRecord(tasks, heatmap.counted.sizes, heatmap.fdr_alpha, totals, codes, statistic)
+    texts = {
+        "warning": heatmap.attributes.get("warnings", ()),
+        "note": heatmap.attributes.get("notes", ()),
+        "statistics": (heatmap.statistics or {}).get("notes", ()),
+    }
+    said = tuple((kind, str(text)) for kind, of_kind in texts.items() for text in of_kind)
+    return PairRecord(tasks, heatmap.counted.sizes, heatmap.fdr_alpha, totals, codes, statistic, said)
 
 
 def _codes(values: npt.NDArray[Any], q_values: npt.NDArray[Any], level: float) -> Codes:

@@ -95,16 +95,20 @@ def by_verdict(records: Sequence[PairRecord]) -> dict[Direction, list[PairRecord
 def mix_without_harm(tasks: Sequence[str], records: Sequence[PairRecord]) -> tuple[str, ...]:
     """Tasks left when the one with most harmful pairs is taken away, again and again; then what fits is put back."""
     harmful = {frozenset(record.tasks) for record in records if record.direction() == "harm"}
-    kept, gone = list(tasks), []
+    kept = list(tasks)
+    gone: list[str] = []
 
     def harms(task: str) -> int:
+        """How many of the tasks kept it harms."""
         return sum(frozenset((task, other)) in harmful for other in kept)
 
-    while kept and max(map(harms, kept)):
+    while kept and any(harms(task) for task in kept):
         worst = max(reversed(kept), key=harms)
         kept.remove(worst)
         gone.append(worst)
-    kept.extend(task for task in reversed(gone) if not harms(task))
+    for task in reversed(gone):
+        if not harms(task):
+            kept.append(task)
     return tuple(task for task in tasks if task in kept)
 
 
@@ -224,15 +228,19 @@ def _how_sure(records: Sequence[PairRecord]) -> Iterator[str]:
         yield f"By its own 95% interval alone, not over all pairs: {named}."
 
 
-def in_words(expected: Chance, level: float) -> str:
-    """What chance alone gives, as the page and the terminal say it."""
-    return (
+def in_words(expected: Chance, level: float, found: str = "in conflict or synergy", *, has_totals: bool = True) -> str:
+    """What chance alone gives, as the page and the terminal say it; ``found`` is what heads are found to be."""
+    of_heads = (
         f"Tests of heads are corrected within a block of a pair: {expected.pairs:,} pairs make {expected.families:,} "
-        f"such families. Of {expected.found:,} heads found in conflict or in synergy over all pairs at most "
+        f"such families. Of {expected.found:,} heads found {found} over all pairs at most "
         f"{number(expected.false_finds)} are expected to be no find; were there no effect at all, at most "
-        f"{number(expected.false_families)} families would show any (level {level:g}). Totals of pairs are corrected "
-        f"over pairs; of {expected.pairs:,} intervals of 95% about {number(expected.false_intervals)} miss the truth."
+        f"{number(expected.false_families)} families would show any (level {level:g})."
     )
+    of_totals = (
+        f" Totals of pairs are corrected over pairs; of {expected.pairs:,} intervals of 95% about "
+        f"{number(expected.false_intervals)} miss the truth."
+    )
+    return of_heads + (of_totals if has_totals else "")
 
 
 def _other_optimizer(records: Sequence[PairRecord]) -> str:

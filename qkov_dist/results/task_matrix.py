@@ -99,7 +99,7 @@ class TaskMatrix:
     @property
     def folder(self) -> str:
         """Where the run lies, as commands name it."""
-        return str(self._settings("output").get("dir") or "DIR")
+        return str(self.settings("output").get("dir") or "DIR")
 
     @property
     def title(self) -> str:
@@ -107,11 +107,11 @@ class TaskMatrix:
         sizes = sorted({*map(len, self.samples)})
         counted = f"{sizes[0]:,} samples each" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} samples each"
         tasks = f"{len(self.tasks)} tasks, {counted}"
-        path = str(self._settings("model").get("path", "")).rstrip("/").rpartition("/")[2]
+        path = str(self.settings("model").get("path", "")).rstrip("/").rpartition("/")[2]
         model = path or str(self.attributes.get("model_type", ""))
         return f"{model}: {tasks}" if model else tasks
 
-    def _settings(self, section: str) -> Mapping[str, Any]:
+    def settings(self, section: str) -> Mapping[str, Any]:
         """One section of the run's configuration; empty where the file does not say."""
         config = self.attributes.get("config")
         found: Mapping[str, Any] = config.get(section, {}) if isinstance(config, Mapping) else {}
@@ -213,7 +213,7 @@ class TaskMatrix:
     def to_xarray(self) -> Dataset:
         """``change_adam_Q`` and its like over task, task_right, layer and head or kv_head, without copies."""
         axes = {"layer": self.layers, "head": self.heads, "kv_head": self.kv_heads}
-        unit = UNITS.get(str(self._settings("metric").get("loss_reduction")), "nats")
+        unit = UNITS.get(str(self.settings("metric").get("loss_reduction")), "nats")
         return matrix_to_xarray(self.tasks, axes, self.values, self.attributes, unit)
 
     def plot(self, value: str = "change_adam", block: str | None = None, ax: Axes | None = None) -> Figure:

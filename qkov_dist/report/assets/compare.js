@@ -13,7 +13,6 @@ const nameAt = (block, at) => `${block.name} ${DATA.layers[Math.floor(at / block
 const difference = (block, at) => number(block, LAST, at) - number(block, 0, at);
 const hasMoved = (block, at) => number(block, "q_value", at) <= DATA.alpha;
 const isFamily = (block, at) => number(block, "p_max", at) <= DATA.alpha;
-const fixed = (number) => number.toFixed(1);
 const there = (block) => [...ofRun(block, 0).keys()].filter((at) => !Number.isNaN(difference(block, at)));
 const stateOf = (block, at) => (hasMoved(block, at) ? (difference(block, at) > 0 ? "up" : "down") : "");
 

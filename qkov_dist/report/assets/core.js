@@ -58,6 +58,8 @@ function show(number) {
   return text.replace("-", "−");
 }
 
+const fixed = (number) => number.toFixed(1);
+
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 
 // Cividis, and blue to orange about a neutral middle. Both are safe for colour-blind readers.

@@ -168,13 +168,18 @@ function drawAxes(context, map, color) {
   }
 }
 
-function drawBar(map, scale) {
-  const width = Math.max(map.bar.clientWidth, 60);
-  const context = prepare(map.bar, width, 10);
+/** The colours of a scale from its low end to its high one. */
+function paintBar(bar, colors) {
+  const width = Math.max(bar.clientWidth, 60);
+  const context = prepare(bar, width, 10);
   for (let x = 0; x < width; x++) {
-    context.fillStyle = rgb(mix(scale.colors, x / (width - 1)));
+    context.fillStyle = rgb(mix(colors, x / (width - 1)));
     context.fillRect(x, 0, 1.5, 10);
   }
+}
+
+function drawBar(map, scale) {
+  paintBar(map.bar, scale.colors);
   map.ends.forEach((end, i) => { end.textContent = scale.ends[i]; });
 }
 
@@ -221,6 +226,11 @@ function showTip(map, cell, x, y) {
     ? numbersAtPointer(block, block.at(cell.layer, cell.head)).map(([name, text]) => make("span", {}, `${name} ${text}`))
     : [make("span", {}, "this layer has no such head")];
   tip.replaceChildren(make("b", {}, nameOf(block, cell)), ...rows);
+  placeTip(x, y);
+}
+
+/** Show the tip beside a point of the window, inside it. */
+function placeTip(x, y) {
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
   tip.style.left = `${Math.min(Math.max(x + 14, 4), document.documentElement.clientWidth - width - 4)}px`;

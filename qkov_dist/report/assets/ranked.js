@@ -37,17 +37,6 @@ function rankedRow(row, most) {
     make("td", { role: "cell", class: `short ${kind || ""} ${key}`, "data-label": title }, ...cells[key])));
 }
 
-/** The interval against 0, drawn on the scale of all rows shown. */
-function intervalLine({ change, low, high }, most) {
-  const x = (number) => fixed(50 + (48 * Math.max(Math.min(number, most), -most)) / most);
-  const svg = makeSvg("svg", { viewBox: "0 0 100 10", class: "interval-line", "aria-hidden": "true", preserveAspectRatio: "none" });
-  const line = (name, x1, x2, y1, y2) => svg.append(makeSvg("line", { class: name, x1, x2, y1, y2 }));
-  line("axis", 50, 50, 0, 10);
-  line("band", x(low), x(high), 5, 5);
-  line("point", x(change), x(change), 1, 9);
-  return svg;
-}
-
 /** The heads that the filter keeps, in the order of the table. */
 const rankedRows = () => sortBy(rankedHeads().filter((row) => RANKED.kind === "all" || row.finding === RANKED.kind), RANKED.key, RANKED.down);
 

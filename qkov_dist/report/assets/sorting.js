@@ -1,4 +1,4 @@
-// Tables that sort by any column.
+// Tables that sort by any column, and intervals drawn in their cells.
 
 /** A column's name that sorts by it: state holds ``key`` and ``down``; ``first`` is the order of the first click. */
 function sortHeader(table, [key, title, kind], state, draw, first) {
@@ -22,4 +22,15 @@ function sortBy(rows, key, down) {
     if (isNone(a) || isNone(b)) return isNone(a) - isNone(b);
     return sign * (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b);
   });
+}
+
+/** The interval against 0, drawn on the scale of all rows shown. */
+function intervalLine({ change, low, high }, most) {
+  const x = (number) => fixed(50 + (48 * Math.max(Math.min(number, most), -most)) / most);
+  const svg = makeSvg("svg", { viewBox: "0 0 100 10", class: "interval-line", "aria-hidden": "true", preserveAspectRatio: "none" });
+  const line = (name, x1, x2, y1, y2) => svg.append(makeSvg("line", { class: name, x1, x2, y1, y2 }));
+  line("axis", 50, 50, 0, 10);
+  line("band", x(low), x(high), 5, 5);
+  line("point", x(change), x(change), 1, 9);
+  return svg;
 }
