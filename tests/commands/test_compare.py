@@ -9,6 +9,9 @@ import json
 import pytest
 from heatmaps import heatmap_with_tests
 from influences import with_made_effects
+from running import run_quietly, settings, write_inputs
+from samples import mixed_samples, write_task
+from zoo import VOCAB
 
 from qkov_dist import compare_runs
 from qkov_dist.cli import main
@@ -120,6 +123,27 @@ def test_what_is_wrong_is_said_in_one_message(folders, more, says, capsys, monke
     told = capsys.readouterr()
     assert says in told.err
     assert told.out == ""
+
+
+@pytest.mark.long
+def test_of_many_tasks_a_pair_is_named(compare, tmp_path, capsys):
+    """A run of three against one of two of them, on the same samples: their Fisher is not the same."""
+    write_inputs(tmp_path, "llama")
+    write_task(tmp_path / "c.jsonl", mixed_samples(4, VOCAB, seed=3))
+    two = settings(tmp_path, "llama", "two", {}, metric={"layers": [1]})
+    three = settings(tmp_path, "llama", "three", {}, metric={"layers": [1]})
+    three["tasks"] = [*three["tasks"], {"name": "c", "path": str(tmp_path / "c.jsonl")}]
+    run_quietly(two, three)
+    capsys.readouterr()  # what libraries print when they are loaded
+    runs = [tmp_path / "out" / name for name in ("two", "three")]
+    told = json.loads(compare(*runs, "--pair", "a", "b", "--format", "json"))
+    assert told["paired"]
+    assert told["differs"] == ["tasks beside the pair (c; none)"]
+    assert list(told["moved"]) == ["change_sgd", "relative_sgd"]  # adam's steps are by the Fisher of all
+    assert told["moved"]["change_sgd"] == 0
+    for more, says in (((), "the file is of more than two"), (("--pair", "b", "a"), "in their order")):
+        assert main(["compare", *map(str, runs[::-1]), *more]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_the_pair_that_a_run_is_of_may_be_named(compare, folders):
