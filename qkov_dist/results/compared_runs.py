@@ -55,7 +55,7 @@ class RunHeader:
         natives: Block -> native head numbers.
         present: Block -> whether the layer has this head, bool [layer, native head].
         samples: The samples of A and of B.
-        model: What is said of the model: path, revision, dtype, type.
+        model: What is said of the model: path, revision, dtype, type, fingerprint.
         shapes: Parameter -> shape of all that heads lie in; empty where the file does not say.
         settings: ``section.key`` -> value, as far as the file says.
         beside: Names of other tasks of the run, whose samples are in its Fisher.
@@ -107,12 +107,22 @@ def header_of(heatmap: Heatmap, name: str) -> RunHeader:
         {block: heatmap.natives(block) for block in heatmap.blocks},
         heatmap.present,
         (heatmap.samples_a, heatmap.samples_b),
-        {**model, "type": str(attributes.get("model_type", ""))},
+        {
+            **model,
+            "type": str(attributes.get("model_type", "")),
+            "fingerprint": str(attributes.get("model_fingerprint", "")),
+        },
         {record["parameter"]: tuple(record["shape"]) for record in slices},
         _settings(sections, attributes),
-        tuple(sorted({task["name"] for task in sections.get("tasks", ())} - {heatmap.task_a, heatmap.task_b})),
+        tuple(sorted(_task_names(sections) - {heatmap.task_a, heatmap.task_b})),
         heatmap.fdr_alpha,
     )
+
+
+def _task_names(sections: Mapping[str, Any]) -> set[str]:
+    tasks = sections.get("tasks", ())
+    known = [task for task in tasks if isinstance(task, Mapping)] if isinstance(tasks, list) else []
+    return {str(task["name"]) for task in known if "name" in task}
 
 
 def _settings(sections: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,12 +230,17 @@ def _shared(runs: Sequence[RunHeader], place: int) -> str:
 
 
 def _of_model(runs: Sequence[RunHeader]) -> list[str]:
-    """What differs of the model: what the configurations say, and what losses of the same samples show."""
+    """What differs of the model: what the configurations say, and its weights, by fingerprints, or else by losses."""
     found = []
     for key in _ARRAYS_OF_MODEL:
         values = [run.model.get(key) for run in runs]
         if any(value != values[0] for value in values):
             found.append(f"model.{key} ({_said(values)})")
+    fingerprints = [run.model["fingerprint"] for run in runs]
+    if all(fingerprints):
+        if len(set(fingerprints)) > 1:
+            found.insert(0, f"model weights (fingerprints {', '.join(of[:8] for of in dict.fromkeys(fingerprints))})")
+        return found
     apart = max((_loss_apart(runs[0], run) for run in runs[1:]), default=0.0)
     if apart > SAME_LOSS:
         found.insert(0, f"model weights (losses of the same samples differ by up to {apart:.2g} of themselves)")
@@ -246,7 +261,7 @@ def _loss_apart(first: RunHeader, other: RunHeader) -> float:
 
 
 def _said(values: Iterable[object]) -> str:
-    return ", ".join("not said" if value is None else str(value) for value in dict.fromkeys(values))
+    return ", ".join(dict.fromkeys("not said" if value is None else str(value) for value in values))
 
 
 def _listed(names: Iterable[str]) -> str:

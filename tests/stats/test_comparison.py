@@ -339,6 +339,14 @@ def test_other_weights_are_told_by_losses_of_the_same_samples(first):
     assert differs == ("model weights (losses of the same samples differ by up to 0.17 of themselves)",)
 
 
+def test_where_files_know_fingerprints_these_tell_whether_weights_differ(first):
+    runs = [
+        dataclasses.replace(first, attributes={**first.attributes, "model_fingerprint": mark * 64}) for mark in "abb"
+    ]
+    assert compare_runs(runs[1:], num_draws=5).differs == ()
+    assert compare_runs(runs, num_draws=5).differs == ("model weights (fingerprints aaaaaaaa, bbbbbbbb)",)
+
+
 def test_unequal_numbers_of_samples_leave_what_is_no_mean_to_ranks(first):
     more = with_made_effects(
         make_heatmap(samples_a=make_table("a", 9), pooled=None, cross=None, attributes=first.attributes), seed=1
@@ -347,6 +355,14 @@ def test_unequal_numbers_of_samples_leave_what_is_no_mean_to_ranks(first):
     tested = {name for name, of in comparison.quantities.items() if of.moves is not None}
     assert tested == {"change_adam", "change_sgd"}
     assert any("different numbers of samples" in note for note in comparison.notes)
+
+
+def test_a_configuration_that_is_none_of_ours_is_told_not_believed(first):
+    config = {"model": {"path": ["x"]}, "tasks": "a", "metric": 3, "fisher": {"estimator": {}}}
+    attributes = {"run_id": "x", "score": "interference", "config": config}
+    comparison = compare_runs([first, dataclasses.replace(first, attributes=attributes)], num_draws=5)
+    assert "model.path (not said, ['x'])" in comparison.differs
+    assert "fisher.estimator (mean, {})" in comparison.differs
 
 
 @pytest.mark.parametrize(
