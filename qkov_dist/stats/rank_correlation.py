@@ -56,15 +56,18 @@ def rank_correlation(
     if np.isnan(value):
         return Correlation(value, np.nan, np.nan, "")
     if first.of_samples is None or second.of_samples is None:
-        return Correlation(value, *_over_heads(one, other, value, confidence, seed), "heads")
+        return Correlation(value, *_over_heads(one, other, confidence, seed), "heads")
     groups = list(_left_out(first, second, block, there, paired=paired))
     return Correlation(value, *_over_samples(value, groups, confidence), "samples")
 
 
 def spearman(first: Floats, second: Floats) -> Floats:
     """Of the last axis; NaN where either does not vary."""
-    ranks = [rankdata(values, axis=-1) for values in (first, second)]
-    one, other = (of_run - of_run.mean(-1, keepdims=True) for of_run in ranks)
+    return _pearson(*(rankdata(values, axis=-1) for values in (first, second)))
+
+
+def _pearson(first: Floats, second: Floats) -> Floats:
+    one, other = (values - values.mean(-1, keepdims=True) for values in (first, second))
     sizes = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
     found: Floats = np.divide((one * other).sum(-1), sizes, out=np.full(np.shape(sizes), np.nan), where=sizes > 0)
     return found
@@ -102,8 +105,10 @@ def _over_samples(value: float, groups: list[Floats], confidence: float) -> tupl
     return float(ends[0]), float(ends[1])
 
 
-def _over_heads(one: Floats, other: Floats, value: float, confidence: float, seed: int) -> tuple[float, float]:
-    rng = np.random.default_rng(seed)
-    places = rng.integers(len(one), size=(_RESAMPLES, len(one)))
-    ends = np.nanquantile(spearman(one[places], other[places]), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(ends[0]), float(ends[1])
+def _over_heads(one: Floats, other: Floats, confidence: float, seed: int) -> tuple[float, float]:
+    """Heads are drawn with their ranks among all heads: ranked again, they would be nearly the same."""
+    ranks = [rankdata(values) for values in (one, other)]
+    places = np.random.default_rng(seed).integers(len(one), size=(_RESAMPLES, len(one)))
+    drawn = _pearson(*(of_run[places] for of_run in ranks))
+    low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
