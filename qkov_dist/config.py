@@ -124,6 +124,11 @@ class StatisticsConfig(_Section):
     permutations: int = _key(whole(2), "relabellings K of the samples; the smallest p-value is 1 / (1 + K)", 1000)
     confidence: float = _key(FRACTION, "of jackknife intervals, and the share of each null that its band holds", 0.95)
     fdr_alpha: float = _key(FRACTION, "level of the false discovery rate", 0.05)
+    family: str = _key(
+        one_of("pair", "all"),
+        "of more than two tasks: tests that are corrected together, within each pair or over all pairs",
+        "pair",
+    )
     seed: int = _key(whole(0), "seed of permutations", 0)
     allow_shared_samples: bool = _key(
         FLAG,

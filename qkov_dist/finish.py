@@ -26,7 +26,6 @@ from .results.assemble import Assembly, assemble
 from .results.gather import Read
 from .results.heatmap import Heatmap
 from .results.heatmap_data import Pairs
-from .results.matrix_file import save_matrix
 from .results.matrix_sums import MatrixSums
 from .results.metadata import HeatmapMetadata, LayerAxes
 from .results.partial_schema import LayerPartial
@@ -34,8 +33,9 @@ from .results.reduce import add_dealt, bring_to_first
 from .results.task_matrix import TaskMatrix
 from .results.task_pairs import of_pair
 from .stats.effect_tests import effect_tests, notes_on_effects
+from .stats.families import note_on_families, over_all_pairs
 from .stats.head_tests import Design, LayerTests, layer_tests
-from .stats.statistics import QKOVStatistics
+from .stats.statistics import Family, QKOVStatistics
 
 
 def statistics_of(config: RunConfig) -> QKOVStatistics | None:
@@ -43,7 +43,13 @@ def statistics_of(config: RunConfig) -> QKOVStatistics | None:
     settings = config.statistics
     if not settings.enabled:
         return None
-    return QKOVStatistics(settings.fdr_alpha, settings.permutations, seed=settings.seed, confidence=settings.confidence)
+    return QKOVStatistics(
+        settings.fdr_alpha,
+        settings.permutations,
+        seed=settings.seed,
+        confidence=settings.confidence,
+        family=cast(Family, settings.family),
+    )
 
 
 def finish(
@@ -78,10 +84,7 @@ def finish(
         )
     if found is None:
         return None
-    if isinstance(found, TaskMatrix):
-        save_matrix(found, path, pairs)
-    else:
-        found.save(path, pairs)
+    found.save(path, pairs)
     for warning in found.attributes["warnings"]:
         console.say(f"warning: {warning}")
     for note in notes_of(found):
@@ -195,7 +198,12 @@ def combine_tasks(
             tests = LayerTests.joined(LayerTests.from_json(of_rank[number]) for of_rank in gathered)
             heatmap = heatmap.with_statistics(statistics.results(heatmap, designs[number], tests))
         heatmaps[names[number]] = heatmap
-    return putting.sums.matrix(heatmaps)
+    family = "pair" if statistics is None else statistics.family
+    if family == "all":
+        heatmaps = over_all_pairs(heatmaps)
+    matrix = putting.sums.matrix(heatmaps)
+    notes = [*matrix.attributes["notes"], note_on_families(len(heatmaps), family)]
+    return dataclasses.replace(matrix, attributes={**matrix.attributes, "notes": notes})
 
 
 class _Putting:

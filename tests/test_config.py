@@ -90,6 +90,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
             "permutations": 1000,
             "confidence": 0.95,
             "fdr_alpha": 0.05,
+            "family": "pair",
             "seed": 0,
             "allow_shared_samples": False,
         },

@@ -77,6 +77,12 @@ def add_configuration(parser: argparse.ArgumentParser, text: str, *, optional: b
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
 
 
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """Two tasks of a run of more."""
+    text = "two tasks of a run of more than two, in the order of the configuration"
+    parser.add_argument("--pair", nargs=2, metavar=("A", "B"), help=text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """A model, and how it is loaded."""
     text = "hub id, model directory or .gguf file"

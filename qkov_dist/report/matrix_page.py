@@ -15,8 +15,9 @@ import numpy as np
 
 from qkov_dist.report import page_parts as parts
 from qkov_dist.results.block_view import HEAD_DIM
-from qkov_dist.results.matrix_pairs import KINDS, PairRecord, heads_in
-from qkov_dist.results.task_matrix import MATRIX_KEYS, Pair, TaskMatrix
+from qkov_dist.results.matrix_data import MATRIX_KEYS, Pair
+from qkov_dist.results.matrix_pairs import KINDS, PairRecord, heads_in, scope_of
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.results.verdict_facts import UNITS
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
@@ -136,6 +137,7 @@ def matrix_data(matrix: TaskMatrix, pages: Mapping[Pair, str]) -> dict[str, Any]
         "level": records[0].level,
         "unit": UNITS.get(str(matrix.settings("metric").get("loss_reduction")), "nats"),
         "kinds": kinds,
+        "scopes": {kind: scope_of(records, kind) for kind in kinds},
         "words": {kind: words_of(matrix, kind) for kind in kinds},
         "findings": [],
         "effects": None,

@@ -8,12 +8,14 @@ holds over all pairs, ``own_direction`` by the pair's own interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from qkov_dist.results.matrix_data import MATRIX_KEYS
 from qkov_dist.results.matrix_pairs import SCORES, PairRecord
-from qkov_dist.results.task_matrix import MATRIX_KEYS, TaskMatrix
+from qkov_dist.results.task_matrix import TaskMatrix
+from qkov_dist.results.verdict_facts import BY
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .matrix_findings import heads_over_pairs, kinds_of, task_rows, words_of
@@ -45,7 +47,7 @@ def _optimizers(matrix: TaskMatrix) -> tuple[str, ...]:
 
 
 def pairs_table(matrix: TaskMatrix) -> Table:
-    """One row for each pair, those with most heads in conflict first."""
+    """One row for each pair, those with most heads in conflict first, then those whose change is the surest."""
     counted, optimizers = _count_columns(matrix), _optimizers(matrix)
     cosines = {optimizer: matrix.cosines(optimizer) for optimizer in optimizers}
     averages = {name: matrix.average(name) for name in ("mean", "overlap")}
@@ -53,7 +55,7 @@ def pairs_table(matrix: TaskMatrix) -> Table:
     columns += [f"{name}_{optimizer}" for optimizer in optimizers for name in (*_TOTALS, *_RELATIVE, "cosine")]
     columns += ["mean_ab", "mean_ba", "overlap"]
     rows = []
-    for record in matrix.records:
+    for record in _by_conflicts(matrix.records):
         a, b = (matrix.tasks.index(task) for task in record.tasks)
         row: list[Cell] = [*record.tasks, *record.num_samples, *(record.count(kind, sign) for _, kind, sign in counted)]
         for optimizer in optimizers:
@@ -62,8 +64,14 @@ def pairs_table(matrix: TaskMatrix) -> Table:
             _known(float(averages[name][at])) for name, at in (("mean", (a, b)), ("mean", (b, a)), ("overlap", (a, b)))
         ]
         rows.append(tuple(row))
-    rows.sort(key=lambda row: -int(row[4] or 0))
     return Table("pairs", tuple(columns), tuple(rows))
+
+
+def _by_conflicts(records: Iterable[PairRecord]) -> list[PairRecord]:
+    def sureness(record: PairRecord) -> tuple[int, float]:
+        return -record.count(BY, 1), record.totals[BY].total.p_value if record.totals else 1.0
+
+    return sorted(records, key=sureness)
 
 
 def _scores_at(a: int, b: int) -> Iterator[tuple[str, tuple[int, int]]]:

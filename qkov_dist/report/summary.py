@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -17,33 +17,29 @@ from qkov_dist.results.task_matrix import TaskMatrix
 from .findings import found, name_of, null_of, significance
 from .matrix_findings import families, said_of_pairs
 from .matrix_tables import pairs_table, tasks_table
-from .table import Cell
+from .table import Cell, Table
 
 NUM_SHOWN, NUM_ROWS = 5, 12
-PAIR_COLUMNS = {
-    "a": "task_a",
-    "b": "task_b",
+WIDTH = 110
+PAIR_COLUMNS = {"a": "task_a", "b": "task_b", "contested": "contested", "apart": "apart"}
+EFFECT_PAIRS = {
     "conflict": "conflict_adam",
     "synergy": "synergy_adam",
-    "contested": "contested",
-    "apart": "apart",
     "change": "change_adam",
     "low": "ci_low_adam",
     "high": "ci_high_adam",
     "q": "q_value_adam",
     "direction": "direction_adam",
 }
-TASK_COLUMNS = {
-    "task": "task",
-    "samples": "samples",
-    "loss": "mean_loss",
+SCORE_PAIRS = {"mean a on b": "mean_ab", "mean b on a": "mean_ba", "overlap": "overlap"}
+TASK_COLUMNS = {"task": "task", "samples": "samples", "loss": "mean_loss"}
+EFFECT_TASKS = {
     "hurt": "pairs_that_hurt",
     "help": "pairs_that_help",
     "not known": "pairs_not_known",
     "conflict": "conflict_adam",
     "synergy": "synergy_adam",
 }
-WIDTH = 110
 
 
 def print_summary(heatmap: Heatmap, folder: str | Path, file: str = "heatmap.h5") -> None:
@@ -72,20 +68,13 @@ def print_verdict(heatmap: Heatmap) -> None:
 
 
 def print_matrix_summary(matrix: TaskMatrix, folder: str | Path, file: str = "heatmap.h5") -> None:
-    """Print the answer, the pairs with most heads in conflict, each task, and the path of the file, to stdout."""
+    """Print the answer, pairs with most heads in conflict first, tasks, and the path of the file, to stdout."""
     if verdict := matrix.verdict:
         _print_answer(verdict.sentences, verdict.details, verdict.actions)
-    for title, table, columns in (
-        ("pairs with most heads in conflict", pairs_table(matrix), PAIR_COLUMNS),
-        ("tasks, like ones together", tasks_table(matrix), TASK_COLUMNS),
-    ):
-        known = {name: table.columns.index(column) for name, column in columns.items() if column in table.columns}
-        rows = [[_cell(row[place]) for place in known.values()] for row in table.rows[:NUM_ROWS]]
-        more = len(table.rows) - len(rows)
-        print(f"\n{matrix.title}: {title}\n")
-        print(tabulate(rows, headers=list(known), floatfmt=".3g"))
-        if more > 0:
-            print(f"... and {more:,} more")
+    pairs, tasks = (EFFECT_PAIRS, EFFECT_TASKS) if verdict else ({}, {})
+    scores = {} if verdict else SCORE_PAIRS
+    _print_table(matrix, pairs_table(matrix), {**PAIR_COLUMNS, **pairs, **scores})
+    _print_table(matrix, tasks_table(matrix), {**TASK_COLUMNS, **tasks})
     if not verdict:
         print()
         for text in families(matrix):
@@ -95,6 +84,16 @@ def print_matrix_summary(matrix: TaskMatrix, folder: str | Path, file: str = "he
             print(f"note: {text}")
     print(f"\nscores, samples and settings: {Path(folder) / file}")
     print(f"open it with qkov_dist.load_matrix, a pair of it with load_heatmap(..., pair={matrix.pairs[0]!r})")
+
+
+def _print_table(matrix: TaskMatrix, table: Table, columns: Mapping[str, str]) -> None:
+    """The first rows of a table, under other names of columns; those that it does not have are left out."""
+    known = {name: table.columns.index(column) for name, column in columns.items() if column in table.columns}
+    rows = [[_cell(row[place]) for place in known.values()] for row in table.rows[:NUM_ROWS]]
+    print(f"\n{matrix.title}: {table.name}\n")
+    print(tabulate(rows, headers=list(known), floatfmt=".3g"))
+    if more := len(table.rows) - len(rows):
+        print(f"... and {more:,} more")
 
 
 def _cell(cell: Cell) -> Cell:

@@ -27,8 +27,9 @@ from qkov_dist.results.disk import file_errors
 from qkov_dist.results.hdf5_write import remove_leftovers
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path, load_heatmap
+from qkov_dist.results.matrix_data import Pair, checked_pair
 from qkov_dist.results.matrix_file import has_many_tasks, load_matrix
-from qkov_dist.results.task_matrix import Pair, TaskMatrix, checked_pair
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.results.verdict_facts import BY
 
 from .figures import figures
@@ -131,7 +132,8 @@ def write_matrix_report(
         return write_matrix_page(matrix, folder, chosen)
     page = write_matrix_page(matrix, folder, first_pairs(matrix, MOST_AT_ONCE))
     shown = min(len(matrix.pairs), MOST_AT_ONCE)
-    others = "" if shown == len(matrix.pairs) else f"; the other {len(matrix.pairs) - shown:,}: qkov report --pair A B"
+    left = len(matrix.pairs) - shown
+    others = f"; each of the other {left:,}: qkov report DIR --pair A B" if left else ""
     say(f"pages of {shown:,} of {len(matrix.pairs):,} pairs: {Path(folder) / PAIRS}/*.html{others}")
     _write_others(matrix_tables(matrix), matrix_figures(matrix), Path(folder) / FOLDER, say)
     return page

@@ -75,19 +75,10 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
             self._effect_of_heads("change"),
             self._effect_of_heads("q_value"),
             self._setting("output", "dir") or "DIR",
+            self.pair,
+            self.places,
             are_scaled=self.samples_a.gradient_norms is not None,
-            places=self._places_of_many,
         )
-
-    @property
-    def _places_of_many(self) -> tuple[int, int] | None:
-        """Where both tasks stand in a configuration of more than two; None in one of two."""
-        config = self.attributes.get("config")
-        tasks = config.get("tasks") if isinstance(config, Mapping) else None
-        names = [str(task.get("name")) for task in tasks or () if isinstance(task, Mapping)]
-        if len(names) <= 2 or not {self.task_a, self.task_b} <= {*names}:
-            return None
-        return names.index(self.task_a), names.index(self.task_b)
 
     def _effect_of_heads(self, key: str) -> dict[str, Floats64]:
         """Optimizer -> one effect of all present heads, block by block."""

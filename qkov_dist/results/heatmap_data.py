@@ -89,7 +89,8 @@ class HeatmapData:
             [layer, native head, optimizer, N], A's samples first; None in files that do not know.
         effects: Block -> optimizer -> name (``effects.EFFECT_KEYS``) -> float64 [layer, native head]; None where there
             are no influences. Before a test they lack what tests add.
-        attributes: run_id, score, config (JSON), versions, seeds, warnings, notes, ...: strings, numbers, JSON values.
+        attributes: run_id, score, tasks (of a run of more than two), config (JSON), versions, seeds, warnings, notes,
+            ...: strings, numbers, JSON values.
     """
 
     task_a: str
@@ -179,6 +180,17 @@ class HeatmapData:
         return self._setting("model", "path").rstrip("/").rpartition("/")[2] or str(
             self.attributes.get("model_type", "")
         )
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """Its two tasks, where the run had more; None otherwise."""
+        return (self.task_a, self.task_b) if len(self.attributes.get("tasks", ())) > 2 else None
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Where its two tasks are among the run's."""
+        tasks = list(self.attributes["tasks"]) if self.pair else [self.task_a, self.task_b]
+        return tasks.index(self.task_a), tasks.index(self.task_b)
 
     @property
     def title(self) -> str:

@@ -44,7 +44,7 @@ from .hdf5_read import Reader, check_values, reading
 from .head_slices import are_slices
 from .heatmap import Heatmap
 from .heatmap_data import FISHER_KEYS, SampleTable
-from .task_matrix import checked_pair
+from .matrix_data import checked_pair, pair_group
 
 HEATMAP_FILE = "heatmap.h5"
 _DEEPEST = 8
@@ -82,11 +82,6 @@ def load_heatmap(path: str | Path, pair: tuple[str, str] | None = None, *, with_
         return heatmap
 
 
-def pair_group(task_a: str, task_b: str) -> str:
-    """Where the heatmap of two of more tasks is in their file."""
-    return f"pairs/{task_a}__{task_b}"
-
-
 def task_names(reader: Reader) -> tuple[str, ...] | None:
     """The tasks of a file of more than two; None of a file of two."""
     if not reader.has("matrix"):
@@ -104,8 +99,7 @@ def _pair(reader: Reader, tasks: tuple[str, ...], pair: tuple[str, str] | None, 
             "--pair on the command line; load_matrix(path) reads what there is of all.",
         )
     own = reader.group(pair_group(*checked_pair(tasks, pair)))
-    attributes = {name: value for name, value in reader.attributes().items() if name != "tasks"}
-    return _heatmap(own, {**attributes, **own.attributes()}, with_scores=with_scores)
+    return _heatmap(own, {**reader.attributes(), **own.attributes()}, with_scores=with_scores)
 
 
 def _heatmap(reader: Reader, attributes: dict[str, Any], *, with_scores: bool) -> Heatmap:
@@ -244,6 +238,7 @@ _ATTRIBUTES: Mapping[str, Kind] = {
     **dict.fromkeys(("task_a", "task_b", "run_id", "score", "estimator", "scope"), _STRING),
     "config": as_it_is("text, or sections of settings", _is_config),
     "seeds": _MAPPING,
+    "tasks": _STRINGS,
     "warnings": _STRINGS,
     "notes": _STRINGS,
     "slices": as_it_is("where heads lie, parameter by parameter", are_slices),
@@ -259,6 +254,7 @@ _SETTINGS: Mapping[str, Kind] = {
     "seed": whole(0),
     "n_labellings": whole(1),
     "statistic": one_of(*_STATISTICS),
+    "family": one_of("pair", "all"),
 }
 
 
@@ -292,6 +288,9 @@ def check_attributes(attributes: Mapping[str, Any], needed: Collection[str] = ()
     if missing := [name for name in needed if name not in attributes]:
         raise _wrong("attributes", f"the run's configuration and {', '.join(needed)}", f"no {', '.join(missing)}")
     check_values("attribute", attributes, _ATTRIBUTES)
+    tasks, named = attributes.get("tasks", ()), [attributes[key] for key in ("task_a", "task_b") if key in attributes]
+    if len(tasks) > 2 and not {*named} <= {*tasks}:
+        raise _wrong("attribute tasks", f"{', '.join(named)} among them", written(tasks))
     if isinstance(config := attributes.get("config"), Mapping):
         check_values("attribute config.statistics", config.get("statistics", {}), _CONFIGURED)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ class PairRecord:
         totals: Optimizer -> what attention adds up to; empty where effects are not known.
         codes: Kind of ``KINDS`` (those known) -> block -> int8 [layer, native head].
         statistic: By which scores were tested; "" where they were not.
+        families: Kind -> over what its q-values are: a block of a ``pair``, or of ``all`` pairs.
         said: Kind (warning, note, statistics) and text of all that the pair warns of and notes.
     """
 
@@ -77,6 +78,7 @@ class PairRecord:
     totals: Mapping[str, PairTotal]
     codes: Mapping[str, Mapping[str, Codes]]
     statistic: str = ""
+    families: Mapping[str, str] = field(default_factory=dict)
     said: tuple[tuple[str, str], ...] = ()
 
     def count(self, kind: str, sign: int, block: str | None = None) -> int:
@@ -128,7 +130,16 @@ def _record(heatmap: Heatmap) -> PairRecord:
         "statistics": (heatmap.statistics or {}).get("notes", ()),
     }
     said = tuple((kind, str(text)) for kind, of_kind in texts.items() for text in of_kind)
-    return PairRecord(tasks, heatmap.counted.sizes, heatmap.fdr_alpha, totals, codes, statistic, said)
+    families = _families(heatmap)
+    return PairRecord(tasks, heatmap.counted.sizes, heatmap.fdr_alpha, totals, codes, statistic, families, said)
+
+
+def _families(heatmap: Heatmap) -> dict[str, str]:
+    """Of scores as they were tested last; of effects as the run says, which later tests of scores leave alone."""
+    of_scores = str((heatmap.statistics or {}).get("settings", {}).get("family", "pair"))
+    config = heatmap.attributes.get("config")
+    of_run = config.get("statistics", {}).get("family") if isinstance(config, Mapping) else None
+    return {**dict.fromkeys(OPTIMIZERS, str(of_run or of_scores)), SCORES: of_scores}
 
 
 def _codes(values: npt.NDArray[Any], q_values: npt.NDArray[Any], level: float) -> Codes:
@@ -173,11 +184,12 @@ def of_task(records: Sequence[PairRecord], task: str) -> tuple[PairRecord, ...]:
 
 @dataclass(frozen=True)
 class Chance:
-    """What to expect of significant heads over all pairs; a family is one block of one pair.
+    """What to expect of significant heads over all pairs; a family is one block of one pair, or of all.
 
     Attributes:
         pairs: Looked at.
-        families: Blocks of all pairs, each tested by itself.
+        families: Of tests that are corrected together.
+        scope: What a family is, in words.
         found: Heads in conflict or in synergy over all pairs.
         false_finds: Of these at most so many are expected to be none.
         false_families: In so many families at most would anything be found, were there no effect at all.
@@ -186,15 +198,23 @@ class Chance:
 
     pairs: int
     families: int
+    scope: str
     found: int
     false_finds: float
     false_families: float
     false_intervals: float
 
 
+def scope_of(records: Sequence[PairRecord], kind: str = BY) -> str:
+    """Over what q-values of a kind are, in words."""
+    is_of_pair = any(record.families.get(kind, "pair") == "pair" for record in records)
+    return "within a block of a pair" if is_of_pair else "within a block over all pairs"
+
+
 def chance(records: Sequence[PairRecord], kind: str = BY) -> Chance:
     """Of one kind of findings."""
-    level = records[0].level
-    families = sum(len(record.codes.get(kind, {})) for record in records)
+    level, scope = records[0].level, scope_of(records, kind)
+    numbers = [len(record.codes.get(kind, {})) for record in records]
+    families = sum(numbers) if scope.endswith("of a pair") else max(numbers)
     found = sum(record.count(kind, sign) for record in records for sign in (1, -1))
-    return Chance(len(records), families, found, level * found, level * families, 0.05 * len(records))
+    return Chance(len(records), families, scope, found, level * found, level * families, 0.05 * len(records))

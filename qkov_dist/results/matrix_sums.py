@@ -16,9 +16,10 @@ from qkov_dist.scoring.score_kinds import may_be_negative
 from .assemble import block_of
 from .heatmap import Heatmap
 from .influences import without_self_pairs
+from .matrix_data import Pair
 from .metadata import HeatmapMetadata
 from .partial_schema import Floats, LayerPartial
-from .task_matrix import Pair, TaskMatrix
+from .task_matrix import TaskMatrix
 
 ByName = dict[str, np.ndarray]
 

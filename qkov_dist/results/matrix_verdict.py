@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .advice import Action
-from .matrix_pairs import Chance, PairRecord, chance, of_task
+from .matrix_pairs import Chance, PairRecord, chance, of_task, scope_of
 from .verdict import SCOPE
 from .verdict_facts import BESIDE, BY, CHANGE, PART, Direction, number
 
@@ -195,7 +195,7 @@ def listed(names: Sequence[str], most: int = MOST_TASKS) -> str:
 def _heads(facts: MatrixFacts) -> str:
     """Pairs, tasks and heads with most conflicts."""
     records, num_heads = facts.records, facts.num_heads
-    level = f"q <= {records[0].level:g} within a block of a pair"
+    level = f"q <= {records[0].level:g} {scope_of(records)}"
     most = [record for record in most_conflicts(records) if record.count(BY, 1)]
     if not most:
         return f"In single heads no pair is in conflict: none of {num_heads:,} heads in any pair ({level})."
@@ -231,8 +231,8 @@ def _how_sure(records: Sequence[PairRecord]) -> Iterator[str]:
 def in_words(expected: Chance, level: float, found: str = "in conflict or synergy", *, has_totals: bool = True) -> str:
     """What chance alone gives, as the page and the terminal say it; ``found`` is what heads are found to be."""
     of_heads = (
-        f"Tests of heads are corrected within a block of a pair: {expected.pairs:,} pairs make {expected.families:,} "
-        f"such families. Of {expected.found:,} heads found {found} over all pairs at most "
+        f"Tests of heads are corrected {expected.scope}: {expected.pairs:,} pairs make {expected.families:,} such "
+        f"families. Of {expected.found:,} heads found {found} over all pairs at most "
         f"{number(expected.false_finds)} are expected to be no find; were there no effect at all, at most "
         f"{number(expected.false_families)} families would show any (level {level:g})."
     )
@@ -249,11 +249,9 @@ def _other_optimizer(records: Sequence[PairRecord]) -> str:
         record.verdict(BESIDE) != record.verdict() and "unknown" not in (record.verdict(BESIDE), record.verdict())
         for record in records
     )
-    harm, help_ = beside.count("harm"), beside.count("help")
-    return (
-        f"By {BESIDE} {harm:,} {'pair hurts' if harm == 1 else 'pairs hurt'} and {help_:,} {_verb(help_, 'help')}; in "
-        f"{other:,} the direction is the opposite of {BY}'s."
-    )
+    harm, help_ = _counted(beside.count("harm"), "hurt"), _counted(beside.count("help"), "help")
+    opposite = f"in {other:,} the direction is the opposite of" if other else "no direction is the opposite of"
+    return f"By {BESIDE} {harm} and {help_}; {opposite} {BY}'s."
 
 
 def _actions(facts: MatrixFacts, kinds: Mapping[Direction, Sequence[PairRecord]]) -> Iterator[Action]:

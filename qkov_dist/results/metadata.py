@@ -100,7 +100,8 @@ class HeatmapMetadata:
             replace(table, elsewhere=found if found.any() else None)
             for table, found in zip(of_tables, elsewhere, strict=True)
         )
-        return replace(self, tasks=(self.tasks[a], self.tasks[b]), samples=tables)
+        attributes = {**self.attributes, "tasks": list(self.tasks)}
+        return replace(self, tasks=(self.tasks[a], self.tasks[b]), samples=tables, attributes=attributes)
 
 
 def make_metadata(

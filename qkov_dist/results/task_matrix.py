@@ -1,40 +1,27 @@
-"""Many tasks: what every ordered pair of tasks has in every head, and each pair's own heatmap.
-
-Samples of all tasks were captured once and scored once among all, under the Fisher of all of them. For tasks t and u
-
-    mean[t, u]         mean score over pairs of different samples, i in t and j in u; within a task where t = u
-    overlap[t, u]      1/2 log(mean[t, u] mean[u, t] / (mean[t, t] mean[u, u])), symmetric, 0 on the diagonal; NaN for
-                       scores that may be negative
-    change_sgd[t, u]   first-order change of t's loss for a unit step on u, symmetric; on the diagonal a task's change
-    change_adam[t, u]  by a step on itself, over pairs of different samples
-
-A pair's heatmap is that of a run of two tasks, but for the Fisher. Pairs are named in the order of the configuration.
-"""
+"""The matrix of more than two tasks, as users meet it. What it holds is ``matrix_data``, which says what each is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from qkov_dist.errors import QkovError, choose
-from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
-from .block_view import HEAD_DIM, Ints
-from .heatmap import Heatmap
-from .heatmap_data import SampleTable
+from .heatmap_data import Pairs
 from .heatmap_plot import picture
+from .matrix_data import MATRIX_KEYS, Floats, MatrixData
 from .matrix_labelled import matrix_to_xarray, pairs_to_pandas
 from .matrix_order import clustered, cosines_of
 from .matrix_pairs import PairRecord, heads_in, of_task, records_of
 from .matrix_plot import plot_matrix
 from .matrix_verdict import MatrixFacts, MatrixVerdict, matrix_verdict
+from .matrix_write import save_matrix
 from .notebook import as_html
 from .verdict_facts import BY, CHANGE, UNITS
 
@@ -44,57 +31,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from xarray import Dataset
 
-Floats = npt.NDArray[np.float64]
-Pair = tuple[str, str]
-MATRIX_KEYS = ("mean", "overlap", "change_sgd", "change_adam")
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TaskMatrix:
-    """What every pair of tasks has in every head.
-
-    Args:
-        tasks: Names of the tasks, in the order of the configuration.
-        layers: Model layer numbers scored.
-        heads: Query heads selected.
-        kv_heads: Kv heads that these read, over all layers.
-        groups: Query heads of one kv head, [layer].
-        samples: The samples of each task.
-        present: Block -> whether the layer has this head, bool [layer, native head].
-        values: Block -> name (``MATRIX_KEYS``; of changes none where effects were left out) -> float64
-            [task, task, layer, native head], NaN for absent heads.
-        heatmaps: (task, task) -> the pair's heatmap. Of a file each is read when it is asked for, without scores of
-            sample pairs.
-        attributes: run_id, score, config, versions, warnings, notes, ...: those of all pairs.
-        whole: Reads a pair's heatmap with the scores that the file has; None where ``heatmaps`` have them.
-    """
-
-    tasks: tuple[str, ...]
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    groups: Ints
-    samples: tuple[SampleTable, ...]
-    present: Mapping[str, npt.NDArray[np.bool_]]
-    values: Mapping[str, Mapping[str, Floats]]
-    heatmaps: Mapping[Pair, Heatmap]
-    attributes: Mapping[str, Any]
-    whole: Callable[[Pair], Heatmap] | None = None
-
-    def __post_init__(self) -> None:
-        num = len(self.tasks)
-        for block, arrays in self.values.items():
-            shape = (num, num, len(self.layers), len(self.natives(block)))
-            for name, array in arrays.items():
-                if array.shape != shape:
-                    remedy = "Build matrices through qkov_dist, or fix this array."
-                    where = f"matrix: {block} {name}"
-                    raise QkovError(where, expected=f"shape {shape}", got=f"{array.shape}", remedy=remedy)
-
-    @property
-    def run_id(self) -> str:
-        """What the run was, hashed; "" where nobody said."""
-        return str(self.attributes.get("run_id", ""))
+class TaskMatrix(MatrixData):
+    """What every pair of tasks has in every head; fields are those of :class:`MatrixData`."""
 
     @property
     def folder(self) -> str:
@@ -117,7 +57,7 @@ class TaskMatrix:
         found: Mapping[str, Any] = config.get(section, {}) if isinstance(config, Mapping) else {}
         return found
 
-    @property
+    @cached_property
     def verdict(self) -> MatrixVerdict | None:
         """The answer in words; None in files that know no effects, and before they are tested."""
         if not all(record.totals for record in self.records):
@@ -160,29 +100,6 @@ class TaskMatrix:
         """Places of the tasks, like beside like: by cosines of changes, else by overlap."""
         return clustered(self.cosines() if self.has_changes else self.average("overlap"))
 
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """Blocks scored, in the order Q, K, V, O."""
-        return tuple(block for block in BLOCKS if block in self.values)
-
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """Every pair of tasks once, in the order of the configuration."""
-        return tuple(combinations(self.tasks, 2))
-
-    def natives(self, block: str) -> tuple[int, ...]:
-        """Head numbers along a block's native axis."""
-        return self.heads if HEAD_DIM[block] == "head" else self.kv_heads
-
-    def heatmap(self, task_a: str, task_b: str) -> Heatmap:
-        """The heatmap of one pair.
-
-        Raises:
-            QkovError: for a task that is not there, and for a pair in another order than the configuration's.
-        """
-        pair = checked_pair(self.tasks, (task_a, task_b))
-        return self.heatmaps[pair] if self.whole is None else self.whole(pair)
-
     def total(self, name: str, block: str | None = None) -> Floats:
         """The sum of a change over all heads, or those of a block: [task, task].
 
@@ -205,6 +122,18 @@ class TaskMatrix:
         count = there.sum(-1)
         average: Floats = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
         return average
+
+    def save(self, path: str | Path, pairs: Pairs = "all") -> None:
+        """Write ``heatmap.h5`` of all tasks, atomically.
+
+        Args:
+            path: The file.
+            pairs: Which scores of sample pairs to keep, of those there are.
+
+        Raises:
+            QkovError: where ``path`` holds a file of another run (or none of ours), or cannot be written.
+        """
+        save_matrix(self, path, pairs)
 
     def to_pandas(self) -> DataFrame:
         """One row for each pair, block, layer and present head: ``task_a``, ``task_b``, then a heatmap's columns."""
@@ -257,24 +186,3 @@ class TaskMatrix:
         listed = ", ".join(f"{name!r} ({len(t)} samples)" for name, t in zip(self.tasks, self.samples, strict=True))
         axes = f"{len(self.layers)} layers, {len(self.heads)} heads, {len(self.kv_heads)} kv heads"
         return f"TaskMatrix({listed}, {axes})"
-
-
-def checked_pair(tasks: tuple[str, ...], pair: tuple[str, ...]) -> Pair:
-    """A pair of the tasks, in their order.
-
-    Raises:
-        QkovError: for anything else.
-    """
-    if len(pair) != 2 or isinstance(pair, str):
-        remedy = f"Name two of {', '.join(tasks)}."
-        raise QkovError("pair", expected="two names of tasks", got=repr(pair), remedy=remedy)
-    for name in pair:
-        choose("pair", name, tasks)
-    first, second = pair
-    if tasks.index(first) >= tasks.index(second):
-        remedy = (
-            f"Ask for ({second!r}, {first!r}): pairs are in the order of the configuration. Scores with the roles "
-            "exchanged are in the matrix; a change is that of either task by a step on the other."
-        )
-        raise QkovError("pair", expected="two different tasks in their order", got=f"{pair}", remedy=remedy)
-    return first, second

@@ -7,7 +7,6 @@ are those of one such step: a unit step (learning rate x number of steps = 1) is
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -39,8 +38,9 @@ class Facts:
         changes: Optimizer -> change by head.
         q_values: Optimizer -> q of the change by head.
         folder: Where the run lies, as commands name it.
+        pair: The two tasks, where the run had more.
+        places: Where both are among the run's tasks.
         are_scaled: Whether each sample's gradient was divided by its norm, so that no number is a change of mean loss.
-        places: Of both tasks in a configuration of more than two, so that commands name the pair; None in one of two.
     """
 
     tasks: tuple[str, str]
@@ -53,14 +53,9 @@ class Facts:
     changes: Mapping[str, Floats]
     q_values: Mapping[str, Floats]
     folder: str
+    pair: tuple[str, str] | None = None
+    places: tuple[int, int] = (0, 1)
     are_scaled: bool = False
-    places: tuple[int, int] | None = None
-
-    @property
-    def place(self) -> str:
-        """The run, and of more than two tasks the pair, as commands name it."""
-        pair = f" --pair {shlex.join(self.tasks)}" if self.places else ""
-        return f"{shlex.quote(self.folder)}{pair}"
 
     def significant(self, sign: int) -> list[str]:
         """The heads in conflict (1) or in synergy (-1), those of the largest change first."""

@@ -15,7 +15,8 @@ from qkov_dist.results.effects import counted_samples, untested_effects
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_data import FISHER_KEYS, SampleTable
 from qkov_dist.results.influences import without_self_pairs
-from qkov_dist.results.task_matrix import MATRIX_KEYS, TaskMatrix
+from qkov_dist.results.matrix_data import MATRIX_KEYS
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.scoring.influence_records import SUMS, of_samples
 from qkov_dist.stats.statistics import QKOVStatistics
 
@@ -166,7 +167,7 @@ def _pair_of(matrix: TaskMatrix, pair: tuple[str, str], records: dict[str, Any],
         fisher,
         cross,
         statistics={"overlap": tests, "settings": {"statistic": "overlap", "alternative": "two-sided"}},
-        attributes=matrix.attributes,
+        attributes={**matrix.attributes, "tasks": list(matrix.tasks)},
         influences={block: of_samples(of_block) for block, of_block in of_pair.items()},
         effects={block: untested_effects(of_block, counted) for block, of_block in of_pair.items()},
     )

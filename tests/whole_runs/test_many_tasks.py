@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import combinations
 
@@ -15,20 +16,27 @@ from comparing import assert_identical
 from influences import records_of
 from running import interrupt_at, qkov, run_quietly
 from samples import mixed_samples, write_task
+from scipy.stats import false_discovery_control
 from zoo import VOCAB
 
-from qkov_dist import QKOVStatistics, load_heatmap, load_matrix
+from qkov_dist import (
+    FisherCollector,
+    QKOVConfig,
+    QKOVInterferenceMetric,
+    QKOVStatistics,
+    load_heatmap,
+    load_matrix,
+)
 from qkov_dist.distributed.world import Alone
 from qkov_dist.errors import QkovError
 from qkov_dist.finish import combine_tasks
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.results.influences import Samples
-from qkov_dist.results.matrix_file import save_matrix
+from qkov_dist.results.matrix_data import MATRIX_KEYS
 from qkov_dist.results.metadata import from_json
 from qkov_dist.results.partials import list_partials, read_partial
 from qkov_dist.results.reduce import add_layers
-from qkov_dist.results.task_matrix import MATRIX_KEYS
 from qkov_dist.scoring.influence_records import OPTIMIZERS, SUMS
 
 SIZES = {"math": 5, "code": 3, "law": 4}
@@ -163,7 +171,7 @@ def summed(folder, path, twice):
     counted = [*partials, partials[twice]]
     metadata = from_json(partials[0].header.extra, "test")
     matrix = combine_tasks(metadata, lambda x: add_layers([p.read_layer(x.layer) for p in counted]), Alone())
-    save_matrix(matrix, path)
+    matrix.save(path)
     return path
 
 
@@ -191,10 +199,10 @@ def test_a_run_of_many_tasks_goes_on_bit_for_bit_and_is_not_computed_again(confi
 
 def test_pairs_none_keeps_the_matrix_and_all_keeps_every_score(config, tmp_path):
     many_config(config, tmp_path, SIZES)
-    found = {}
+    found, smaller = {}, ("statistics.permutations=10", "metric.layers=1")
     for pairs in ("none", "cross", "all"):
         out = f"output.dir={tmp_path / pairs}"
-        assert qkov("run", config, "--quiet", f"output.pairs={pairs}", "statistics.permutations=10", out) == 0
+        assert qkov("run", config, "--quiet", f"output.pairs={pairs}", *smaller, out) == 0
         found[pairs] = load_matrix(tmp_path / pairs)
     none, cross, every = (found[pairs].heatmap("code", "law") for pairs in ("none", "cross", "all"))
     assert none.cross is cross.pooled is None
@@ -238,6 +246,83 @@ def test_pairs_that_are_not_there_are_refused_with_those_that_are(config, tmp_pa
     ):
         with pytest.raises(QkovError, match=re.escape(what)):
             load_heatmap(tmp_path / "out", pair)
+
+
+def test_from_python_every_pair_is_the_same_and_is_tested(entry, tmp_path):
+    samples = {name: mixed_samples(num, VOCAB, seed=seed) for seed, (name, num) in enumerate(SIZES.items(), start=1)}
+    model, collector = entry.build(), FisherCollector(batch_tokens=24)
+    for task, of_task in samples.items():
+        collector.collect_fisher(model, of_task, task=task)
+    metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector)
+    matrix = QKOVStatistics(n_permutations=20).test_matrix(metric.compute_matrix(["math", "code", "law"]))
+    assert matrix.heatmap("math", "law").tests["Q"]["p_value"].shape == (2, 4)
+    matrix.save(tmp_path / "heatmap.h5")
+    assert_every_pair_is_right(tmp_path / "heatmap.h5", samples, expected(entry, samples))
+    for tasks, what in ((["math", "code"], "3 to 64 different names"), (["math", "code", "math"], "different names")):
+        with pytest.raises(QkovError, match=what):
+            metric.compute_matrix(tasks)
+
+
+@pytest.mark.parametrize("pairs", ["cross", "all"])
+def test_all_pairs_are_tested_again_and_corrected_together_on_request(config, tmp_path, pairs, capsys):
+    many_config(config, tmp_path, SIZES)
+    run = ("run", config, "--quiet", f"output.pairs={pairs}", "metric.layers=0", "statistics.permutations=20")
+    assert qkov(*run) == 0
+    before, out = load_matrix(tmp_path / "out"), tmp_path / "out"
+    assert qkov("stats", out, "--permutations", 30, "--family", "all", "--output", tmp_path / "again.h5") == 0
+    assert "writing tests into" in capsys.readouterr().err
+    again = load_matrix(tmp_path / "again.h5")
+    for block in BLOCKS:
+        tests = [again.heatmaps[pair].statistics["overlap"][block] for pair in again.pairs]
+        assert_corrected_together(tests, "q_value")
+    for pair in before.pairs:
+        one, other = before.heatmap(*pair), again.heatmap(*pair)
+        within = QKOVStatistics(n_permutations=30).test_heatmap(one) if pairs == "all" else None
+        for block in BLOCKS:
+            np.testing.assert_array_equal(one.cross[block], other.cross[block])
+            np.testing.assert_array_equal(one.effects[block]["sgd"]["q_value"], other.effects[block]["sgd"]["q_value"])
+            if within is not None:
+                p_max = np.minimum(3 * within["overlap"][block]["p_max"], 1)
+                np.testing.assert_array_equal(other.statistics["overlap"][block]["p_max"], p_max)
+
+
+def assert_corrected_together(tests, name):
+    p_values = np.stack([arrays["p_value"] for arrays in tests])
+    found, there = np.full_like(p_values, np.nan), ~np.isnan(p_values)
+    found[there] = false_discovery_control(p_values[there])
+    np.testing.assert_allclose(np.stack([arrays[name] for arrays in tests]), found, rtol=1e-12)
+
+
+def test_a_run_corrects_effects_over_all_pairs_where_asked(config, tmp_path):
+    many_config(config, tmp_path, SIZES)
+    run = ("run", config, "--quiet", "statistics.permutations=20", "metric.layers=0")
+    assert qkov(*run) == 0
+    assert qkov(*run, "statistics.family=all", f"output.dir={tmp_path / 'all'}") == 0
+    within, over = load_matrix(tmp_path / "out"), load_matrix(tmp_path / "all")
+    assert any("within each of 3 pairs" in note for note in within.attributes["notes"])
+    assert any("all 3 pairs together" in note for note in over.attributes["notes"])
+    for block in BLOCKS:
+        one, other = ([found.heatmaps[pair].effects[block]["adam"] for pair in found.pairs] for found in (within, over))
+        assert_corrected_together(other, "q_value")
+        p_max = np.minimum(3 * np.stack([arrays["p_max"] for arrays in one]), 1)
+        np.testing.assert_array_equal(np.stack([arrays["p_max"] for arrays in other]), p_max)
+
+
+def test_heads_of_a_pair_and_what_to_do_name_the_pair(config, tmp_path, capsys):
+    many_config(config, tmp_path, SIZES)
+    assert qkov("run", config, "--quiet", "statistics.permutations=10", "metric.layers=0") == 0
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert qkov("heads", out) == 2
+    assert "Name two of math, code, law" in capsys.readouterr().err
+    assert qkov("heads", out, "--pair", "math", "law", "--top", 3, "--format", "json") == 0
+    heads = json.loads(capsys.readouterr().out)["heads"]
+    heatmap = load_heatmap(out, ("math", "law"))
+    largest = max(np.nanmax(arrays["adam"]["change"]) for arrays in heatmap.effects.values())
+    assert heads[0]["value"] == pytest.approx(largest, rel=1e-9)
+    commands = [action.command for action in heatmap.verdict.actions]
+    assert all("--pair math law" in command for command in commands if command.startswith("qkov heads"))
+    assert any("tasks.0.max_samples" in command and "tasks.2.max_samples" in command for command in commands)
 
 
 def test_samples_that_a_third_task_has_count_in_no_effect(config, tmp_path):

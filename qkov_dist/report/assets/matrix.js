@@ -72,7 +72,7 @@ function drawGrid() {
   GRID.classList.toggle("upright", size.isUpright);
   GRID.classList.toggle("narrow", size.isNarrow);
   const value = MATRIX[STATE.matrix];
-  const corner = make("th", { class: "corner" }, ...(value.isDirected ? [make("small", {}, STATE.matrix === "change" ? "loss of ↓  trained on →" : "i of ↓  j of →")] : []));
+  const corner = make("th", { class: "corner" }, ...(value.isDirected ? [make("small", {}, STATE.matrix === "change" ? "loss of ↓\ntrained on →" : "i of ↓\nj of →")] : []));
   const name = (task, scope) => make("th", { scope, title: DATA.tasks[task] }, make("span", {}, DATA.tasks[task]));
   GRID.replaceChildren(
     make("thead", {}, make("tr", {}, corner, ...order.map((task) => name(task, "col")))),

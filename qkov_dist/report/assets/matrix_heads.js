@@ -11,7 +11,7 @@ const VALUES = {
     get title() { return countsTask() ? `tasks with which ${DATA.tasks[STATE.task]} is ${inWord()}` : `pairs ${inWord()}`; },
     get hint() {
       const what = countsTask() ? `With how many of the other ${NUM - 1} tasks ${DATA.tasks[STATE.task]} is ${inWord()} in each head` : `In how many of the ${DATA.pairs.length} pairs each head is ${inWord()}`;
-      return `${what} (q ≤ ${level} within a block of a pair).`;
+      return `${what} (q ≤ ${level} ${DATA.scopes[countedBy(STATE.kind)[0]]}).`;
     },
   },
 };

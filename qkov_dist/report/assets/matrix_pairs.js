@@ -23,6 +23,7 @@ function pairRows() {
       score: (entry("mean", a, b, "all") + entry("mean", b, a, "all")) / 2, overlap: entry("overlap", a, b, "all"), finding: verdictOf(at) ? verdictText(at) : "",
     };
   });
+  if (hasTotals) rows.sort((x, y) => x.q - y.q); // of equal ones the surest first
   return sortBy(rows.filter(({ a, b }) => PAIRS.task === "all" || [a, b].includes(Number(PAIRS.task))), PAIRS.key, PAIRS.down);
 }
 
@@ -31,7 +32,7 @@ const PAIR_TEXT = { onFirst: (row) => percentOf(row.onFirst), onSecond: (row) =>
 function pairRow(row, most) {
   const cells = {
     pair: [make("a", { href: DATA.pages[row.at] || hashOfPair(row.a, row.b) }, row.pair)],
-    low: Number.isNaN(row.low) ? ["–"] : [make("span", {}, `[${show(row.low)}, ${show(row.high)}]`), intervalLine(row, most)],
+    low: !Number.isFinite(row.low) ? ["–"] : [make("span", {}, `[${show(row.low)}, ${show(row.high)}]`), intervalLine(row, most)],
     finding: [make("span", { class: ["mark-below", "", "mark-above"][verdictOf(row.at) + 1] }, PAIR_TEXT.finding(row))],
   };
   return make("tr", { role: "row" }, ...pairColumns().map(([key, title, kind]) =>
@@ -46,7 +47,7 @@ function drawPairs() {
   const pages = written === DATA.pairs.length ? "Every pair has its page." : `${written} of ${DATA.pairs.length} pairs have their pages; \`${DATA.command} A B\` writes another one.`;
   document.getElementById("pairs-hint").textContent = (hasTotals
     ? `Conflict, synergy and so on: numbers of heads. Change: of all attention by ${STATE.optimizer}, for a unit step (learning rate × number of steps = 1), with the pair's ` +
-      `own 95% interval and q over all pairs.${hasSteps ? " 1st by 2nd: what training on the second task, until its own loss is 10% lower, does to the first's loss." : ""} ` : "Numbers of heads. ") + pages;
+      `own 95% interval and q over all pairs; own ▲ or ▼: by that interval alone.${hasSteps ? " 1st by 2nd: what training on the second task, until its own loss is 10% lower, does to the first's loss." : ""} ` : "Numbers of heads. ") + pages;
   document.getElementById("pair-table").replaceChildren(
     make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...pairColumns().map((column) => sortHeader("pair-table", column, PAIRS, drawPairs, column[2] === "number" && column[0] !== "q")))),
     make("tbody", { role: "rowgroup" }, ...shown.map((row) => pairRow(row, Math.max(...ends, 1e-30)))));

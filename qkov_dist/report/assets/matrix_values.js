@@ -16,6 +16,9 @@ const STATE = {
 const hidesMarks = false; // the heatmaps of heads bear none
 const ENTER_SAYS = "Enter goes to a head's pairs"; // in the name of a heatmap
 
+/** Where no head of any pair is in conflict, what all heads add up to is shown first, and where heads are in synergy. */
+if (hasTotals && DATA.blocks.every((block) => block.values.adam_above.every((number) => !(number > 0)))) Object.assign(STATE, { matrix: "change", kind: "synergy" });
+
 /** The place of a pair in every list of pairs, for two tasks in either order; undefined for a task with itself. */
 const PAIR_AT = new Map(DATA.pairs.flatMap(([a, b], at) => [[a * NUM + b, at], [b * NUM + a, at]]));
 const pairAt = (row, column) => PAIR_AT.get(row * NUM + column);
@@ -53,7 +56,7 @@ function factorOf(row, column) {
 /** What a pair says: 1 hurts, -1 helps, 0 is not known; over all pairs, or by its own interval. */
 const verdictOf = (at, family = "held") => (hasTotals ? DATA.totals[STATE.optimizer][family][at] : 0);
 const verdictText = (at) => ["▼ help", "not known", "▲ hurt"][verdictOf(at) + 1] +
-  (verdictOf(at) === 0 && verdictOf(at, "own") !== 0 ? ` (${verdictOf(at, "own") > 0 ? "▲" : "▼"} by its own interval alone)` : "");
+  (verdictOf(at) === 0 && verdictOf(at, "own") !== 0 ? ` (own ${verdictOf(at, "own") > 0 ? "▲" : "▼"})` : "");
 
 const hasSteps = hasTotals && DATA.pairs.some(([a, b]) => Number.isFinite(factorOf(a, b)));
 
@@ -61,7 +64,7 @@ const hasSteps = hasTotals && DATA.pairs.some(([a, b]) => Number.isFinite(factor
 function percentOf(part) {
   if (!Number.isFinite(part)) return "–";
   const [percent, size] = [100 * part, Math.abs(100 * part)];
-  const text = size < 1 ? percent.toFixed(2) : size < 9.95 ? percent.toFixed(1) : String(Number(percent.toPrecision(3)));
+  const text = size < 0.995 ? percent.toFixed(2) : size < 9.95 ? percent.toFixed(1) : show(Math.round(percent));
   return `${percent > 0 ? "+" : ""}${text.replace("-", "−")}%`;
 }
 
@@ -78,8 +81,8 @@ const level = show(DATA.level);
 
 /** What a cell can show: its number at (row, column), as text, and what it means. */
 const MATRIX = {
-  conflict: { ...heads("conflict"), hint: `Heads of a pair in conflict: a step on either task, in that head alone, raises the other's loss (q ≤ ${level} within a block of the pair). A task is no pair with itself.` },
-  synergy: { ...heads("synergy"), hint: `Heads of a pair in synergy: a step on either task, in that head alone, lowers the other's loss (q ≤ ${level} within a block of the pair). A task is no pair with itself.` },
+  conflict: { ...heads("conflict"), hint: `Heads of a pair in conflict: a step on either task, in that head alone, raises the other's loss (q ≤ ${level} ${DATA.scopes.adam}). A task is no pair with itself.` },
+  synergy: { ...heads("synergy"), hint: `Heads of a pair in synergy: a step on either task, in that head alone, lowers the other's loss (q ≤ ${level} ${DATA.scopes.adam}). A task is no pair with itself.` },
   change: {
     label: "change", centred: true, there: hasTotals, isDirected: hasSteps,
     get title() { return hasSteps ? `change of the row's loss by a practical step on the column's task (${STATE.optimizer})` : `change of either task's loss by a unit step on the other (${STATE.optimizer})`; },
@@ -107,6 +110,6 @@ const MATRIX = {
     label: "overlap", centred: true, there: hasMatrix("overlap"), text: twoDigits, at: (row, column) => entry("overlap", row, column), title: "overlap, mean over heads",
     hint: "Whether two tasks use the same weights, their scale apart, averaged over heads: 0 as much as each by itself, very negative: each with weights of its own. Diagonal: 0 by definition.",
   },
-  contested: { ...heads("contested"), label: wordOf("contested"), hint: `Heads of a pair that are ${wordOf("contested")}: the two tasks use the same weights more than random halves of their samples do (q ≤ ${level} within a block of the pair).` },
-  apart: { ...heads("apart"), label: wordOf("apart"), hint: `Heads of a pair that are ${wordOf("apart")}: they use the same weights less than random halves of their samples do (q ≤ ${level} within a block of the pair).` },
+  contested: { ...heads("contested"), label: wordOf("contested"), hint: `Heads of a pair that are ${wordOf("contested")}: the two tasks use the same weights more than random halves of their samples do (q ≤ ${level} ${DATA.scopes.scores}).` },
+  apart: { ...heads("apart"), label: wordOf("apart"), hint: `Heads of a pair that are ${wordOf("apart")}: they use the same weights less than random halves of their samples do (q ≤ ${level} ${DATA.scopes.scores}).` },
 };
