@@ -15,7 +15,7 @@ from qkov_dist.results.comparison import WITHOUT_RANKS, Comparison, in_order
 from qkov_dist.results.comparison_data import Quantity
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path, load_heatmap
-from qkov_dist.results.task_matrix import checked_pair
+from qkov_dist.results.matrix_data import checked_pair
 
 from .head_moves import moves
 from .rank_correlation import rank_correlation
