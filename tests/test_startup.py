@@ -37,6 +37,8 @@ LIGHT = (
     ["stats", "nowhere"],
     ["report", "nowhere"],
     ["heads", "nowhere"],
+    ["compare", "nowhere", "nor here"],
+    ["compare", "."],
     ["heads", ".", "--by", "overlap", "--format", "csv"],
 )
 

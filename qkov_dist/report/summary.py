@@ -78,7 +78,7 @@ def print_matrix_summary(matrix: TaskMatrix, folder: str | Path, file: str = "he
     if not verdict:
         print()
         for text in families(matrix):
-            print(_filled(text))
+            print(filled(text))
     for kind, text in said_of_pairs(matrix):
         if kind == "note":
             print(f"note: {text}")
@@ -103,18 +103,18 @@ def _cell(cell: Cell) -> Cell:
 def _print_answer(sentences: Sequence[str], details: Sequence[str], actions: Sequence[Action]) -> None:
     print()
     for text in sentences:
-        print(_filled(text))
+        print(filled(text))
     print()
     for detail in details:
-        print(_filled(f"- {detail}", indent="  "))
+        print(filled(f"- {detail}", indent="  "))
     print("\nWhat to do next:")
     for place, action in enumerate(actions, 1):
-        print(_filled(f"{place}. {action.why}", indent="   "))
+        print(filled(f"{place}. {action.why}", indent="   "))
         if action.command:
             print(f"     {action.command}")
 
 
-def _filled(text: str, indent: str = "") -> str:
+def filled(text: str, indent: str = "") -> str:
     """Text in lines; names of heads stay whole."""
     whole = re.sub(r"\b([QKVO]) (?=\d)", "\\1\N{NO-BREAK SPACE}", text)
     return fill(whole, WIDTH, subsequent_indent=indent).replace("\N{NO-BREAK SPACE}", " ")

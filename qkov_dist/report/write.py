@@ -147,6 +147,33 @@ def first_pairs(matrix: TaskMatrix, most: int) -> list[Pair]:
     return [record.tasks for record in told[:most]]
 
 
+def write_files(
+    path: Path,
+    marker: str,
+    page: str,
+    tables: Iterable[Table],
+    drawn: Iterator[tuple[str, bytes]],
+    say: Callable[[str], None],
+) -> Path:
+    """Write a page and, beside it, tables and figures; returns the page's path.
+
+    Args:
+        path: Of the page.
+        marker: What the page bears as its run: a page that bears another is refused, never overwritten.
+        page: All of it.
+        tables: To be written as CSV and Markdown.
+        drawn: File name and content of figures.
+        say: Takes a line about each part.
+
+    Raises:
+        QkovError: for another page at ``path``, and where writing fails.
+    """
+    _refuse_other_page(path, marker)
+    _replace(path, page.encode("utf-8", "backslashreplace"))
+    _write_others(tables, drawn, path.parent, say)
+    return path
+
+
 def _write_others(
     tables: Iterable[Table], drawn: Iterator[tuple[str, bytes]], folder: Path, say: Callable[[str], None]
 ) -> None:
