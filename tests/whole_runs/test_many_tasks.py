@@ -183,6 +183,7 @@ def assert_same_matrix(one, other):
         assert_identical(one.heatmap(*pair), other.heatmap(*pair))
 
 
+@pytest.mark.long
 def test_a_run_of_many_tasks_goes_on_bit_for_bit_and_is_not_computed_again(config, tmp_path, monkeypatch, capsys):
     many_config(config, tmp_path, SIZES)
     assert qkov("run", config, "--quiet") == 0
@@ -197,6 +198,7 @@ def test_a_run_of_many_tasks_goes_on_bit_for_bit_and_is_not_computed_again(confi
     assert "finished already" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_pairs_none_keeps_the_matrix_and_all_keeps_every_score(config, tmp_path):
     many_config(config, tmp_path, SIZES)
     found, smaller = {}, ("statistics.permutations=10", "metric.layers=1")
@@ -248,6 +250,7 @@ def test_pairs_that_are_not_there_are_refused_with_those_that_are(config, tmp_pa
             load_heatmap(tmp_path / "out", pair)
 
 
+@pytest.mark.long
 def test_from_python_every_pair_is_the_same_and_is_tested(entry, tmp_path):
     samples = {name: mixed_samples(num, VOCAB, seed=seed) for seed, (name, num) in enumerate(SIZES.items(), start=1)}
     model, collector = entry.build(), FisherCollector(batch_tokens=24)
@@ -263,6 +266,7 @@ def test_from_python_every_pair_is_the_same_and_is_tested(entry, tmp_path):
             metric.compute_matrix(tasks)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pairs", ["cross", "all"])
 def test_all_pairs_are_tested_again_and_corrected_together_on_request(config, tmp_path, pairs, capsys):
     many_config(config, tmp_path, SIZES)
@@ -293,6 +297,7 @@ def assert_corrected_together(tests, name):
     np.testing.assert_allclose(np.stack([arrays[name] for arrays in tests]), found, rtol=1e-12)
 
 
+@pytest.mark.long
 def test_a_run_corrects_effects_over_all_pairs_where_asked(config, tmp_path):
     many_config(config, tmp_path, SIZES)
     run = ("run", config, "--quiet", "statistics.permutations=20", "metric.layers=0")
