@@ -146,7 +146,7 @@ def make_probe(model: nn.Module, layer: AttentionLayer, call: Call, tokens: Tens
 
 
 def copied(arguments: Any) -> Any:
-    """Arguments of a module, which may change them in place; cloning a plain tensor is far quicker than ``deepcopy``."""
+    """Arguments of a module, which may change them in place; a tensor's ``clone`` is far quicker than ``deepcopy``."""
     if type(arguments) is tuple:
         return tuple(map(copied, arguments))
     if type(arguments) is dict:
