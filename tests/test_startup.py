@@ -19,7 +19,7 @@ import qkov_dist
 from qkov_dist.cli import COMMANDS
 from qkov_dist.commands.version import STANDS_ON, version
 
-HEAVY = ("torch", "transformers", "matplotlib", "pandas", "scipy", "accelerate", "datasets", "jsonschema")
+HEAVY = ("torch", "transformers", "matplotlib", "pandas", "scipy", "accelerate", "datasets", "pyarrow", "jsonschema")
 LIGHT = (
     [],
     ["--help"],

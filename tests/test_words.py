@@ -270,6 +270,8 @@ def followed(tmp_path_factory) -> Iterator[SimpleNamespace]:
 @pytest.mark.long
 def test_the_first_heatmap_is_made_and_the_programs_run(followed, capsys) -> None:
     """In the order of the words; each program stands alone."""
+    (three,) = re.findall(r"^qkov (run .*runs/three)$", (PACKAGE / "results" / "README.md").read_text(), re.MULTILINE)
+    assert cli.main([*three.split(), "--quiet"]) == 0
     assert (followed.folder / "runs/first/report.html").is_file()
     for page in (ROOT / "README.md", PACKAGE / "results" / "README.md"):
         for text in blocks(page, "python"):
@@ -290,6 +292,31 @@ def test_every_form_of_a_sample_in_the_words_is_read(followed) -> None:
     tokenizer = AutoTokenizer.from_pretrained(followed.folder / "my-model")
     task = load_task(TaskConfig("forms", str(file)), tokenizer, vocab_size=512, max_positions=None)
     assert len(task.samples) == 4
+
+
+@pytest.mark.long
+def test_tables_in_the_words_are_run_as_printed(followed) -> None:
+    """Once as CSV and Parquet, and the samples from Python."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    page = ROOT / "configs" / "README.md"
+    (table,), (config,), (program,) = (blocks(page, language) for language in ("csv", "yaml", "python"))
+    Path("gsm8k.csv").write_text(table)
+    Path("gsm8k.yaml").write_text(config)
+    Path("data").mkdir()
+    rows = pyarrow.csv.read_csv("gsm8k.csv", parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+    assert pyarrow.types.is_integer(rows.schema.field("level").type)
+    pyarrow.parquet.write_table(rows, "data/part.parquet")
+    assert cli.main(["run", "gsm8k.yaml", "--quiet"]) == 0
+    heatmap = load_heatmap("runs/gsm8k")
+    assert [len(samples) for samples in (heatmap.samples_a, heatmap.samples_b)] == [3, 2]
+    assert heatmap.samples_a.texts[0].endswith("cost?2 * 3 + 14 = 20\n#### 20")
+    assert all(re.search(r"Level: \d$", text) for text in heatmap.samples_b.texts)
+    assert heatmap.attributes["config"]["tasks"][1]["sample"] == "random"
+    found = {}
+    exec(compile(program, name_of(page), "exec"), found)
+    assert tuple(sample.text for sample in found["samples"]) == heatmap.samples_a.texts
 
 
 def recipe(title: str) -> str:
