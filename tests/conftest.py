@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import settings
 from ranks import pools
 
-torch.set_num_threads(1)
-settings.register_profile("patient", deadline=None)  # machines are noisy: time decides no test
-settings.load_profile("patient")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up a process that runs tests; one that only hands them out begins to without loading torch."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from hypothesis import settings
+
+    torch.set_num_threads(1)
+    settings.register_profile("patient", deadline=None)  # machines are noisy: time decides no test
+    settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +32,8 @@ def ranks():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs hardware that is not here, and begin with what takes longest."""
+    import torch
+
     long = {item.path for item in items if item.get_closest_marker("long")}
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

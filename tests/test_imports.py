@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -48,8 +49,13 @@ MOST_AT_THE_ROOT = 15
 NAMES_THAT_SAY_NOTHING = {"utils", "helpers", "misc", "common"}
 
 
-def imported(source: str, module: str = "module") -> Iterator[str]:
+@functools.cache
+def imported(source: str, module: str = "module") -> frozenset[str]:
     """Absolute dotted names of all that a module imports, or reaches as an attribute of what it imports."""
+    return frozenset(_imported(source, module))
+
+
+def _imported(source: str, module: str) -> Iterator[str]:
     inside = [PACKAGE.name, *module.split(".")]
     for node in ast.walk(ast.parse(source)):
         match node:

@@ -80,7 +80,7 @@ def record_calls(model: nn.Module, layers: Sequence[AttentionLayer], tokens: Ten
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(index, copy.deepcopy((args, kwargs)))
+            calls.setdefault(index, copied((args, kwargs)))
 
         return hook
 
@@ -123,17 +123,18 @@ class Probe:
 
 def make_probe(model: nn.Module, layer: AttentionLayer, call: Call, tokens: Tensor) -> Probe:
     """Prepare one layer: freeze the norms that couple heads, and observe the unperturbed O-input."""
-    attention = model.get_submodule(layer.module)
-    args, kwargs = call
+    attention, output = model.get_submodule(layer.module), model.get_submodule(layer.output.module)
+    sharded = any(is_sharded(parameter) for parameter in attention.parameters())
 
     def run() -> None:
-        if any(is_sharded(parameter) for parameter in attention.parameters()):
+        if sharded:
             model(tokens)
         else:
-            attention(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            args, kwargs = copied(call)
+            attention(*args, **kwargs)
 
     norms = _coupling_norms(attention, run, max(layer.head_dim, layer.v_head_dim))
-    baseline = _observe(run, model.get_submodule(layer.output.module), nullcontext(), norms)
+    baseline = _observe(run, output, nullcontext(), norms)
     if not bool(baseline.isfinite().all()):
         raise QkovError(
             layer.output.module,
@@ -142,6 +143,15 @@ def make_probe(model: nn.Module, layer: AttentionLayer, call: Call, tokens: Tens
             remedy="Check the checkpoint's weights, or load the model in a wider type (float32 or bfloat16).",
         )
     return Probe(layer, model, run, norms, baseline)
+
+
+def copied(arguments: Any) -> Any:
+    """Arguments of a module, which may change them in place; a tensor's ``clone`` is far quicker than ``deepcopy``."""
+    if type(arguments) is tuple:
+        return tuple(map(copied, arguments))
+    if type(arguments) is dict:
+        return {name: copied(value) for name, value in arguments.items()}
+    return arguments.clone() if type(arguments) is Tensor else copy.deepcopy(arguments)
 
 
 def randomized(module: nn.Module, seed: int) -> AbstractContextManager[None]:

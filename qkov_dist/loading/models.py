@@ -5,6 +5,7 @@ Weights come from safetensors, or from tensors-only checkpoints: nothing is unpi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .adapters import Adapter, put_on
 from .architecture import AUTO_CLASSES, kind_of, settings_of
 from .checkpoint import check_gguf, check_loaded
 from .explained import explained, quiet
+from .gguf_reading import read_once
 from .positions import max_positions
 from .whereabouts import adapter_of, base_config, base_of, source_of
 
@@ -77,6 +79,13 @@ def load_model(config: ModelConfig, *, device_map: Any = None, distributed: Any 
     if adapter := adapter_of(config.path, name, options):
         return _load_adapted(config, adapter, options, device_map=device_map, distributed=distributed)
     options["trust_remote_code"] = config.trust_remote_code
+    with read_once() if "gguf_file" in options else nullcontext():
+        return _load_plain(config, name, options, device_map=device_map, distributed=distributed)
+
+
+def _load_plain(
+    config: ModelConfig, name: str, options: dict[str, Any], *, device_map: Any, distributed: Any
+) -> LoadedModel:
     settings = settings_of(name, options, config.path)
     kind = kind_of(settings, config.path)
     extra: dict[str, Any] = {"device_map": device_map, "dtype": _dtype(config.dtype), "weights_only": True}

@@ -12,12 +12,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from forks import forking
 from processes import forked, ran
 from ranks import free_port
 from torch.distributed import distributed_c10d
@@ -307,6 +309,26 @@ def _fail(how: str) -> None:
         time.sleep(1000)
 
 
+def step_that_fails(how: str) -> None:
+    """As in a user's own script, without `qkov`: rank 1 fails within a step or before it, the others wait in one."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    with comm.step() as world:
+        world.all_gather("hello")
+    if rank == 1 and how == "before":
+        raise KeyError("in own code")
+    try:
+        with comm.step() as world:
+            if rank == 1:
+                raise ZeroDivisionError("in a pass")
+            world.all_gather("hello")
+    except QkovError as error:
+        print(json.dumps([type(error).__name__, str(error)]), flush=True)
+    except ZeroDivisionError:
+        time.sleep(1000)  # the user's code caught it, and does something else
+    sys.exit(2)
+
+
 def three_ranks(
     function: Callable[..., None], *arguments: object, ends: tuple[int, ...] = (0, 1, 2)
 ) -> list[subprocess.CompletedProcess]:
@@ -319,6 +341,25 @@ def three_ranks(
             own = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             running.append(stack.enter_context(forked(function, *arguments, **own)))
         return [running[rank].ended() for rank in ends]
+
+
+WAITING = {
+    "a rank hangs": (failing, "hangs", 1),
+    "ranks are far away": (failing, "far away", 2),
+    "one is far away, one killed": (failing, "killed, one far away", 1),
+    "an error before a step": (step_that_fails, "before"),
+    "an error within a step": (step_that_fails, "within"),
+}
+
+
+@pytest.fixture(scope="module")
+def waited():
+    """What comes of failures after which ranks wait for seconds, by name: they wait beside each other."""
+    forking()
+    with ThreadPoolExecutor(len(WAITING)) as threads:
+        ends = {name: (0, 2) if "within" in name else (0, 1, 2) for name in WAITING}
+        begun = {name: threads.submit(three_ranks, *case, ends=ends[name]) for name, case in WAITING.items()}
+        yield lambda name: begun[name].result()
 
 
 def told(process: subprocess.CompletedProcess) -> str:
@@ -352,8 +393,8 @@ def test_the_others_are_told_which_rank_failed_and_why(how, who, message):
 
 
 @pytest.mark.long
-def test_a_rank_that_hangs_is_named_and_ended():
-    done = three_ranks(failing, "hangs", 1)
+def test_a_rank_that_hangs_is_named_and_ended(waited):
+    done = waited("a rank hangs")
     said = [told(done[rank]) for rank in (0, 2)]
     for rank, text in zip((0, 2), said, strict=True):
         assert text.startswith(f"rank 1: expected an answer, got none (seen by rank {rank}: ")
@@ -364,18 +405,18 @@ def test_a_rank_that_hangs_is_named_and_ended():
 
 
 @pytest.mark.long
-def test_ranks_far_from_their_next_call_are_ended_too():
+def test_ranks_far_from_their_next_call_are_ended_too(waited):
     """They never make a call that could break: the thread that looks for notes ends them, and says why."""
-    done = three_ranks(failing, "far away", 2)
+    done = waited("ranks are far away")
     for rank in (0, 1):
         assert done[rank].returncode == 2
         assert "qkov: rank 2: expected to finish, got an error (model: expected a, got b. c.)" in done[rank].stderr
 
 
 @pytest.mark.long
-def test_a_rank_far_from_its_next_call_learns_which_one_died():
+def test_a_rank_far_from_its_next_call_learns_which_one_died(waited):
     """Rank 0, which holds the store, finds out and leaves; that it is gone must not look as if it had died."""
-    done = three_ranks(failing, "killed, one far away", 1)
+    done = waited("one is far away, one killed")
     assert told(done[0]).startswith("rank 1: expected an answer, got none (seen by rank 0: ")
     assert done[2].returncode == 2
     assert "qkov: rank 1: expected an answer, got none (seen by rank 2: " in done[2].stderr
@@ -395,37 +436,17 @@ def test_ranks_that_do_not_meet_are_told_where_they_looked(monkeypatch, capfd):
     capfd.readouterr()  # torch's own trace
 
 
-def step_that_fails(how: str) -> None:
-    """As in a user's own script, without `qkov`: rank 1 fails within a step or before it, the others wait in one."""
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    with comm.step() as world:
-        world.all_gather("hello")
-    if rank == 1 and how == "before":
-        raise KeyError("in own code")
-    try:
-        with comm.step() as world:
-            if rank == 1:
-                raise ZeroDivisionError("in a pass")
-            world.all_gather("hello")
-    except QkovError as error:
-        print(json.dumps([type(error).__name__, str(error)]), flush=True)
-    except ZeroDivisionError:
-        time.sleep(1000)  # the user's code caught it, and does something else
-    sys.exit(2)
-
-
 @pytest.mark.long
-def test_an_error_between_two_calls_is_named_by_the_next_call_of_the_others():
-    done = three_ranks(step_that_fails, "before")
+def test_an_error_between_two_calls_is_named_by_the_next_call_of_the_others(waited):
+    done = waited("an error before a step")
     for rank in (0, 2):
         assert told(done[rank]).startswith("rank 1: expected to finish, got an error (KeyError: 'in own code')")
     assert "Traceback" in done[1].stderr
 
 
 @pytest.mark.long
-def test_ranks_whose_call_no_longer_comes_to_an_end_are_ended_with_the_reason():
-    done = three_ranks(step_that_fails, "within", ends=(0, 2))
+def test_ranks_whose_call_no_longer_comes_to_an_end_are_ended_with_the_reason(waited):
+    done = waited("an error within a step")
     for process in done:
         assert process.returncode == 2
         assert "qkov: rank 1: expected to finish, got an error (ZeroDivisionError: in a pass)" in process.stderr

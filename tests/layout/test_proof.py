@@ -102,7 +102,7 @@ def undetected(name: str) -> list[str]:
     model = ALL[name].build()
     layout = resolve(model)
     passed = []
-    for layer in layout.layers:
+    for layer in map(layout.layer, layout.distinct_layers()):
         for label, wrong in wrong_layouts(layout, layer):
             try:
                 prove(model, wrong)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from checkpoints import LLAMA, change_config, llama, refused, write_gguf
@@ -167,8 +168,13 @@ def test_nothing_is_printed_and_logging_is_restored(saved: Path, capfd: pytest.C
 # GGUF
 
 
-def test_gguf_is_an_ordinary_model(tmp_path: Path) -> None:
-    loaded = load_model(ModelConfig(str(write_gguf(tmp_path / "tiny.gguf"))))
+def test_gguf_is_an_ordinary_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reader, opened = write_gguf(tmp_path / "tiny.gguf"), gguf.GGUFReader, []
+    read = reader.__init__
+    monkeypatch.setattr(reader, "__init__", lambda self, *how: (opened.append(how), read(self, *how))[1])
+    loaded = load_model(ModelConfig(str(path)))
+    assert len(opened) == 1  # of a large vocabulary each takes seconds
+    assert gguf.GGUFReader is reader
     model = loaded.model
     assert (loaded.objective, loaded.vocab_size, loaded.max_positions) == ("causal", 40, 32)
     assert loaded.tokenizer.decode(loaded.tokenizer("ABab")["input_ids"]) == "ABab"

@@ -241,7 +241,7 @@ def test_operations_of_both_passes_are_those_that_torch_counts(name, place):
     model = TINY[name].build(attn_implementation="eager")
     model.set_attn_implementation("eager")
     lowest = resolve(model).layers[place].index
-    work = work_of(model, name, layers=[lowest])
+    work = work_of(model, name, layers=[lowest], num=4)  # one batch of each task
     passes = CaptureCost(work, Parallelism(1, "none", 1)).passes(Dealt(work, 1, False).passes[0], lowest)
     sites = [Site(lowest, projection.module) for projection in work.layout.layer(lowest).projections]
     with FlopCounterMode(display=False) as counter, capture(model, sites) as session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,18 @@ from qkov_dist.stats.statistics import QKOVStatistics
 Lie = Callable[[h5py.File], None]
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def as_written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heatmap = make_heatmap(attributes={**ATTRIBUTES, "estimator": "mean", "scope": "pooled"})
     tests = QKOVStatistics(n_permutations=9).test_heatmap(heatmap)
-    heatmap.with_statistics(tests).save(tmp_path / "heatmap.h5")
+    path = tmp_path_factory.mktemp("written") / "heatmap.h5"
+    heatmap.with_statistics(tests).save(path)
+    return path
+
+
+@pytest.fixture
+def saved(as_written: Path, tmp_path: Path) -> Path:
+    shutil.copy(as_written, tmp_path)
     return tmp_path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,11 +34,16 @@ def datasets(path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
             yield name, file[name]
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    path = tmp_path / "heatmap.h5"
+@pytest.fixture(scope="module")
+def as_written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("written") / "heatmap.h5"
     make_heatmap().with_statistics(make_statistics()).save(path)
     return path
+
+
+@pytest.fixture
+def saved(as_written: Path, tmp_path: Path) -> Path:
+    return shutil.copy(as_written, tmp_path / "heatmap.h5")
 
 
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(saved: Path) -> None:

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from comparing import TOLERANCE, assert_close, closeness
-from expected import expected_influences, expected_scores
+from expected import expected_influences, expected_of, expected_scores
 from jobs import Job, job_for
 from owners import flat_owner
 from rounding import PASSES
@@ -37,11 +37,16 @@ def test_every_architecture_equals_the_oracle(name):
     model = entry.build()
     job = job_for(entry)
     found = job.run(model)
-    assert_close(found, expected_scores(entry, model, job))
-    assert_influences(found, expected_influences(entry, model, job))
+    assert_equals_the_oracle(found, entry, model, job)
 
 
 IN_FLOAT32 = 3e-4  # gemma4's shared K is at 1.8e-4 (2e-7 in float64), all others below 1e-4
+
+
+def assert_equals_the_oracle(found, entry: Tiny, model, job: Job) -> None:
+    scores, influences = expected_of(entry, model, job)
+    assert_close(found, scores)
+    assert_influences(found, influences)
 
 
 def assert_influences(found, expected, tolerance: float = IN_FLOAT32) -> None:
@@ -107,8 +112,7 @@ def test_every_score_fisher_and_ridge_equals_the_oracle(name, changes):
     model = entry.build()
     job = job_for(entry, **changes)
     found = job.run(model)
-    assert_close(found, expected_scores(entry, model, job))
-    assert_influences(found, expected_influences(entry, model, job))
+    assert_equals_the_oracle(found, entry, model, job)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "falcon_new", "bert", "llama"])
@@ -116,7 +120,7 @@ def test_biases_of_q_k_v_belong_to_their_heads_and_that_of_o_to_none(name):
     entry = TINY[name]
     model = entry.build()
     job = job_for(entry, include_bias=True, settings=ScoreSettings(ridge_relative=0.1))
-    got, expected = job.run(model), expected_scores(entry, model, job)
+    got = job.run(model)
     has_output_bias = name not in ("qwen2", "llama")
     for layer in got:
         shared = got[layer].pop("O_bias", None)
@@ -124,8 +128,7 @@ def test_biases_of_q_k_v_belong_to_their_heads_and_that_of_o_to_none(name):
         if shared is not None:
             assert shared.scores.shape == (1, len(job.a), len(job.b))
             assert_close({layer: {"O_bias": shared}}, {layer: {"O_bias": output_bias_scores(entry, model, job, layer)}})
-    assert_close(got, expected)
-    assert_influences(got, expected_influences(entry, model, job))
+    assert_equals_the_oracle(got, entry, model, job)
 
 
 def output_bias_scores(entry: Tiny, model, job: Job, layer: int) -> torch.Tensor:
@@ -187,8 +190,7 @@ def test_unit_samples_equal_the_oracle_however_computed(name, score, how, tmp_pa
     found = job.run(model, tmp_path)
     for blocks in found.values():
         blocks.pop("O_bias", None)
-    assert_close(found, expected_scores(entry, model, job))
-    assert_influences(found, expected_influences(entry, model, job))
+    assert_equals_the_oracle(found, entry, model, job)
 
 
 @pytest.mark.long
@@ -198,8 +200,7 @@ def test_what_is_compiled_changes_nothing(head_batch_bytes):
     entry = TINY["llama"]
     model, job = entry.build(), job_for(entry, settings=ScoreSettings(head_batch_bytes=head_batch_bytes, compile=True))
     found = job.run(model)
-    assert_close(found, expected_scores(entry, model, job))
-    assert_influences(found, expected_influences(entry, model, job))
+    assert_equals_the_oracle(found, entry, model, job)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "falcon_new"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import oracle
@@ -15,9 +15,27 @@ from zoo import Tiny
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.results.influences import Samples
 
+Scores = dict[int, dict[str, torch.Tensor]]
+Records = dict[int, dict[str, np.ndarray]]
 
-def expected_scores(entry: Tiny, model, job: Job) -> dict[int, dict[str, torch.Tensor]]:
+
+def expected_of(entry: Tiny, model, job: Job) -> tuple[Scores, Records]:
+    """The oracle's scores, and its records, of all layers and heads, from the same gradients."""
+    heads = list(_heads(entry, model, job))
+    return _scores(job, heads), _records(job, heads)
+
+
+def expected_scores(entry: Tiny, model, job: Job) -> Scores:
     """The oracle's scores of all layers and heads."""
+    return _scores(job, _heads(entry, model, job))
+
+
+def expected_influences(entry: Tiny, model, job: Job) -> Records:
+    """The oracle's records [head, optimizer, sums and N] of all layers and heads."""
+    return _records(job, _heads(entry, model, job))
+
+
+def _scores(job: Job, heads_of_layers: Iterable[tuple[int, list[oracle.Heads]]]) -> Scores:
     roles, everyone = job.roles(), range(len(job.a) + len(job.b))
     left, right = list(everyone[roles.left]), list(everyone[roles.right])
     return {
@@ -27,15 +45,14 @@ def expected_scores(entry: Tiny, model, job: Job) -> dict[int, dict[str, torch.T
             )
             for block in heads[0]
         }
-        for layer, heads in _heads(entry, model, job)
+        for layer, heads in heads_of_layers
     }
 
 
-def expected_influences(entry: Tiny, model, job: Job) -> dict[int, dict[str, np.ndarray]]:
-    """The oracle's records [head, optimizer, sums and N] of all layers and heads."""
+def _records(job: Job, heads_of_layers: Iterable[tuple[int, list[oracle.Heads]]]) -> Records:
     is_a = np.arange(len(job.a) + len(job.b)) < len(job.a)
-    found: dict[int, dict[str, np.ndarray]] = {}
-    for layer, heads in _heads(entry, model, job):
+    found: Records = {}
+    for layer, heads in heads_of_layers:
         found[layer] = {}
         for block in heads[0]:
             regularised = oracle.regularised_fishers(heads, block, _fisher(job), **_regularisation(job))
