@@ -12,7 +12,10 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from .errors import QkovError
-from .values import COUNT, FLAG, FRACTION, NON_NEGATIVE, SELECTION, TEXT, Kind, one_of, optional, shown, whole
+from .values import COUNT, FLAG, FRACTION, NON_NEGATIVE, SELECTION, TEXT, Kind, one_of, optional, shown, some_of, whole
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # that a finished run can be handed to
 
 
 def _key(kind: Kind, meaning: str, default: Any = MISSING, *, identity: bool = True) -> Any:
@@ -189,6 +192,12 @@ class OutputConfig(_Section):
     )
     partials: bool = _key(FLAG, "keep each rank's partial file", True, identity=False)
     resume: bool = _key(FLAG, "go on from complete layers of the same run", True, identity=False)
+    report_to: tuple[str, ...] | None = _key(
+        optional(some_of(*TRACKERS)),
+        "trackers that are given numbers, figures and the page (which holds samples' texts) once a run is finished",
+        None,
+        identity=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

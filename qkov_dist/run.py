@@ -50,7 +50,11 @@ from .scoring.tiles import TilePlan
 Planned = tuple[RunPlan, list[Phase]]
 
 
-def run(config: RunConfig, console: Console = SILENT) -> Heatmap | None:
+def run(
+    config: RunConfig,
+    console: Console = SILENT,
+    on_measured: Callable[[Sequence[Measured]], object] = lambda measured: None,
+) -> Heatmap | None:
     """Run a configuration to the end and write ``heatmap.h5`` into its output folder.
 
     Every rank of a distributed run calls this; rank 0 writes the heatmap.
@@ -58,6 +62,7 @@ def run(config: RunConfig, console: Console = SILENT) -> Heatmap | None:
     Args:
         config: The resolved configuration.
         console: Takes a line about each stage, and shows progress; of a process alone, rank 0 alone uses it.
+        on_measured: Called on each rank with what all of them measured, once something was computed and written.
 
     Returns:
         On rank 0 the heatmap as written, or the one on disk where this very run was finished before; None elsewhere.
@@ -78,10 +83,10 @@ def run(config: RunConfig, console: Console = SILENT) -> Heatmap | None:
         return load_heatmap(path) if is_first else None
     with ExitStack() as folder:
         together(world, lambda: folder.enter_context(locked(job.folder)) if is_first else None)
-        return _run(job, path, console)
+        return _run(job, path, console, on_measured)
 
 
-def _run(job: Job, path: Path, console: Console) -> Heatmap | None:
+def _run(job: Job, path: Path, console: Console, on_measured: Callable[[Sequence[Measured]], object]) -> Heatmap | None:
     """Score what is missing, then add up, test and write."""
     config, world = job.config, job.topology.world
     header, measured = _header(job), Measured()
@@ -99,6 +104,7 @@ def _run(job: Job, path: Path, console: Console) -> Heatmap | None:
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
     everyone = [Measured(**found) for found in world.all_gather(dataclasses.asdict(measured))]
+    on_measured(everyone)
     if planned is not None:
         for line in comparison_lines(*planned, everyone):
             console.say(line)

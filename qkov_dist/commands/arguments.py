@@ -48,17 +48,20 @@ def say(line: str) -> None:
     print(f"qkov: {line}", file=sys.stderr)
 
 
-def show_result(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> None:
-    """Print the summary on rank 0, and write the page beside ``heatmap.h5``."""
+def show_result(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> Path | None:
+    """Print the summary on rank 0, and write the page beside ``heatmap.h5``; returns the page's path."""
     from qkov_dist.report.summary import print_page, print_summary
     from qkov_dist.report.write import write_page
     from qkov_dist.results.heatmap_file import HEATMAP_FILE
 
     if heatmap is None:
-        return
+        return None
     print_summary(heatmap, folder, file)
-    if file == HEATMAP_FILE:
-        print_page(write_page(heatmap, folder))
+    if file != HEATMAP_FILE:
+        return None
+    page = write_page(heatmap, folder)
+    print_page(page)
+    return page
 
 
 def add_configuration(parser: argparse.ArgumentParser, text: str, *, optional: bool = False) -> None:

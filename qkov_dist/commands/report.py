@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from qkov_dist.config import TRACKERS
+
 from .arguments import say
 
 EXAMPLE = "qkov report runs/demo"
@@ -12,11 +14,25 @@ EXAMPLE = "qkov report runs/demo"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, or a heatmap's file."""
     parser.add_argument("folder", metavar="DIR", help="the run's output folder with heatmap.h5, or a heatmap's file")
+    parser.add_argument(
+        "--report-to",
+        nargs="+",
+        choices=TRACKERS,
+        metavar="TRACKER",
+        help=f"also hand numbers, figures and the page to some of {', '.join(TRACKERS)}",
+    )
 
 
 def execute(options: argparse.Namespace) -> None:
     """Write page, tables and figures."""
     from qkov_dist.report.summary import print_page
+    from qkov_dist.report.trackers import check_installed, report_to
     from qkov_dist.report.write import write_report
+    from qkov_dist.results.heatmap_file import load_heatmap
 
-    print_page(write_report(options.folder, say))
+    names = tuple(dict.fromkeys(options.report_to or ()))
+    check_installed(names, "--report-to")
+    page = write_report(options.folder, say)
+    print_page(page)
+    if names:
+        report_to(names, load_heatmap(options.folder), page, say)

@@ -8,7 +8,7 @@ all blocks. Text in PDFs stays text.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
 _PNG_DPI = 200
 
 
-def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
-    """File name and content of every figure, in both formats.
+def figures(heatmap: Heatmap, kinds: Collection[str] = ("pdf", "png")) -> Iterator[tuple[str, bytes]]:
+    """File name and content of every figure, in these formats.
 
     Raises:
         ModuleNotFoundError: where matplotlib is not installed.
@@ -40,7 +40,8 @@ def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
             if name in EFFECT_FIGURES and not heatmap.has_tested_effects:
                 continue
             figure = make(heatmap)
-            for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+            for kind in kinds:
+                metadata = {"CreationDate": None} if kind == "pdf" else {}
                 content = io.BytesIO()
                 figure.savefig(content, format=kind, dpi=_PNG_DPI, metadata=metadata)
                 yield f"{name}.{kind}", content.getvalue()
