@@ -33,6 +33,7 @@ COMMANDS = {  # in the order of the help; each is a module of the room ``command
     "heads": "List the heads of a finished run, most harmful first, with the exact rows or columns of each.",
     "report": "Write the report of a finished run: report.html, and in report/ figures (PDF, PNG), tables (CSV, "
     "Markdown).",
+    "push": "Upload a finished run to the Hugging Face hub with a card; without the samples' texts unless asked.",
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 

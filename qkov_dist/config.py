@@ -14,7 +14,6 @@ from typing import Any
 from .errors import QkovError
 from .values import COUNT, FLAG, FRACTION, NON_NEGATIVE, SELECTION, TEXT, Kind, one_of, optional, shown, some_of, whole
 
-
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # that a finished run can be handed to
 
 

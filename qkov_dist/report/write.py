@@ -33,7 +33,7 @@ def write_page(heatmap: Heatmap, folder: str | Path) -> Path:
         QkovError: where ``folder`` holds a page of another run, or cannot be written.
     """
     path = Path(folder) / PAGE_FILE
-    _refuse_other_page(path, heatmap.run_id)
+    refuse_other_page(path, heatmap.run_id)
     _replace(path, make_page(heatmap).encode("utf-8", "backslashreplace"))
     return path
 
@@ -67,7 +67,8 @@ def write_report(place: str | Path, say: Callable[[str], None]) -> Path:
     return page
 
 
-def _refuse_other_page(path: Path, run_id: str) -> None:
+def refuse_other_page(path: Path, run_id: str) -> None:
+    """Refuse a file that is there and is no page of this run."""
     with file_errors(path, OSError):
         found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     if found is not None and run_marker(run_id) not in found:
