@@ -121,7 +121,7 @@ def comparison_lines(plan: RunPlan, phases: Sequence[Phase], measured: Sequence[
 
 
 def measured_scalars(measured: Sequence[Measured]) -> dict[str, float]:
-    """Name -> number of the rank with the largest: seconds by phase, GiB of what is held; none where none was measured."""
+    """Name -> number of the rank with the largest: seconds by phase, GiB of what is held; only what was measured."""
     phases = dict.fromkeys(phase for one in measured for phase in one.seconds)
     seconds = {f"seconds/{phase}": max(one.seconds.get(phase, 0.0) for one in measured) for phase in phases}
     names = [entry.name for entry in fields(Measured) if entry.name in (*BYTES, "peak_gpu", "peak_host")]

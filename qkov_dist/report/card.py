@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import HEATMAP_FILE
@@ -11,6 +11,9 @@ from qkov_dist.results.heatmap_file import HEATMAP_FILE
 from .findings import significance
 from .table import Cell, Table, as_plain_markdown
 from .tables import blocks_table
+
+if TYPE_CHECKING:
+    from huggingface_hub import CardData
 
 TAGS = ("qkov", "interpretability", "attention-heads", "task-interference")
 COLUMNS = ("block", "heads", "score_mean", "overlap_median", "change_adam", "conflict_adam", "synergy_adam")
@@ -70,11 +73,10 @@ def _plain(text: object) -> str:
 def _metadata(heatmap: Heatmap, repo_type: str) -> str:
     from huggingface_hub import DatasetCardData, ModelCardData
 
-    known: dict[str, Any] = {"tags": [*TAGS]}
+    tags = [*TAGS]
+    data: CardData = DatasetCardData(pretty_name=heatmap.title, tags=tags, viewer=False)
     if repo_type == "model":
-        data = ModelCardData(library_name="qkov-dist", **known)
-    else:
-        data = DatasetCardData(pretty_name=heatmap.title, viewer=False, **known)
+        data = ModelCardData(library_name="qkov-dist", tags=tags)
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 

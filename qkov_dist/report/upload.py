@@ -1,8 +1,8 @@
 """A finished run on the Hugging Face hub: its heatmap, page, figures, configuration and a card, in one commit.
 
 Without a word to the contrary nothing of the samples' texts leaves the machine, nor the folders of paths: what is
-uploaded is a copy of ``heatmap.h5`` that is written anew without them, and a page of that copy. Ids, lengths, losses and
-hashes of samples stay, for the numbers rest on them.
+uploaded is a copy of ``heatmap.h5`` that is written anew without them, and a page of that copy. Ids, lengths, losses
+and hashes of samples stay, for the numbers rest on them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Target:
     def check(self) -> None:
         """Refuse an id that no repository can have; nobody is asked."""
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         try:
             validate_repo_id(self.repo_id)
@@ -176,7 +176,7 @@ def _hub_errors(target: Target) -> Iterator[None]:
     """What the hub or the network refuses, as one message."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    of_requests = HfHubHTTPError.__mro__[1]  # of httpx, whichever the hub's library uses
+    of_requests: Any = HfHubHTTPError.__mro__[1]  # of httpx, whichever the hub's library uses
     try:
         yield
     except (of_requests, OSError, RuntimeError, ValueError) as error:
