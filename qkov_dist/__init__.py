@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .metric import QKOVInterferenceMetric
     from .results.heatmap import Heatmap
     from .results.heatmap_file import load_heatmap
+    from .results.matrix_file import load_matrix
     from .results.selection import Selection
+    from .results.task_matrix import TaskMatrix
     from .stats.statistics import QKOVStatistics
 
 __all__ = [
@@ -32,8 +34,10 @@ __all__ = [
     "QKOVStatistics",
     "QkovError",
     "Selection",
+    "TaskMatrix",
     "freeze_heads",
     "load_heatmap",
+    "load_matrix",
     "register_layout",
     "scale_heads",
 ]
@@ -47,8 +51,10 @@ _HOMES = {  # the imports above once more, for when the program runs
     "QKOVStatistics": "stats.statistics",
     "QkovError": "errors",
     "Selection": "results.selection",
+    "TaskMatrix": "results.task_matrix",
     "freeze_heads": "acting.freeze",
     "load_heatmap": "results.heatmap_file",
+    "load_matrix": "results.matrix_file",
     "register_layout": "layout.resolve",
     "scale_heads": "acting.freeze",
 }

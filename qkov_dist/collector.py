@@ -35,6 +35,7 @@ from .errors import QkovError, choose, wrong_argument
 from .layout.heads import Layout
 from .layout.modules import inner_model, is_masked_lm, num_parameters, text_config
 from .loading.positions import has_rope, max_positions
+from .scoring.collected import Step
 from .scoring.fisher import Estimator
 from .scoring.tiles import Selection, make_tile_plan
 
@@ -80,15 +81,6 @@ class QKOVConfig:
         return self.layout.num_kv_heads
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One call of ``collect_fisher``: one step of the Fisher average."""
-
-    task: str
-    mode: Estimator
-    numbers: tuple[int, ...]
-
-
 class FisherCollector:
     """Runs samples once and keeps the factors of their gradients.
 
@@ -126,7 +118,7 @@ class FisherCollector:
             raise wrong_argument("batch_tokens", "at least 1", batch_tokens)
         self.enabled = enable_cross_task_analysis
         self.decay = decay
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self._selection = Selection(None if layers is None else tuple(layers))
         self._reduction, self._batch_tokens = loss_reduction, batch_tokens
         self._budget, self._folder = int(gradient_memory_mb * 2**20), None if spill_dir is None else Path(spill_dir)
@@ -171,7 +163,7 @@ class FisherCollector:
             if not self.enabled:
                 return np.full(len(samples), np.nan)
             numbers = self._start(model, world).run(model, task, samples)
-            self.steps.append(_Step(task, cast(Estimator, mode), tuple(numbers)))
+            self.steps.append(Step(task, cast(Estimator, mode), tuple(numbers)))
             return np.array([record.loss for record in self.records[first:]])
 
     @property

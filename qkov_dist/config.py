@@ -126,6 +126,11 @@ class StatisticsConfig(_Section):
     permutations: int = _key(whole(2), "relabellings K of the samples; the smallest p-value is 1 / (1 + K)", 1000)
     confidence: float = _key(FRACTION, "of jackknife intervals, and the share of each null that its band holds", 0.95)
     fdr_alpha: float = _key(FRACTION, "level of the false discovery rate", 0.05)
+    family: str = _key(
+        one_of("pair", "all"),
+        "of more than two tasks: tests that are corrected together, within each pair or over all pairs",
+        "pair",
+    )
     seed: int = _key(whole(0), "seed of permutations", 0)
     allow_shared_samples: bool = _key(
         FLAG,
@@ -201,11 +206,11 @@ class OutputConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The whole configuration. The first task is A, the second B."""
+    """The whole configuration. Of two tasks the first is A, the second B."""
 
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tasks: tuple[TaskConfig, TaskConfig]
+    tasks: tuple[TaskConfig, ...]
     metric: MetricConfig = field(default_factory=MetricConfig)
     fisher: FisherConfig = field(default_factory=FisherConfig)
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
@@ -214,20 +219,37 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        if self.tasks[0].name == self.tasks[1].name:
-            raise QkovError(
-                "tasks.1.name",
-                expected="two different names",
-                got=f"{self.tasks[0].name!r} twice",
-                remedy="Rename one of the tasks.",
-            )
+        """Raise where keys do not fit each other."""
+        if not FEWEST_TASKS <= len(self.tasks) <= MOST_TASKS:
+            remedy = "Give each task a name and a path; of two the first is A."
+            expected, got = f"a list of {FEWEST_TASKS} to {MOST_TASKS} tasks", f"{len(self.tasks)} tasks"
+            raise QkovError("tasks", expected=expected, got=got, remedy=remedy)
+        names = [task.name for task in self.tasks]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                place, remedy = f"tasks.{number}.name", "Rename one of the tasks."
+                raise QkovError(place, expected="different names", got=f"{name!r} twice", remedy=remedy)
+            if self.has_many_tasks and any(part in name for part in NOT_IN_NAMES):
+                remedy = "Rename it: pairs are stored as /pairs/NAME__NAME."
+                expected = f"a name without {' and '.join(map(repr, NOT_IN_NAMES))}, as there are more than two tasks"
+                raise QkovError(f"tasks.{number}.name", expected=expected, got=repr(name), remedy=remedy)
+        if self.has_many_tasks and self.fisher.scope != "pooled":
+            remedy = "Set fisher.scope=pooled: all pairs of more than two tasks are scored under the Fisher of all."
+            raise QkovError("fisher.scope", expected="pooled", got=self.fisher.scope, remedy=remedy)
+
+    @property
+    def has_many_tasks(self) -> bool:
+        """Whether there are more than two, whose results are a matrix of tasks."""
+        return len(self.tasks) > FEWEST_TASKS
 
     @property
     def pooled(self) -> bool:
         """Whether scores among all pooled samples are needed."""
-        return self.statistics.enabled or self.output.pairs == "all"
+        return self.statistics.enabled or self.output.pairs == "all" or self.has_many_tasks
 
 
+FEWEST_TASKS, MOST_TASKS = 2, 64
+NOT_IN_NAMES = ("/", "__")
 SECTIONS: dict[str, type[_Section]] = {
     "model": ModelConfig,
     "parallel": ParallelConfig,
@@ -244,6 +266,7 @@ RETIRED = {
     "statistics.bootstrap": "Intervals are now those of a delete-one jackknife, which draws nothing: leave the key "
     "out; statistics.confidence sets how often intervals are to cover."
 }
+# tasks.0 and tasks.1 stand for all tasks
 KEYS: dict[str, Field[Any]] = {f"{name}.{entry.name}": entry for name, cls in SECTIONS.items() for entry in fields(cls)}
 
 
@@ -290,7 +313,7 @@ def describe() -> str:
     for name, cls in SECTIONS.items():
         if name == "tasks.1":
             continue
-        lines.append(f"{name.replace('tasks.0', 'tasks.0, tasks.1')}: {cls.__doc__}")
+        lines.append(f"{name.replace('tasks.0', 'tasks.0, tasks.1, ...')}: {cls.__doc__}")
         for entry in fields(cls):
             default = "required" if entry.default is MISSING else shown(entry.default)
             lines.append(f"  {entry.name:<20} {default:<14} {entry.metadata['meaning']}")

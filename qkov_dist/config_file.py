@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
-from .config import KEYS, RETIRED, SECTIONS, RunConfig, read_value
+from .config import FEWEST_TASKS, MOST_TASKS, RETIRED, SECTIONS, RunConfig, TaskConfig, read_value
 from .errors import QkovError
 from .values import named, nearest, shown
 
 MAX_BYTES = 256 << 10  # of YAML; as many values, once its aliases are written out
 _LONGEST_KEY = 200  # that is compared with known ones
+_TASK = re.compile(r"tasks\.([0-9]{1,2})(?![0-9])")
 _ODD_TAGS = (ValueError, ArithmeticError, LookupError, AttributeError, TypeError)  # such as !!bool with no bool behind
 
 
@@ -31,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: The YAML file.
         overrides: Values are parsed as YAML; ``tasks.0`` or ``tasks.a`` is the first task, ``tasks.1`` or ``tasks.b``
-            the second.
+            the second, ``tasks.2`` the third.
 
     Raises:
         QkovError: at ``FILE: section.key`` for a setting, at ``FILE:LINE`` for broken YAML.
@@ -66,11 +67,12 @@ def _flatten(raw: object) -> dict[str, object]:
     values: dict[str, object] = {}
     for name, body in _mapping(raw, "configuration").items():
         if name == "tasks":
-            if not isinstance(body, list | tuple) or len(body) != 2:
+            if not isinstance(body, list | tuple) or not FEWEST_TASKS <= len(body) <= MOST_TASKS:
                 got = f"{len(body)} tasks" if isinstance(body, list | tuple) else shown(body)
-                remedy = "Give task A first, then B, each with a name and a path."
-                raise QkovError("tasks", expected="a list of exactly two tasks", got=got, remedy=remedy)
-            parts = [("tasks.0", body[0]), ("tasks.1", body[1])]
+                remedy = "Give each task a name and a path; of two the first is A."
+                expected = f"a list of {FEWEST_TASKS} to {MOST_TASKS} tasks"
+                raise QkovError("tasks", expected=expected, got=got, remedy=remedy)
+            parts = [(f"tasks.{number}", task) for number, task in enumerate(body)]
         elif name not in SECTIONS or "." in name:
             raise _unknown(_key(name))
         else:
@@ -94,29 +96,39 @@ def _mapping(raw: object, place: str) -> Mapping[Any, Any]:
 
 
 def _build(values: Mapping[str, object]) -> RunConfig:
+    sections = {**SECTIONS, **dict.fromkeys(_tasks_of(values), TaskConfig)}
+    keys = {f"{name}.{entry.name}": entry for name, cls in sections.items() for entry in fields(cls)}
     for key, value in values.items():
         if key in RETIRED:
             raise QkovError(key, expected="no such key any more", got=shown(value), remedy=RETIRED[key])
-        if key not in KEYS:
+        if key not in keys:
             raise _unknown(key)
-    for key, entry in KEYS.items():
+    for key, entry in keys.items():
         if entry.default is MISSING and key not in values:
             remedy = f"Set {key}: {entry.metadata['meaning']}."
             raise QkovError(key, expected=entry.metadata["kind"].expected, got="nothing", remedy=remedy)
-    read = {key: read_value(KEYS[key], value, key) for key, value in values.items()}
+    read = {key: read_value(keys[key], value, key) for key, value in values.items()}
     built: dict[str, Any] = {}
-    for name, cls in SECTIONS.items():
+    for name, cls in sections.items():
         built[name] = cls(
             **{key.rpartition(".")[2]: value for key, value in read.items() if key.startswith(f"{name}.")}
         )
-    return RunConfig(tasks=(built.pop("tasks.0"), built.pop("tasks.1")), **built)
+    return RunConfig(tasks=tuple(built.pop(name) for name in sections if _TASK.fullmatch(name)), **built)
+
+
+def _tasks_of(values: Mapping[str, object]) -> list[str]:
+    """The sections of tasks beyond the second, in their order; none is left out."""
+    numbers = {int(found[1]) for key in values if (found := _TASK.match(key))}
+    there = range(FEWEST_TASKS, len(numbers | set(range(FEWEST_TASKS))))
+    return [f"tasks.{number}" for number in there if number in numbers]
 
 
 def _unknown(key: str) -> QkovError:
     """The error for an unknown key: of a misspelt section, the same key of another one, a typo, or nothing like it."""
     section, _, last = key[-_LONGEST_KEY:].rpartition(".")
     names = {name: f"{place}.{name}" for place in reversed(SECTIONS) for name in _names_of(place)}
-    near = section if section in SECTIONS else nearest(section, SECTIONS)
+    is_known = section in SECTIONS or (_TASK.fullmatch(section) and int(section.partition(".")[2]) < MOST_TASKS)
+    near = section if is_known else nearest(section, SECTIONS)
     if near and last in _names_of(near):
         remedy = f"The nearest valid key is '{near}.{last}'."
     elif not section and (start := nearest(last, _first_words())):
@@ -133,7 +145,7 @@ def _unknown(key: str) -> QkovError:
 
 
 def _names_of(section: str) -> list[str]:
-    return [entry.name for entry in fields(SECTIONS[section])]
+    return [entry.name for entry in fields(SECTIONS.get(section, TaskConfig))]  # tasks.7 is no section of its own
 
 
 def _first_words() -> list[str]:

@@ -2,32 +2,40 @@
 
 A layer's heads are dealt to the ranks. Each rank is sent all partial scores of its heads, adds them up, tests them, and
 passes on to rank 0 what the heatmap keeps. Every rank takes the same steps; with one process nothing is sent.
+
+Of more than two tasks every pair is tested and put together as two are, from its part of the scores of all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 
-from .config import RunConfig
+from .config import FEWEST_TASKS, RunConfig
 from .console import Console
 from .distributed.world import World
-from .results.assemble import assemble
+from .results.assemble import Assembly, assemble
 from .results.gather import Read
 from .results.heatmap import Heatmap
 from .results.heatmap_data import Pairs
+from .results.matrix_sums import MatrixSums
 from .results.metadata import HeatmapMetadata, LayerAxes
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first
+from .results.task_matrix import TaskMatrix
+from .results.task_pairs import of_pair
 from .stats.effect_tests import effect_tests, notes_on_effects
+from .stats.families import note_on_families, over_all_pairs
 from .stats.head_tests import Design, LayerTests, layer_tests
-from .stats.statistics import QKOVStatistics
+from .stats.statistics import Family, QKOVStatistics
 
 
 def statistics_of(config: RunConfig) -> QKOVStatistics | None:
@@ -35,7 +43,13 @@ def statistics_of(config: RunConfig) -> QKOVStatistics | None:
     settings = config.statistics
     if not settings.enabled:
         return None
-    return QKOVStatistics(settings.fdr_alpha, settings.permutations, seed=settings.seed, confidence=settings.confidence)
+    return QKOVStatistics(
+        settings.fdr_alpha,
+        settings.permutations,
+        seed=settings.seed,
+        confidence=settings.confidence,
+        family=cast(Family, settings.family),
+    )
 
 
 def finish(
@@ -46,7 +60,7 @@ def finish(
     world: World,
     console: Console,
     statistics: QKOVStatistics | None,
-) -> Heatmap | None:
+) -> Heatmap | TaskMatrix | None:
     """Add up, test and write as a configuration says, and pass on warnings and notes.
 
     Args:
@@ -59,22 +73,36 @@ def finish(
         statistics: The tests; None leaves them out.
 
     Returns:
-        On rank 0 the heatmap as written; None elsewhere.
+        On rank 0 the heatmap as written, or the matrix of more than two tasks; None elsewhere.
     """
     pairs = cast(Pairs, config.output.pairs)
     what = "adding up" if statistics is None else "testing"
+    combined = combine_tasks if len(metadata.tasks) > FEWEST_TASKS else combine
     with console.bar(what, len(metadata.layers), "layer") as advance:
-        heatmap = combine(
+        found = combined(
             metadata, read, world, statistics=statistics, pairs=pairs, folder=path.parent, on_layer=advance
         )
-    if heatmap is None:
+    if found is None:
         return None
-    heatmap.save(path, pairs)
-    for warning in heatmap.attributes["warnings"]:
+    found.save(path, pairs)
+    for warning in found.attributes["warnings"]:
         console.say(f"warning: {warning}")
-    for note in (heatmap.statistics or {}).get("notes", ()):
+    for note in notes_of(found):
         console.say(f"note: {note}")
-    return heatmap
+    return found
+
+
+def notes_of(found: Heatmap | TaskMatrix) -> list[str]:
+    """What a reader of the tests should know, once."""
+    if isinstance(found, Heatmap):
+        return [*(found.statistics or {}).get("notes", ())]
+    alike: dict[str, list[str]] = {}  # pairs differ in numbers alone
+    for heatmap in found.heatmaps.values():
+        for note in (heatmap.statistics or {}).get("notes", ()):
+            alike.setdefault(re.sub(r"[0-9][0-9.]*", "0", note), []).append(note)
+    return [
+        f"{notes[0]} (and alike of {len(notes) - 1} more pairs)" if notes[1:] else notes[0] for notes in alike.values()
+    ]
 
 
 def combine(
@@ -130,6 +158,86 @@ def combine(
         return None
     tests = LayerTests.joined(map(LayerTests.from_json, gathered))
     return heatmap.with_statistics(statistics.results(heatmap, design, tests))
+
+
+def combine_tasks(
+    metadata: HeatmapMetadata,
+    read: Read,
+    world: World,
+    *,
+    statistics: QKOVStatistics | None = None,
+    pairs: Pairs = "cross",
+    folder: Path | None = None,
+    on_layer: Callable[[int], object] = lambda count: None,
+) -> TaskMatrix | None:
+    """The same of more than two tasks: a matrix of them, and every pair's heatmap, on rank 0.
+
+    Arguments and errors are those of ``combine``.
+    """
+    names = dict(enumerate(combinations(metadata.tasks, 2)))
+    of_pairs = [metadata.of_pair(*both) for both in combinations(range(len(metadata.tasks)), 2)]
+    designs = [] if statistics is None else _designs(statistics, of_pairs)
+    tested: list[list[LayerTests]] = [[] for _ in designs]
+    putting = _Putting(metadata, of_pairs, pairs, folder) if world.rank == 0 else None
+    for layer in metadata.layers:
+        part = add_dealt(read(layer), layer, world)
+        for number, design in enumerate(designs):
+            of_two = of_pair(part, metadata.sizes, *metadata.numbers(names[number]), pooled=True)
+            tested[number].append(_tests(design, layer, of_two, of_pairs[number]))
+        whole = bring_to_first(part, world)
+        if putting is not None:
+            putting.take(layer.layer, whole)
+        on_layer(1)
+    gathered = world.all_gather([LayerTests.joined(of_pair).to_json() for of_pair in tested])
+    if putting is None:
+        return None
+    heatmaps = {}
+    for number, assembly in enumerate(putting.assemblies):
+        heatmap = with_tested_effects(assembly.heatmap(), statistics)
+        if statistics is not None:
+            tests = LayerTests.joined(LayerTests.from_json(of_rank[number]) for of_rank in gathered)
+            heatmap = heatmap.with_statistics(statistics.results(heatmap, designs[number], tests))
+        heatmaps[names[number]] = heatmap
+    family = "pair" if statistics is None else statistics.family
+    if family == "all":
+        heatmaps = over_all_pairs(heatmaps)
+    matrix = putting.sums.matrix(heatmaps)
+    notes = [*matrix.attributes["notes"], note_on_families(len(heatmaps), family)]
+    return dataclasses.replace(matrix, attributes={**matrix.attributes, "notes": notes})
+
+
+class _Putting:
+    """What rank 0 puts together of more than two tasks, layer by layer."""
+
+    def __init__(
+        self, metadata: HeatmapMetadata, of_pairs: Sequence[HeatmapMetadata], pairs: Pairs, folder: Path | None
+    ) -> None:
+        self.sums, self._metadata, self._pooled = MatrixSums(metadata), metadata, pairs == "all"
+        keeps = pairs != "none"
+        self.assemblies = [
+            Assembly(of_two, pooled=self._pooled, folder=folder, keeps_scores=keeps) for of_two in of_pairs
+        ]
+
+    def take(self, number: int, whole: LayerPartial) -> None:
+        """Take one layer's sums of all tasks."""
+        self.sums.take(number, whole)
+        for assembly in self.assemblies:
+            both = self._metadata.numbers(assembly.metadata.tasks)
+            assembly.take(number, of_pair(whole, self._metadata.sizes, *both, pooled=self._pooled))
+
+
+def _designs(statistics: QKOVStatistics, of_pairs: Sequence[HeatmapMetadata]) -> list[Design]:
+    """The design of each pair's tests: one for all pairs of as many samples without copies, as it is then the same."""
+    known: dict[tuple[object, ...], Design] = {}
+    found = []
+    for metadata in of_pairs:
+        contents = [content for table in metadata.samples for content in table.contents]
+        has_copies = len({*contents} - {""}) < len([content for content in contents if content])
+        key = (*metadata.sizes, *(contents if has_copies else ()))
+        if key not in known:
+            known[key] = _design(statistics, metadata)
+        found.append(known[key])
+    return found
 
 
 def with_tested_effects(heatmap: Heatmap, statistics: QKOVStatistics | None = None) -> Heatmap:

@@ -19,7 +19,7 @@ from .capture.soundness import Soundness
 from .config import RunConfig, canonical_json, to_dict
 from .console import SILENT, Console
 from .data.batches import Objective, content_of
-from .data.copies import look_for_copies
+from .data.copies import in_one_task, look_for_copies
 from .data.samples import Task, task_fingerprint
 from .data.tasks import load_task
 from .distributed.fingerprint import fingerprint
@@ -32,7 +32,6 @@ from .errors import QkovError
 from .layout.heads import Layout, Site
 from .layout.modules import num_parameters
 from .loading.models import LoadedModel
-from .results.effects import counted_samples
 from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.influence_records import mean_weights
@@ -50,7 +49,7 @@ class Job:
         config: The resolved configuration.
         loaded: The model, its tokenizer and limits.
         layout: Where each head is, proved.
-        tasks: A and B.
+        tasks: All of them; of two the first is A.
         topology: Who runs which samples, and owns what.
         scoring: What is scored, and in which numbers.
         tile_plan: This rank's tiles of every layer.
@@ -63,7 +62,7 @@ class Job:
     config: RunConfig
     loaded: LoadedModel
     layout: Layout
-    tasks: tuple[Task, Task]
+    tasks: tuple[Task, ...]
     topology: Topology
     scoring: Scoring
     tile_plan: TilePlan
@@ -79,8 +78,13 @@ class Job:
 
     @property
     def num_samples(self) -> int:
-        """Samples of both tasks."""
-        return sum(len(task.samples) for task in self.tasks)
+        """Samples of all tasks."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each task."""
+        return tuple(len(task.samples) for task in self.tasks)
 
     @property
     def device(self) -> torch.device:
@@ -143,15 +147,15 @@ class Job:
         return True
 
     def roles(self) -> Roles:
-        """All samples are members, A's first."""
-        fisher, num_a, num = self.config.fisher, len(self.tasks[0].samples), self.num_samples
+        """All samples are members, task after task."""
+        fisher, sizes, num = self.config.fisher, self.sizes, self.num_samples
         scope, estimator = cast(Scope, fisher.scope), cast(Estimator, fisher.estimator)
-        steps = fisher_steps(num_a, num - num_a, batch_size=fisher.batch_size, scope=scope)
+        steps = fisher_steps(sizes, batch_size=fisher.batch_size, scope=scope)
         weights = fisher_weights(steps, num, estimator=estimator, decay=fisher.decay)
-        weights = by_task(weights, np.arange(num) < num_a)
-        samples = counted_samples(*self._contents)
-        left, right = sides(num_a, num, pooled=self.config.pooled)
-        return Roles(tuple(range(num)), weights, left, right, mean_weights(samples.a, samples.b), num_a)
+        weights = by_task(weights, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
+        left, right = sides(sizes, pooled=self.config.pooled)
+        means = mean_weights(in_one_task(self._contents), sizes)
+        return Roles(tuple(range(num)), weights, left, right, means, sizes)
 
     @cached_property
     def _contents(self) -> tuple[list[str], ...]:
@@ -198,8 +202,8 @@ def _refuse_a_file(folder: Path) -> None:
         raise QkovError("output.dir", expected="a folder", got=f"the file {folder}", remedy=remedy)
 
 
-def _copies(config: RunConfig, tasks: tuple[Task, Task], objective: Objective) -> list[str]:
-    """Warnings of samples that both tasks have."""
+def _copies(config: RunConfig, tasks: tuple[Task, ...], objective: Objective) -> list[str]:
+    """Warnings of samples that several tasks have."""
     return look_for_copies(
         [task.name for task in tasks],
         [[content_of(sample, objective) for sample in task.samples] for task in tasks],
@@ -208,20 +212,20 @@ def _copies(config: RunConfig, tasks: tuple[Task, Task], objective: Objective) -
     )
 
 
-def _scoring(config: RunConfig, tasks: tuple[Task, Task], model: nn.Module) -> Scoring:
+def _scoring(config: RunConfig, tasks: tuple[Task, ...], model: nn.Module) -> Scoring:
     """What is scored, on the device of the model."""
     first, num_samples = next(model.parameters()), sum(len(task.samples) for task in tasks)
     return Scoring.of(config, num_samples, model_itemsize=first.dtype.itemsize, on_gpu=first.device.type != "cpu")
 
 
-def _run_id(config: RunConfig, model: str, tasks: tuple[Task, Task]) -> str:
+def _run_id(config: RunConfig, model: str, tasks: tuple[Task, ...]) -> str:
     """A hash of what a run's scores follow from; ``model`` is the model's fingerprint."""
     content = [f"results of meaning {MEANING}", canonical_json(config), model, *map(task_fingerprint, tasks)]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 
-def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:
-    first, second = (
+def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, ...]:
+    tasks = tuple(
         load_task(
             task,
             loaded.tokenizer,
@@ -231,7 +235,7 @@ def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:
         )
         for task in config.tasks
     )
-    for task in (first, second):
+    for task in tasks:
         if config.statistics.enabled and len(task.samples) < 2:
             raise QkovError(
                 f"task {task.name!r}",
@@ -239,7 +243,7 @@ def _tasks(config: RunConfig, loaded: LoadedModel) -> tuple[Task, Task]:
                 got=str(len(task.samples)),
                 remedy="Give more samples, or set statistics.enabled=false.",
             )
-    return first, second
+    return tasks
 
 
 def _flat(tree: object, prefix: str = "") -> dict[str, object]:
@@ -253,7 +257,7 @@ def _flat(tree: object, prefix: str = "") -> dict[str, object]:
     return {name: value for key, part in items for name, value in _flat(part, f"{prefix}{key}.").items()}
 
 
-def _summary(layout: Layout, tile_plan: TilePlan, tasks: tuple[Task, Task]) -> str:
+def _summary(layout: Layout, tile_plan: TilePlan, tasks: tuple[Task, ...]) -> str:
     names = " x ".join(f"{task.name} ({len(task.samples)} samples)" for task in tasks)
     skipped = f", {len(layout.others)} without softmax attention" if layout.others else ""
     return f"{layout.model_type}: {len(tile_plan.layers)} of {layout.num_layers} layers{skipped}; {names}"

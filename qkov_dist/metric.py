@@ -7,34 +7,36 @@ heatmap = metric.compute_heatmap("math", "code", layers=[3, 4, 5])
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 
 from .collector import FisherCollector, QKOVConfig
+from .config import FEWEST_TASKS, MOST_TASKS
 from .console import Console
-from .data.copies import look_for_copies
 from .distributed.connect import step
 from .distributed.shared_errors import together
+from .distributed.world import Alone
 from .errors import QkovError, ascending, choose, is_whole, wrong_argument
-from .finish import with_tested_effects
+from .finish import combine_tasks, with_tested_effects
 from .layout.heads import BLOCKS
 from .results.assemble import assemble
-from .results.effects import Effects, counted_samples
+from .results.effects import Effects
 from .results.head_slices import slices_of
 from .results.heatmap import Heatmap
+from .results.heatmap_data import Pairs
 from .results.metadata import HeatmapMetadata, layer_axes, make_metadata, with_norms
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_over_ranks, layer_partial
+from .results.task_matrix import TaskMatrix
+from .scoring.collected import CollectedTasks
 from .scoring.engine import rounds_of, score_rounds
 from .scoring.exchange import Exchange
-from .scoring.extent import sides
-from .scoring.fisher import Estimator, Scope, by_task, fisher_weights
-from .scoring.influence_records import mean_weights
+from .scoring.fisher import Scope
 from .scoring.sample_norms import norms_of, summed_squares, unit_scales
 from .scoring.score_kinds import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
@@ -113,7 +115,7 @@ class QKOVInterferenceMetric:
         def prepared() -> tuple[TilePlan, Roles]:
             of_a, of_b = self.collector.samples_of(task_a), self.collector.samples_of(task_b)
             i, j = _place(of_a, sample_i, task_a, "sample_i"), _place(of_b, sample_j, task_b, "sample_j")
-            roles = self._roles(task_a, task_b, [i], [j], pooled=False)
+            roles = self._chosen((task_a, task_b), ((i,), (j,))).roles(self.scope, pooled=False)
             return self._tile_plan([layer], [head], len(roles.members)), roles
 
         with step() as world:
@@ -151,24 +153,54 @@ class QKOVInterferenceMetric:
                 share samples.
         """
 
-        def prepared() -> tuple[TilePlan, Roles, HeatmapMetadata]:
+        def check() -> None:
             choose("pairs", pairs, ("cross", "all"))
             if task_a == task_b:
                 raise wrong_argument("task_b", "another task than task_a", repr(task_b))
-            if max_samples_per_task is not None and not is_whole(max_samples_per_task, 1):
-                raise wrong_argument("max_samples_per_task", "a whole number of at least 1", max_samples_per_task)
-            of_a, of_b = (self.collector.samples_of(task)[:max_samples_per_task] for task in (task_a, task_b))
-            copies = self._copies((task_a, task_b), (of_a, of_b), allowed=allow_shared_samples)
-            roles = self._roles(task_a, task_b, of_a, of_b, pooled=pairs == "all")
-            tile_plan = self._tile_plan(layers, heads, len(roles.members))
-            return tile_plan, roles, self._metadata(tile_plan, (task_a, task_b), (of_a, of_b), pairs, copies)
 
-        with step() as world:
-            tile_plan, roles, metadata = together(world, prepared)
-            roles, norms = self._scaled(tile_plan, roles)
-            if norms is not None:
-                metadata = with_norms(metadata, norms[: roles.num_scored])
-            return with_tested_effects(assemble(metadata, self._scored(tile_plan, roles).items()))
+        wanted = (task_a, task_b), layers, heads, max_samples_per_task
+        metadata, scored = self._compute(*wanted, pooled=pairs == "all", allowed=allow_shared_samples, check=check)
+        return with_tested_effects(assemble(metadata, scored.items()))
+
+    def compute_matrix(
+        self,
+        tasks: Sequence[str],
+        layers: Iterable[int] | None = None,
+        heads: Iterable[int] | None = None,
+        max_samples_per_task: int | None = None,
+        pairs: str = "all",
+        *,
+        allow_shared_samples: bool = False,
+    ) -> TaskMatrix:
+        """More than two tasks: scored once among all samples, under the Fisher of all.
+
+        Every rank of a distributed job calls this, and gets the whole matrix. ``QKOVStatistics.test_matrix`` tests it.
+
+        Args:
+            tasks: Their names, three or more.
+            layers: Layer numbers, ascending; all captured ones by default.
+            heads: Query heads, ascending; all by default. Kv heads follow.
+            max_samples_per_task: Score pairs of the first so many samples of each task. The Fisher takes all.
+            pairs: Which scores of sample pairs each pair's heatmap keeps: ``none``, ``cross``, or ``all`` of its two
+                tasks' samples, which tests need.
+            allow_shared_samples: Go on where more than a tenth of a task's samples occur in another task too.
+
+        Raises:
+            QkovError: as :meth:`compute_heatmap` does, and for fewer than three tasks.
+        """
+
+        def check() -> None:
+            choose("pairs", pairs, get_args(Pairs))
+            if not FEWEST_TASKS < len({*tasks}) == len(tasks) <= MOST_TASKS:
+                expected = f"3 to {MOST_TASKS} different names (compute_heatmap takes two)"
+                raise wrong_argument("tasks", expected, list(tasks))
+
+        wanted = tuple(tasks), layers, heads, max_samples_per_task
+        metadata, scored = self._compute(*wanted, pooled=True, allowed=allow_shared_samples, check=check)
+        kept = cast(Pairs, pairs)
+        matrix = combine_tasks(metadata, lambda layer: scored[layer.layer], Alone(), pairs=kept)
+        assert matrix is not None  # one process is the first
+        return matrix
 
     def compute_effects(
         self,
@@ -193,30 +225,40 @@ class QKOVInterferenceMetric:
         )
         return heatmap.effects or {}
 
-    def _copies(self, tasks: tuple[str, str], numbers: tuple[list[int], list[int]], *, allowed: bool) -> list[str]:
-        """Warnings of samples that both tasks have."""
-        both = [[self.collector.records[n] for n in of_task] for of_task in numbers]
-        return look_for_copies(
-            tasks,
-            [[record.content for record in of_task] for of_task in both],
-            [[record.id for record in of_task] for of_task in both],
-            allowed=allowed,
-            name="allow_shared_samples",
-        )
-
-    def _metadata(
+    def _compute(
         self,
-        tile_plan: TilePlan,
-        tasks: tuple[str, str],
-        numbers: tuple[list[int], list[int]],
-        pairs: str,
-        copies: Sequence[str],
-    ) -> HeatmapMetadata:
-        of_a, of_b = ([self.collector.records[n] for n in of_task] for of_task in numbers)
-        attributes = self._attributes(*tasks, copies)
-        return make_metadata(
-            tile_plan, self.config.layout, tasks, (of_a, of_b), pooled=pairs == "all", attributes=attributes
-        )
+        tasks: tuple[str, ...],
+        layers: Iterable[int] | None,
+        heads: Iterable[int] | None,
+        max_samples: int | None,
+        *,
+        pooled: bool,
+        allowed: bool,
+        check: Callable[[], object],
+    ) -> tuple[HeatmapMetadata, dict[int, LayerPartial]]:
+        """The scores of some tasks' samples, layer by layer, added up over the ranks; and what they are scores of."""
+
+        def prepared() -> tuple[TilePlan, Roles, HeatmapMetadata]:
+            check()
+            if max_samples is not None and not is_whole(max_samples, 1):
+                raise wrong_argument("max_samples_per_task", "a whole number of at least 1", max_samples)
+            chosen = self._chosen(tasks, tuple(self.collector.samples_of(task)[:max_samples] for task in tasks))
+            attributes = self._attributes(chosen, chosen.copies(allowed=allowed))
+            roles = chosen.roles(self.scope, pooled=pooled)
+            tile_plan, layout = self._tile_plan(layers, heads, len(roles.members)), self.config.layout
+            metadata = make_metadata(tile_plan, layout, tasks, chosen.by_task, pooled=pooled, attributes=attributes)
+            return tile_plan, roles, metadata
+
+        with step() as world:
+            tile_plan, roles, metadata = together(world, prepared)
+            roles, norms = self._scaled(tile_plan, roles)
+            if norms is not None:
+                metadata = with_norms(metadata, norms[: roles.num_scored])
+            return metadata, self._scored(tile_plan, roles)
+
+    def _chosen(self, tasks: tuple[str, ...], numbers: tuple[Sequence[int], ...]) -> CollectedTasks:
+        collector = self.collector
+        return CollectedTasks(tasks, numbers, collector.steps, collector.records, collector.decay)
 
     def _scaled(self, tile_plan: TilePlan, roles: Roles) -> tuple[Roles, np.ndarray | None]:
         """The roles of gradients as they are scored, and the norms by which they are divided."""
@@ -249,7 +291,7 @@ class QKOVInterferenceMetric:
             for layer in tile_plan.layers
         }
 
-    def _attributes(self, task_a: str, task_b: str, warnings: Sequence[str]) -> dict[str, Any]:
+    def _attributes(self, chosen: CollectedTasks, warnings: Sequence[str]) -> dict[str, Any]:
         settings = self._settings()
         return {
             "model_type": self.config.layout.model_type,
@@ -257,7 +299,7 @@ class QKOVInterferenceMetric:
             "score": self.score,
             "sample_scale": self.sample_scale,
             "scope": self.scope,
-            "estimator": self._estimator(task_a, task_b),
+            "estimator": chosen.estimator,
             "decay": self.collector.decay,
             "loss_reduction": self.collector.loss_reduction,
             "epsilon": self.epsilon,
@@ -266,19 +308,8 @@ class QKOVInterferenceMetric:
             "include_bias": self.include_bias,
             "dtype": self.dtype,
             "matmul_precision": settings.matmul_precision,
-            "warnings": [*warnings, *self._warnings(task_a, task_b)],
+            "warnings": [*warnings, *chosen.warnings()],
         }
-
-    def _warnings(self, task_a: str, task_b: str) -> list[str]:
-        """What is known of the steps: under a moving average, samples of a small step outweigh the others."""
-        sizes = [len(step.numbers) for step in self.collector.steps if step.task in (task_a, task_b)]
-        if self._estimator(task_a, task_b) == "mean" or max(sizes) < 2 * min(sizes):
-            return []
-        return [
-            f"under mode='ema' each call of collect_fisher is one step: a sample of the smallest ({min(sizes)} "
-            f"samples) has about {max(sizes) / min(sizes):.0f} times the weight of one of the largest ({max(sizes)}). "
-            "Collect in batches of nearly equal size, or with mode='mean'."
-        ]
 
     def _settings(self) -> ScoreSettings:
         return ScoreSettings(
@@ -317,35 +348,6 @@ class QKOVInterferenceMetric:
             owned=self.collector.collection.topology.owned(),
             tile_bytes=tile_bytes(self._device.type),
         )
-
-    def _estimator(self, task_a: str, task_b: str) -> Estimator:
-        modes = {step.mode for step in self.collector.steps if step.task in (task_a, task_b)}
-        if len(modes) != 1:
-            raise wrong_argument("mode", "one mode for all calls of collect_fisher of both tasks", sorted(modes))
-        return modes.pop()
-
-    def _roles(self, task_a: str, task_b: str, of_a: list[int], of_b: list[int], *, pooled: bool) -> Roles:
-        """Scored samples first, A's before B's; then those that only the Fisher needs."""
-        in_scope = {"pooled": (task_a, task_b), "a": (task_a,), "b": (task_b,)}[self.scope]
-        steps = [step.numbers for step in self.collector.steps if step.task in in_scope]
-        weights = fisher_weights(
-            steps,
-            len(self.collector.records),
-            estimator=self._estimator(task_a, task_b),
-            decay=self.collector.decay,
-        )
-        scored = [*of_a, *of_b]
-        members = (*scored, *(n for n in np.flatnonzero(weights).tolist() if n not in set(scored)))
-        left, right = sides(len(of_a), len(scored), pooled=pooled)
-        in_a = [self.collector.records[n].task == task_a for n in members]
-        means = self._means(of_a, of_b)
-        return Roles(members, by_task(weights[list(members)], in_a), left, right, means, len(of_a))
-
-    def _means(self, of_a: list[int], of_b: list[int]) -> np.ndarray:
-        """Each scored sample's weight in the mean gradient of its task."""
-        contents = ([self.collector.records[n].content for n in of_task] for of_task in (of_a, of_b))
-        samples = counted_samples(*contents)
-        return mean_weights(samples.a, samples.b)
 
 
 def _place(numbers: list[int], place: int, task: str, argument: str) -> int:

@@ -35,13 +35,16 @@ from .results.disk import file_errors
 from .results.hdf5_write import refuse_other_run
 from .results.heatmap import Heatmap
 from .results.heatmap_file import HEATMAP_FILE, load_heatmap
+from .results.matrix_file import load_matrix
 from .results.metadata import HeatmapMetadata, from_json, make_metadata, norms_in, run_attributes, to_json, with_norms
 from .results.partial_schema import PartialHeader
 from .results.partials import PartialWriter, locked, partial_path, read_partial
 from .results.reduce import layer_partial
 from .results.resume import carry_over, forget, remove_run, take_over
+from .results.task_matrix import TaskMatrix
 from .scoring.engine import BlockScores, rounds_of, score_rounds
 from .scoring.exchange import Exchange
+from .scoring.influence_sums import parts_of
 from .scoring.sample_norms import norms_of, summed_squares, unit_scales
 from .scoring.schedule import Round, layers_of
 from .scoring.settings import ScoreSettings
@@ -54,7 +57,7 @@ def run(
     config: RunConfig,
     console: Console = SILENT,
     on_measured: Callable[[Sequence[Measured]], object] = lambda measured: None,
-) -> Heatmap | None:
+) -> Heatmap | TaskMatrix | None:
     """Run a configuration to the end and write ``heatmap.h5`` into its output folder.
 
     Every rank of a distributed run calls this; rank 0 writes the heatmap.
@@ -65,7 +68,8 @@ def run(
         on_measured: Called on each rank with what all of them measured, once something was computed and written.
 
     Returns:
-        On rank 0 the heatmap as written, or the one on disk where this very run was finished before; None elsewhere.
+        On rank 0 the heatmap as written (of more than two tasks the matrix of them), or what is on disk where this very
+        run was finished before; None elsewhere.
 
     Raises:
         QkovError: for anything wrong with the input, the model, or the output folder.
@@ -80,13 +84,19 @@ def run(
         console.say(f"{path} is finished already (run {job.run_id}); set output.resume=false to compute it again")
         if is_first and not config.output.partials:
             remove_run(job.folder, job.run_id)  # a run killed after it had written the heatmap could not
-        return load_heatmap(path) if is_first else None
+        return _stored(job, path) if is_first else None
     with ExitStack() as folder:
         together(world, lambda: folder.enter_context(locked(job.folder)) if is_first else None)
         return _run(job, path, console, on_measured)
 
 
-def _run(job: Job, path: Path, console: Console, on_measured: Callable[[Sequence[Measured]], object]) -> Heatmap | None:
+def _stored(job: Job, path: Path) -> Heatmap | TaskMatrix:
+    return load_matrix(path) if job.config.has_many_tasks else load_heatmap(path)
+
+
+def _run(
+    job: Job, path: Path, console: Console, on_measured: Callable[[Sequence[Measured]], object]
+) -> Heatmap | TaskMatrix | None:
     """Score what is missing, then add up, test and write."""
     config, world = job.config, job.topology.world
     header, measured = _header(job), Measured()
@@ -306,12 +316,11 @@ def _capture(
         with kept_heap(job.device):
             for task in job.tasks:
                 collection.run(job.loaded.model, task.name, task.samples, after_batch)
-    num_a = len(job.tasks[0].samples)
     return make_metadata(
         job.tile_plan,
         job.layout,
-        (job.tasks[0].name, job.tasks[1].name),
-        (collection.records[:num_a], collection.records[num_a:]),
+        tuple(task.name for task in job.tasks),
+        [collection.records[part] for part in parts_of(job.sizes)],
         pooled=job.config.pooled,
         attributes=run_attributes(job.config, job.layout, job.run_id, job.warnings, job.notes),
     )
@@ -320,5 +329,8 @@ def _capture(
 def _header(job: Job) -> PartialHeader:
     (num_left, num_right), world, ownership = job.roles().shape, job.topology.world, job.topology.ownership
     layers = tuple(layer.layer for layer in job.tile_plan.layers)
-    cut = ownership.digest if ownership and world.size > 1 else ""
-    return PartialHeader(job.run_id, world.rank, world.size, num_left, num_right, layers, job.config.pooled, cut=cut)
+    cut, num_tasks = ownership.digest if ownership and world.size > 1 else "", len(job.tasks)
+    pooled = job.config.pooled
+    return PartialHeader(
+        job.run_id, world.rank, world.size, num_left, num_right, layers, pooled, cut=cut, num_tasks=num_tasks
+    )

@@ -90,6 +90,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
             "permutations": 1000,
             "confidence": 0.95,
             "fdr_alpha": 0.05,
+            "family": "pair",
             "seed": 0,
             "allow_shared_samples": False,
         },
@@ -259,7 +260,7 @@ def test_unknown_keys_near_none_are_told_all_that_there_are(tmp_path: Path, text
     [
         ("fisher.decya=1", "fisher.decay"),
         ("fishr.decay=1", "fisher.decay"),
-        ("tasks.2.path=x", "tasks.1.path"),
+        ("tasks.2.paht=x", "tasks.2.path"),
         ("tasks.a.paht=x", "tasks.0.path"),
         ("seed=1", "statistics.seed"),
     ],
@@ -275,6 +276,9 @@ def test_unknown_key_inside_a_task(tmp_path: Path) -> None:
     assert "'tasks.1.max_tokens'" in error.remedy
 
 
+THREE = "{name: a, path: b}, {name: b, path: b}, {name: c, path: b}"
+
+
 @pytest.mark.parametrize(
     ("text", "where", "got"),
     [
@@ -284,7 +288,10 @@ def test_unknown_key_inside_a_task(tmp_path: Path) -> None:
         ("model: {path: m}\ntasks: {a: 1}", "tasks", "{'a': 1}"),
         ("model: {path: m}\ntasks: null", "tasks", "null"),
         ("model: {path: m}\ntasks: [{name: a, path: b}]", "tasks", "1 tasks"),
-        ("model: {path: m}\ntasks: [{}, {}, {}]", "tasks", "3 tasks"),
+        (f"model: {{path: m}}\ntasks: [{', '.join(['{}'] * 65)}]", "tasks", "65 tasks"),
+        ("model: {path: m}\ntasks: [{name: a, path: b}, {name: b, path: b}, {name: c}]", "tasks.2.path", "nothing"),
+        (f"model: {{path: m}}\ntasks: [{THREE}, {{name: a/b, path: c}}]", "tasks.3.name", "'a/b'"),
+        (f"model: {{path: m}}\ntasks: [{THREE}]\nfisher: {{scope: a}}", "fisher.scope", "a"),
         ("model: {path: m}\ntasks: [a, b]", "tasks.0", "'a'"),
         ("model: {path: m}", "tasks.0.name", "nothing"),
         ("tasks: [{name: a, path: b}, {name: b, path: b}]", "model.path", "nothing"),

@@ -270,6 +270,8 @@ def followed(tmp_path_factory) -> Iterator[SimpleNamespace]:
 @pytest.mark.long
 def test_the_first_heatmap_is_made_and_the_programs_run(followed, capsys) -> None:
     """In the order of the words; each program stands alone."""
+    (three,) = re.findall(r"^qkov (run .*runs/three)$", (PACKAGE / "results" / "README.md").read_text(), re.MULTILINE)
+    assert cli.main([*three.split(), "--quiet"]) == 0
     assert (followed.folder / "runs/first/report.html").is_file()
     for page in (ROOT / "README.md", PACKAGE / "results" / "README.md"):
         for text in blocks(page, "python"):

@@ -13,6 +13,7 @@ from qkov_dist.errors import QkovError
 if TYPE_CHECKING:
     from qkov_dist.config import ModelConfig
     from qkov_dist.results.heatmap import Heatmap
+    from qkov_dist.results.task_matrix import TaskMatrix
 
 
 def run_folder(place: str) -> Path:
@@ -48,18 +49,22 @@ def say(line: str) -> None:
     print(f"qkov: {line}", file=sys.stderr)
 
 
-def show_result(heatmap: Heatmap | None, folder: Path, file: str = "heatmap.h5") -> Path | None:
+def show_result(found: Heatmap | TaskMatrix | None, folder: Path, file: str = "heatmap.h5") -> Path | None:
     """Print the summary on rank 0, and write the page beside ``heatmap.h5``; returns the page's path."""
     from qkov_dist.report.summary import print_page, print_summary
     from qkov_dist.report.write import write_page
     from qkov_dist.results.heatmap_file import HEATMAP_FILE
+    from qkov_dist.results.task_matrix import TaskMatrix
 
-    if heatmap is None:
+    if found is None:
         return None
-    print_summary(heatmap, folder, file)
+    if isinstance(found, TaskMatrix):
+        print(found)
+        return None
+    print_summary(found, folder, file)
     if file != HEATMAP_FILE:
         return None
-    page = write_page(heatmap, folder)
+    page = write_page(found, folder)
     print_page(page)
     return page
 
@@ -71,6 +76,12 @@ def add_configuration(parser: argparse.ArgumentParser, text: str, *, optional: b
     else:
         parser.add_argument("config", metavar="CONFIG.yaml", help=text)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """Two tasks of a run of more."""
+    text = "two tasks of a run of more than two, in the order of the configuration"
+    parser.add_argument("--pair", nargs=2, metavar=("A", "B"), help=text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:

@@ -13,7 +13,7 @@ from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import load_heatmap
 from qkov_dist.results.selection import Selection, as_text
 
-from .arguments import positive, positive_float, say
+from .arguments import add_pair, positive, positive_float, say
 
 EXAMPLE = "qkov heads runs/demo --by change_adam --top 20"
 FORMATS = ("table", "json", "csv", "peft")
@@ -23,6 +23,7 @@ CHOICES = ("by", "harms", "optimizer", "step", "top", "share", "significant", "b
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, by what its heads are ranked, how many, and in which form."""
     parser.add_argument("folder", metavar="DIR", help="output folder of the run, or its heatmap's file")
+    add_pair(parser)
     parser.add_argument("--by", choices=CRITERIA, default="change_adam", help="rank by this (default: %(default)s)")
     parser.add_argument(
         "--step", type=positive_float, metavar="S", help="for harm: learning rate times number of steps"
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     """Rank, choose, print."""
-    heatmap = load_heatmap(options.folder)
+    heatmap = load_heatmap(options.folder, options.pair and tuple(options.pair))
     chosen = {name: getattr(options, name) for name in CHOICES}
     try:
         selection = heatmap.select(**chosen)
@@ -134,7 +135,7 @@ def as_peft(selection: Selection, heatmap: Heatmap, options: argparse.Namespace)
         num_modules=len(selected),
         num_all=len(every),
         num_free=len(every) - len(selected),
-        folder=repr(str(options.folder)),
+        folder=", ".join([repr(str(options.folder)), *([repr(heatmap.pair)] if heatmap.pair else [])]),
         arguments=", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None and v != usual.get(k)),
         kinds=repr(list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in every))),  # an MLP has a c_proj too
         selected="[\n" + "".join(f"    {name!r},\n" for name in selected) + "]",

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from qkov_dist.config import KEYS, SECTIONS
+from qkov_dist.config import FEWEST_TASKS, KEYS, MOST_TASKS, SECTIONS
 from qkov_dist.values import nearest
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -29,7 +29,8 @@ def schema() -> dict[str, Any]:
     ridge of nothing), and numbers like 8.0, which are whole in JSON and not in YAML.
     """
     sections = {name: _section(name) for name in SECTIONS if name not in TASKS}
-    tasks = {"type": "array", "description": "Task A, then task B.", "minItems": 2, "maxItems": 2}
+    described = "The tasks; of two the first is A, the second B."
+    tasks = {"type": "array", "description": described, "minItems": FEWEST_TASKS, "maxItems": MOST_TASKS}
     return {
         "$schema": DRAFT,
         "title": "Configuration of qkov run",

@@ -24,6 +24,7 @@ from .arguments import run_folder, say, show_result
 if TYPE_CHECKING:
     from qkov_dist.distributed.world import World
     from qkov_dist.results.metadata import HeatmapMetadata
+    from qkov_dist.results.task_matrix import TaskMatrix
 
 EXAMPLE = "mpirun -n 4 qkov merge runs/first --output first.h5"
 
@@ -67,7 +68,7 @@ def merge_folder(
     world: World | None = None,
     console: Console = SILENT,
     keep_tests: bool | None = None,
-) -> Heatmap | None:
+) -> Heatmap | TaskMatrix | None:
     """Add up the partial files of a folder, test the sum as its run would have, and write it.
 
     Args:
@@ -79,7 +80,7 @@ def merge_folder(
             run's (False), or refuse (None).
 
     Returns:
-        On rank 0 the heatmap as written; None elsewhere.
+        On rank 0 the heatmap as written, or the matrix of more than two tasks; None elsewhere.
 
     Raises:
         QkovError: as :func:`gather_partials` does; for a damaged layer, and an output that cannot be or is another's.

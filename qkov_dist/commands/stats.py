@@ -13,21 +13,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkov_dist.config import RETIRED
+from qkov_dist.config import FEWEST_TASKS, RETIRED
 from qkov_dist.errors import QkovError
 from qkov_dist.results.hdf5_write import refuse_output
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import HEATMAP_FILE, load_heatmap
+from qkov_dist.results.matrix_file import has_many_tasks
 from qkov_dist.results.partials import list_partials
 
 from .arguments import run_folder, say, show_result
 
 if TYPE_CHECKING:
+    from qkov_dist.results.task_matrix import TaskMatrix
     from qkov_dist.stats.statistics import QKOVStatistics
 
 Say = Callable[[str], object]
 EXAMPLE = "qkov stats runs/demo --permutations 5400 --statistic cross_mean"
-SETTINGS = ("n_permutations", "confidence", "fdr_alpha", "seed", "statistic", "alternative")
+SETTINGS = ("n_permutations", "confidence", "fdr_alpha", "seed", "statistic", "alternative", "family")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of relabellings")
     parser.add_argument("--statistic", choices=("overlap", "cross_mean"), help="which one decides what is significant")
     parser.add_argument("--alternative", choices=("greater", "less", "two-sided"), help="direction of the test")
+    parser.add_argument(
+        "--family", choices=("pair", "all"), help="of more than two tasks: correct within each pair, or over all pairs"
+    )
     parser.add_argument("--output", metavar="FILE", help="write here and leave DIR/heatmap.h5 as it is")
 
 
@@ -51,7 +56,9 @@ def execute(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     folder = run_folder(options.folder)
     output = Path(options.output or folder / HEATMAP_FILE)
-    show_result(retest(folder, chosen, say, output), output.parent, output.name)
+    path = folder / HEATMAP_FILE
+    again = retest_matrix if path.exists() and has_many_tasks(path) else retest
+    show_result(again(folder, chosen, say, output), output.parent, output.name)
 
 
 def retest(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | None = None) -> Heatmap:
@@ -94,6 +101,46 @@ def retest(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | N
     return tested
 
 
+def retest_matrix(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | None = None) -> TaskMatrix:
+    """The same of a run of more than two tasks: every pair is tested again.
+
+    Effects keep their tests. Arguments and errors are those of ``retest``.
+    """
+    from qkov_dist.results.matrix_file import load_matrix
+    from qkov_dist.stats.families import over_all_pairs
+    from qkov_dist.stats.statistics import QKOVStatistics
+    from qkov_dist.stats.stored_tests import settings_of
+
+    path = folder / HEATMAP_FILE
+    stored, output = load_matrix(path), output or path
+    first = stored.heatmaps[stored.pairs[0]]
+    tests = QKOVStatistics(**{**settings_of(first.attributes, first.statistics), **settings})
+    refuse_output(output, stored.run_id)
+    _say_what_is_replaced(output, tests, str(stored.attributes["score"]), say)
+    if stored.heatmap(*stored.pairs[0]).pooled is not None:
+        say("testing heads")
+        results: Mapping[Any, Any] = {pair: tests.test_heatmap(stored.heatmap(*pair)) for pair in stored.pairs}
+    else:
+        results = _tested_partials(folder, stored.run_id, tests, say)
+    seeds = {**stored.attributes.get("seeds", {}), "statistics": tests.seed}
+
+    def with_results(heatmap: Heatmap, found: Mapping[str, Any]) -> Heatmap:
+        attributes = {**heatmap.attributes, "seeds": seeds}
+        return dataclasses.replace(heatmap, attributes=attributes, statistics=dict(found))
+
+    tested = {pair: with_results(stored.heatmaps[pair], found) for pair, found in results.items()}
+    if tests.family == "all":
+        tested = over_all_pairs(tested, with_effects=False)
+    matrix = dataclasses.replace(
+        stored,
+        heatmaps=tested,
+        attributes={**stored.attributes, "seeds": seeds},
+        whole=lambda pair: with_results(load_heatmap(path, pair), tested[pair].statistics or {}),
+    )
+    matrix.save(output)
+    return matrix
+
+
 def _say_what_is_replaced(output: Path, tests: QKOVStatistics, score: str, say: Say) -> None:
     from qkov_dist.stats.stored_tests import changes, stored_settings
 
@@ -105,12 +152,12 @@ def _say_what_is_replaced(output: Path, tests: QKOVStatistics, score: str, say: 
     say(f"replacing the tests in {output} ({changed})")
 
 
-def _tested_partials(folder: Path, run_id: str, tests: QKOVStatistics, say: Say) -> Mapping[str, Any]:
-    """The tests of the sums of all ranks' partial files."""
+def _tested_partials(folder: Path, run_id: str, tests: QKOVStatistics, say: Say) -> Mapping[Any, Any]:
+    """The tests of the sums of all ranks' partial files; of more than two tasks those of each pair."""
     if not list_partials(folder):
         raise _no_pooled_scores(folder, "no partial files, and scores between the two tasks at most")
     from qkov_dist.distributed.world import Alone
-    from qkov_dist.finish import combine
+    from qkov_dist.finish import combine, combine_tasks
     from qkov_dist.results.gather import gather_partials
 
     gathered = gather_partials(folder, Alone())
@@ -122,10 +169,14 @@ def _tested_partials(folder: Path, run_id: str, tests: QKOVStatistics, say: Say)
         raise _no_pooled_scores(folder, "partial files with scores between the two tasks only")
     count = len(gathered.sources)
     say(f"adding up {count} partial file{'s' if count > 1 else ''}, testing heads")
-    heatmap = combine(
-        gathered.metadata, gathered.reader(Alone()), Alone(), statistics=tests, pairs="none", folder=folder
-    )
-    assert heatmap is not None  # one process is the first
+    asked: dict[str, Any] = {"statistics": tests, "pairs": "none", "folder": folder}
+    if len(gathered.metadata.tasks) > FEWEST_TASKS:
+        within = {**asked, "statistics": dataclasses.replace(tests, family="pair")}
+        matrix = combine_tasks(gathered.metadata, gathered.reader(Alone()), Alone(), **within)
+        assert matrix is not None  # one process is the first
+        return {pair: found.statistics or {} for pair, found in matrix.heatmaps.items()}
+    heatmap = combine(gathered.metadata, gathered.reader(Alone()), Alone(), **asked)
+    assert heatmap is not None
     return heatmap.statistics or {}
 
 

@@ -7,7 +7,9 @@ are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,12 @@ def different_pairs(contents: Sequence[str]) -> Mask:
     return pairs
 
 
+def in_one_task(contents: Sequence[Sequence[str]]) -> Mask:
+    """Which of the samples of all tasks only one task has, [N]; an unknown content ("") is nobody else's."""
+    tasks_with = Counter(content for of_task in contents for content in {*of_task} - {""})
+    return np.array([tasks_with[content] < 2 for of_task in contents for content in of_task], bool)
+
+
 def look_for_copies(
     tasks: Sequence[str],
     contents: Sequence[Sequence[str]],
@@ -45,7 +53,7 @@ def look_for_copies(
     """What a reader must know of samples that occur more than once, a sentence each.
 
     Args:
-        tasks: Names of both tasks.
+        tasks: Names of the tasks.
         contents: Their samples' contents.
         ids: Their samples' ids.
         allowed: Whether tasks may share more than a tenth of their samples.
@@ -54,9 +62,30 @@ def look_for_copies(
     Raises:
         QkovError: where they do, and it is not allowed.
     """
-    shared = [[n for n, content in enumerate(part) if content in {*other} - {""}] for part, other in _each(contents)]
+    found = []
+    for both in combinations(range(len(tasks)), 2):
+        names, of_two = [tasks[task] for task in both], [contents[task] for task in both]
+        shared = _shared(of_two)
+        if not allowed:
+            _refuse_many(names, of_two, shared, name)
+        found += _shared_warning(names, of_two, [ids[task] for task in both], shared)
+    return [*found, *_repeated_warnings(tasks, contents, ids)]
+
+
+def _shared(contents: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Of each of two tasks, the samples that the other has too."""
+    first, second = contents
+    return [
+        [n for n, content in enumerate(part) if content in known]
+        for part, known in ((first, {*second} - {""}), (second, {*first} - {""}))
+    ]
+
+
+def _refuse_many(
+    tasks: Sequence[str], contents: Sequence[Sequence[str]], shared: Sequence[list[int]], name: str
+) -> None:
     for task, part, of_task, other in zip(tasks, shared, contents, reversed(tasks), strict=True):
-        if len(part) > MOST * len(of_task) and not allowed:
+        if len(part) > MOST * len(of_task):
             raise QkovError(
                 f"task {task!r}",
                 expected=f"at most a tenth of its samples also in task {other!r} (the same tokens and labels)",
@@ -64,12 +93,6 @@ def look_for_copies(
                 remedy=f"Give each task samples of its own, or allow it by name: {name}=true leaves out the pairs of "
                 "a sample with its copy; tests then rest on fewer samples than there seem to be.",
             )
-    return [*_shared_warning(tasks, contents, ids, shared), *_repeated_warnings(tasks, contents, ids)]
-
-
-def _each(contents: Sequence[Sequence[str]]) -> list[tuple[Sequence[str], Sequence[str]]]:
-    first, second = contents
-    return [(first, second), (second, first)]
 
 
 def _shared_warning(

@@ -71,8 +71,8 @@ def _facts(file: Traversable, place: str) -> dict[str, Any]:
 
 def described_tasks(
     config: RunConfig, model: Any, num_samples: int | None, num_tokens: int | None
-) -> tuple[tuple[Task, Task], str]:
-    """Both tasks as a plan needs them, and how they were found.
+) -> tuple[tuple[Task, ...], str]:
+    """All tasks as a plan needs them, and how they were found.
 
     They are read where the model's tokenizer is on this disk and no size is given; else they are made up of
     ``num_samples`` samples of ``num_tokens`` tokens, by default the configuration's ``max_samples`` and ``max_tokens``.
@@ -83,14 +83,13 @@ def described_tasks(
     reason = "sizes were given"
     if num_samples is None and num_tokens is None:
         try:
-            first, second = (_read(task, model, config.model) for task in config.tasks)
-            return (first, second), "samples: read from the tasks"
+            return tuple(_read(task, model, config.model) for task in config.tasks), "samples: read from the tasks"
         except QkovError as error:
             reason = f"the tasks cannot be read here: {error}"
-    first, second = (_made_up(task, num_samples, num_tokens, reason) for task in config.tasks)
-    longest = max(sample.num_tokens for task in (first, second) for sample in task.samples)
-    counts = f"{len(first.samples)} + {len(second.samples)}"
-    return (first, second), f"samples: assumed to be {counts} of up to {longest} tokens, all labelled ({reason})"
+    tasks = tuple(_made_up(task, num_samples, num_tokens, reason) for task in config.tasks)
+    longest = max(sample.num_tokens for task in tasks for sample in task.samples)
+    counts = " + ".join(str(len(task.samples)) for task in tasks)
+    return tasks, f"samples: assumed to be {counts} of up to {longest} tokens, all labelled ({reason})"
 
 
 def _read(task: TaskConfig, model: Any, config: ModelConfig) -> Task:

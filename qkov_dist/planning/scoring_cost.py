@@ -2,7 +2,7 @@
 
 Counted is what the run itself counts or holds, from the same integers.
 
-    scoring   2 P (T + 2 N + n_i n_j + E) operations for P elements, T padded tokens, N samples: gradients, both tasks'
+    scoring   2 P (T + K N + n_i n_j + E) operations for P elements, T padded tokens, N samples: gradients, K tasks'
               Fisher, all pairs, effects (as :func:`~qkov_dist.scoring.kernel.tile_flops` counts)
     factors   of one layer, what ``capture.factors.factor_bytes`` counts; an owner is sent X and D at its features
     buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections, one in
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 
 from qkov_dist.capture.forms import GRADIENT_BYTES, factor_bytes
 from qkov_dist.distributed.parallelism import SHARDED_BY_HOOKS
@@ -25,7 +26,7 @@ from qkov_dist.layout.heads import BLOCKS, Projection, Site
 from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.block_totals import norm_flops
-from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
+from qkov_dist.scoring.fisher_sums import num_columns
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
@@ -36,7 +37,6 @@ from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 from .rank_work import LayerWork, SiteWork
 from .workload import Dealt, KeptSamples, Workload
 
-FISHER_BYTES = 8 * len(FISHER_COLUMNS)
 TABLE_BYTES = 8 * (4 + 2 * 18 + 2 * 11)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests, effects
 RECORD_BYTES = 250  # of a head's record, where it is significant
 MATRIX_BYTES = 24  # of each head's scores in heatmap.h5: checksum and index
@@ -77,8 +77,8 @@ class ScoringCost:
     @property
     def a_head(self) -> int:
         """Bytes of what a rank has of one head: scores, what is known of I, effects."""
-        effects = 8 * no_influences(1, sum(self.work.num_samples)).size
-        return self.matrix + FISHER_BYTES + effects
+        num, num_tasks = sum(self.work.num_samples), len(self.work.tasks)
+        return self.matrix + 8 * num_columns(num_tasks) + 8 * no_influences(1, num, num_tasks).size
 
     @cached_property
     def cells(self) -> dict[str, int]:
@@ -135,7 +135,10 @@ class ScoringCost:
             for site in layer_work.sites:
                 tokens = self.work.padded_tokens(site.above)
                 elements = site.area + site.bias_area
-                products = elements * (2 * num + left * right) + (elements - site.shared_area) * effect_products(num)
+                of_effects = effect_products(num, len(self.work.tasks))
+                products = (
+                    elements * (len(self.work.tasks) * num + left * right) + (elements - site.shared_area) * of_effects
+                )
                 scoring += times * 2 * (site.area * tokens + products)
         return scoring
 
@@ -238,13 +241,14 @@ class ScoringCost:
 
     def heatmap(self) -> int:
         """Bytes of heatmap.h5."""
-        config, (num_a, num_b) = self.work.config, self.work.num_samples
-        matrices = {"none": (), "cross": (num_a * num_b,), "all": (num_a * num_b, (num_a + num_b) ** 2)}
-        kept = matrices[config.output.pairs]
-        a_head = TABLE_BYTES + 8 * len(OPTIMIZERS) * (num_a + num_b)
-        a_head += sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in kept)
-        a_head += RECORD_BYTES if config.statistics.enabled else 0
-        return sum(self.cells.values()) * a_head + TABLES_BYTES
+        config, total = self.work.config, 0
+        for num_a, num_b in self.work.sizes_of_pairs:
+            matrices = {"none": (), "cross": (num_a * num_b,), "all": (num_a * num_b, (num_a + num_b) ** 2)}
+            a_head = TABLE_BYTES + 8 * len(OPTIMIZERS) * (num_a + num_b)
+            a_head += sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in matrices[config.output.pairs])
+            a_head += RECORD_BYTES if config.statistics.enabled else 0
+            total += sum(self.cells.values()) * a_head + TABLES_BYTES
+        return total
 
     def num_tested(self, rank: int) -> int:
         """Heads that are added up on a rank, over all layers."""
@@ -254,8 +258,9 @@ class ScoringCost:
         """Bytes of partial scores for the ranks that add them up, and of sums for rank 0."""
         if len(self.by_rank) == 1:
             return 0
-        (num_a, num_b), config = self.work.num_samples, self.work.config
-        kept = self.matrix if config.output.pairs == "all" else num_a * num_b * self.work.scoring.itemsize
+        config, kept = self.work.config, self.matrix
+        if config.output.pairs != "all" and not config.has_many_tasks:
+            kept = prod(self.work.num_samples) * self.work.scoring.itemsize
         sent = 0
         for layer, dealt in self._dealt.items():
             heads = self.by_rank[rank][layer].heads

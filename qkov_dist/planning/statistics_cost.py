@@ -5,6 +5,8 @@ Operations are those of the matrix products, which nearly all of the time goes t
     relabelled   2 P operations for each element of a head's scores from its block of rows' diagonal to the right, for P
                  labellings
     jackknife    4 N^2 operations for each of the labellings that are looked at without each sample
+
+with N the samples of two tasks; of more than two every pair is tested.
 """
 
 from __future__ import annotations
@@ -38,28 +40,26 @@ class StatisticsCost:
         heatmap = 0 if rank else self._heatmap
         if not self.scoring.work.config.statistics.enabled:
             return self._layer + heatmap
-        labels = 8 * sum(self.scoring.work.num_samples) * (self._labellings + self._left_out)
+        kinds = {*self.scoring.work.sizes_of_pairs}  # pairs of as many samples share their labellings
+        numbers = [(n_a + n_b, self._labellings(n_a, n_b)) for n_a, n_b in kinds]
+        labels = sum(8 * num * (labellings + _left_out(labellings)) for num, labellings in numbers)
         return labels + TEST_BYTES + self._layer + heatmap
 
     @cached_property
     def _of_a_head(self) -> int:
         """Operations of one head's tests."""
-        config, (num_a, num_b) = self.scoring.work.config, self.scoring.work.num_samples
-        if not config.statistics.enabled:
+        if not self.scoring.work.config.statistics.enabled:
             return 0
-        num = num_a + num_b
-        return 2 * triangle(num) * self._labellings + 4 * num * num * self._left_out
+        flops = 0
+        for num_a, num_b in self.scoring.work.sizes_of_pairs:
+            num, labellings = num_a + num_b, self._labellings(num_a, num_b)
+            flops += 2 * triangle(num) * labellings + 4 * num * num * _left_out(labellings)
+        return flops
 
-    @property
-    def _labellings(self) -> int:
+    def _labellings(self, num_a: int, num_b: int) -> int:
         """Labellings, the observed one among them: all that there are, or those drawn."""
-        num_a, num_b = self.scoring.work.num_samples
         every, drawn = comb(num_a + num_b, num_a), self.scoring.work.config.statistics.permutations
         return every if every <= drawn else drawn + 1
-
-    @property
-    def _left_out(self) -> int:
-        return 1 + min(self._labellings - 1, LABELLINGS)
 
     @cached_property
     def _layer(self) -> int:
@@ -78,10 +78,17 @@ class StatisticsCost:
     def _heatmap(self) -> int:
         """Bytes of the heatmap's scores in memory; large blocks wait in a file."""
         work = self.scoring.work
-        num_a, num_b = work.num_samples
-        pairs = (num_a + num_b) ** 2 if work.config.output.pairs == "all" else num_a * num_b
-        cells = (self.scoring.cells.get(block, 0) for block in BLOCKS)
-        return sum(min(n * pairs * work.scoring.itemsize, IN_MEMORY_BYTES) for n in cells)
+        if work.config.has_many_tasks and work.config.output.pairs == "none":
+            return 0
+        pooled = work.config.output.pairs == "all"
+        of_pairs = [(n_a + n_b) ** 2 if pooled else n_a * n_b for n_a, n_b in work.sizes_of_pairs]
+        cells = [self.scoring.cells.get(block, 0) for block in BLOCKS]
+        return sum(min(n * pairs * work.scoring.itemsize, IN_MEMORY_BYTES) for pairs in of_pairs for n in cells)
+
+
+def _left_out(labellings: int) -> int:
+    """Labellings that are looked at without each sample."""
+    return 1 + min(labellings - 1, LABELLINGS)
 
 
 def triangle(size: int) -> int:

@@ -37,6 +37,7 @@ FLOPS = {
     "flops_norms": "operations: norms of gradients",
     "flops_statistics": "operations: statistics",
 }
+FEW_TASKS = 4  # whose samples are listed one by one
 ALWAYS = ("weights", "factors_memory", "factors_disk", "buffers", "scores", "flops_forward", "flops_scoring")
 
 
@@ -102,16 +103,21 @@ def size_notes(plan: RunPlan) -> list[str]:
     return notes
 
 
+def _samples(sizes: Sequence[int]) -> str:
+    """Of each task, or how many of how many tasks."""
+    return " + ".join(map(str, sizes)) if len(sizes) <= FEW_TASKS else f"{sum(sizes)} (of {len(sizes)} tasks)"
+
+
 def _heading(plan: RunPlan) -> str:
     work, parallelism = plan.work, plan.parallelism
-    num_a, num_b = work.num_samples
+    samples = _samples(work.num_samples)
     cut = f" (tp {parallelism.tp}, {parallelism.data})" if plan.num_ranks > 1 else ""
     passes = "once" if len(plan.sweeps) == 1 else f"{len(plan.sweeps)} times, for a part of the layers each"
     passes += ", each of these once before, for the norms of samples" if plan.captures > 1 else ""
     return (
         f"plan: {work.model_sizes.name} with {work.model_sizes.num_parameters / 1e9:.3g} billion parameters on "
         f"{plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}{cut}; {len(work.layers)} of "
-        f"{work.layout.num_layers} layers scored; {num_a} + {num_b} samples, {sum(work.lengths_pooled):,} tokens, "
+        f"{work.layout.num_layers} layers scored; {samples} samples, {sum(work.lengths_pooled):,} tokens, "
         f"run {passes}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, chain, combinations
 
 from qkov_dist.capture.factors import SampleIndex
 from qkov_dist.capture.passes import DealtTask, TaskPasses
@@ -62,7 +63,7 @@ class Workload:
         config: Its configuration.
         model_sizes: The model in integers.
         layout: Its heads.
-        tasks: A and B; what samples contain does not matter.
+        tasks: All tasks; what samples contain does not matter.
         batch_tokens: Padded tokens in one compute batch.
         objective: How labels align with outputs.
         on_gpu: Whether the model is on a GPU, and scores wait beside it in the host's memory.
@@ -74,7 +75,7 @@ class Workload:
     config: RunConfig
     model_sizes: ModelSizes
     layout: Layout
-    tasks: tuple[Task, Task]
+    tasks: tuple[Task, ...]
     batch_tokens: int
     objective: Objective = "causal"
     on_gpu: bool = False
@@ -95,26 +96,30 @@ class Workload:
         )
 
     @property
-    def num_samples(self) -> tuple[int, int]:
-        """Samples of A and of B."""
-        return len(self.tasks[0].samples), len(self.tasks[1].samples)
+    def num_samples(self) -> tuple[int, ...]:
+        """Samples of each task."""
+        return tuple(len(task.samples) for task in self.tasks)
+
+    @property
+    def sizes_of_pairs(self) -> list[tuple[int, int]]:
+        """Samples of both tasks of every pair."""
+        return list(combinations(self.num_samples, 2))
 
     @property
     def pairs(self) -> tuple[int, int]:
         """(samples in the role of i, samples in the role of j)."""
-        left, right = sides(self.num_samples[0], sum(self.num_samples), pooled=self.config.pooled)
+        left, right = sides(self.num_samples, pooled=self.config.pooled)
         return left.stop - left.start, right.stop - right.start
 
     @cached_property
-    def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens of each sample of A and of B, as the model sees them."""
-        of_a, of_b = (DealtTask(task.samples, self.objective).lengths for task in self.tasks)
-        return of_a, of_b
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each sample of each task, as the model sees them."""
+        return tuple(DealtTask(task.samples, self.objective).lengths for task in self.tasks)
 
     @cached_property
     def lengths_pooled(self) -> tuple[int, ...]:
         """Tokens of every sample."""
-        return (*self.lengths[0], *self.lengths[1])
+        return tuple(chain.from_iterable(self.lengths))
 
     def kept(self, above: int) -> KeptSamples:
         """All samples at the sites of one threshold."""
@@ -122,8 +127,7 @@ class Workload:
 
     def padded_tokens(self, above: int) -> int:
         """Tokens of all samples kept as factors (no longer than ``above``), with the padding of their groups."""
-        num_a, num = self.num_samples[0], sum(self.num_samples)
-        return _padded(self.lengths_pooled, above, (0, num_a, num))
+        return _padded(self.lengths_pooled, above, (0, *accumulate(self.num_samples)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,23 +141,21 @@ class Dealt:
     @cached_property
     def lengths(self) -> list[tuple[int, ...]]:
         """Tokens of each sample that a rank runs, by rank."""
-        of_a, of_b = self._tasks
-        return [(*of_a.lengths_on(rank), *of_b.lengths_on(rank)) for rank in range(self.dp_size)]
+        return [tuple(n for task in self._tasks for n in task.lengths_on(rank)) for rank in range(self.dp_size)]
 
     @cached_property
     def passes(self) -> list[list[Pass]]:
         """The batches of each rank; where passes need all of them, with idle ones up to the longest list."""
-        both = [
+        every = [
             TaskPasses(dealt, self.work.batch_tokens, self.gathers_weights, [sample.id for sample in dealt.samples])
             for dealt in self._tasks
         ]
         ranks = range(self.dp_size)
-        return [[_shape(batch) for of_task in both for batch, _ in of_task.on(rank)] for rank in ranks]
+        return [[_shape(batch) for of_task in every for batch, _ in of_task.on(rank)] for rank in ranks]
 
     @cached_property
-    def _tasks(self) -> tuple[DealtTask, DealtTask]:
-        of_a, of_b = (DealtTask(task.samples, self.work.objective, self.dp_size) for task in self.work.tasks)
-        return of_a, of_b
+    def _tasks(self) -> tuple[DealtTask, ...]:
+        return tuple(DealtTask(task.samples, self.work.objective, self.dp_size) for task in self.work.tasks)
 
 
 def _shape(batch: Batch) -> Pass:

@@ -37,6 +37,8 @@ def second_decides(facts: Facts, step: float, harmed: str = "a") -> bool:
 def actions(facts: Facts) -> Iterator[Action]:
     """All of it, most urgent first."""
     folder, conflict = shlex.quote(facts.folder), len(facts.significant(1))
+    if facts.pair:
+        folder += f" --pair {shlex.join(facts.pair)}"
     match direction_of(facts.totals[BY]):
         case "unknown":
             yield from _more_samples(facts)
@@ -48,7 +50,8 @@ def actions(facts: Facts) -> Iterator[Action]:
             f"List {which} in conflict, with their rows and columns.",
             f"qkov heads {folder} --by {CHANGE} --significant",
         )
-        select = f'load_heatmap({facts.folder!r}).select(by="{CHANGE}", significant=True)'
+        source = repr(facts.folder) if facts.pair is None else f"{facts.folder!r}, {facts.pair!r}"
+        select = f'load_heatmap({source}).select(by="{CHANGE}", significant=True)'
         yield Action(
             f"Leave {'it as it is' if conflict == 1 else 'them as they are'} while training on {facts.tasks[1]}.",
             f"with freeze_heads(model, {select}): ...",
@@ -88,7 +91,7 @@ def _more_samples(facts: Facts) -> Iterator[Action]:
         )
         return
     wanted = _rounded_up(max(factor, 1.5) * max(facts.num_samples))
-    keys = " ".join(f"tasks.{place}.max_samples={wanted}" for place in range(2))
+    keys = " ".join(f"tasks.{place}.max_samples={wanted}" for place in facts.places)
     yield Action(
         f"Take more samples: if the change is as large as estimated, about {wanted:,} of each task tell its direction.",
         f"qkov run CONFIG.yaml {keys} output.dir={shlex.quote(f'{facts.folder}-{wanted}')}",

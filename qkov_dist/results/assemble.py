@@ -8,7 +8,7 @@ What scores say of single samples: that one's gradients overflow, or that one ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums, column
 from qkov_dist.scoring.influence_records import of_samples
 from qkov_dist.scoring.tiles import SHARED_O_BIAS
 
-from .effects import counted_samples, untested_effects
+from .effects import untested_effects
 from .fisher_warnings import warnings_of
 from .heatmap import Heatmap
-from .heatmap_data import FISHER_KEYS, SampleTable, cross_of_pooled, mean_over_pairs
+from .heatmap_data import FISHER_KEYS, SampleTable, counted_of, cross_of_pooled, mean_over_pairs
 from .metadata import HeatmapMetadata, LayerAxes
 from .partial_schema import BlockPartial, Floats, LayerPartial
 
@@ -34,15 +34,120 @@ class _Block:
     head is.
     """
 
-    def __init__(self, shape: tuple[int, int], some: BlockPartial, folder: Path | None) -> None:
-        self.scores = scratch_array((*shape, *some.scores.shape[1:]), some.scores.dtype, folder)
+    def __init__(self, shape: tuple[int, int], some: BlockPartial, folder: Path | None, *, keeps_scores: bool) -> None:
+        self.scores = None
+        if keeps_scores:
+            self.scores = scratch_array((*shape, *some.scores.shape[1:]), some.scores.dtype, folder)
+        self.means = np.full(shape, np.nan)  # of scores that are not kept
         self.sums = np.full((*shape, len(FISHER_COLUMNS)), np.nan)
         self.influences = np.full((*shape, *some.influences.shape[1:]), np.nan)
 
-    def filled(self) -> Floats:
-        """The scores, when all layers are there."""
-        self.scores[np.isnan(self.sums[..., 0])] = np.nan
+    def filled(self) -> Floats | None:
+        """The scores, when all layers are there; None where they are not kept."""
+        if self.scores is not None:
+            self.scores[np.isnan(self.sums[..., 0])] = np.nan
         return self.scores
+
+
+class Assembly:
+    """Takes the whole layers (summed over ranks) of two tasks, one after another, and makes a heatmap of them.
+
+    Args:
+        metadata: Axes, samples and provenance.
+        pooled: Whether the sums are among all pooled samples; as the metadata says by default.
+        folder: Where scores wait that are too large for memory; the system's temporary folder by default.
+        keeps_scores: Whether the heatmap has scores of sample pairs, or their means alone.
+    """
+
+    def __init__(
+        self,
+        metadata: HeatmapMetadata,
+        *,
+        pooled: bool | None = None,
+        folder: Path | None = None,
+        keeps_scores: bool = True,
+    ) -> None:
+        self.metadata, self._folder, self._keeps_scores = metadata, folder, keeps_scores
+        self._pooled = metadata.pooled if pooled is None else pooled
+        self._places = {layer.layer: place for place, layer in enumerate(metadata.layers)}
+        self._pairs = different(*(table.contents for table in metadata.samples))
+        self._blocks: dict[str, _Block] = {}
+        self._shared: dict[int, Floats] = {}  # O's bias by the layer's place
+        self._without = WithoutGradient()
+        self._seen: set[int] = set()
+
+    def take(self, number: int, part: LayerPartial) -> None:
+        """Take one layer.
+
+        Raises:
+            QkovError: for a head of it that is missing.
+        """
+        place = self._places[number]
+        for block in self.metadata.blocks:
+            if block in self.metadata.layers[place].heads:
+                self._without.see(number, block, self._take_block(place, block, part), pooled=self._pooled)
+        if SHARED_O_BIAS in part.shared:
+            self._shared[place] = part.shared[SHARED_O_BIAS]
+        self._seen.add(number)
+
+    def _take_block(self, place: int, block: str, part: LayerPartial) -> BlockPartial:
+        """Put one block's heads of a layer in their places."""
+        layer, axis = self.metadata.layers[place], self.metadata.axis(block)
+        found = block_of(part, layer, block)
+        if block not in self._blocks:
+            shape = len(self.metadata.layers), len(axis)
+            self._blocks[block] = _Block(shape, found, self._folder, keeps_scores=self._keeps_scores)
+        of_block, at = self._blocks[block], np.searchsorted(axis, found.heads)
+        if of_block.scores is not None:
+            of_block.scores[place, at] = found.scores
+        else:
+            of_block.means[place, at] = self._mean({block: found.scores[None]})[block][0]
+        of_block.sums[place, at], of_block.influences[place, at] = found.fisher_sums, found.influences
+        return found
+
+    def _mean(self, scores: Mapping[str, Floats]) -> dict[str, np.ndarray]:
+        """Mean score over the pairs of A x B, [layer, head]."""
+        num_a = len(self.metadata.samples[0])
+        return mean_over_pairs(cross_of_pooled(scores, num_a) if self._pooled else scores, self._pairs)
+
+    def heatmap(self) -> Heatmap:
+        """The heatmap, when all layers are there.
+
+        Raises:
+            QkovError: for a layer that is missing.
+        """
+        metadata = self.metadata
+        _check_all(metadata, self._seen)
+        filled = {block: self._blocks[block].filled() for block in metadata.blocks}
+        scores = {block: of_block for block, of_block in filled.items() if of_block is not None}
+        sums = {block: self._blocks[block].sums for block in metadata.blocks}
+        num_a, pooled = len(metadata.samples[0]), self._pooled
+        fisher, records = {block: _fisher(part) for block, part in sums.items()}, _records(self._blocks)
+        counted = counted_of(*metadata.samples)
+        shared = _shared(self._shared, len(metadata.layers), num_a if pooled else None, self._pairs)
+        if not scores:
+            shared = {name: {"mean": arrays["mean"]} for name, arrays in shared.items()}
+        means = self._mean(scores) if scores else {block: self._blocks[block].means for block in metadata.blocks}
+        task_a, task_b = metadata.tasks
+        return Heatmap(
+            task_a,
+            task_b,
+            layers=tuple(layer.layer for layer in metadata.layers),
+            heads=metadata.query_heads,
+            kv_heads=metadata.kv_heads,
+            groups=np.array([layer.group for layer in metadata.layers], np.int64),
+            samples_a=metadata.samples[0],
+            samples_b=metadata.samples[1],
+            mean=means,
+            present={block: ~np.isnan(column(part, "count")) for block, part in sums.items()},
+            fisher=fisher,
+            cross=(cross_of_pooled(scores, num_a) if pooled else scores) if scores else None,
+            pooled=scores if pooled and scores else None,
+            shared=shared,
+            attributes={**metadata.attributes, "warnings": _warnings(metadata, fisher, self._without)},
+            influences=None if records is None else {b: of_samples(found) for b, found in records.items()},
+            effects=None if records is None else {b: untested_effects(found, counted) for b, found in records.items()},
+        )
 
 
 def assemble(
@@ -52,7 +157,7 @@ def assemble(
     pooled: bool | None = None,
     folder: Path | None = None,
 ) -> Heatmap:
-    """Put whole layers (summed over ranks) together as a heatmap.
+    """Put whole layers (summed over ranks) of two tasks together as a heatmap.
 
     Args:
         metadata: Axes, samples and provenance.
@@ -63,34 +168,10 @@ def assemble(
     Raises:
         QkovError: for a layer, or a head of it, that is missing.
     """
-    pooled = metadata.pooled if pooled is None else pooled
-    taken = _take_all(metadata, layers, folder, pooled=pooled)
-    scores = {block: taken.blocks[block].filled() for block in metadata.blocks}
-    sums = {block: taken.blocks[block].sums for block in metadata.blocks}
-    num_a = len(metadata.samples[0])
-    cross = cross_of_pooled(scores, num_a) if pooled else scores
-    pairs = different(*(table.contents for table in metadata.samples))
-    fisher = {block: _fisher(part) for block, part in sums.items()}
-    records = _records(taken.blocks)
-    counted = counted_samples(*(table.contents for table in metadata.samples))
-    return Heatmap(
-        *metadata.tasks,
-        layers=tuple(layer.layer for layer in metadata.layers),
-        heads=metadata.query_heads,
-        kv_heads=metadata.kv_heads,
-        groups=np.array([layer.group for layer in metadata.layers], np.int64),
-        samples_a=metadata.samples[0],
-        samples_b=metadata.samples[1],
-        mean=mean_over_pairs(cross, pairs),
-        present={block: ~np.isnan(column(part, "count")) for block, part in sums.items()},
-        fisher=fisher,
-        cross=cross,
-        pooled=scores if pooled else None,
-        shared=_shared(taken.shared, len(metadata.layers), num_a if pooled else None, pairs),
-        attributes={**metadata.attributes, "warnings": _warnings(metadata, fisher, taken.without)},
-        influences=None if records is None else {block: of_samples(of_block) for block, of_block in records.items()},
-        effects=None if records is None else {b: untested_effects(found, counted) for b, found in records.items()},
-    )
+    assembly = Assembly(metadata, pooled=pooled, folder=folder)
+    for number, part in layers:
+        assembly.take(number, part)
+    return assembly.heatmap()
 
 
 def _records(blocks: Mapping[str, _Block]) -> dict[str, np.ndarray] | None:
@@ -109,49 +190,12 @@ def _warnings(
     ]
 
 
-@dataclass
-class _Taken:
-    """What has come of all layers: blocks, O's bias by the layer's place, and samples without gradient."""
+def block_of(part: LayerPartial, layer: LayerAxes, block: str) -> BlockPartial:
+    """One block of a layer, with all of its heads.
 
-    blocks: dict[str, _Block]
-    shared: dict[int, Floats]
-    without: WithoutGradient
-
-
-def _take_all(
-    metadata: HeatmapMetadata, layers: Iterable[tuple[int, LayerPartial]], folder: Path | None, *, pooled: bool
-) -> _Taken:
-    """Take one layer after another; all have to come."""
-    places = {layer.layer: place for place, layer in enumerate(metadata.layers)}
-    taken, seen = _Taken({}, {}, WithoutGradient()), set()
-    for number, part in layers:
-        for block, found in _take(taken.blocks, metadata, places[number], part, folder):
-            taken.without.see(number, block, found, pooled=pooled)
-        if SHARED_O_BIAS in part.shared:
-            taken.shared[places[number]] = part.shared[SHARED_O_BIAS]
-        seen.add(number)
-    _check_all(metadata, seen)
-    return taken
-
-
-def _take(
-    blocks: dict[str, _Block], metadata: HeatmapMetadata, place: int, part: LayerPartial, folder: Path | None
-) -> Iterator[tuple[str, BlockPartial]]:
-    """Put one layer's heads in their places; yields each block's."""
-    layer = metadata.layers[place]
-    for block in metadata.blocks:
-        if block not in layer.heads:
-            continue
-        found, axis = _block_of(part, layer, block), metadata.axis(block)
-        if block not in blocks:
-            blocks[block] = _Block((len(metadata.layers), len(axis)), found, folder)
-        at = np.searchsorted(axis, found.heads)
-        blocks[block].scores[place, at], blocks[block].sums[place, at] = found.scores, found.fisher_sums
-        blocks[block].influences[place, at] = found.influences
-        yield block, found
-
-
-def _block_of(part: LayerPartial, layer: LayerAxes, block: str) -> BlockPartial:
+    Raises:
+        QkovError: where some are missing.
+    """
     found = part.blocks[block].heads.tolist() if block in part.blocks else []
     if tuple(found) != tuple(layer.heads[block]):
         raise QkovError(

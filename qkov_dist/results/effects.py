@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qkov_dist.data.copies import in_one_task
 from qkov_dist.errors import QkovError, choose, wrong_argument
 from qkov_dist.scoring.influence_records import OPTIMIZERS, of_samples, sums_of
 
@@ -91,8 +92,7 @@ class Harm:
 def counted_samples(contents_a: Sequence[str], contents_b: Sequence[str]) -> Samples:
     """Which samples effects are of: those that only one task has, by their contents ("" is unknown, and counts)."""
     is_a = np.arange(len(contents_a) + len(contents_b)) < len(contents_a)
-    both = ({*contents_a} & {*contents_b}) - {""}
-    counts = np.array([content not in both for content in (*contents_a, *contents_b)], bool)
+    counts = in_one_task((contents_a, contents_b))
     return Samples(is_a & counts, ~is_a & counts)
 
 

@@ -20,7 +20,7 @@ from .reduce import add_layers
 
 Read = Callable[[LayerAxes], LayerPartial]
 NUM_LISTED = 8
-SAME = ("run_id", "world_size", "cut", "layers", "pooled", "n_left", "n_right")
+SAME = ("run_id", "world_size", "cut", "layers", "pooled", "num_tasks", "n_left", "n_right")
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ def gather_partials(folder: Path, world: World) -> Gathered:
 def _metadata(raw: Mapping[str, Any], source: Source) -> HeatmapMetadata:
     """The metadata in a partial file, proved to be that of its scores."""
     metadata, header = from_json(raw, source.path), source.header
-    num_a, num_b = map(len, metadata.samples)
-    told = (num_a + num_b, num_a + num_b) if metadata.pooled else (num_a, num_b)
-    if (*told, metadata.pooled) != (header.n_left, header.n_right, header.pooled):
+    sizes, num = metadata.sizes, sum(metadata.sizes)
+    told = (num, num) if metadata.pooled or len(sizes) > 2 else (sizes[0], sizes[1])
+    wanted = (header.n_left, header.n_right, header.pooled, header.num_tasks)
+    if (*told, metadata.pooled, len(sizes)) != wanted:
         raise QkovError(
             source.path,
             expected=f"a description of the samples of {header.n_left} x {header.n_right} scores",

@@ -56,6 +56,16 @@ class Reader:
         """Whether there is a group at a path."""
         return isinstance(self._find(path), h5py.Group)
 
+    def group(self, path: str) -> Reader:
+        """The same for what is in a group.
+
+        Raises:
+            QkovError: where there is no such group.
+        """
+        if not self.is_group(path):
+            raise _refusal(path, "a group", "none")
+        return Reader(self._find(path), self._num_bytes)
+
     def array(self, path: str, shape: tuple[int, ...] | None = None, kinds: str = "f") -> npt.NDArray[Any]:
         """Read numbers of a shape (None: any) and of numpy's ``kinds`` (``f``, ``iu``, ``b``)."""
         dataset = self.dataset(path)
@@ -78,7 +88,7 @@ class Reader:
         return tuple(bytes(text).decode("utf-8") for part in parts for text in part)
 
     def attributes(self) -> dict[str, Any]:
-        """The root's attributes, JSON decoded; other tools' own (``_NCProperties``) are left out."""
+        """The root's attributes, or the group's, JSON decoded; other tools' own (``_NCProperties``) are left out."""
         values = {name: self.attribute("/", name) for name in self._file.attrs if not name.startswith("_")}
         as_json = json.loads(values.pop("json_attributes", "[]"))
         if not isinstance(as_json, list):

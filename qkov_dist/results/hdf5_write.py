@@ -106,6 +106,8 @@ class Writer:
     def __init__(self, file: Any, sink: _Sink) -> None:
         self._file, self._sink = file, sink
         self._scaled: dict[str, list[tuple[Any, int]]] = {}  # scale -> datasets, and the axis that it is of
+        self._groups: dict[str, Any] = {"": file}  # looking one up takes as long as writing a small dataset
+        self._scales: dict[str, Any] = {}  # references to scales
 
     def array(self, path: str, values: npt.NDArray[Any], dims: Sequence[str] = ()) -> None:
         """Write numbers; ``dims`` names scales already written. One chunk is one matrix of the last two axes."""
@@ -119,9 +121,10 @@ class Writer:
             self._sink.check()
 
     def scale(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Write a dimension scale at the root."""
+        """Write a dimension scale, at the root or in a group."""
         self.array(name, values)
-        self._file[name].make_scale(name)
+        self._file[name].make_scale(name.rpartition("/")[2])
+        self._scales[name] = np.array([self._file[name].ref], h5py.ref_dtype)
 
     def strings(self, path: str, texts: Sequence[str], dims: Sequence[str] = ()) -> None:
         """Write UTF-8 strings of one fixed length; what UTF-8 cannot hold is escaped with backslashes."""
@@ -149,10 +152,16 @@ class Writer:
             _put_string(self._file[path], "json_attributes", json.dumps(as_json))
         self._sink.check()
 
+    def link(self, path: str, target: str) -> None:
+        """Have what is at ``target`` at ``path`` too, by a hard link."""
+        folder, _, name = path.rpartition("/")
+        of_target, _, target_name = target.rpartition("/")
+        self._group(folder).id.links.create_hard(name.encode(), self._group(of_target).id, target_name.encode())
+
     def copy(self, source: Reader, path: str) -> None:
         """Copy a dataset with its attributes and checksums, bit for bit; ``check`` says whether there was room."""
         folder, _, name = path.rpartition("/")
-        self._file.copy(source.dataset(path), self._file.require_group(folder or "/"), name)
+        self._file.copy(source.dataset(path), self._group(folder), name)
 
     def check(self) -> None:
         """Raise the first error that the file system reported."""
@@ -160,16 +169,24 @@ class Writer:
 
     def _create(self, path: str, shape: Any, dtype: Any, chunks: Any, dims: Sequence[str], **options: Any) -> Any:
         maxshape = tuple(size or None for size in shape)  # an empty axis cannot be chunked unless it may grow
-        dataset = self._file.create_dataset(
-            path, shape=shape, dtype=dtype, chunks=chunks, maxshape=maxshape, fletcher32=True, **options
+        folder, _, name = path.rpartition("/")
+        dataset = self._group(folder).create_dataset(
+            name, shape=shape, dtype=dtype, chunks=chunks, maxshape=maxshape, fletcher32=True, **options
         )
         for axis, dim in enumerate(dims):
             self._scaled.setdefault(dim, []).append((dataset.ref, axis))
         if dims:
             scales = np.empty(len(dims), object)
-            scales[:] = [np.array([self._file[dim].ref], h5py.ref_dtype) for dim in dims]
+            scales[:] = [self._scales[dim] for dim in dims]
             dataset.attrs.create("DIMENSION_LIST", scales, dtype=h5py.vlen_dtype(h5py.ref_dtype))
         return dataset
+
+    def _group(self, path: str) -> Any:
+        """A group, made where it is not there."""
+        if path not in self._groups:
+            above, _, name = path.rpartition("/")
+            self._groups[path] = self._group(above).require_group(name)
+        return self._groups[path]
 
     def attach_scales(self) -> None:
         """Tell each scale whose axes it is of: once, as HDF5's own function writes the list anew for every dataset and

@@ -70,6 +70,8 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
             self._effect_of_heads("change"),
             self._effect_of_heads("q_value"),
             self._setting("output", "dir") or "DIR",
+            self.pair,
+            self.places,
             are_scaled=self.samples_a.gradient_norms is not None,
         )
         return verdict_of(facts)

@@ -39,6 +39,8 @@ class SampleTable:
         contents: Hashes of their tokens and labels (``copies``), by which a sample is known again; "" where unknown.
         gradient_norms: Norms of their gradients over all scored weights, float64 [n], by which
             ``metric.sample_scale: unit`` has divided them; None where gradients are as they were.
+        elsewhere: Which of them a task has too that is not one of the heatmap's two, bool [n]: effects leave them out;
+            None where there are no other tasks.
     """
 
     ids: tuple[str, ...]
@@ -47,14 +49,16 @@ class SampleTable:
     texts: tuple[str, ...]
     contents: tuple[str, ...] = ()
     gradient_norms: npt.NDArray[np.float64] | None = None
+    elsewhere: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if not self.contents:
             object.__setattr__(self, "contents", ("",) * len(self.ids))
         for name in ("num_tokens", "losses", "texts", "contents"):
             _check(f"samples: {name}", (len(self.ids),), np.shape(getattr(self, name)))
-        if self.gradient_norms is not None:
-            _check("samples: gradient_norms", (len(self.ids),), np.shape(self.gradient_norms))
+        for name in ("gradient_norms", "elsewhere"):
+            if getattr(self, name) is not None:
+                _check(f"samples: {name}", (len(self.ids),), np.shape(getattr(self, name)))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,7 +89,8 @@ class HeatmapData:
             [layer, native head, optimizer, N], A's samples first; None in files that do not know.
         effects: Block -> optimizer -> name (``effects.EFFECT_KEYS``) -> float64 [layer, native head]; None where there
             are no influences. Before a test they lack what tests add.
-        attributes: run_id, score, config (JSON), versions, seeds, warnings, notes, ...: strings, numbers, JSON values.
+        attributes: run_id, score, tasks (of a run of more than two), config (JSON), versions, seeds, warnings, notes,
+            ...: strings, numbers, JSON values.
     """
 
     task_a: str
@@ -177,6 +182,17 @@ class HeatmapData:
         )
 
     @property
+    def pair(self) -> tuple[str, str] | None:
+        """Its two tasks, where the run had more; None otherwise."""
+        return (self.task_a, self.task_b) if len(self.attributes.get("tasks", ())) > 2 else None
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Where its two tasks are among the run's."""
+        tasks = list(self.attributes["tasks"]) if self.pair else [self.task_a, self.task_b]
+        return tasks.index(self.task_a), tasks.index(self.task_b)
+
+    @property
     def title(self) -> str:
         """Model, tasks and numbers of samples: what a figure must say."""
         tasks = f"{self.task_a} ({len(self.samples_a)}) \N{MULTIPLICATION SIGN} {self.task_b} ({len(self.samples_b)})"
@@ -193,8 +209,17 @@ class HeatmapData:
 
     @property
     def counted(self) -> Samples:
-        """The samples that effects are of: not those that both tasks have."""
-        return counted_samples(self.samples_a.contents, self.samples_b.contents)
+        """The samples that effects are of: not those that both tasks have, or one and a task that is not here."""
+        return counted_of(self.samples_a, self.samples_b)
+
+
+def counted_of(samples_a: SampleTable, samples_b: SampleTable) -> Samples:
+    """Which samples of two tasks count in effects."""
+    found = counted_samples(samples_a.contents, samples_b.contents)
+    tables = (samples_a, samples_b)
+    elsewhere = [np.zeros(len(table), bool) if table.elsewhere is None else table.elsewhere for table in tables]
+    here = ~np.concatenate(elsewhere)
+    return Samples(found.a & here, found.b & here)
 
 
 def cross_of_pooled(pooled: Mapping[str, Floats], num_a: int) -> dict[str, Floats]:

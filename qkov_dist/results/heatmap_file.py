@@ -12,6 +12,7 @@
     /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
     /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
     /samples/{a,b}/gradient_norm                        [a] or [b] float64, with ``metric.sample_scale: unit`` alone
+    /samples/{a,b}/elsewhere                            [a] or [b] bool: a third task has this sample too
     /group                 [layer]                      query heads of one kv head
 
 ``head`` is ``kv_head`` for K and V. Where each head lies among the model's parameters is the attribute ``slices``
@@ -37,12 +38,13 @@ from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 from qkov_dist.values import FRACTION, Kind, as_it_is, one_of, whole, written
 
-from .block_view import HEAD_DIM
+from .block_view import HEAD_DIM, Ints
 from .disk import DAMAGED
 from .hdf5_read import Reader, check_values, reading
 from .head_slices import are_slices
 from .heatmap import Heatmap
 from .heatmap_data import FISHER_KEYS, SampleTable
+from .matrix_data import checked_pair, pair_group
 
 HEATMAP_FILE = "heatmap.h5"
 _DEEPEST = 8
@@ -55,32 +57,61 @@ def heatmap_path(place: str | Path) -> Path:
     return path / HEATMAP_FILE if path.is_dir() else path
 
 
-def load_heatmap(path: str | Path) -> Heatmap:
+def load_heatmap(path: str | Path, pair: tuple[str, str] | None = None, *, with_scores: bool = True) -> Heatmap:
     """Read a heatmap whole.
 
     Args:
         path: The file, or the folder of a run, in which it is ``heatmap.h5``.
+        pair: The names of two of more than two tasks, in the order of the configuration; of two tasks it may be left
+            out.
+        with_scores: Whether to read scores of sample pairs, where there are any.
 
     Raises:
-        QkovError: naming the file, for anything that is missing, damaged, of another schema, or outside the file.
+        QkovError: naming the file, for a pair that it does not hold, and for anything that is missing, damaged, of
+            another schema, or outside the file.
     """
     with reading(heatmap_path(path)) as reader:
-        heatmap = _heatmap(reader)
+        tasks = task_names(reader)
+        if tasks is None:
+            heatmap = _heatmap(reader, reader.attributes(), with_scores=with_scores)
+            if pair is not None:
+                checked_pair((heatmap.task_a, heatmap.task_b), pair)
+        else:
+            heatmap = _pair(reader, tasks, pair, with_scores=with_scores)
         check_stored(heatmap)
         return heatmap
 
 
-def _heatmap(reader: Reader) -> Heatmap:
-    attributes = reader.attributes()
+def task_names(reader: Reader) -> tuple[str, ...] | None:
+    """The tasks of a file of more than two; None of a file of two."""
+    if not reader.has("matrix"):
+        return None
+    return reader.strings("tasks", len(reader.array("task", kinds="iu")))
+
+
+def _pair(reader: Reader, tasks: tuple[str, ...], pair: tuple[str, str] | None, *, with_scores: bool) -> Heatmap:
+    if pair is None:
+        raise QkovError(
+            "pair",
+            expected="two of its tasks: the file is of more than two",
+            got="none",
+            remedy=f"Name two of {', '.join(tasks)}: load_heatmap(path, pair=({tasks[0]!r}, {tasks[1]!r})), or "
+            "--pair on the command line; load_matrix(path) reads what there is of all.",
+        )
+    own = reader.group(pair_group(*checked_pair(tasks, pair)))
+    return _heatmap(own, {**reader.attributes(), **own.attributes()}, with_scores=with_scores)
+
+
+def _heatmap(reader: Reader, attributes: dict[str, Any], *, with_scores: bool) -> Heatmap:
     axes = {name: reader.array(name, kinds="iu") for name in ("layer", "head", "kv_head")}
     sizes = {name: len(axis) for name, axis in axes.items()}
-    tables = {task: _samples(reader, task) for task in ("a", "b")}
+    tables = {task: read_samples(reader, f"samples/{task}", f"sample_{task}") for task in ("a", "b")}
     n_a, n_b = len(tables["a"]), len(tables["b"])
     found = {block for group in _BY_BLOCK for block in reader.names(group)}
     shapes = {block: (sizes["layer"], sizes[HEAD_DIM[block]]) for block in BLOCKS if block in found}
 
     def scores(group: str, left: int, right: int) -> dict[str, Any] | None:
-        if not reader.has(group):
+        if not with_scores or not reader.has(group):
             return None
         return {block: reader.array(f"{group}/{block}", (*shape, left, right)) for block, shape in shapes.items()}
 
@@ -102,7 +133,7 @@ def _heatmap(reader: Reader) -> Heatmap:
         {block: _fisher(reader, block, shape) for block, shape in shapes.items()},
         scores("scores", n_a, n_b),
         scores("scores_all", n_a + n_b, n_a + n_b),
-        {name: _shared(reader, name, len(layers), n_a, n_b) for name in reader.names("shared")},
+        {name: _shared(reader, name, (len(layers), n_a, n_b), with_scores) for name in reader.names("shared")},
         statistics,
         {name: value for name, value in attributes.items() if name not in ("schema", "task_a", "task_b")},
         _influences(reader, shapes, n_a + n_b),
@@ -137,9 +168,9 @@ def _effects(reader: Reader, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
     }
 
 
-def _samples(reader: Reader, task: str) -> SampleTable:
-    count = len(reader.array(f"sample_{task}", kinds="iu"))
-    group = f"samples/{task}"
+def read_samples(reader: Reader, group: str, axis: str) -> SampleTable:
+    """The samples of one task: where they are, and the name of their axis."""
+    count = len(reader.array(axis, kinds="iu"))
     return SampleTable(
         reader.strings(f"{group}/id", count),
         reader.array(f"{group}/num_tokens", (count,), "iu"),
@@ -147,6 +178,7 @@ def _samples(reader: Reader, task: str) -> SampleTable:
         reader.strings(f"{group}/text", count),
         reader.strings(f"{group}/content", count) if reader.has(f"{group}/content") else (),
         reader.array(f"{group}/gradient_norm", (count,)) if reader.has(f"{group}/gradient_norm") else None,
+        reader.array(f"{group}/elsewhere", (count,), "b") if reader.has(f"{group}/elsewhere") else None,
     )
 
 
@@ -154,10 +186,10 @@ def _fisher(reader: Reader, block: str, shape: tuple[int, int]) -> dict[str, Any
     return {key: reader.array(f"fisher/{block}/{key}", shape) for key in FISHER_KEYS}
 
 
-def _shared(reader: Reader, name: str, num_layers: int, n_a: int, n_b: int) -> dict[str, Any]:
-    arrays = {"mean": reader.array(f"shared/{name}/heatmap", (num_layers,))}
-    if reader.has(f"shared/{name}/scores"):
-        arrays["cross"] = reader.array(f"shared/{name}/scores", (num_layers, n_a, n_b))
+def _shared(reader: Reader, name: str, shape: tuple[int, int, int], with_scores: bool) -> dict[str, Any]:
+    arrays = {"mean": reader.array(f"shared/{name}/heatmap", shape[:1])}
+    if with_scores and reader.has(f"shared/{name}/scores"):
+        arrays["cross"] = reader.array(f"shared/{name}/scores", shape)
     return arrays
 
 
@@ -206,6 +238,7 @@ _ATTRIBUTES: Mapping[str, Kind] = {
     **dict.fromkeys(("task_a", "task_b", "run_id", "score", "estimator", "scope"), _STRING),
     "config": as_it_is("text, or sections of settings", _is_config),
     "seeds": _MAPPING,
+    "tasks": _STRINGS,
     "warnings": _STRINGS,
     "notes": _STRINGS,
     "slices": as_it_is("where heads lie, parameter by parameter", are_slices),
@@ -221,6 +254,7 @@ _SETTINGS: Mapping[str, Kind] = {
     "seed": whole(0),
     "n_labellings": whole(1),
     "statistic": one_of(*_STATISTICS),
+    "family": one_of("pair", "all"),
 }
 
 
@@ -231,11 +265,7 @@ def check_stored(heatmap: Heatmap) -> None:
         QkovError: at the axis, attribute or test that is not as it should be.
     """
     check_attributes({**heatmap.attributes, "task_a": heatmap.task_a, "task_b": heatmap.task_b})
-    for name, numbers in (("layer", heatmap.layers), ("head", heatmap.heads), ("kv_head", heatmap.kv_heads)):
-        if not all(0 <= number < ABOVE_ALL for number in numbers):
-            raise _wrong(name, "numbers from 0", written(numbers))
-    if not (heatmap.groups > 0).all():
-        raise _wrong("group", "at least one query head of a kv head", written(heatmap.groups.tolist()))
+    check_axes(heatmap.layers, heatmap.heads, heatmap.kv_heads, heatmap.groups)
     for block in heatmap.blocks:
         for name, scores in (("heatmap", heatmap.mean), ("scores", heatmap.cross), ("scores_all", heatmap.pooled)):
             if scores and any(np.isinf(of_layer).any() for of_layer in scores[block]):
@@ -244,11 +274,23 @@ def check_stored(heatmap: Heatmap) -> None:
         _check_statistics(heatmap, heatmap.statistics)
 
 
+def check_axes(layers: tuple[int, ...], heads: tuple[int, ...], kv_heads: tuple[int, ...], groups: Ints) -> None:
+    """Prove that axes are numbers of layers and heads."""
+    for name, numbers in (("layer", layers), ("head", heads), ("kv_head", kv_heads)):
+        if not all(0 <= number < ABOVE_ALL for number in numbers):
+            raise _wrong(name, "numbers from 0", written(numbers))
+    if not (groups > 0).all():
+        raise _wrong("group", "at least one query head of a kv head", written(groups.tolist()))
+
+
 def check_attributes(attributes: Mapping[str, Any], needed: Collection[str] = ()) -> None:
     """Prove that the attributes of a heatmap which have a meaning are of their type, and that some are there."""
     if missing := [name for name in needed if name not in attributes]:
         raise _wrong("attributes", f"the run's configuration and {', '.join(needed)}", f"no {', '.join(missing)}")
     check_values("attribute", attributes, _ATTRIBUTES)
+    tasks, named = attributes.get("tasks", ()), [attributes[key] for key in ("task_a", "task_b") if key in attributes]
+    if len(tasks) > 2 and not {*named} <= {*tasks}:
+        raise _wrong("attribute tasks", f"{', '.join(named)} among them", written(tasks))
     if isinstance(config := attributes.get("config"), Mapping):
         check_values("attribute config.statistics", config.get("statistics", {}), _CONFIGURED)
 

@@ -13,7 +13,7 @@ from qkov_dist.scoring.influence_records import OPTIMIZERS
 from .block_view import HEAD_DIM
 from .effects import EFFECT_KEYS
 from .export import LabelledArrays, Variable, split_arrays
-from .heatmap_data import FISHER_KEYS, HeatmapData, Pairs
+from .heatmap_data import FISHER_KEYS, HeatmapData, Pairs, SampleTable
 
 
 def labelled(heatmap: HeatmapData, pairs: Pairs = "all") -> LabelledArrays:
@@ -42,16 +42,7 @@ def labelled(heatmap: HeatmapData, pairs: Pairs = "all") -> LabelledArrays:
 def _summaries(heatmap: HeatmapData) -> Iterator[Variable]:
     yield Variable("group", ("layer",), np.asarray(heatmap.groups, np.int64))
     for task, table in (("a", heatmap.samples_a), ("b", heatmap.samples_b)):
-        columns: dict[str, Any] = {
-            "id": table.ids,
-            "num_tokens": table.num_tokens,
-            "loss": table.losses,
-            "text": table.texts,
-            "content": table.contents,
-        }
-        if table.gradient_norms is not None:
-            columns["gradient_norm"] = table.gradient_norms
-        for name, values in columns.items():
+        for name, values in sample_columns(table).items():
             yield Variable(f"samples/{task}/{name}", (f"sample_{task}",), values)
     for block in heatmap.blocks:
         dims = ("layer", HEAD_DIM[block])
@@ -61,6 +52,19 @@ def _summaries(heatmap: HeatmapData) -> Iterator[Variable]:
             yield Variable(f"fisher/{block}/{key}", dims, heatmap.fisher[block][key])
     for name, arrays in heatmap.shared.items():
         yield Variable(f"shared/{name}/heatmap", ("layer",), arrays["mean"])
+
+
+def sample_columns(table: SampleTable) -> dict[str, Any]:
+    """What is stored of the samples of a task: name -> a value for each."""
+    columns: dict[str, Any] = {
+        "id": table.ids,
+        "num_tokens": table.num_tokens,
+        "loss": table.losses,
+        "text": table.texts,
+        "content": table.contents,
+    }
+    optional = {"gradient_norm": table.gradient_norms, "elsewhere": table.elsewhere}
+    return columns | {name: values for name, values in optional.items() if values is not None}
 
 
 def _effects(heatmap: HeatmapData) -> Iterator[Variable]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qkov_dist.capture.collect import SampleRecord
-from qkov_dist.config import RunConfig, to_dict
+from qkov_dist.config import FEWEST_TASKS, RunConfig, to_dict
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS, Layout, layout_notes
 from qkov_dist.scoring.sample_norms import NO_GRADIENT
@@ -49,16 +49,16 @@ class HeatmapMetadata:
     """Everything that :func:`qkov_dist.results.assemble.assemble` needs besides scores.
 
     Attributes:
-        tasks: Names of A and of B.
+        tasks: Names of the tasks; of two A, then B.
         layers: The layers scored.
-        samples: The samples of A and of B.
+        samples: The samples of each.
         pooled: Whether scores are among all pooled samples rather than A x B.
         attributes: Settings, versions, seeds: strings, numbers, JSON values.
     """
 
-    tasks: tuple[str, str]
+    tasks: tuple[str, ...]
     layers: tuple[LayerAxes, ...]
-    samples: tuple[SampleTable, SampleTable]
+    samples: tuple[SampleTable, ...]
     pooled: bool
     attributes: Mapping[str, Any]
 
@@ -81,19 +81,41 @@ class HeatmapMetadata:
         """Native heads along a block's axis."""
         return self.query_heads if block in ("Q", "O") else self.kv_heads
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each task."""
+        return tuple(map(len, self.samples))
+
+    def numbers(self, tasks: Sequence[str]) -> list[int]:
+        """Numbers of some of the tasks, given by name."""
+        return [self.tasks.index(task) for task in tasks]
+
+    def of_pair(self, a: int, b: int) -> HeatmapMetadata:
+        """That of the heatmap of two of the tasks, given by number."""
+        contents = [table.contents for table in self.samples]
+        of_tables = [self.samples[task] for task in (a, b)]
+        others = {text for task, of_task in enumerate(contents) if task not in (a, b) for text in of_task} - {""}
+        elsewhere = [np.array([text in others for text in table.contents], bool) for table in of_tables]
+        tables = tuple(
+            replace(table, elsewhere=found if found.any() else None)
+            for table, found in zip(of_tables, elsewhere, strict=True)
+        )
+        attributes = {**self.attributes, "tasks": list(self.tasks)}
+        return replace(self, tasks=(self.tasks[a], self.tasks[b]), samples=tables, attributes=attributes)
+
 
 def make_metadata(
     tile_plan: TilePlan,
     layout: Layout,
-    tasks: tuple[str, str],
-    records: tuple[Sequence[SampleRecord], Sequence[SampleRecord]],
+    tasks: tuple[str, ...],
+    records: Sequence[Sequence[SampleRecord]],
     *,
     pooled: bool,
     attributes: Mapping[str, Any],
 ) -> HeatmapMetadata:
     """The metadata of a plan and the samples that were run."""
     layers = tuple(layer_axes(layer, layout) for layer in tile_plan.layers)
-    return HeatmapMetadata(tasks, layers, (_table(records[0]), _table(records[1])), pooled, attributes)
+    return HeatmapMetadata(tasks, layers, tuple(map(_table, records)), pooled, attributes)
 
 
 def layer_axes(layer: LayerTiles, layout: Layout) -> LayerAxes:
@@ -102,12 +124,11 @@ def layer_axes(layer: LayerTiles, layout: Layout) -> LayerAxes:
 
 
 def with_norms(metadata: HeatmapMetadata, norms: np.ndarray) -> HeatmapMetadata:
-    """The same of a run whose samples' gradients are divided by their norms [N], A's first; a note says what of.
+    """The same of a run whose samples' gradients are divided by their norms [N], task after task; a note says so.
 
     Samples without any gradient are a warning.
     """
-    num_a = len(metadata.samples[0])
-    parts, known = (norms[:num_a], norms[num_a:]), metadata.attributes
+    parts, known = np.split(norms, np.cumsum(metadata.sizes)[:-1]), metadata.attributes
     tables = [replace(table, gradient_norms=part) for table, part in zip(metadata.samples, parts, strict=True)]
     still = [
         f"task {task!r}, sample {name!r}"
@@ -122,13 +143,13 @@ def with_norms(metadata: HeatmapMetadata, norms: np.ndarray) -> HeatmapMetadata:
         "notes": [*known.get("notes", ()), _UNIT],
         "warnings": [*known.get("warnings", ()), *([warning] if still else [])],
     }
-    return replace(metadata, samples=(tables[0], tables[1]), attributes=attributes)
+    return replace(metadata, samples=tuple(tables), attributes=attributes)
 
 
 def norms_in(metadata: HeatmapMetadata) -> np.ndarray | None:
     """The norms [N] by which gradients were divided; None where they were not."""
-    norms = [table.gradient_norms for table in metadata.samples]
-    return None if norms[0] is None or norms[1] is None else np.concatenate(norms)  # type: ignore[arg-type]
+    norms = [table.gradient_norms for table in metadata.samples if table.gradient_norms is not None]
+    return np.concatenate(norms) if len(norms) == len(metadata.samples) else None
 
 
 def to_json(metadata: HeatmapMetadata) -> dict[str, Any]:
@@ -163,10 +184,10 @@ def from_json(raw: Mapping[str, Any], where: str) -> HeatmapMetadata:
     """
     try:
         layers = tuple(_layer_from(x) for x in raw["layers"])
-        (task_a, task_b), (table_a, table_b) = map(str, raw["tasks"]), map(_table_from, raw["samples"])
-        metadata = HeatmapMetadata(
-            (task_a, task_b), layers, (table_a, table_b), bool(raw["pooled"]), dict(raw["attributes"])
-        )
+        tasks, tables = tuple(map(str, raw["tasks"])), tuple(map(_table_from, raw["samples"]))
+        if len(tasks) < FEWEST_TASKS or len(tasks) != len(tables):
+            raise ValueError(f"{len(tasks)} tasks and {len(tables)} tables of samples")
+        metadata = HeatmapMetadata(tasks, layers, tables, bool(raw["pooled"]), dict(raw["attributes"]))
         check_attributes(metadata.attributes, needed=("score", "estimator", "scope"))
     except QkovError as error:
         raise error.within(where) from error

@@ -1,8 +1,8 @@
 """What a partial file holds: whose scores it has, and its layers. Where the files are is ``partials``.
 
     /partial/{Q,K,V,O}/layer_0003   [heads touched, left, right]   attribute ``heads``; float32 (or float64 on request)
-    /fisher/{Q,K,V,O}/layer_0003    [heads touched, 5] float64     columns of ``FISHER_COLUMNS``
-    /influences/{Q,K,V,O}/layer_0003  [heads touched, optimizer, sums and N] float64   ``scoring.influence_records``
+    /fisher/{Q,K,V,O}/layer_0003    [heads touched, columns] float64       ``scoring.fisher_sums``
+    /influences/{Q,K,V,O}/layer_0003  [heads touched, optimizer, sums and influences] float64  ``influence_records``
     /shared/O_bias/layer_0003       [left, right]                  what no head owns
     /layer, /complete               [layer]                        which layers are in this file
 
@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qkov_dist.config import MOST_TASKS
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
-from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums
+from qkov_dist.scoring.fisher_sums import FisherSums, num_columns
 from qkov_dist.scoring.influence_records import Influences, no_influences
 from qkov_dist.values import FLAG, as_it_is, whole
 
@@ -37,6 +38,7 @@ _KINDS = {
     "n_left": whole(1),
     "n_right": whole(1),
     "pooled": FLAG,
+    "num_tasks": as_it_is("a number of tasks", lambda value: type(value) is int and 2 <= value <= MOST_TASKS),
     "extra": as_it_is("a mapping", lambda value: isinstance(value, Mapping)),
 }
 
@@ -59,6 +61,7 @@ class PartialHeader:
         pooled: Whether both roles are all pooled samples.
         extra: What merging needs to know besides (JSON values; one rank's will do). Two headers may differ in it.
         cut: Digest of what each rank owns; empty for one process. Partials of different cuts do not add up.
+        num_tasks: Tasks that samples are of; with more than two always pooled.
     """
 
     run_id: str
@@ -70,10 +73,11 @@ class PartialHeader:
     pooled: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
     cut: str = ""
+    num_tasks: int = 2
 
     @property
     def num_samples(self) -> int:
-        """Samples of both tasks."""
+        """Samples of all tasks."""
         return self.n_left if self.pooled else self.n_left + self.n_right
 
 
@@ -125,6 +129,7 @@ def read_header(reader: Reader) -> PartialHeader:
     """Read whose scores these are."""
     attributes = reader.attributes()
     names = [entry.name for entry in fields(PartialHeader) if entry.name != "layers"]
+    attributes = {"num_tasks": 2, **attributes}  # files of before do not say
     if absent := [name for name in names if name not in attributes]:
         remedy = "This is no partial file: use one that `qkov run` wrote as partial_rankNNNNN.h5."
         raise QkovError("attributes", expected=f"{', '.join(absent)} among them", got="none", remedy=remedy)
@@ -171,7 +176,7 @@ def read_layer(reader: Reader, layer: int, header: PartialHeader) -> LayerPartia
         if reader.has(path):
             heads = np.asarray(reader.attribute(path, "heads"), np.int64)
             scores = reader.array(path, (*heads.shape, *pairs))
-            sums = reader.array(f"fisher/{block}/{name}", (len(heads), len(FISHER_COLUMNS)))
+            sums = reader.array(f"fisher/{block}/{name}", (len(heads), num_columns(header.num_tasks)))
             blocks[block] = BlockPartial(heads, scores, sums, _read_influences(reader, block, name, len(heads), header))
     paths = {parameter: f"shared/{parameter}/{name}" for parameter in reader.names("shared")}
     return LayerPartial(blocks, {key: reader.array(path, pairs) for key, path in paths.items() if reader.has(path)})
@@ -181,7 +186,7 @@ def _read_influences(reader: Reader, block: str, name: str, num_heads: int, head
     path = f"influences/{block}/{name}"
     if not reader.has(path):
         return no_influences(num_heads)
-    return reader.array(path, no_influences(num_heads, header.num_samples).shape)
+    return reader.array(path, no_influences(num_heads, header.num_samples, header.num_tasks).shape)
 
 
 def copy_layer(reader: Reader, writer: Writer, layer: int) -> None:
@@ -197,9 +202,11 @@ def _checked(layer: int, block: str, arrays: BlockPartial, header: PartialHeader
     where = f"layer {layer}, block {block}"
     if block not in BLOCKS or heads.ndim != 1 or len(set(heads.tolist())) != len(heads):
         raise _wrong(where, f"one of {BLOCKS} with different heads", f"heads {heads.tolist()}")
-    if fisher_sums.shape != (len(heads), len(FISHER_COLUMNS)):
-        raise _wrong(where, f"Fisher sums [{len(heads)}, {len(FISHER_COLUMNS)}]", f"{list(fisher_sums.shape)}")
-    known = no_influences(len(heads)).shape, no_influences(len(heads), header.num_samples).shape
+    columns = num_columns(header.num_tasks)
+    if fisher_sums.shape != (len(heads), columns):
+        raise _wrong(where, f"Fisher sums [{len(heads)}, {columns}]", f"{list(fisher_sums.shape)}")
+    every = no_influences(len(heads), header.num_samples, header.num_tasks)
+    known = no_influences(len(heads)).shape, every.shape
     if influences.shape not in known:
         raise _wrong(where, f"influences {list(known[1])}", f"{list(influences.shape)}")
     scores = _scores(where, arrays.scores, (len(heads), header.n_left, header.n_right))

@@ -17,7 +17,7 @@ from torch import Tensor
 from qkov_dist.distributed.world import World
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.engine import BlockScores
-from qkov_dist.scoring.fisher_sums import add, column, no_sums, sums_over_ranks
+from qkov_dist.scoring.fisher_sums import add, column, no_sums, num_tasks_of, sums_over_ranks
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .metadata import LayerAxes
@@ -81,7 +81,8 @@ def _block_over_ranks(
     wide = any(world.all_gather(part is not None and part.scores.dtype == np.float64))
     scores = np.zeros((len(heads), *shape), np.float64 if wide else np.float32)
     size = max(world.all_gather(0 if part is None else part.influences.shape[-1]))
-    sums, influences = no_sums(len(heads)), np.zeros((len(heads), len(OPTIMIZERS), size))
+    num_tasks = max(world.all_gather(2 if part is None else num_tasks_of(part.fisher_sums)))
+    sums, influences = no_sums(len(heads), num_tasks), np.zeros((len(heads), len(OPTIMIZERS), size))
     if part is not None:
         at = np.searchsorted(heads, part.heads)
         scores[at], sums[at], influences[at] = part.scores, part.fisher_sums, part.influences
@@ -98,7 +99,8 @@ def _add_blocks(parts: Sequence[BlockPartial]) -> BlockPartial:
         return parts[0]
     heads = np.unique(np.concatenate([part.heads for part in parts]))
     scores = np.zeros((len(heads), *parts[0].scores.shape[1:]), parts[0].scores.dtype)
-    sums, influences = no_sums(len(heads)), np.zeros((len(heads), *parts[0].influences.shape[1:]))
+    sums = no_sums(len(heads), num_tasks_of(parts[0].fisher_sums))
+    influences = np.zeros((len(heads), *parts[0].influences.shape[1:]))
     for part in parts:
         at = np.searchsorted(heads, part.heads)
         scores[at] += part.scores

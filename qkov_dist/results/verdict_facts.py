@@ -38,6 +38,8 @@ class Facts:
         changes: Optimizer -> change by head.
         q_values: Optimizer -> q of the change by head.
         folder: Where the run lies, as commands name it.
+        pair: The two tasks, where the run had more.
+        places: Where both are among the run's tasks.
         are_scaled: Whether each sample's gradient was divided by its norm, so that no number is a change of mean loss.
     """
 
@@ -51,6 +53,8 @@ class Facts:
     changes: Mapping[str, Floats]
     q_values: Mapping[str, Floats]
     folder: str
+    pair: tuple[str, str] | None = None
+    places: tuple[int, int] = (0, 1)
     are_scaled: bool = False
 
     def significant(self, sign: int) -> list[str]:

@@ -47,8 +47,8 @@ class BlockScores:
         heads: Native heads, [h].
         scores: Partial scores [h, samples left, samples right] in the score dtype, on the CPU.
         fisher: What is known of I over each head's elements, [h, columns].
-        influences: What they add to effects (``influence_records``), [h, optimizer, sums and N]; nothing where effects
-            are left out.
+        influences: What they add to effects (``influence_records``), [h, optimizer, sums and influences];
+            nothing where effects are left out.
         flops: Floating-point operations of its matrix products.
     """
 
@@ -91,7 +91,7 @@ class _HeadScorer:
     def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
         """Scores of all pairs, and what is known of I, of each head; of its tiles in this projection."""
         settings, roles, tile = self.settings, self.roles, batch.first
-        ridge, sums = self.ridges[tile.site.layer, tile.block], no_sums(len(batch.heads))
+        ridge, sums = self.ridges[tile.site.layer, tile.block], no_sums(len(batch.heads), len(roles.weights))
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, self.fused)
         weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
@@ -201,8 +201,9 @@ def _ridges(layer_tiles: LayerTiles, settings: ScoreSettings, totals: Mapping[st
 def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) -> BlockScores:
     dtype = np.float64 if settings.dtype == torch.float64 else np.float32
     zeros = scratch_array((len(heads), *roles.shape), dtype, settings.scratch)
-    num_samples = None if roles.means is None else roles.num_scored
-    return BlockScores(heads, torch.from_numpy(zeros), no_sums(len(heads)), no_influences(len(heads), num_samples))
+    num, num_samples = len(roles.weights), None if roles.means is None else roles.num_scored
+    influences = no_influences(len(heads), num_samples, num)
+    return BlockScores(heads, torch.from_numpy(zeros), no_sums(len(heads), num), influences)
 
 
 def rounds_of(

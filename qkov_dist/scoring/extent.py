@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,7 @@ class Scoring:
         )
 
 
-def sides(num_a: int, num: int, *, pooled: bool) -> tuple[slice, slice]:
-    """Samples in the role of i and of j, among ``num`` of which A's come first: A x B, or all x all where pooled."""
-    return (slice(0, num), slice(0, num)) if pooled else (slice(0, num_a), slice(num_a, num))
+def sides(sizes: Sequence[int], *, pooled: bool) -> tuple[slice, slice]:
+    """Samples in the role of i and of j, task after task of these sizes: A x B of two, or all x all where pooled."""
+    num = sum(sizes)
+    return (slice(0, num), slice(0, num)) if pooled else (slice(0, sizes[0]), slice(sizes[0], num))

@@ -10,25 +10,27 @@ so I depends on nothing but the order of the samples: not on compute batches, ra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from typing import Literal
 
 import numpy as np
 
 Estimator = Literal["ema", "mean"]
 Scope = Literal["pooled", "a", "b"]
+SCOPES = ("a", "b")  # of one task alone
 
 
-def fisher_steps(num_a: int, num_b: int, *, batch_size: int, scope: Scope) -> list[list[int]]:
-    """Pooled sample numbers of each Fisher batch, in order: samples of A come first in the pooled order.
+def fisher_steps(sizes: Sequence[int], *, batch_size: int, scope: Scope) -> list[list[int]]:
+    """Pooled sample numbers of each Fisher batch, in order: one task's samples behind another's.
 
-    A batch of A and a batch of B alternate until both are used up; with scope ``a`` or ``b`` only that task counts. A
+    Batches of all tasks take turns until all are used up; with scope ``a`` or ``b`` (of two) only that task counts. A
     task's batches are of nearly equal size and no larger than ``batch_size``: every step has one weight, which its
     samples share, so that a last batch of one sample would give it the weight of a whole batch.
     """
-    of_a = _chunks(0, num_a, batch_size) if scope != "b" else []
-    of_b = _chunks(num_a, num_a + num_b, batch_size) if scope != "a" else []
-    return [step for pair in zip_longest(of_a, of_b) for step in pair if step is not None]
+    of_tasks = [_chunks(start, stop, batch_size) for start, stop in pairwise((0, *accumulate(sizes)))]
+    if scope != "pooled":
+        of_tasks = [of_tasks[SCOPES.index(scope)]]
+    return [step for turn in zip_longest(*of_tasks) for step in turn if step is not None]
 
 
 def fisher_weights(
@@ -48,10 +50,9 @@ def fisher_weights(
     return weights
 
 
-def by_task(weights: np.ndarray, in_a: Sequence[bool] | np.ndarray) -> np.ndarray:
-    """The weights of A's samples and those of all others, [2, num_samples]; the rows add up to ``weights``."""
-    of_a = np.asarray(in_a, np.float64)
-    split: np.ndarray = np.stack([weights * of_a, weights * (1.0 - of_a)])
+def by_task(weights: np.ndarray, task_of: Sequence[int] | np.ndarray, num_tasks: int = 2) -> np.ndarray:
+    """Each task's weights, [tasks, num_samples], from all and the number of each sample's task; rows add up to all."""
+    split: np.ndarray = weights * (np.asarray(task_of)[None] == np.arange(num_tasks)[:, None])
     return split
 
 

@@ -1,29 +1,34 @@
-"""What a tile adds to effects of steps, formed while it is in cache; ``influence_records`` says what that is.
+r"""What a tile adds to effects of steps, formed while it is in cache; ``influence_records`` says what that is.
 
-Beside scores of all pairs this takes two passes over the gradients: one for the mean gradients of both tasks, one for
-the product of each sample with the other task's. All else are inner products among a few vectors over the elements,
+Beside scores of all pairs this takes two passes over the gradients: one for the mean gradients of the T tasks, one for
+the product of each sample with the other tasks'. All else are inner products among a few vectors over the elements,
 
-    F_a, F_b, gbar_a, gbar_b, R^(-1/2) gbar_a, R^(-1/2) gbar_b, the squares of these four, R^(-1/2), 1,
+    F_t, squares of gbar_t, squares of R^(-1/2) gbar_t, R^(-1/2), 1,      and   gbar_t, R^(-1/2) gbar_t,
 
-which are rows of one buffer, so that one product has them all.
+which are rows of one buffer in this order, so that one product of the first 2 T with the 2 T + 2 from row T on has them
+all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from .influence_records import SUMS
-
-_F, _MEANS, _STEPS, _SQUARES, _ROOT, _ONE = slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 10), 10, 11
-NUM_VECTORS = 12
+from .influence_records import num_sums, place_among_others
 
 
-def effect_products(num_samples: int) -> int:
+def num_vectors(num_tasks: int) -> int:
+    """Vectors over a tile's elements that effects take."""
+    return 5 * num_tasks + 2
+
+
+def effect_products(num_samples: int, num_tasks: int = 2) -> int:
     """Products of an element's gradients that effects take: means, both optimizers' influences, sums."""
-    return 3 * num_samples + NUM_VECTORS**2
+    return num_samples + 2 * (num_tasks - 1) * num_samples + 2 * num_tasks * (2 * num_tasks + 2)
 
 
 @dataclass(frozen=True)
@@ -31,32 +36,38 @@ class MeanWeights:
     """How means over tasks are taken of members in the order of their gradients.
 
     Attributes:
-        weights: Each sample's weight in the mean gradient of its task [n], A's first; members beyond n are in none.
-        num_a: A's samples.
-        of_squares: What makes F of both tasks of the squares of members' gradients, [2, members].
-        of_fisher: F of each task as a multiple of what it adds to the Fisher, [2]; None where it is no multiple.
+        weights: Each sample's weight in the mean gradient of its task [n], task after task; members beyond n are in
+            none.
+        sizes: Samples of each of the T tasks.
+        of_squares: What makes F of every task of the squares of members' gradients, [T, members].
+        of_fisher: F of each task as a multiple of what it adds to the Fisher, [T]; None where it is no multiple.
     """
 
     weights: Tensor
-    num_a: int
+    sizes: tuple[int, ...]
     of_squares: Tensor
     of_fisher: Tensor | None
 
     @staticmethod
-    def of(weights: Tensor, num_a: int, fisher_weights: Tensor) -> MeanWeights:
-        """From the weights of means [n] and those of the Fisher, by task [2, members]."""
+    def of(weights: Tensor, sizes: Sequence[int], fisher_weights: Tensor) -> MeanWeights:
+        """From the weights of means [n] and those of the Fisher, by task [T, members]."""
         of_squares = weights.new_zeros(fisher_weights.shape)
-        of_squares[0, :num_a] = weights[:num_a]
-        of_squares[1, num_a : len(weights)] = weights[num_a:]
+        for task, part in enumerate(parts_of(sizes)):
+            of_squares[task, part] = weights[part]
         scale = of_squares.sum(1) / fisher_weights.sum(1)
         same = torch.allclose(scale[:, None] * fisher_weights, of_squares, rtol=1e-6)
-        return MeanWeights(weights, num_a, of_squares, scale if same else None)
+        return MeanWeights(weights, tuple(sizes), of_squares, scale if same else None)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> MeanWeights:
         """The same where gradients are, and in their type."""
         weights, of_squares = self.weights.to(device, dtype), self.of_squares.to(device, dtype)
         scale = None if self.of_fisher is None else self.of_fisher.to(device, dtype)
-        return MeanWeights(weights, self.num_a, of_squares, scale)
+        return MeanWeights(weights, self.sizes, of_squares, scale)
+
+
+def parts_of(sizes: Sequence[int]) -> list[slice]:
+    """Where each task's samples are, one task behind another."""
+    return [slice(start, stop) for start, stop in pairwise((0, *accumulate(sizes)))]
 
 
 class InfluenceSums:
@@ -69,9 +80,14 @@ class InfluenceSums:
 
     def __init__(self, means: MeanWeights, num_heads: int) -> None:
         self.means, self._weights = means, means.weights
-        self._parts = slice(0, means.num_a), slice(means.num_a, len(means.weights))
-        self._samples = means.weights.new_zeros(2, num_heads, len(means.weights))
-        self._products = means.weights.new_zeros(num_heads, NUM_VECTORS, NUM_VECTORS)
+        self._parts = parts_of(means.sizes)
+        self._samples = means.weights.new_zeros(2, num_heads, self.num_tasks - 1, len(means.weights))
+        self._products = means.weights.new_zeros(num_heads, 2 * self.num_tasks, 2 * self.num_tasks + 2)
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return len(self.means.sizes)
 
     @property
     def needs_squares(self) -> bool:
@@ -84,54 +100,63 @@ class InfluenceSums:
         Args:
             gradients: [members, heads * p].
             squares: Their squares; None where these are not needed.
-            by_task: What each task adds to the Fisher, [2, heads * p].
+            by_task: What each task adds to the Fisher, [T, heads * p].
             inverse: 1 / R [heads * p], finite: 0 where no sample has a gradient.
-            vectors: A buffer [12, heads * p].
+            vectors: A buffer [5 T + 2, heads * p].
         """
+        num, first = self.num_tasks, 3 * self.num_tasks + 2
+        of_squares, root, one = vectors[:num], vectors[3 * num], vectors[3 * num + 1]
+        means, steps = vectors[first : first + num], vectors[first + num :]
         if squares is not None and self.needs_squares:
-            torch.mm(self.means.of_squares, squares, out=vectors[_F])
+            torch.mm(self.means.of_squares, squares, out=of_squares)
         else:
-            vectors[_F].copy_(by_task)
-        means, steps = vectors[_MEANS], vectors[_STEPS]
+            of_squares.copy_(by_task)
         for task, part in enumerate(self._parts):
             torch.mv(gradients[part].t(), self._weights[part], out=means[task])
-        torch.sqrt(inverse, out=vectors[_ROOT])
-        torch.mul(means, vectors[_ROOT], out=steps)
-        torch.mul(vectors[2:6], vectors[2:6], out=vectors[_SQUARES])
-        vectors[_ONE].fill_(1.0)
-        for optimizer, of_step in enumerate((means, steps)):
+        torch.sqrt(inverse, out=root)
+        torch.mul(means, root, out=steps)
+        torch.mul(vectors[first:], vectors[first:], out=vectors[num : 3 * num])
+        one.fill_(1.0)
+        for optimizer, of_steps in enumerate((means, steps)):
             for task, part in enumerate(self._parts):
-                self._add_samples(optimizer, part, gradients[part], of_step[1 - task])
-        self._add_products(vectors)
+                before, after = slice(0, task), slice(task, num - 1)  # among the task's others
+                self._add_samples(self._samples[optimizer, :, before, part], gradients[part], of_steps[:task])
+                self._add_samples(self._samples[optimizer, :, after, part], gradients[part], of_steps[task + 1 :])
+        self._add_products(vectors[: 2 * num], vectors[num : 3 * num + 2])
 
-    def _add_samples(self, optimizer: int, part: slice, gradients: Tensor, step: Tensor) -> None:
-        """Take from samples' influences the product of gradients [n, heads * p] and a step [heads * p]."""
+    def _add_samples(self, samples: Tensor, gradients: Tensor, steps: Tensor) -> None:
+        """Take from influences [heads, k, n] the products of gradients [n, heads * p] and k steps [k, heads * p]."""
+        heads, num_steps = samples.shape[:2]
+        if not num_steps:
+            return
+        if heads == 1 and num_steps == 1:
+            samples[0, 0].addmv_(gradients, steps[0], alpha=-1)
+        elif heads == 1:
+            samples[0].addmm_(steps, gradients.t(), alpha=-1)
+        else:
+            of_heads = gradients.view(len(gradients), heads, -1).transpose(0, 1)
+            samples -= torch.bmm(of_heads, steps.view(num_steps, heads, -1).permute(1, 2, 0)).mT
+
+    def _add_products(self, left: Tensor, right: Tensor) -> None:
         heads = len(self._products)
         if heads == 1:
-            self._samples[optimizer, 0, part].addmv_(gradients, step, alpha=-1)
+            self._products[0].addmm_(left, right.t())
             return
-        of_heads = gradients.view(len(gradients), heads, -1).transpose(0, 1)
-        self._samples[optimizer, :, part] -= torch.bmm(of_heads, step.view(heads, -1, 1)).squeeze(2)
-
-    def _add_products(self, vectors: Tensor) -> None:
-        heads = len(self._products)
-        if heads == 1:
-            self._products[0].addmm_(vectors, vectors.t())
-            return
-        of_heads = vectors.view(NUM_VECTORS, heads, -1).transpose(0, 1)
-        self._products.baddbmm_(of_heads, of_heads.mT)
+        of_heads = (rows.view(len(rows), heads, -1).transpose(0, 1) for rows in (left, right))
+        rows, columns = of_heads
+        self._products.baddbmm_(rows, columns.mT)
 
     def records(self) -> Tensor:
-        """float64 [heads, optimizer, sums and n] in the order of the gradients, on the CPU."""
-        products = self._products.double().cpu()
+        """float64 [heads, optimizer, sums and influences] in the order of the gradients, on the CPU."""
+        num, products = self.num_tasks, self._products.double().cpu()
         if self.means.of_fisher is not None:
-            scale = self.means.of_fisher.double().cpu()
-            products[:, _F] *= scale[:, None]
-        sums = products.new_empty(len(products), 2, len(SUMS))
-        for place, norm in enumerate((_ONE, _ROOT)):
-            squares, step = 6 + 2 * place, 2 + 2 * place
-            for task in (0, 1):
-                sums[:, place, task] = 0.5 * products[:, task, squares + 1 - task]
-                sums[:, place, 2 + task] = -products[:, 2 + task, step + task]
-                sums[:, place, 4 + task] = products[:, task, norm]
-        return torch.cat([sums, self._samples.double().cpu().transpose(0, 1)], dim=2)
+            products[:, :num] *= self.means.of_fisher.double().cpu()[:, None]
+        sums = products.new_empty(len(products), 2, num_sums(num))
+        for place, (first, norm) in enumerate(((0, 2 * num + 1), (num, 2 * num))):  # of squares of steps; 1 or root
+            for task in range(num):
+                for other in (other for other in range(num) if other != task):
+                    at = task * (num - 1) + place_among_others(task, other)
+                    sums[:, place, at] = 0.5 * products[:, task, first + other]
+                sums[:, place, num * (num - 1) + task] = -products[:, num + task, norm]
+                sums[:, place, num * num + task] = products[:, task, norm]
+        return torch.cat([sums, self._samples.double().cpu().transpose(0, 1).flatten(2)], dim=2)

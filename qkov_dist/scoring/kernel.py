@@ -17,7 +17,7 @@ from torch import Tensor
 from qkov_dist.capture.factors import FeatureSlice, Whole
 from qkov_dist.layout.rects import Rect
 
-from .influence_sums import NUM_VECTORS, InfluenceSums, effect_products
+from .influence_sums import InfluenceSums, effect_products, num_vectors
 from .padded_groups import PaddedGroup
 from .score import Fused, maps, power_of
 from .score_kinds import KINDS, ElementMap, Score
@@ -114,17 +114,17 @@ def add_tile(
     Args:
         scores: [heads, left, right], added to.
         gradients: Per-sample gradients [N, heads, P]; used up.
-        weights: Each sample's weight in the Fisher, by task [2, N].
+        weights: Each sample's weight in the Fisher, by task [T, N].
         rule: The score.
         buffers: The worker's.
         effects: What samples have to do with effects, added to; None leaves them out.
 
     Returns:
-        What each task adds to the Fisher, [2, heads, P].
+        What each task adds to the Fisher, [T, heads, P].
     """
     num, heads, size = gradients.shape
     flat = gradients.view(num, heads * size)
-    by_task = flat.new_empty(2, heads * size)
+    by_task = flat.new_empty(len(weights), heads * size)
     in_cache = heads == 1 and flat.device.type == "cpu" and not rule.fused
     if rule.may_vanish(flat.dtype):
         rule = replace(rule, fused=None)
@@ -133,13 +133,13 @@ def add_tile(
         chunk = slice(start, start + step)
         of_i, of_j = _maps(flat[:, chunk], weights, by_task[:, chunk], rule, buffers, effects)
         _add_pairs(scores, of_i[rule.left], of_j[rule.right])
-    return by_task.view(2, heads, size)
+    return by_task.view(len(weights), heads, size)
 
 
 def _maps(
     part: Tensor, weights: Tensor, by_task: Tensor, rule: Rule, buffers: Buffers, effects: InfluenceSums | None
 ) -> tuple[Tensor, Tensor]:
-    """The maps of gradients [N, p]; into ``by_task`` [2, p] goes what each task adds to the Fisher."""
+    """The maps of gradients [N, p]; into ``by_task`` [T, p] goes what each task adds to the Fisher."""
     if rule.fused:
         floor = part.new_tensor([rule.epsilon, rule.ridge])
         of_tasks, of_i, of_j = rule.fused(part, weights, floor, rule.score)
@@ -178,7 +178,7 @@ def _add_effects(
     buffers: Buffers,
 ) -> None:
     finite = inverse.masked_fill(inverse.isinf(), 0.0) if rule.may_vanish(part.dtype) else inverse
-    vectors = buffers.take("vectors", (NUM_VECTORS, part.shape[1]), part)
+    vectors = buffers.take("vectors", (num_vectors(effects.num_tasks), part.shape[1]), part)
     effects.add(part, squares, by_task, finite, vectors)
 
 
@@ -225,6 +225,7 @@ def tile_flops(
     Gradients that are kept were formed before.
     """
     num = factors[-1].group.last
+    num_tasks = 2 if effects is None else effects.num_tasks
     tokens = 0 if bias else sum((padded.group.last - padded.group.first) * padded.group.length for padded in factors)
-    of_effects = 0 if effects is None else effect_products(len(effects.means.weights))
-    return 2 * size * (tokens + 2 * num + pairs[0] * pairs[1] + of_effects)
+    of_effects = 0 if effects is None else effect_products(len(effects.means.weights), effects.num_tasks)
+    return 2 * size * (tokens + num_tasks * num + pairs[0] * pairs[1] + of_effects)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,12 +59,12 @@ def sample_gradients(x: Tensor | None, d: Tensor, spans: Sequence[tuple[int, int
 
 
 def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
-    """What each task adds to I = sum_n w_n g_n^2 over a tile: [N, P], [2, N] -> [2, P]; I is the sum of both rows."""
+    """What each task adds to I = sum_n w_n g_n^2 over a tile: [N, P], [T, N] -> [T, P]; I is the sum of rows."""
     return weights @ gradients.square()
 
 
 def fisher_sums(by_task: Tensor, least: float) -> FisherSums:
-    """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [2, heads, P].
+    """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [T, heads, P].
 
     ``least`` is what I must exceed to have a say: the larger of epsilon and lambda.
 
@@ -73,15 +74,14 @@ def fisher_sums(by_task: Tensor, least: float) -> FisherSums:
     fisher = by_task.sum(0)
     found = [
         fisher.sum(1, dtype=torch.float64),
-        by_task[0].sum(1, dtype=torch.float64),
         fisher.amin(1).double(),
         (fisher < least).sum(1).double(),
+        *(of_task.sum(1, dtype=torch.float64) for of_task in by_task[:-1]),
     ]
-    total, of_a, smallest, below = (
+    total, smallest, below, *of_tasks = (
         torch.stack(found).cpu().numpy()
     )  # all at once: each transfer from a GPU waits for it
-    columns = {"sum": total, "sum_of_a": of_a, "min": smallest, "num_ridge_above": below, "count": fisher.shape[1]}
-    return records(columns)
+    return records(total, np.full_like(total, fisher.shape[1]), smallest, below, of_tasks)
 
 
 def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:
@@ -114,17 +114,17 @@ def fisher_and_maps(gradients: Tensor, weights: Tensor, floor: Tensor, score: Sc
 
     Args:
         gradients: Per-sample gradients [N, P].
-        weights: Each sample's weight in the Fisher, by task [2, N].
+        weights: Each sample's weight in the Fisher, by task [T, N].
         floor: epsilon and lambda [2].
         score: Which score.
 
     Returns:
-        What each task adds to I, [2, P], and the maps for samples in the role of i, and of j, [N, P].
+        What each task adds to I, [T, P], and the maps for samples in the role of i, and of j, [N, P].
     """
     squares = gradients.square()
-    from_a, from_b = ((of_task.unsqueeze(1) * squares).sum(0) for of_task in weights)
-    inverse = (torch.maximum(from_a + from_b, floor[0]) + floor[1]).reciprocal()
-    return (torch.stack([from_a, from_b]), *maps(gradients, inverse, score))
+    by_task = torch.stack([(of_task.unsqueeze(1) * squares).sum(0) for of_task in weights])
+    inverse = (torch.maximum(by_task.sum(0), floor[0]) + floor[1]).reciprocal()
+    return (by_task, *maps(gradients, inverse, score))
 
 
 def worth_compiling(elements: int, *, on_gpu: bool) -> bool:

@@ -46,12 +46,12 @@ class Roles:
 
     Attributes:
         members: Pooled sample numbers whose gradients are formed, [N].
-        weights: Each member's weight in the Fisher, float64 [2, N]: in row 0 if it is of task A, else in row 1.
+        weights: Each member's weight in the Fisher, float64 [tasks, N]: in the row of its task.
         left: Members in the role of i, a range of positions in ``members``.
         right: Members in the role of j.
         means: For effects, the weight of each member with a role in the mean gradient of its task, float64
             [num_scored]; 0 of those that count in neither. None leaves effects out.
-        num_a: How many members, from the first on, are A's.
+        sizes: How many members with a role each task has, one task behind another from the first member on.
         scales: What each member's gradient is multiplied by (``sample_norms``), float64 [N]; None leaves them alone.
     """
 
@@ -60,7 +60,7 @@ class Roles:
     left: slice
     right: slice
     means: np.ndarray | None = None
-    num_a: int = 0
+    sizes: tuple[int, ...] = (0, 0)
     scales: np.ndarray | None = None
 
     @property

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage
 
-from .influence_records import SUMS
+from .influence_records import num_sums
 from .influence_sums import MeanWeights
 from .kernel import Padded
 from .padded_groups import Ordering, order_samples
@@ -53,7 +54,7 @@ class SiteFactors:
 
     @cached_property
     def weights(self) -> Tensor:
-        """Each member's weight in the Fisher, by task, in this order: float64 [2, N]."""
+        """Each member's weight in the Fisher, by task, in this order: float64 [T, N]."""
         return torch.from_numpy(self.roles.weights[:, list(self.ordering.order)])
 
     @cached_property
@@ -62,12 +63,13 @@ class SiteFactors:
         means, roles = self.roles.means, self.roles
         if means is None:
             return None
-        return MeanWeights.of(torch.from_numpy(means[list(self._scored)]), roles.num_a, self.weights)
+        return MeanWeights.of(torch.from_numpy(means[list(self._scored)]), roles.sizes, self.weights)
 
     def records_in_order_of_roles(self, records: Tensor) -> Tensor:
-        """Records [heads, optimizer, sums and N] of samples in this order, as those in the order of the roles."""
-        places = torch.tensor(self.ordering.place[: self.roles.num_scored])
-        return torch.cat([records[..., : len(SUMS)], records[..., len(SUMS) :][..., places]], dim=-1)
+        """Records [heads, optimizer, sums and influences] in this order, as those in the order of the roles."""
+        places, sums = torch.tensor(self.ordering.place[: self.roles.num_scored]), num_sums(len(self.roles.sizes))
+        influences = records[..., sums:].reshape(*records.shape[:-1], -1, self.roles.num_scored)[..., places]
+        return torch.cat([records[..., :sums], influences.flatten(-2)], dim=-1)
 
     @property
     def _scored(self) -> Sequence[int]:
@@ -128,7 +130,7 @@ def read_sites(
 def _read_sites(
     tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
 ) -> Iterator[tuple[Site, SiteFactors]]:
-    cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop, roles.num_a)
+    cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop, *accumulate(roles.sizes))
     x_site, inputs, work = None, [], Counter[Site]()
     for tile in tiles:
         work[tile.site] += tile.rect.area

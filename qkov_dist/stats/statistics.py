@@ -36,8 +36,8 @@ Ranks that hold the scores of different layers test them there (``layer_tests``)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -47,12 +47,16 @@ from qkov_dist.data.copies import different_pairs
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.scoring.score_kinds import may_be_negative
 from qkov_dist.stats import permutation
 
+from .families import over_all_pairs
 from .head_tests import Design, LayerTests, Statistic, layer_tests
 from .permutation import Alternative
 from .significance import StatisticsResult, corrected, notes_on, refuse_untested, significant_heads, without_overlap
+
+Family = Literal["pair", "all"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class QKOVStatistics:
         statistic: Which one decides ``fdr_corrected``; None is ``overlap``, or ``cross_mean`` for signed scores.
         confidence: Of the jackknife's intervals, and the share of the null that its band holds.
         power: At which the smallest detectable effect is given, for one head tested alone at ``fdr_alpha``.
+        family: Of more than two tasks: ``pair`` corrects within each pair, ``all`` over all pairs (``stats.families``).
 
     Raises:
         QkovError: for a setting out of range.
@@ -79,11 +84,16 @@ class QKOVStatistics:
     statistic: Statistic | None = None
     confidence: float = 0.95
     power: float = 0.8
+    family: Family = "pair"
 
     def __post_init__(self) -> None:
         between = {name: 0 < getattr(self, name) < 1 for name in ("fdr_alpha", "confidence", "power")}
         at_least = {"n_permutations": 2, "seed": 0}
-        choices = {"alternative": get_args(Alternative), "statistic": (None, *get_args(Statistic))}
+        choices = {
+            "alternative": get_args(Alternative),
+            "statistic": (None, *get_args(Statistic)),
+            "family": get_args(Family),
+        }
         wrong = (
             [(name, "a number between 0 and 1") for name, is_right in between.items() if not is_right]
             + [(name, f"at least {least}") for name, least in at_least.items() if getattr(self, name) < least]
@@ -154,6 +164,19 @@ class QKOVStatistics:
             for place, layer in enumerate(heatmap.layers)
         )
         return self.results(heatmap, design, tests)
+
+    def test_matrix(self, matrix: TaskMatrix) -> TaskMatrix:
+        """Test every pair of tasks, each among its own samples, under the Fisher of all.
+
+        Returns:
+            The matrix with tested heatmaps.
+
+        Raises:
+            QkovError: as ``test_heatmap`` does.
+        """
+        heatmaps = {pair: matrix.heatmap(*pair) for pair in matrix.pairs}
+        tested = {pair: found.with_statistics(self.test_heatmap(found)) for pair, found in heatmaps.items()}
+        return replace(matrix, heatmaps=over_all_pairs(tested) if self.family == "all" else tested, whole=None)
 
     def results(self, heatmap: Heatmap, design: Design, tests: LayerTests) -> StatisticsResult:
         """What the tests of all layers say, corrected for their number.

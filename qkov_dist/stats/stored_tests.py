@@ -9,6 +9,8 @@ from typing import Any
 
 from qkov_dist.errors import QkovError
 from qkov_dist.results.hdf5_read import reading
+from qkov_dist.results.heatmap_file import task_names
+from qkov_dist.results.matrix_data import pair_group
 
 from .statistics import QKOVStatistics
 
@@ -22,7 +24,8 @@ def settings_of(attributes: Mapping[str, Any], statistics: Mapping[str, Any] | N
         return {name: value for name, value in statistics.get("settings", {}).items() if name in known}
     config = attributes.get("config")
     section = config.get("statistics", {}) if isinstance(config, Mapping) else {}
-    names = {"permutations": "n_permutations"} | {key: key for key in ("fdr_alpha", "seed", "confidence")}
+    same = ("fdr_alpha", "seed", "confidence", "family")
+    names = {"permutations": "n_permutations"} | {key: key for key in same}
     return {name: section[key] for key, name in names.items() if key in section}
 
 
@@ -35,7 +38,9 @@ def stored_settings(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with reading(path) as reader:
-        attributes = reader.attributes()
+        attributes, tasks = reader.attributes(), task_names(reader)
+        if tasks is not None:  # the tests of all pairs have one setting
+            attributes |= reader.group(pair_group(*tasks[:2])).attributes()
     found = attributes.get("statistics")
     return settings_of(attributes, found) if isinstance(found, Mapping) else None
 

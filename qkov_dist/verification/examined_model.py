@@ -96,8 +96,8 @@ class ExaminedModel:
     def roles(self, *, swapped: bool = False) -> Roles:
         """All samples, under one and the same Fisher whichever way the pairs go."""
         num_a, num = len(self.a), self.num_samples
-        steps = fisher_steps(num_a, num - num_a, batch_size=FISHER_BATCH, scope="pooled")
-        weights = by_task(fisher_weights(steps, num, estimator=self.estimator, decay=DECAY), np.arange(num) < num_a)
+        steps = fisher_steps((num_a, num - num_a), batch_size=FISHER_BATCH, scope="pooled")
+        weights = by_task(fisher_weights(steps, num, estimator=self.estimator, decay=DECAY), np.arange(num) >= num_a)
         of_a, of_b = slice(0, num_a), slice(num_a, num)
         return Roles(tuple(range(num)), weights, *((of_b, of_a) if swapped else (of_a, of_b)))
 

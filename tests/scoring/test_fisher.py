@@ -9,15 +9,15 @@ from qkov_dist.scoring.fisher import fisher_steps, fisher_weights
 
 
 def test_batches_alternate_until_both_tasks_are_used_up():
-    assert fisher_steps(5, 2, batch_size=2, scope="pooled") == [[0, 1], [5, 6], [2, 3], [4]]
-    assert fisher_steps(1, 3, batch_size=2, scope="pooled") == [[0], [1, 2], [3]]
-    assert fisher_steps(3, 3, batch_size=2, scope="a") == [[0, 1], [2]]
-    assert fisher_steps(3, 3, batch_size=2, scope="b") == [[3, 4], [5]]
+    assert fisher_steps((5, 2), batch_size=2, scope="pooled") == [[0, 1], [5, 6], [2, 3], [4]]
+    assert fisher_steps((1, 3), batch_size=2, scope="pooled") == [[0], [1, 2], [3]]
+    assert fisher_steps((3, 3), batch_size=2, scope="a") == [[0, 1], [2]]
+    assert fisher_steps((3, 3), batch_size=2, scope="b") == [[3, 4], [5]]
 
 
 @pytest.mark.parametrize(("num", "size"), [(9, 8), (17, 8), (16, 8), (5, 4), (1, 8), (100, 7)])
 def test_a_tasks_batches_are_of_nearly_one_size_so_that_no_sample_outweighs_the_others(num, size):
-    steps = fisher_steps(num, 0, batch_size=size, scope="pooled")
+    steps = fisher_steps((num, 0), batch_size=size, scope="pooled")
     assert [n for step in steps for n in step] == list(range(num))
     sizes = [len(step) for step in steps]
     assert len(steps) == -(-num // size)
@@ -30,7 +30,7 @@ def test_a_tasks_batches_are_of_nearly_one_size_so_that_no_sample_outweighs_the_
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 1 - 1e-9])
 def test_weights_equal_the_recursion(decay: float):
     squares = torch.from_numpy(np.random.default_rng(0).random((7, 11)))
-    steps = fisher_steps(4, 3, batch_size=2, scope="pooled")
+    steps = fisher_steps((4, 3), batch_size=2, scope="pooled")
     weights = fisher_weights(steps, 7, estimator="ema", decay=decay)
     expected = ema_fisher(list(squares), steps, decay)
     # 1 - beta loses digits to cancellation when beta is near 1, in the recursion as well
@@ -39,6 +39,6 @@ def test_weights_equal_the_recursion(decay: float):
 
 
 def test_mean_weighs_each_sample_of_the_scope_alike():
-    steps = fisher_steps(3, 5, batch_size=2, scope="b")
+    steps = fisher_steps((3, 5), batch_size=2, scope="b")
     weights = fisher_weights(steps, 8, estimator="mean", decay=0.99)
     np.testing.assert_allclose(weights, [0, 0, 0, 0.2, 0.2, 0.2, 0.2, 0.2], rtol=1e-15)

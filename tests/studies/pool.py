@@ -42,9 +42,9 @@ class FisherRule:
     batch_size: int = 8
 
     def weights(self, num_a: int, num_b: int) -> np.ndarray:
-        steps = fisher_steps(num_a, num_b, batch_size=self.batch_size, scope=self.scope)
+        steps = fisher_steps((num_a, num_b), batch_size=self.batch_size, scope=self.scope)
         weights = fisher_weights(steps, num_a + num_b, estimator=self.estimator, decay=self.decay)
-        return by_task(weights, np.arange(num_a + num_b) < num_a)
+        return by_task(weights, np.arange(num_a + num_b) >= num_a)
 
 
 @dataclass(frozen=True)

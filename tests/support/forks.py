@@ -29,6 +29,7 @@ def forking() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     alone = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    alone["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow, which pandas loads where it is there
     with mock.patch.dict(os.environ, alone):  # libraries that start threads there would leave locks to every fork
         first = context.Process(target=int)
         first.start()

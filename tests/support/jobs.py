@@ -50,7 +50,7 @@ class Job:
 
     @property
     def steps(self) -> list[list[int]]:
-        return fisher_steps(len(self.a), len(self.b), batch_size=self.fisher_batch, scope=self.scope)
+        return fisher_steps((len(self.a), len(self.b)), batch_size=self.fisher_batch, scope=self.scope)
 
     @property
     def lengths(self) -> list[int]:
@@ -59,9 +59,9 @@ class Job:
     def roles(self) -> Roles:
         num_a, num = len(self.a), len(self.a) + len(self.b)
         weights = fisher_weights(self.steps, num, estimator=self.estimator, decay=self.decay)
-        weights = by_task(weights, np.arange(num) < num_a)
-        means = mean_weights(np.arange(num) < num_a, np.arange(num) >= num_a)
-        return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num), means, num_a)
+        weights = by_task(weights, np.arange(num) >= num_a)
+        means = mean_weights(np.ones(num, bool), (num_a, num - num_a))
+        return Roles(tuple(range(num)), weights, slice(0, num_a), slice(num_a, num), means, (num_a, num - num_a))
 
     def run(
         self, model: Any, folder: Path | None = None, layout: Layout | None = None

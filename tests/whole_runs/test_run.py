@@ -153,7 +153,7 @@ def assert_refused(capsys, tmp_path, *arguments: object, expect: str) -> None:
         ("metric.layers=0-2", "metric.layers: expected layers with softmax attention among 0 to 1, got 2"),
         ("metric.heads=7", "metric.heads: expected query heads 0 to 3 (layer 0), got 7"),
         ("parallel.tp=2", "parallel"),
-        ("tasks.b.name=math", "expected two different names"),
+        ("tasks.b.name=math", "expected different names"),
         ("metric.score=loud", "expected one of interference, signed, symmetric, curvature"),
     ],
 )

@@ -119,8 +119,8 @@ def scored(scope: str, factor: float):
     collection.run(model, "a", mixed_samples(num_a, VOCAB, seed=1))
     collection.loss_factor = factor
     collection.run(model, "b", mixed_samples(num - num_a, VOCAB, seed=2))
-    steps = fisher_steps(num_a, num - num_a, batch_size=2, scope=scope)
-    weights = by_task(fisher_weights(steps, num, estimator="mean", decay=0.9), np.arange(num) < num_a)
+    steps = fisher_steps((num_a, num - num_a), batch_size=2, scope=scope)
+    weights = by_task(fisher_weights(steps, num, estimator="mean", decay=0.9), np.arange(num) >= num_a)
     roles = Roles(tuple(range(num)), weights, slice(0, num), slice(0, num))
     numbers = ScoreSettings(epsilon=1e-300, ridge_absolute=0.0, dtype=torch.float64)
     records = (collection.records[:num_a], collection.records[num_a:])
