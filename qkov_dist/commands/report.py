@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> None:
     """Write page, tables and figures."""
+    from qkov_dist.report.logged import load_run
     from qkov_dist.report.summary import print_page
     from qkov_dist.report.trackers import check_installed, report_to
     from qkov_dist.report.write import write_report
-    from qkov_dist.results.heatmap_file import load_heatmap
 
     names = tuple(dict.fromkeys(options.report_to or ()))
     check_installed(names, "--report-to")
     page = write_report(options.folder, say)
     print_page(page)
     if names:
-        report_to(names, load_heatmap(options.folder), page, say)
+        report_to(names, load_run(options.folder), page.parent, page, say)

@@ -68,11 +68,12 @@ def _run(options: argparse.Namespace) -> None:
     with connected():
         config = early or checked()
         console = Console.of(say, show_progress=not options.quiet)
-        heatmap = run(config, console, lambda measured: taken.update(measured_scalars(measured)))
-    page, names = show_result(heatmap, Path(config.output.dir)), config.output.report_to or ()
-    if heatmap is None or page is None or not names:
+        found = run(config, console, lambda measured: taken.update(measured_scalars(measured)))
+    folder, names = Path(config.output.dir), config.output.report_to or ()
+    page = show_result(found, folder)
+    if found is None or not names:
         return
     if taken:
-        report_to(names, heatmap, page, say, taken)
+        report_to(names, found, folder, page, say, taken)
     else:
-        say(f"a finished run is not reported again; to do so: qkov report {page.parent} --report-to {' '.join(names)}")
+        say(f"a finished run is not reported again; to do so: qkov report {folder} --report-to {' '.join(names)}")

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_file import HEATMAP_FILE
+from qkov_dist.results.task_matrix import TaskMatrix
+from qkov_dist.results.verdict_facts import CHANGE
 
 from .findings import significance
+from .logged import Found, title
 from .table import Cell, Table, as_plain_markdown
 from .tables import blocks_table
 
@@ -20,72 +23,88 @@ COLUMNS = ("block", "heads", "score_mean", "overlap_median", "change_adam", "con
 LOADING = """\
 ```python
 from huggingface_hub import hf_hub_download
-from qkov_dist import load_heatmap
+from qkov_dist import {load}
 
-heatmap = load_heatmap(hf_hub_download({repo_id!r}, {file!r}, repo_type={repo_type!r}{revision}))
+heatmap = {load}(hf_hub_download({repo_id!r}, {file!r}, repo_type={repo_type!r}{revision}))
 print(heatmap)
 ```
 """
 
 
-def make_card(
-    heatmap: Heatmap, repo_id: str, repo_type: str, revision: str | None = None, *, has_texts: bool = False
-) -> str:
+def make_card(run: Found, repo_id: str, repo_type: str, revision: str | None = None, *, has_texts: bool = False) -> str:
     """The text of README.md, its metadata first.
 
     Args:
-        heatmap: What is uploaded.
+        run: What is uploaded.
         repo_id: Where to.
         repo_type: ``dataset`` or ``model``.
         revision: The branch, where it is not the main one.
         has_texts: Whether the samples' texts are in the uploaded files.
     """
     parts = [
-        f"# {as_plain_markdown(heatmap.title)}",
-        f"Which attention heads two tasks fight over: {_plain(heatmap.task_a)} (A) and {_plain(heatmap.task_b)} (B), "
-        "head by head, with effects of training steps and tests. Made with qkov-dist.",
-        *_answer(heatmap),
-        "## Numbers",
-        Table("blocks", *_numbers(heatmap)).to_markdown(),
-        f"Significant by the test of scores: {_plain(significance(heatmap))}",
+        f"# {_plain(title(run))}",
+        "Which attention heads tasks fight over inside a language model, head by head, with effects of training steps "
+        "and tests. Made with qkov-dist.",
+        *(_of_many(run) if isinstance(run, TaskMatrix) else _of_two(run)),
         "## Warnings",
-        "\n".join(f"- {_plain(warning)}" for warning in heatmap.attributes.get("warnings", [])) or "None.",
+        "\n".join(f"- {_plain(warning)}" for warning in run.attributes.get("warnings", [])) or "None.",
         "## Load it",
         LOADING.format(
             repo_id=repo_id,
             file=HEATMAP_FILE,
+            load="load_matrix" if isinstance(run, TaskMatrix) else "load_heatmap",
             repo_type=repo_type,
             revision="" if revision is None else f", revision={revision!r}",
         ),
-        "`report.html` is a page that needs no network; `config.yaml` is what `qkov run` was given.",
+        "`report.html`, where there is one, is a page that needs no network; `config.yaml` is what `qkov run` was "
+        "given.",
         "The samples' texts are in these files."
         if has_texts
         else "The samples' texts were left out; their ids, lengths, losses and hashes are there.",
-        *_versions(heatmap),
+        *_versions(run),
     ]
-    return _metadata(heatmap, repo_type) + "\n\n".join(part.strip() for part in parts) + "\n"
+    return _metadata(run, repo_type) + "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _plain(text: object) -> str:
     return as_plain_markdown(str(text))
 
 
-def _metadata(heatmap: Heatmap, repo_type: str) -> str:
+def _metadata(run: Found, repo_type: str) -> str:
     from huggingface_hub import DatasetCardData, ModelCardData
 
     tags = [*TAGS]
-    data: CardData = DatasetCardData(pretty_name=heatmap.title, tags=tags, viewer=False)
+    data: CardData = DatasetCardData(pretty_name=title(run), tags=tags, viewer=False)
     if repo_type == "model":
         data = ModelCardData(library_name="qkov-dist", tags=tags)
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 
-def _answer(heatmap: Heatmap) -> Iterator[str]:
+def _of_two(heatmap: Heatmap) -> Iterator[str]:
+    """The answer, and numbers of blocks."""
+    yield f"A is {_plain(heatmap.task_a)}, B is {_plain(heatmap.task_b)}."
     verdict = heatmap.verdict
     if verdict is not None:
         yield "## The answer"
         yield _plain(" ".join(verdict.sentences))
         yield "\n".join(f"- {_plain(detail)}" for detail in verdict.details)
+
+    yield "## Numbers"
+    yield Table("blocks", *_numbers(heatmap)).to_markdown()
+    yield f"Significant by the test of scores: {_plain(significance(heatmap))}"
+
+
+def _of_many(matrix: TaskMatrix) -> Iterator[str]:
+    """Tasks by tasks: what a step on one does to the other where that is known, else mean scores."""
+    known = {name for arrays in matrix.values.values() for name in arrays}
+    name = CHANGE if CHANGE in known else "mean"
+    values = matrix.total(name) if name == CHANGE else matrix.average(name)
+    words = "first-order change of a row's loss by a unit step on a column" if name == CHANGE else "mean score"
+    yield f"## Numbers\n\nOver all heads: {words}."
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (task, *map(float, row)) for task, row in zip(matrix.tasks, values, strict=True)
+    )
+    yield Table("tasks", ("task", *matrix.tasks), rows).to_markdown()
 
 
 def _numbers(heatmap: Heatmap) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
@@ -97,7 +116,7 @@ def _numbers(heatmap: Heatmap) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...],
     )
 
 
-def _versions(heatmap: Heatmap) -> Iterator[str]:
-    found = heatmap.attributes.get("versions")
+def _versions(run: Found) -> Iterator[str]:
+    found = run.attributes.get("versions")
     if isinstance(found, Mapping):
-        yield f"Run {_plain(heatmap.run_id)}; " + ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in found.items()) + "."
+        yield f"Run {_plain(run.run_id)}; " + ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in found.items()) + "."

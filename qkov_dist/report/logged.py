@@ -1,15 +1,20 @@
-"""What a tracker is given of a finished run: numbers by block and of the whole, the settings, and the figures."""
+"""What a tracker is given of a finished run: numbers of blocks, the whole or pairs of tasks, settings, figures."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.results.matrix_file import has_many_tasks, load_matrix
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .effect_findings import EFFECTS, effects_of, found_by_change
@@ -17,11 +22,36 @@ from .figures import figures
 from .findings import found, tally
 from .tables import test_arrays
 
+Found = Heatmap | TaskMatrix
 
-def scalars(heatmap: Heatmap) -> dict[str, float]:
-    """Name -> number: ``Q/mean_score``, ``Q/overlap``, ``Q/change_adam``, ``Q/conflict_adam``, ``Q/contested``, and
-    the same of ``all`` where it adds up; what is not finite is left out.
+
+def load_run(place: str | Path) -> Found:
+    """What a finished run found, given its folder or its file."""
+    return load_matrix(place) if has_many_tasks(place) else load_heatmap(place)
+
+
+def scalars(run: Found) -> dict[str, float]:
+    """Name -> number, each finite.
+
+    Of two tasks ``Q/mean_score``, ``Q/overlap``, ``Q/change_adam``, ``Q/conflict_adam``, ``Q/contested``, and the same
+    of ``all`` where it adds up. Of more, over all blocks, ``math__code/mean_score`` and so on, A before B.
     """
+    numbers = dict(_of_pairs(run)) if isinstance(run, TaskMatrix) else _of_heatmap(run)
+    return {name: float(number) for name, number in numbers.items() if math.isfinite(number)}
+
+
+def _of_pairs(matrix: TaskMatrix) -> Iterator[tuple[str, float]]:
+    """The numbers of each ordered pair of tasks, over all heads."""
+    known = {name for arrays in matrix.values.values() for name in arrays}
+    arrays = {f"{name}_score" if name == "mean" else name: matrix.average(name) for name in known & {"mean", "overlap"}}
+    arrays |= {name: matrix.total(name) for name in known if name.startswith("change")}
+    names = [re.sub(r"[^\w. -]", "_", task) for task in matrix.tasks]  # which mlflow takes
+    for name, values in sorted(arrays.items()):
+        for (row, column), value in np.ndenumerate(values):
+            yield f"{names[row]}__{names[column]}/{name}", float(value)
+
+
+def _of_heatmap(heatmap: Heatmap) -> dict[str, float]:
     numbers = dict(_of_blocks(heatmap))
     if heatmap.has_tested_effects:
         for optimizer in OPTIMIZERS:
@@ -31,7 +61,7 @@ def scalars(heatmap: Heatmap) -> dict[str, float]:
                 f"all/{name}_{optimizer}": number
                 for name, number in zip(names, (total.change, *total.interval), strict=True)
             }
-    return {name: float(number) for name, number in numbers.items() if math.isfinite(number)}
+    return numbers
 
 
 def _of_blocks(heatmap: Heatmap) -> Iterator[tuple[str, float]]:
@@ -57,12 +87,12 @@ def _mean(values: Any) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
 
-def settings(heatmap: Heatmap) -> dict[str, str | int | float | bool]:
+def settings(run: Found) -> dict[str, str | int | float | bool]:
     """``section.key`` -> value of the run's configuration, lists as JSON, and what the run is."""
-    config = heatmap.attributes.get("config")
+    config = run.attributes.get("config")
     flat = dict(_flat(config)) if isinstance(config, Mapping) else {}
-    sizes = {"task_a": len(heatmap.samples_a), "task_b": len(heatmap.samples_b)}
-    return {"run_id": heatmap.run_id, **{f"samples.{task}": size for task, size in sizes.items()}, **flat}
+    tables = run.samples if isinstance(run, TaskMatrix) else (run.samples_a, run.samples_b)
+    return {"run_id": run.run_id, **{f"samples.{place}": len(table) for place, table in enumerate(tables)}, **flat}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
@@ -76,18 +106,24 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str 
             yield f"{prefix}{name}", value if isinstance(value, str | int | float) else json.dumps(value, default=str)
 
 
-def pictures(heatmap: Heatmap) -> dict[str, bytes]:
-    """Name -> PNG of every figure.
+def pictures(run: Found) -> dict[str, bytes]:
+    """Name -> PNG of every figure; of more than two tasks there are none.
 
     Raises:
         ModuleNotFoundError: where matplotlib is not installed.
     """
-    return {name.removesuffix(".png"): content for name, content in figures(heatmap, ("png",))}
+    drawn = () if isinstance(run, TaskMatrix) else figures(run, ("png",))
+    return {name.removesuffix(".png"): content for name, content in drawn}
 
 
-def words(heatmap: Heatmap) -> str:
+def title(run: Found) -> str:
+    """What the run is of, in one line."""
+    return " × ".join(run.tasks) if isinstance(run, TaskMatrix) else run.title
+
+
+def words(run: Found) -> str:
     """The answer and the warnings, as Markdown."""
-    verdict = heatmap.verdict
+    verdict = None if isinstance(run, TaskMatrix) else run.verdict
     sentences = [] if verdict is None else [*verdict.sentences, *(action.why for action in verdict.actions)]
-    warnings = [f"- {warning}" for warning in heatmap.attributes.get("warnings", [])]
-    return "\n\n".join([heatmap.title, *sentences, *(["Warnings:", "\n".join(warnings)] if warnings else [])])
+    warnings = [f"- {warning}" for warning in run.attributes.get("warnings", [])]
+    return "\n\n".join([title(run), *sentences, *(["Warnings:", "\n".join(warnings)] if warnings else [])])

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from qkov_dist.errors import QkovError
-from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.values import readable
 
-from .logged import pictures, scalars, settings, words
+from .logged import Found, pictures, scalars, settings, title, words
 
 PROJECT = "qkov"
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "mlflow-skinny")}
 LOGIN_S = 60  # that wandb waits at a terminal for an answer
+MOST_AT_ONCE = 500  # numbers; mlflow's server takes no more than a thousand
 
 
 def check_installed(names: Collection[str], where: str = "output.report_to") -> None:
@@ -61,7 +61,7 @@ class Handed:
 
     Attributes:
         folder: The run's.
-        page: Its page, on disk.
+        page: Its page, on disk; None where there is none.
         title: Model, tasks and numbers of samples.
         words: The answer and the warnings.
         settings: The configuration, flat.
@@ -70,7 +70,7 @@ class Handed:
     """
 
     folder: Path
-    page: Path
+    page: Path | None
     title: str
     words: str
     settings: Mapping[str, str | int | float | bool]
@@ -80,8 +80,9 @@ class Handed:
 
 def report_to(
     names: Sequence[str],
-    heatmap: Heatmap,
-    page: Path,
+    run: Found,
+    folder: Path,
+    page: Path | None,
     say: Callable[[str], object],
     measured: Mapping[str, float] | None = None,
 ) -> None:
@@ -89,18 +90,19 @@ def report_to(
 
     Args:
         names: Of the trackers.
-        heatmap: What was found.
-        page: The report's page, beside the heatmap.
+        run: What was found.
+        folder: Where it lies.
+        page: The report's page, where there is one.
         say: Takes a line about each tracker.
         measured: What the run took, by name.
     """
     try:
-        drawn = pictures(heatmap)
+        drawn = pictures(run)
     except ModuleNotFoundError as error:
         say(f"no figures: {error.name} is not installed. Run: pip install 'qkov-dist[report]'")
         drawn = {}
-    numbers = {**scalars(heatmap), **(measured or {})}
-    handed = Handed(page.parent, page, heatmap.title, words(heatmap), settings(heatmap), numbers, drawn)
+    numbers = {**scalars(run), **(measured or {})}
+    handed = Handed(folder, page, title(run), words(run), settings(run), numbers, drawn)
     for name in names:
         try:
             with _process_alone():
@@ -109,7 +111,7 @@ def report_to(
             got = readable(" ".join(str(error).split())) or "nothing more is said"
             say(
                 f"warning: {name}: the run was not reported ({type(error).__name__}: {got}). Its results are written; "
-                f"to try again: qkov report {page.parent} --report-to {name}"
+                f"to try again: qkov report {folder} --report-to {name}"
             )
         else:
             say(f"reported to {name}: {place}")
@@ -142,7 +144,9 @@ def _started(tracker: Any, handed: Handed) -> Iterator[Any]:
     tracker.start()
     try:
         tracker.store_init_configuration(dict(handed.settings))
-        tracker.log(dict(handed.numbers), step=0)
+        numbers = [*handed.numbers.items()]
+        for start in range(0, len(numbers), MOST_AT_ONCE):
+            tracker.log(dict(numbers[start : start + MOST_AT_ONCE]), step=0)
         yield tracker
     finally:
         tracker.finish()
@@ -152,7 +156,7 @@ def _to_tensorboard(handed: Handed) -> str:
     from accelerate.tracking import TensorBoardTracker
 
     with _started(TensorBoardTracker("tensorboard", handed.folder), handed) as tracker:
-        tracker.log({"answer": handed.words, "page": str(handed.page)}, step=0)
+        tracker.log({"answer": handed.words, "page": str(handed.page or "none")}, step=0)
         tracker.log_images(_as_arrays(handed.pictures), step=0, dataformats="NHWC")
     return f"tensorboard --logdir {handed.folder / 'tensorboard'}"
 
@@ -166,9 +170,10 @@ def _to_wandb(handed: Handed) -> str:
     begun = WandBTracker(project, settings=wandb.Settings(login_timeout=LOGIN_S), **options)
     with _started(begun, handed) as tracker:
         tracker.log_images(_as_arrays(handed.pictures), step=0)
-        artifact = wandb.Artifact(f"report-{handed.settings['run_id'] or 'of-a-run'}", type="report")
-        artifact.add_file(str(handed.page))
-        tracker.run.log_artifact(artifact)
+        if handed.page is not None:
+            artifact = wandb.Artifact(f"report-{handed.settings['run_id'] or 'of-a-run'}", type="report")
+            artifact.add_file(str(handed.page))
+            tracker.run.log_artifact(artifact)
         return str(tracker.run.url or tracker.run.dir)
 
 
@@ -182,7 +187,8 @@ def _to_mlflow(handed: Handed) -> str:
             for name, content in handed.pictures.items():
                 (Path(folder) / f"{name}.png").write_bytes(content)
             tracker.log_artifacts(folder, "figures")
-        tracker.log_artifact(str(handed.page))
+        if handed.page is not None:
+            tracker.log_artifact(str(handed.page))
         return f"run {tracker.active_run.info.run_id} at {mlflow.get_tracking_uri()}"
 
 

@@ -21,11 +21,12 @@ from qkov_dist.console import Say
 from qkov_dist.errors import QkovError
 from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_data import SampleTable
-from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path, load_heatmap
+from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path
+from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.values import readable
 
 from .card import make_card
-from .logged import pictures
+from .logged import Found, load_run, pictures, title
 from .page import make_page
 from .write import PAGE_FILE, refuse_other_page, write_page
 
@@ -79,24 +80,35 @@ def push(place: str | Path, target: Target, say: Say, *, with_texts: bool = Fals
     """
     target.check()
     path = heatmap_path(place)
-    heatmap = load_heatmap(path)
+    run = load_run(path)
     with TemporaryDirectory(prefix="qkov-push-") as folder:
         if with_texts:
-            files: Files = {HEATMAP_FILE: path, PAGE_FILE: _page_of(heatmap, path.parent)}
+            files: Files = {HEATMAP_FILE: path, **_page_of(run, path.parent)}
         else:
-            heatmap = without_texts(heatmap)
-            copy = Path(folder) / HEATMAP_FILE
+            run, copy = without_texts(run), Path(folder) / HEATMAP_FILE
             say("writing a copy without samples' texts")
-            heatmap.save(copy)
-            files = {HEATMAP_FILE: copy, PAGE_FILE: make_page(heatmap).encode("utf-8", "backslashreplace")}
-        files = {**files, **_more_files(heatmap, say)}
+            run.save(copy)
+            files = {HEATMAP_FILE: copy, **_new_page(run)}
+        files = {**files, **_more_files(run, say)}
         say(f"uploading {', '.join(files)} and a card to the {target.repo_type} {target.repo_id}")
         with _hub_errors(target):
-            return _commit(files, heatmap, target, with_texts=with_texts)
+            return _commit(files, run, target, with_texts=with_texts)
 
 
-def without_texts(heatmap: Heatmap) -> Heatmap:
+def without_texts(run: Found) -> Found:
     """A copy without the samples' texts, and with paths that name no folder of this machine."""
+    attributes = _without(_folders(run.attributes.get("config")), run.attributes)
+    if isinstance(run, TaskMatrix):
+        return dataclasses.replace(
+            run,
+            samples=tuple(map(_without_text, run.samples)),
+            attributes=attributes,
+            whole=lambda pair: _of_two_without_texts(run.heatmap(*pair)),
+        )
+    return _of_two_without_texts(run)
+
+
+def _of_two_without_texts(heatmap: Heatmap) -> Heatmap:
     return dataclasses.replace(
         heatmap,
         samples_a=_without_text(heatmap.samples_a),
@@ -130,27 +142,33 @@ def _without(folders: list[str], value: Any) -> Any:
     return [_without(folders, item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _page_of(heatmap: Heatmap, folder: Path) -> Path:
-    """The page that a run has, made where it is missing."""
+def _page_of(run: Found, folder: Path) -> Files:
+    """The page that a run has, made where it is missing; none of more than two tasks."""
+    if isinstance(run, TaskMatrix):
+        return {}
     path = folder / PAGE_FILE
-    refuse_other_page(path, heatmap.run_id)
-    return path if path.exists() else write_page(heatmap, folder)
+    refuse_other_page(path, run.run_id)
+    return {PAGE_FILE: path if path.exists() else write_page(run, folder)}
 
 
-def _more_files(heatmap: Heatmap, say: Say) -> Files:
+def _new_page(run: Found) -> Files:
+    return {} if isinstance(run, TaskMatrix) else {PAGE_FILE: make_page(run).encode("utf-8", "backslashreplace")}
+
+
+def _more_files(run: Found, say: Say) -> Files:
     """Figures, where they can be drawn, and the configuration, where the file knows it."""
     files: dict[str, Path | bytes] = {}
-    config = heatmap.attributes.get("config")
+    config = run.attributes.get("config")
     if isinstance(config, Mapping):
         files["config.yaml"] = yaml.safe_dump(config, allow_unicode=True, sort_keys=False).encode()
     try:
-        files |= {f"figures/{name}.png": content for name, content in pictures(heatmap).items()}
+        files |= {f"figures/{name}.png": content for name, content in pictures(run).items()}
     except ModuleNotFoundError as error:
         say(f"no figures: {error.name} is not installed. Run: pip install 'qkov-dist[report]'")
     return files
 
 
-def _commit(files: Files, heatmap: Heatmap, target: Target, *, with_texts: bool) -> str:
+def _commit(files: Files, run: Found, target: Target, *, with_texts: bool) -> str:
     """Make the repository where there is none, and all files in one commit."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -159,12 +177,12 @@ def _commit(files: Files, heatmap: Heatmap, target: Target, *, with_texts: bool)
     repository = api.create_repo(target.repo_id, repo_type=repo_type, private=private, exist_ok=True)
     if branch is not None:
         api.create_branch(repository.repo_id, branch=branch, repo_type=repo_type, exist_ok=True)
-    card = make_card(heatmap, repository.repo_id, repo_type, branch, has_texts=with_texts)
+    card = make_card(run, repository.repo_id, repo_type, branch, has_texts=with_texts)
     contents = {**files, "README.md": card.encode()}
     api.create_commit(
         repository.repo_id,
         [CommitOperationAdd(name, content) for name, content in contents.items()],
-        commit_message=f"Heatmap of {heatmap.title}",
+        commit_message=f"Heatmap of {title(run)}",
         repo_type=repo_type,
         revision=branch,
     )

@@ -29,7 +29,7 @@ def reported(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tensorboard's own, of numpy and protobuf
         trackers.report_to(
-            ("tensorboard",), heatmap, write_page(heatmap, tmp_path), said.append, {"seconds/capture": 2.5}
+            ("tensorboard",), heatmap, tmp_path, write_page(heatmap, tmp_path), said.append, {"seconds/capture": 2.5}
         )
     return heatmap, said, tmp_path
 
@@ -68,7 +68,7 @@ def test_tensorboard_has_numbers_figures_and_the_answer(reported) -> None:
     assert heatmap.attributes["warnings"][0] in texts["answer/text_summary"]
     assert texts["page/text_summary"] == str(folder / "report.html")
     (hparams,) = (folder / "tensorboard").rglob("hparams.yml")
-    assert "samples.task_a: 4" in hparams.read_text()
+    assert "samples.0: 4" in hparams.read_text()
     assert set(found.Tags()["images"]) == {"heatmaps", "blocks", "layers", "changes", "waterfall"}
     from matplotlib.image import imread
 
@@ -103,7 +103,7 @@ def test_a_tracker_that_fails_is_a_warning_and_the_next_one_is_served(tmp_path, 
     known = {"wandb": unreachable, "mlflow": lambda handed: served.append(handed) or "there"}
     monkeypatch.setattr(trackers, "_TRACKERS", known)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    trackers.report_to(("wandb", "mlflow"), heatmap, page, said.append)
+    trackers.report_to(("wandb", "mlflow"), heatmap, tmp_path, page, said.append)
     assert said == [
         "no figures: matplotlib is not installed. Run: pip install 'qkov-dist[report]'",
         "warning: wandb: the run was not reported (ConnectionError: no route to host). Its results are written; to try "

@@ -14,10 +14,12 @@ import yaml
 from heatmaps import make_table
 from hub import TOKEN, Hub, serving
 from influences import heatmap_with_effects
+from matrices import made_matrix
 from processes import ran
 
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
+from qkov_dist.report.upload import without_texts
 
 SECRET = "the patient's name is"
 CONFIG = {
@@ -110,6 +112,18 @@ def test_with_samples_the_files_arrive_byte_for_byte_and_it_is_warned(hub, folde
     assert files["report.html"] == (folder / "report.html").read_bytes()  # it was made
     assert SECRET.encode() in files["report.html"]
     assert "revision='second'" in files["README.md"].decode()
+
+
+def test_of_many_tasks_no_text_and_no_folder_is_left_in_any_pair() -> None:
+    matrix = made_matrix()
+    attributes = {**matrix.attributes, "config": CONFIG}
+    pairs = {pair: dataclasses.replace(one, attributes=attributes) for pair, one in matrix.heatmaps.items()}
+    bare = without_texts(dataclasses.replace(matrix, heatmaps=pairs, attributes=attributes))
+    heatmaps = [bare.heatmap(*pair) for pair in bare.pairs]
+    tables = [*bare.samples, *(table for one in heatmaps for table in (one.samples_a, one.samples_b))]
+    assert {text for table in tables for text in table.texts} == {""}
+    assert "somebody" not in json.dumps([dict(one.attributes) for one in (bare, *heatmaps)])
+    assert any(any(table.texts) for table in matrix.samples)
 
 
 @pytest.mark.parametrize(
