@@ -198,7 +198,7 @@ class OutputConfig(_Section):
     resume: bool = _key(FLAG, "go on from complete layers of the same run", True, identity=False)
     report_to: tuple[str, ...] | None = _key(
         optional(some_of(*TRACKERS)),
-        "trackers that are given numbers, figures and the page (which holds samples' texts) once a run is finished",
+        "trackers that are given numbers, figures and a page without samples' texts, once a run is finished",
         None,
         identity=False,
     )

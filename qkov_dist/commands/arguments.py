@@ -49,24 +49,23 @@ def say(line: str) -> None:
     print(f"qkov: {line}", file=sys.stderr)
 
 
-def show_result(found: Heatmap | TaskMatrix | None, folder: Path, file: str = "heatmap.h5") -> Path | None:
-    """Print the summary on rank 0, and write the page beside ``heatmap.h5``; returns the page's path."""
-    from qkov_dist.report.summary import print_page, print_summary
-    from qkov_dist.report.write import write_page
+def show_result(found: Heatmap | TaskMatrix | None, folder: Path, file: str = "heatmap.h5") -> None:
+    """Print the summary on rank 0, and write the page beside ``heatmap.h5``."""
+    from qkov_dist.report.summary import print_matrix_summary, print_page, print_summary
+    from qkov_dist.report.write import write_matrix_page, write_page
     from qkov_dist.results.heatmap_file import HEATMAP_FILE
     from qkov_dist.results.task_matrix import TaskMatrix
 
     if found is None:
-        return None
+        return
     if isinstance(found, TaskMatrix):
-        print(found)
-        return None
+        print_matrix_summary(found, folder, file)
+        if file == HEATMAP_FILE:
+            print_page(write_matrix_page(found, folder))
+        return
     print_summary(found, folder, file)
-    if file != HEATMAP_FILE:
-        return None
-    page = write_page(found, folder)
-    print_page(page)
-    return page
+    if file == HEATMAP_FILE:
+        print_page(write_page(found, folder))
 
 
 def add_configuration(parser: argparse.ArgumentParser, text: str, *, optional: bool = False) -> None:

@@ -35,4 +35,4 @@ def execute(options: argparse.Namespace) -> None:
     page = write_report(options.folder, say)
     print_page(page)
     if names:
-        report_to(names, load_run(options.folder), page.parent, page, say)
+        report_to(names, load_run(options.folder), page.parent, say)

@@ -70,10 +70,10 @@ def _run(options: argparse.Namespace) -> None:
         console = Console.of(say, show_progress=not options.quiet)
         found = run(config, console, lambda measured: taken.update(measured_scalars(measured)))
     folder, names = Path(config.output.dir), config.output.report_to or ()
-    page = show_result(found, folder)
+    show_result(found, folder)
     if found is None or not names:
         return
     if taken:
-        report_to(names, found, folder, page, say, taken)
+        report_to(names, found, folder, say, taken)
     else:
         say(f"a finished run is not reported again; to do so: qkov report {folder} --report-to {' '.join(names)}")

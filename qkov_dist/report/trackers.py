@@ -3,8 +3,9 @@
 They are started when everything is written, by rank 0 alone, and one that fails costs a warning: a run of hours does
 not hang on a network. Whether each is installed is asked before the first batch.
 
-Where results go is for the trackers' own environment variables to say (``WANDB_MODE``, ``WANDB_PROJECT``,
-``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``); TensorBoard's files lie in the run's folder.
+No text of a sample goes along (``shareable``). Where results go is for the trackers' own environment variables to say
+(``WANDB_MODE``, ``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``); TensorBoard's files lie in the
+run's folder.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qkov_dist.errors import QkovError
 from qkov_dist.values import readable
 
 from .logged import Found, pictures, scalars, settings, title, words
+from .shareable import make_page_of, without_texts
+from .write import PAGE_FILE
 
 PROJECT = "qkov"
 PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "mlflow-skinny")}
@@ -61,7 +64,7 @@ class Handed:
 
     Attributes:
         folder: The run's.
-        page: Its page, on disk; None where there is none.
+        page: Its page, without samples' texts, as a file that is gone afterwards; None where there is none.
         title: Model, tasks and numbers of samples.
         words: The answer and the warnings.
         settings: The configuration, flat.
@@ -82,7 +85,6 @@ def report_to(
     names: Sequence[str],
     run: Found,
     folder: Path,
-    page: Path | None,
     say: Callable[[str], object],
     measured: Mapping[str, float] | None = None,
 ) -> None:
@@ -92,7 +94,6 @@ def report_to(
         names: Of the trackers.
         run: What was found.
         folder: Where it lies.
-        page: The report's page, where there is one.
         say: Takes a line about each tracker.
         measured: What the run took, by name.
     """
@@ -101,8 +102,20 @@ def report_to(
     except ModuleNotFoundError as error:
         say(f"no figures: {error.name} is not installed. Run: pip install 'qkov-dist[report]'")
         drawn = {}
-    numbers = {**scalars(run), **(measured or {})}
-    handed = Handed(folder, page, title(run), words(run), settings(run), numbers, drawn)
+    bare, numbers = without_texts(run), {**scalars(run), **(measured or {})}
+    with TemporaryDirectory() as place:
+        page = _written(make_page_of(bare), Path(place) / PAGE_FILE)
+        _hand(names, Handed(folder, page, title(run), words(bare), settings(bare), numbers, drawn), say)
+
+
+def _written(content: bytes | None, path: Path) -> Path | None:
+    if content is None:
+        return None
+    path.write_bytes(content)
+    return path
+
+
+def _hand(names: Sequence[str], handed: Handed, say: Callable[[str], object]) -> None:
     for name in names:
         try:
             with _process_alone():
@@ -111,7 +124,7 @@ def report_to(
             got = readable(" ".join(str(error).split())) or "nothing more is said"
             say(
                 f"warning: {name}: the run was not reported ({type(error).__name__}: {got}). Its results are written; "
-                f"to try again: qkov report {folder} --report-to {name}"
+                f"to try again: qkov report {handed.folder} --report-to {name}"
             )
         else:
             say(f"reported to {name}: {place}")
@@ -156,7 +169,7 @@ def _to_tensorboard(handed: Handed) -> str:
     from accelerate.tracking import TensorBoardTracker
 
     with _started(TensorBoardTracker("tensorboard", handed.folder), handed) as tracker:
-        tracker.log({"answer": handed.words, "page": str(handed.page or "none")}, step=0)
+        tracker.log({"answer": handed.words, "folder": str(handed.folder)}, step=0)
         tracker.log_images(_as_arrays(handed.pictures), step=0, dataformats="NHWC")
     return f"tensorboard --logdir {handed.folder / 'tensorboard'}"
 
@@ -183,7 +196,7 @@ def _to_mlflow(handed: Handed) -> str:
 
     begun = MLflowTracker(PROJECT, run_name=handed.title, description=handed.words)
     with _started(begun, handed) as tracker:
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             for name, content in handed.pictures.items():
                 (Path(folder) / f"{name}.png").write_bytes(content)
             tracker.log_artifacts(folder, "figures")

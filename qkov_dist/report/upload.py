@@ -7,11 +7,10 @@ and hashes of samples stay, for the numbers rest on them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,15 +18,13 @@ import yaml
 
 from qkov_dist.console import Say
 from qkov_dist.errors import QkovError
-from qkov_dist.results.heatmap import Heatmap
-from qkov_dist.results.heatmap_data import SampleTable
 from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path
 from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.values import readable
 
 from .card import make_card
 from .logged import Found, load_run, pictures, title
-from .page import make_page
+from .shareable import make_page_of, without_texts
 from .write import PAGE_FILE, refuse_other_page, write_page
 
 REPO_TYPES = ("dataset", "model")
@@ -88,58 +85,12 @@ def push(place: str | Path, target: Target, say: Say, *, with_texts: bool = Fals
             run, copy = without_texts(run), Path(folder) / HEATMAP_FILE
             say("writing a copy without samples' texts")
             run.save(copy)
-            files = {HEATMAP_FILE: copy, **_new_page(run)}
+            page = make_page_of(run)
+            files = {HEATMAP_FILE: copy, **({} if page is None else {PAGE_FILE: page})}
         files = {**files, **_more_files(run, say)}
         say(f"uploading {', '.join(files)} and a card to the {target.repo_type} {target.repo_id}")
         with _hub_errors(target):
             return _commit(files, run, target, with_texts=with_texts)
-
-
-def without_texts(run: Found) -> Found:
-    """A copy without the samples' texts, and with paths that name no folder of this machine."""
-    attributes = _without(_folders(run.attributes.get("config")), run.attributes)
-    if isinstance(run, TaskMatrix):
-        return dataclasses.replace(
-            run,
-            samples=tuple(map(_without_text, run.samples)),
-            attributes=attributes,
-            whole=lambda pair: _of_two_without_texts(run.heatmap(*pair)),
-        )
-    return _of_two_without_texts(run)
-
-
-def _of_two_without_texts(heatmap: Heatmap) -> Heatmap:
-    return dataclasses.replace(
-        heatmap,
-        samples_a=_without_text(heatmap.samples_a),
-        samples_b=_without_text(heatmap.samples_b),
-        attributes=_without(_folders(heatmap.attributes.get("config")), heatmap.attributes),
-    )
-
-
-def _without_text(table: SampleTable) -> SampleTable:
-    return dataclasses.replace(table, texts=("",) * len(table))
-
-
-def _folders(config: Any) -> list[str]:
-    """The folders of paths in a configuration that lie outside the current one, the longest first, each with its /."""
-    if not isinstance(config, Mapping):
-        return []
-    sections = [config.get("model"), config.get("output"), *(config.get("tasks") or ())]
-    given = [section.get(key) for section in sections if isinstance(section, Mapping) for key in ("path", "dir")]
-    paths = [PurePath(text) for text in given if isinstance(text, str) and text.startswith(("/", "~", ".."))]
-    return sorted({f"{path.parent}/" for path in paths if len(path.parts) > 2}, key=len, reverse=True)
-
-
-def _without(folders: list[str], value: Any) -> Any:
-    """A tree of JSON values in whose texts these folders are left out."""
-    if isinstance(value, str):
-        for folder in folders:
-            value = value.replace(folder, "")
-        return value
-    if isinstance(value, Mapping):
-        return {name: _without(folders, item) for name, item in value.items()}
-    return [_without(folders, item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _page_of(run: Found, folder: Path) -> Files:
@@ -149,10 +100,6 @@ def _page_of(run: Found, folder: Path) -> Files:
     path = folder / PAGE_FILE
     refuse_other_page(path, run.run_id)
     return {PAGE_FILE: path if path.exists() else write_page(run, folder)}
-
-
-def _new_page(run: Found) -> Files:
-    return {} if isinstance(run, TaskMatrix) else {PAGE_FILE: make_page(run).encode("utf-8", "backslashreplace")}
 
 
 def _more_files(run: Found, say: Say) -> Files:

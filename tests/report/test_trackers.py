@@ -19,7 +19,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.report import trackers
 from qkov_dist.report.effect_findings import effect_counts
 from qkov_dist.report.findings import counts
-from qkov_dist.report.write import write_page
+from qkov_dist.report.page import make_page
 
 
 @pytest.fixture
@@ -28,9 +28,7 @@ def reported(tmp_path: Path):
     heatmap, said = heatmap_with_effects(), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tensorboard's own, of numpy and protobuf
-        trackers.report_to(
-            ("tensorboard",), heatmap, tmp_path, write_page(heatmap, tmp_path), said.append, {"seconds/capture": 2.5}
-        )
+        trackers.report_to(("tensorboard",), heatmap, tmp_path, said.append, {"seconds/capture": 2.5})
     return heatmap, said, tmp_path
 
 
@@ -66,7 +64,7 @@ def test_tensorboard_has_numbers_figures_and_the_answer(reported) -> None:
     texts = {tag: found.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"]}
     assert heatmap.verdict.sentences[0] in texts["answer/text_summary"]
     assert heatmap.attributes["warnings"][0] in texts["answer/text_summary"]
-    assert texts["page/text_summary"] == str(folder / "report.html")
+    assert texts["folder/text_summary"] == str(folder)
     (hparams,) = (folder / "tensorboard").rglob("hparams.yml")
     assert "samples.0: 4" in hparams.read_text()
     assert set(found.Tags()["images"]) == {"heatmaps", "blocks", "layers", "changes", "waterfall"}
@@ -94,23 +92,31 @@ def test_a_process_of_several_reports_as_one_and_leaves_accelerate_as_it_was(mon
 
 def test_a_tracker_that_fails_is_a_warning_and_the_next_one_is_served(tmp_path, monkeypatch) -> None:
     heatmap, said = heatmap_with_effects(), []
-    page = write_page(heatmap, tmp_path)
 
     def unreachable(handed: trackers.Handed) -> str:
         raise ConnectionError("no route\nto host")
 
     served = []
-    known = {"wandb": unreachable, "mlflow": lambda handed: served.append(handed) or "there"}
+
+    def reachable(handed: trackers.Handed) -> str:
+        served.append((handed, handed.page.read_text()))
+        return "there"
+
+    known = {"wandb": unreachable, "mlflow": reachable}
     monkeypatch.setattr(trackers, "_TRACKERS", known)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    trackers.report_to(("wandb", "mlflow"), heatmap, tmp_path, page, said.append)
+    trackers.report_to(("wandb", "mlflow"), heatmap, tmp_path, said.append)
     assert said == [
         "no figures: matplotlib is not installed. Run: pip install 'qkov-dist[report]'",
         "warning: wandb: the run was not reported (ConnectionError: no route to host). Its results are written; to try "
         f"again: qkov report {tmp_path} --report-to wandb",
         "reported to mlflow: there",
     ]
-    (handed,) = served
+    ((handed, page),) = served
+    assert heatmap.verdict.sentences[1] in page
+    assert heatmap.samples_a.ids[1] in page
+    assert heatmap.samples_a.texts[1].replace("<", "\\u003c").replace(">", "\\u003e") in make_page(heatmap)
+    assert heatmap.samples_a.texts[1].replace("<", "\\u003c").replace(">", "\\u003e") not in page
     assert handed.pictures == {}
     json.dumps([handed.settings, handed.numbers], allow_nan=False)
 

@@ -19,7 +19,7 @@ from processes import ran
 
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
-from qkov_dist.report.upload import without_texts
+from qkov_dist.report.shareable import without_texts
 
 SECRET = "the patient's name is"
 CONFIG = {
