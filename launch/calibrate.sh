@@ -11,4 +11,5 @@ export PYTHONPATH="$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" tests/studies/calibration_page.py
 "$PYTHON" tests/studies/intervals.py
 "$PYTHON" tests/studies/calibrated_effects.py
+"$PYTHON" tests/studies/calibrated_comparisons.py
 exec "$PYTHON" tests/studies/power.py

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from .errors import QkovError
     from .layout.resolve import register_layout
     from .metric import QKOVInterferenceMetric
+    from .results.comparison import Comparison
     from .results.heatmap import Heatmap
     from .results.heatmap_file import load_heatmap
     from .results.matrix_file import load_matrix
     from .results.selection import Selection
     from .results.task_matrix import TaskMatrix
+    from .stats.comparison import compare_runs
     from .stats.statistics import QKOVStatistics
 
 __all__ = [
+    "Comparison",
     "FisherCollector",
     "FreezeHeadsCallback",
     "Heatmap",
@@ -35,6 +38,7 @@ __all__ = [
     "QkovError",
     "Selection",
     "TaskMatrix",
+    "compare_runs",
     "freeze_heads",
     "load_heatmap",
     "load_matrix",
@@ -43,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {  # the imports above once more, for when the program runs
+    "Comparison": "results.comparison",
     "FisherCollector": "collector",
     "FreezeHeadsCallback": "acting.trainer",
     "Heatmap": "results.heatmap",
@@ -51,6 +56,7 @@ _HOMES = {  # the imports above once more, for when the program runs
     "QKOVStatistics": "stats.statistics",
     "QkovError": "errors",
     "Selection": "results.selection",
+    "compare_runs": "stats.comparison",
     "TaskMatrix": "results.task_matrix",
     "freeze_heads": "acting.freeze",
     "load_heatmap": "results.heatmap_file",

@@ -31,6 +31,8 @@ COMMANDS = {  # in the order of the help; each is a module of the room ``command
     "validate": "Measure whether effects and scores predict what a step on task B does to task A's loss; with "
     "--freeze, whether freezing the heads that they put first spares A.",
     "heads": "List the heads of a finished run, most harmful first, with the exact rows or columns of each.",
+    "compare": "Compare runs of one layout (checkpoints, seeds, scores, data): which heads moved, and whether the runs "
+    "rank heads alike.",
     "report": "Write the report of a finished run: report.html, and in report/ figures (PDF, PNG), tables (CSV, "
     "Markdown).",
     "push": "Upload a finished run to the Hugging Face hub with a card; without the samples' texts unless asked.",

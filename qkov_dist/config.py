@@ -8,11 +8,27 @@ part of a run's identity are declared with the field and nowhere else; reading (
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from .errors import QkovError
-from .values import COUNT, FLAG, FRACTION, NON_NEGATIVE, SELECTION, TEXT, Kind, one_of, optional, shown, some_of, whole
+from .values import (
+    COLUMNS,
+    COUNT,
+    FLAG,
+    FRACTION,
+    NON_NEGATIVE,
+    SELECTION,
+    TEXT,
+    Kind,
+    check_columns,
+    one_of,
+    optional,
+    shown,
+    some_of,
+    whole,
+)
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # that a finished run can be handed to
 
@@ -65,14 +81,35 @@ class ParallelConfig(_Section):
 
 @dataclass(frozen=True)
 class TaskConfig(_Section):
-    """One task: a named file of samples."""
+    """One task: a name, and where its samples are."""
 
     name: str = _key(TEXT, "name of the task, in reports and default sample ids")
     path: str = _key(
-        TEXT, "JSONL file (also .gz), hf:HUB_ID[:CONFIG][:SPLIT]#COLUMN, builtin:arithmetic or builtin:python"
+        TEXT,
+        "JSONL, JSON, CSV, TSV (each also .gz), Parquet or Arrow file, or a pattern of several; "
+        "hf:HUB_ID[:CONFIG][:SPLIT][#COLUMN]; builtin:arithmetic or builtin:python",
     )
-    max_samples: int | None = _key(optional(COUNT), "take the first so many samples; null takes all", None)
+    columns: Mapping[str, str] | None = _key(
+        COLUMNS,
+        "what text, prompt, completion, messages, tools, input_ids, labels or id is called there; with {braces} a "
+        "template of several columns; null reads them by these names",
+        None,
+    )
+    max_samples: int | None = _key(optional(COUNT), "take so many samples; null takes all", None)
+    sample: str = _key(
+        one_of("first", "random"), "which of them: the first, or rows drawn from all without replacement", "first"
+    )
+    sample_seed: int = _key(whole(0), "seed of sample: random", 0)
     max_tokens: int | None = _key(optional(COUNT), "cut samples after so many tokens; null refuses to cut", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        place = f"task {self.name!r}"
+        if self.columns is not None:
+            check_columns(self.columns, f"{place}: columns")
+        if self.sample == "random" and self.max_samples is None:
+            remedy = "Set max_samples of this task, or leave sample out to take all."
+            raise QkovError(f"{place}: sample", expected="how many to draw", got="no max_samples", remedy=remedy)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Job:
         tile_plan: This rank's tiles of every layer.
         batch_tokens: Padded tokens in one compute batch.
         run_id: Hash of the configuration's identity, the model and the samples.
+        fingerprint: Hash of the model alone.
         warnings: What a reader of the results must know, as far as it is known now, one sentence each.
         notes: What a reader of the results may want to know, besides what the layout says.
     """
@@ -68,6 +69,7 @@ class Job:
     tile_plan: TilePlan
     batch_tokens: int
     run_id: str
+    fingerprint: str
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -183,7 +185,8 @@ def prepare(config: RunConfig, world: World, console: Console = SILENT) -> Job:
         world, loaded.model, layout, [layer.index for layer in scoring.selection.layers_of(layout)]
     )
     tile_plan = scoring.tile_plan(layout, topology.owned())
-    run_id = _run_id(config, fingerprint(loaded.model, world), tasks)
+    model = fingerprint(loaded.model, world)
+    run_id = _run_id(config, model, tasks)
     same_on_all(world, "model and samples", {"run_id": run_id})
     console.say(_summary(layout, tile_plan, tasks))
     batch_tokens = parallelism.batch_tokens(
@@ -193,7 +196,9 @@ def prepare(config: RunConfig, world: World, console: Console = SILENT) -> Job:
     notes = (*loaded.notes, *(note for task in tasks for note in task.notes))
     for note in notes:
         console.say(f"note: {note}")
-    return Job(config, loaded, layout, tasks, topology, scoring, tile_plan, batch_tokens, run_id, warnings, notes)
+    return Job(
+        config, loaded, layout, tasks, topology, scoring, tile_plan, batch_tokens, run_id, model, warnings, notes
+    )
 
 
 def _refuse_a_file(folder: Path) -> None:

@@ -322,7 +322,10 @@ def _capture(
         tuple(task.name for task in job.tasks),
         [collection.records[part] for part in parts_of(job.sizes)],
         pooled=job.config.pooled,
-        attributes=run_attributes(job.config, job.layout, job.run_id, job.warnings, job.notes),
+        attributes={
+            **run_attributes(job.config, job.layout, job.run_id, job.warnings, job.notes),
+            "model_fingerprint": job.fingerprint,
+        },
     )
 
 

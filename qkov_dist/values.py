@@ -7,11 +7,24 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any
+
+from .errors import QkovError
 
 _HIGHEST = 100_000  # above every number of a layer or head
 _LONGEST_KEY = 200  # that is compared with known ones
 _MOST_READABLE = 400  # characters
+
+SAMPLE_FORMS = (
+    (("text",), ()),
+    (("prompt", "completion"), ("tools",)),
+    (("messages",), ("tools",)),
+    (("input_ids",), ("labels", "attention_mask", "token_type_ids")),
+)  # keys that a sample of this form has, and keys that it may have
+FORM_KEYS = tuple(dict.fromkeys(key for needed, allowed in SAMPLE_FORMS for key in (*needed, *allowed)))
+SAMPLE_KEYS = (*FORM_KEYS, "id")
+TEXT_KEYS = ("text", "prompt", "completion", "id")  # that a template can make
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,14 @@ def _selection(value: object) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
+def _columns(value: object) -> dict[str, str]:
+    """Names by key, in the order of keys; what the names say is no business of a kind."""
+    if not isinstance(value, Mapping):
+        raise ValueError
+    _require(bool(value) and all(isinstance(key, str) for key in value))
+    return {key: _text(value[key]) for key in value}
+
+
 _NUMBER, _SPAN = {"type": "integer", "minimum": 0, "exclusiveMaximum": _HIGHEST}, r"\s*\d{1,5}\s*(-\s*\d{1,5}\s*)?"
 _NUMBERS = {
     "anyOf": [
@@ -140,6 +161,64 @@ COUNT = whole(1)
 NON_NEGATIVE = _real("a finite number of at least 0", lambda x: x >= 0, minimum=0)
 FRACTION = _real("a number above 0 and below 1", lambda x: 0 < x < 1, exclusiveMinimum=0, exclusiveMaximum=1)
 SELECTION = optional(Kind("a list of numbers from 0, or text such as '0-3,7'", _selection, _NUMBERS))
+
+COLUMNS = optional(
+    Kind(
+        "names of columns by key, such as {prompt: question, completion: answer}",
+        _columns,
+        {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": False,
+            "properties": dict.fromkeys(SAMPLE_KEYS, TEXT.schema),
+        },
+    )
+)
+
+
+def template_parts(text: str) -> list[tuple[str, str | None]] | None:
+    """What a template is made of: text, and the name of the column that follows it; None for text without braces.
+
+    Raises:
+        ValueError: says what of it is no text, no doubled brace and no plain name of a column.
+    """
+    if "{" not in text and "}" not in text:
+        return None
+    parts: list[tuple[str, str | None]] = []
+    for literal, name, spec, conversion in Formatter().parse(text):
+        if name is not None and (not name.strip() or re.search(r"[.\[\]{}]", name) or spec or conversion):
+            suffix = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise ValueError(f"the field {written('{' + name + suffix + '}')}")
+        parts.append((literal, name))
+    return parts
+
+
+def check_columns(columns: Mapping[str, str], place: str) -> None:
+    """Raise QkovError unless the keys are those of one form of sample, and every template is made of plain names."""
+    for key, name in columns.items():
+        if key not in SAMPLE_KEYS:
+            hint = key_hint(key, SAMPLE_KEYS)
+            raise QkovError(f"{place}.{named(key)}", expected="a key of a sample", got=written(key), remedy=hint)
+        try:
+            parts = template_parts(name)
+        except ValueError as error:
+            remedy = 'Write for example "{question}\\nAnswer: {answer}"; {{ and }} stand for braces.'
+            expected = "names of columns in braces, and nothing else in them"
+            raise QkovError(f"{place}.{key}", expected=expected, got=str(error), remedy=remedy) from None
+        if parts is not None and key not in TEXT_KEYS:
+            remedy = f"A template makes text: give {key} the name of a column."
+            raise QkovError(f"{place}.{key}", expected="the name of a column", got=written(name), remedy=remedy)
+    if form_of(columns) is None:
+        expected = "the keys of one form: text; prompt and completion; messages; input_ids (and labels)"
+        remedy = "Name the columns of one form and leave the others out."
+        raise QkovError(place, expected=expected, got=", ".join(columns), remedy=remedy)
+
+
+def form_of(keys: Collection[str]) -> tuple[str, ...] | None:
+    """What a sample of the keys' form has to have; None where they are of no form, or of several."""
+    given = {key for key in keys if key != "id"}
+    forms = ((needed, {*needed, *allowed}) for needed, allowed in SAMPLE_FORMS)
+    return next((needed for needed, known in forms if given & {*needed} and given <= known), None)
 
 
 def shown(value: object) -> str:

@@ -62,6 +62,7 @@ def refused(path: Path, *overrides: str) -> QkovError:
 
 def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
     plain = to_dict(load_config(minimal))
+    limits = {"columns": None, "max_samples": None, "sample": "first", "sample_seed": 0, "max_tokens": None}
     assert plain == {
         "model": {
             "path": "some/model",
@@ -72,8 +73,8 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
         },
         "parallel": {"tp": 1, "shard": "auto"},
         "tasks": [
-            {"name": "math", "path": "math.jsonl", "max_samples": None, "max_tokens": None},
-            {"name": "code", "path": "code.jsonl", "max_samples": None, "max_tokens": None},
+            {"name": "math", "path": "math.jsonl", **limits},
+            {"name": "code", "path": "code.jsonl", **limits},
         ],
         "metric": {
             "score": "interference",

@@ -19,7 +19,7 @@ import qkov_dist
 from qkov_dist.cli import COMMANDS
 from qkov_dist.commands.version import STANDS_ON, version
 
-HEAVY = ("torch", "transformers", "matplotlib", "pandas", "scipy", "accelerate", "datasets", "jsonschema")
+HEAVY = ("torch", "transformers", "matplotlib", "pandas", "scipy", "accelerate", "datasets", "pyarrow", "jsonschema")
 LIGHT = (
     [],
     ["--help"],
@@ -36,7 +36,10 @@ LIGHT = (
     ["check", "model", "--dtype", "float31"],
     ["stats", "nowhere"],
     ["report", "nowhere"],
+    ["push", "nowhere", "me/heatmap"],
     ["heads", "nowhere"],
+    ["compare", "nowhere", "nor here"],
+    ["compare", "."],
     ["heads", ".", "--by", "overlap", "--format", "csv"],
 )
 

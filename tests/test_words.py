@@ -294,6 +294,31 @@ def test_every_form_of_a_sample_in_the_words_is_read(followed) -> None:
     assert len(task.samples) == 4
 
 
+@pytest.mark.long
+def test_tables_in_the_words_are_run_as_printed(followed) -> None:
+    """Once as CSV and Parquet, and the samples from Python."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    page = ROOT / "configs" / "README.md"
+    (table,), (config,), (program,) = (blocks(page, language) for language in ("csv", "yaml", "python"))
+    Path("gsm8k.csv").write_text(table)
+    Path("gsm8k.yaml").write_text(config)
+    Path("data").mkdir()
+    rows = pyarrow.csv.read_csv("gsm8k.csv", parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+    assert pyarrow.types.is_integer(rows.schema.field("level").type)
+    pyarrow.parquet.write_table(rows, "data/part.parquet")
+    assert cli.main(["run", "gsm8k.yaml", "--quiet"]) == 0
+    heatmap = load_heatmap("runs/gsm8k")
+    assert [len(samples) for samples in (heatmap.samples_a, heatmap.samples_b)] == [3, 2]
+    assert heatmap.samples_a.texts[0].endswith("cost?2 * 3 + 14 = 20\n#### 20")
+    assert all(re.search(r"Level: \d$", text) for text in heatmap.samples_b.texts)
+    assert heatmap.attributes["config"]["tasks"][1]["sample"] == "random"
+    found = {}
+    exec(compile(program, name_of(page), "exec"), found)
+    assert tuple(sample.text for sample in found["samples"]) == heatmap.samples_a.texts
+
+
 def recipe(title: str) -> str:
     """A section of the tour."""
     (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## )", (PACKAGE / "README.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -12,14 +12,22 @@ EXAMPLE = "qkov report runs/demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A run, or a heatmap's file."""
+    """A run, or a heatmap's file; of more than two tasks perhaps some pairs."""
     parser.add_argument("folder", metavar="DIR", help="the run's output folder with heatmap.h5, or a heatmap's file")
+    parser.add_argument(
+        "--pair",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("A", "B"),
+        help="of more than two tasks: write the page of this pair alone, in the configuration's order; may be repeated",
+    )
     parser.add_argument(
         "--report-to",
         nargs="+",
         choices=TRACKERS,
         metavar="TRACKER",
-        help=f"also hand numbers, figures and the page to some of {', '.join(TRACKERS)}",
+        help=f"also hand numbers, figures and a page without samples' texts to some of {', '.join(TRACKERS)}",
     )
 
 
@@ -32,7 +40,7 @@ def execute(options: argparse.Namespace) -> None:
 
     names = tuple(dict.fromkeys(options.report_to or ()))
     check_installed(names, "--report-to")
-    page = write_report(options.folder, say)
+    page = write_report(options.folder, say, [(a, b) for a, b in options.pair])
     print_page(page)
     if names:
         report_to(names, load_run(options.folder), page.parent, say)

@@ -16,6 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(dtype="float32")
     parser.add_argument("--task-a", default="builtin:arithmetic", help="whose loss is measured (default: %(default)s)")
     parser.add_argument("--task-b", default="builtin:python", help="whose step is taken (default: %(default)s)")
+    for task in ("a", "b"):
+        parser.add_argument(
+            f"--columns-{task}",
+            type=_column,
+            nargs="+",
+            default=(),
+            metavar="KEY=COLUMN",
+            help=f"what it calls prompt, completion and the like, if --task-{task} names them otherwise",
+        )
     parser.add_argument("--samples", type=positive, default=16, help="samples of each task (default: 16)")
     parser.add_argument("--max-tokens", type=positive, default=48, help="tokens of a sample at most (default: 48)")
     parser.add_argument(
@@ -43,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--batch", type=positive, default=4, help="samples a step (default: 4)")
     training.add_argument("--seeds", type=positive, default=5, help="how many seeds (default: 5)")
     training.add_argument("--random", type=_count, default=2, help="random choices with each seed (default: 2)")
+
+
+def _column(text: str) -> tuple[str, str]:
+    key, equals, column = text.partition("=")
+    if not key or not equals or not column:
+        raise argparse.ArgumentTypeError(f"expected KEY=COLUMN, such as prompt=question, got {text}")
+    return key, column
 
 
 def _share(text: str) -> float:
@@ -74,7 +90,8 @@ def execute(options: argparse.Namespace) -> None:
 
     console = Console.of(say, show_progress=not options.quiet)
     tasks = (options.task_a, options.task_b)
-    question = Question(tasks, options.samples, options.max_tokens, options.seed, options.output)
+    columns = (dict(options.columns_a) or None, dict(options.columns_b) or None)
+    question = Question(tasks, columns, options.samples, options.max_tokens, options.seed, options.output)
     if options.freeze:
         _freeze(options, config, question, console)
         return

@@ -1,141 +1,103 @@
-"""Where a task's rows come from: a JSONL file, built-in text, or a dataset of the hub.
+"""Where a task's rows come from: files by their ending, built-in text, or a dataset of the hub.
 
-A row is one JSON object with its place (``FILE:LINE``) and its number; what it may hold is no business of this module.
+A row is what a sample's keys hold, with its place (``FILE:LINE``, or ``FILE:ROW`` of tables that have no lines) and its
+number; whether that makes a sample is no business of this module.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib
-import json
-import re
-import zlib
-from collections.abc import Iterator
+import glob
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from qkov_dist.config import TaskConfig
 from qkov_dist.errors import QkovError
-from qkov_dist.values import named, written
 
-from .builtin import builtin_samples
+from .arrow_files import arrow_rows
+from .builtin import MAX_SAMPLES, builtin_samples
+from .columns import Columns, lists_of_text
+from .csv_files import csv_rows
+from .hub import hub_rows
+from .json_files import json_rows, jsonl_rows
+from .rows import Budget, Content, Row, Unread, drawn
 
-MAX_LINE_BYTES = 4 << 20
-MAX_LINES, MAX_FILE_BYTES = 100_000, 64 << 20  # read of a file before ``max_samples`` stops it; unpacked, where packed
-
-
-Row = tuple[str, int, dict[str, Any]]  # place, number from 1, content
+Reader = Callable[[Path, Budget], Iterator[Unread]]
+PACKABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # the standard library reads them, also with .gz behind
+ENDINGS = (*PACKABLE, ".parquet", ".arrow", ".feather")
 
 
 def rows(config: TaskConfig) -> Iterator[Row]:
-    """The rows of a task's path, one after another.
+    """The rows that a task takes: its first ``max_samples``, or as many drawn from all of them.
 
     Raises:
-        QkovError: where the source cannot be read, or a row is no JSON object.
+        QkovError: where the source cannot be read, has no such columns, or a row is no JSON object.
     """
-    if config.path.startswith("builtin:"):
-        for number, content in enumerate(builtin_samples(config.path, config.max_samples), 1):
-            yield f"{config.path}:{number}", number, content
-    elif config.path.startswith("hf:"):
-        yield from _dataset_rows(config.path)
+    columns = None if config.columns is None else Columns.of(config.columns)
+    budget = Budget(limited=config.sample == "first")
+    unread = (row._replace(read=partial(_sample, row, columns)) for row in _unread(config, budget, columns))
+    if config.sample == "random" and config.max_samples is not None:
+        yield from drawn(unread, config.max_samples, config.sample_seed)
     else:
-        yield from _file_rows(Path(config.path))
+        yield from (row.row() for row in islice(unread, config.max_samples))
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    """The objects of a JSONL file; blank lines count as lines and are skipped."""
-    number = num_bytes = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number, num_bytes = number + 1, num_bytes + len(line)
-                if number > MAX_LINES or num_bytes > MAX_FILE_BYTES:
-                    raise _too_long(f"{path}:{number}")
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield f"{path}:{number}", number, _object(line, f"{path}:{number}")
-    except (OSError, EOFError, zlib.error) as error:
-        place = f"{path}:{number + 1}" if number else str(path)
-        kind = "a readable gzip file" if path.suffix == ".gz" else "a readable file"
-        got = getattr(error, "strerror", None) or str(error)
-        remedy = f"Check the path and the file's contents; it is taken from {Path.cwd()}."
-        raise QkovError(place, expected=kind, got=got, remedy=remedy) from error
+def _sample(row: Unread, columns: Columns | None) -> Content:
+    content = row.read()
+    return lists_of_text(content if columns is None else columns.sample(content, row.place))
 
 
-def _too_long(place: str) -> QkovError:
-    expected = f"at most {MAX_LINES} lines and {MAX_FILE_BYTES >> 20} MiB"
-    remedy = "Set max_samples of this task to read the first samples alone, or shorten the file."
-    return QkovError(place, expected=expected, got="more", remedy=remedy)
+def _unread(config: TaskConfig, budget: Budget, columns: Columns | None) -> Iterator[Unread]:
+    if config.path.startswith("builtin:"):
+        count = MAX_SAMPLES if config.sample == "random" else config.max_samples
+        for number, content in enumerate(builtin_samples(config.path, count), 1):
+            yield Unread(f"{config.path}:{number}", number, partial(dict, content))
+    elif config.path.startswith("hf:"):
+        yield from hub_rows(config.path, budget, columns)
+    else:
+        yield from _file_rows(config.path, budget, columns)
 
 
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    remedy = "Write one JSON object a line, in UTF-8."
-    if len(line) > MAX_LINE_BYTES:
-        raise QkovError(place, expected=f"at most {MAX_LINE_BYTES} bytes a line", got="a longer line", remedy=remedy)
-    try:
-        row = json.loads(line.decode(), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        got = f"byte {line[error.start]:#04x} at byte {error.start} of the line"
-        raise QkovError(place, expected="UTF-8 text", got=got, remedy=remedy) from None
-    except json.JSONDecodeError as error:
-        got = f"{error.msg} at column {error.colno}"
-        raise QkovError(place, expected="one JSON object", got=got, remedy=remedy) from None
-    except (ValueError, RecursionError) as error:
-        raise QkovError(place, expected="one JSON object", got=str(error), remedy=remedy) from None
-    if not isinstance(row, dict):
-        raise QkovError(place, expected="one JSON object", got=type(row).__name__, remedy=remedy)
-    return row
+def _file_rows(path: str, budget: Budget, columns: Columns | None) -> Iterator[Unread]:
+    """The rows of all files that a path or pattern names, numbered on from file to file."""
+    readers = [(file, _reader(file, columns)) for file in _files(path)]
+    before = 0
+    for file, reader in readers:
+        last = 0
+        for row in reader(file, budget):
+            last = row.number
+            yield row._replace(number=before + last)
+        before += last
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError(f"a key twice among {written([key for key, _ in pairs])}")
-    return content
+def _files(path: str) -> list[Path]:
+    """The file of this name, or those of this pattern, sorted by name."""
+    if Path(path).is_dir():
+        remedy = f"Name its files by a pattern in quotes, such as {str(Path(path, '*.jsonl'))!r}."
+        raise QkovError(path, expected="a readable file", got="Is a directory", remedy=remedy)
+    if not glob.has_magic(path) or Path(path).exists():
+        return [Path(path)]
+    found = sorted(file for name in glob.glob(path, recursive=True) if (file := Path(name)).is_file())  # noqa: PTH207 - may be absolute
+    if not found:
+        remedy = f"Check the pattern; it is taken from {Path.cwd()}."
+        raise QkovError(path, expected="files of this pattern", got="none", remedy=remedy)
+    return found
 
 
-def _dataset_rows(path: str) -> Iterator[Row]:
-    """Rows of ``hf:HUB_ID[:CONFIG][:SPLIT]#COLUMN``; a lone part is a config where the dataset has one of that name."""
-    source, _, column = path.removeprefix("hf:").partition("#")
-    hub_id, *parts = re.split(r":(?![^\[]*\])", source)
-    if not hub_id or not column or len(parts) > 2:
-        remedy = "Write for example hf:org/dataset:main:train#text."
-        raise QkovError(path, expected="hf:HUB_ID[:CONFIG][:SPLIT]#COLUMN", got=repr(path), remedy=remedy)
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        remedy = "Run 'pip install datasets', or give a JSONL file."
-        raise QkovError(path, expected="the package 'datasets'", got="no such package", remedy=remedy) from None
-    try:
-        lone_config = len(parts) == 1 and parts[0] in datasets.get_dataset_config_names(hub_id)
-        name = parts[0] if len(parts) == 2 or lone_config else None
-        split = parts[-1] if parts and not lone_config else "train"
-        rows = datasets.load_dataset(hub_id, name or None, split=split, streaming="[" not in split)
-        for number, row in enumerate(rows, 1):
-            yield f"{path}:{number}", number, _dataset_row(row, column, f"{path}:{number}")
-    except QkovError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        remedy = "Check the dataset's id, config and split, and the network."
-        raise QkovError(path, expected="a readable dataset", got=str(error), remedy=remedy) from error
-
-
-def _dataset_row(row: dict[str, Any], column: str, place: str) -> dict[str, Any]:
-    if column not in row:
-        remedy = f"The columns are {', '.join(map(named, row))}."
-        raise QkovError(place, expected=f"a column {column!r}", got="no such column", remedy=remedy)
-    value = row[column]
-    if not isinstance(value, list):
-        return {"text": value}
-    if not value or not isinstance(value[0], dict):
-        return {"input_ids": value}
-    tools = {"tools": _without_nulls(row["tools"])} if row.get("tools") else {}
-    return {"messages": _without_nulls(value), **tools}
-
-
-def _without_nulls(value: Any) -> Any:
-    """Nested objects less the keys that are null: a table gives every row the keys of all."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+def _reader(file: Path, columns: Columns | None) -> Reader:
+    """What reads a file of this ending; one without any ending is JSONL."""
+    ending = file.suffix.lower()
+    if ending == ".gz" and (inner := Path(file.stem).suffix.lower()) in PACKABLE:
+        ending = inner
+    match ending:
+        case "" | ".jsonl" | ".ndjson":
+            return jsonl_rows
+        case ".json":
+            return json_rows
+        case ".csv" | ".tsv":
+            return partial(csv_rows, columns=columns, separator="," if ending == ".csv" else "\t")
+        case ".parquet" | ".arrow" | ".feather":
+            return partial(arrow_rows, columns=columns, parquet=ending == ".parquet")
+    remedy = "Rename the file after what it holds; .gz may follow text, and a pattern in quotes takes several files."
+    raise QkovError(str(file), expected=f"a file ending in {', '.join(ENDINGS)}", got=repr(file.name), remedy=remedy)

@@ -8,29 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from qkov_dist.config import TaskConfig
 from qkov_dist.errors import QkovError
-from qkov_dist.values import key_hint, named, written
+from qkov_dist.values import FORM_KEYS, SAMPLE_FORMS, SAMPLE_KEYS, key_hint, named, written
 
 from .chats import CHAT_DATE, Chat, render_chat
 from .messages import read_messages, read_string, read_tools
+from .rows import Row
 from .samples import IGNORED, Sample, Task
-from .sources import Row, rows
+from .sources import rows
 from .tokenization import Span, tokenize
 
 MAX_ID = 200
-FORMS = (
-    (("text",), ()),
-    (("prompt", "completion"), ("tools",)),
-    (("messages",), ("tools",)),
-    (("input_ids",), ("labels", "attention_mask", "token_type_ids")),
-)  # keys that a row of this form has, and keys that it may have
-KEYS = tuple(dict.fromkeys(key for needed, allowed in FORMS for key in (*needed, *allowed)))
 
 
 def load_task(
@@ -39,7 +32,7 @@ def load_task(
     """Read, tokenize and check the samples of one task.
 
     Args:
-        config: Name, path and limits; rows after the first ``max_samples`` are not read.
+        config: Name, path, columns and limits; of the first ``max_samples`` rows, later ones are not read.
         tokenizer: A transformers tokenizer, or None where the model has none (then only ``input_ids`` can be given).
         vocab_size: Token ids and labels lie in [0, vocab_size).
         max_positions: Longest sample the model takes, in tokens; None for no limit.
@@ -49,9 +42,9 @@ def load_task(
         QkovError: at ``FILE:LINE`` for the first row that is not a valid sample.
     """
     reader = _Reader(config, tokenizer, vocab_size, max_positions, objective)
-    samples = tuple(reader.sample(row) for row in islice(rows(config), config.max_samples))
+    samples = tuple(reader.sample(row) for row in rows(config))
     if not samples:
-        remedy = 'Write one sample a line, for example {"text": "..."}.'
+        remedy = 'Give it rows; of JSONL one sample a line, for example {"text": "..."}.'
         raise QkovError(config.path, expected="at least one sample", got="none", remedy=remedy)
     return Task(config.name, samples, reader.notes(), reader.warnings())
 
@@ -107,11 +100,17 @@ class _Reader:
 
     def notes(self) -> tuple[str, ...]:
         """What a reader of the results may want to know of these samples."""
-        if not any(chat.dated for chat in self.chats.values()):
-            return ()
-        return (
-            f"task {self.config.name!r}: the chat template asks for the date, and gets {CHAT_DATE:%Y-%m-%d} on any day",
+        told = (
+            (
+                self.config.sample == "random",
+                f"its {len(self.places)} samples are drawn from all rows, with seed {self.config.sample_seed}",
+            ),
+            (
+                any(chat.dated for chat in self.chats.values()),
+                f"the chat template asks for the date, and gets {CHAT_DATE:%Y-%m-%d} on any day",
+            ),
         )
+        return tuple(f"task {self.config.name!r}: {what}" for holds, what in told if holds)
 
     def warnings(self) -> tuple[str, ...]:
         """What a reader of the results must know of these samples."""
@@ -186,17 +185,17 @@ class _Reader:
 def _form(content: dict[str, Any], place: str) -> str:
     """The first key of the row's form; exactly one form a row, no other keys, and null for one that is not there."""
     for key in content:
-        if key not in (*KEYS, "id"):
-            remedy = key_hint(key, [*KEYS, "id"])
+        if key not in SAMPLE_KEYS:
+            remedy = key_hint(key, SAMPLE_KEYS)
             raise QkovError(f"{place}: {named(key)}", expected="a known key", got=written(key), remedy=remedy)
     for null_is_none in (True, False):
-        given = {key for key in KEYS if key in content and not (null_is_none and content[key] is None)}
-        for needed, allowed in FORMS:
+        given = {key for key in FORM_KEYS if key in content and not (null_is_none and content[key] is None)}
+        for needed, allowed in SAMPLE_FORMS:
             if set(needed) <= given <= {*needed, *allowed}:
                 return needed[0]
     expected = "exactly one of text; prompt and completion; messages; input_ids (and labels)"
     remedy = "Keep the keys of one form and leave the others out."
-    got = ", ".join(key for key in KEYS if key in content)
+    got = ", ".join(key for key in FORM_KEYS if key in content)
     raise QkovError(place, expected=expected, got=got or "no such key", remedy=remedy)
 
 

@@ -11,7 +11,7 @@ from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.results.verdict_facts import CHANGE
 
 from .findings import significance
-from .logged import Found, title
+from .logged import Found
 from .table import Cell, Table, as_plain_markdown
 from .tables import blocks_table
 
@@ -42,7 +42,7 @@ def make_card(run: Found, repo_id: str, repo_type: str, revision: str | None = N
         has_texts: Whether the samples' texts are in the uploaded files.
     """
     parts = [
-        f"# {_plain(title(run))}",
+        f"# {_plain(run.title)}",
         "Which attention heads tasks fight over inside a language model, head by head, with effects of training steps "
         "and tests. Made with qkov-dist.",
         *(_of_many(run) if isinstance(run, TaskMatrix) else _of_two(run)),
@@ -56,8 +56,7 @@ def make_card(run: Found, repo_id: str, repo_type: str, revision: str | None = N
             repo_type=repo_type,
             revision="" if revision is None else f", revision={revision!r}",
         ),
-        "`report.html`, where there is one, is a page that needs no network; `config.yaml` is what `qkov run` was "
-        "given.",
+        "`report.html` is a page that needs no network; `config.yaml` is what `qkov run` was given.",
         "The samples' texts are in these files."
         if has_texts
         else "The samples' texts were left out; their ids, lengths, losses and hashes are there.",
@@ -74,28 +73,32 @@ def _metadata(run: Found, repo_type: str) -> str:
     from huggingface_hub import DatasetCardData, ModelCardData
 
     tags = [*TAGS]
-    data: CardData = DatasetCardData(pretty_name=title(run), tags=tags, viewer=False)
+    data: CardData = DatasetCardData(pretty_name=run.title, tags=tags, viewer=False)
     if repo_type == "model":
         data = ModelCardData(library_name="qkov-dist", tags=tags)
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 
-def _of_two(heatmap: Heatmap) -> Iterator[str]:
-    """The answer, and numbers of blocks."""
-    yield f"A is {_plain(heatmap.task_a)}, B is {_plain(heatmap.task_b)}."
-    verdict = heatmap.verdict
+def _answer(run: Found) -> Iterator[str]:
+    verdict = run.verdict
     if verdict is not None:
         yield "## The answer"
         yield _plain(" ".join(verdict.sentences))
         yield "\n".join(f"- {_plain(detail)}" for detail in verdict.details)
 
+
+def _of_two(heatmap: Heatmap) -> Iterator[str]:
+    """The answer, and numbers of blocks."""
+    yield f"A is {_plain(heatmap.task_a)}, B is {_plain(heatmap.task_b)}."
+    yield from _answer(heatmap)
     yield "## Numbers"
     yield Table("blocks", *_numbers(heatmap)).to_markdown()
     yield f"Significant by the test of scores: {_plain(significance(heatmap))}"
 
 
 def _of_many(matrix: TaskMatrix) -> Iterator[str]:
-    """Tasks by tasks: what a step on one does to the other where that is known, else mean scores."""
+    """The answer, and tasks by tasks: what a step does where that is known, else mean scores."""
+    yield from _answer(matrix)
     known = {name for arrays in matrix.values.values() for name in arrays}
     name = CHANGE if CHANGE in known else "mean"
     values = matrix.total(name) if name == CHANGE else matrix.average(name)

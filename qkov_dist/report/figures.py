@@ -7,7 +7,6 @@ all blocks. Text in PDFs stays text.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,33 +17,22 @@ from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_plot import draw_block
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .drawing import MARK_EDGES, MARKERS, add_legend, mark_heads, new_figure
+from .drawing import FORMATS, MARK_EDGES, MARKERS, add_legend, files_of, mark_heads, new_figure
 from .effect_figures import EFFECT_FIGURES
 from .findings import counts, findings, found, is_family_wise, sidedness
 from .tables import test_arrays
 
 BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
-_PNG_DPI = 200
 
 
-def figures(heatmap: Heatmap, kinds: Collection[str] = ("pdf", "png")) -> Iterator[tuple[str, bytes]]:
+def figures(heatmap: Heatmap, kinds: Collection[str] = FORMATS) -> Iterator[tuple[str, bytes]]:
     """File name and content of every figure, in these formats.
 
     Raises:
         ModuleNotFoundError: where matplotlib is not installed.
     """
-    import matplotlib
-
-    with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
-        for name, make in FIGURES.items():
-            if name in EFFECT_FIGURES and not heatmap.has_tested_effects:
-                continue
-            figure = make(heatmap)
-            for kind in kinds:
-                metadata = {"CreationDate": None} if kind == "pdf" else {}
-                content = io.BytesIO()
-                figure.savefig(content, format=kind, dpi=_PNG_DPI, metadata=metadata)
-                yield f"{name}.{kind}", content.getvalue()
+    known = [name for name in FIGURES if heatmap.has_tested_effects or name not in EFFECT_FIGURES]
+    yield from files_of({name: FIGURES[name] for name in known}, heatmap, kinds)
 
 
 def _panels(heatmap: Heatmap, height: float, xlabel: str) -> tuple[Any, list[tuple[Any, str, str]]]:

@@ -20,6 +20,7 @@ from qkov_dist.scoring.influence_records import OPTIMIZERS
 from .effect_findings import EFFECTS, effects_of, found_by_change
 from .figures import figures
 from .findings import found, tally
+from .matrix_figures import matrix_figures
 from .tables import test_arrays
 
 Found = Heatmap | TaskMatrix
@@ -107,23 +108,18 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str 
 
 
 def pictures(run: Found) -> dict[str, bytes]:
-    """Name -> PNG of every figure; of more than two tasks there are none.
+    """Name -> PNG of every figure.
 
     Raises:
         ModuleNotFoundError: where matplotlib is not installed.
     """
-    drawn = () if isinstance(run, TaskMatrix) else figures(run, ("png",))
+    drawn = matrix_figures(run, ("png",)) if isinstance(run, TaskMatrix) else figures(run, ("png",))
     return {name.removesuffix(".png"): content for name, content in drawn}
-
-
-def title(run: Found) -> str:
-    """What the run is of, in one line."""
-    return " × ".join(run.tasks) if isinstance(run, TaskMatrix) else run.title
 
 
 def words(run: Found) -> str:
     """The answer and the warnings, as Markdown."""
-    verdict = None if isinstance(run, TaskMatrix) else run.verdict
+    verdict = run.verdict
     sentences = [] if verdict is None else [*verdict.sentences, *(action.why for action in verdict.actions)]
     warnings = [f"- {warning}" for warning in run.attributes.get("warnings", [])]
-    return "\n\n".join([title(run), *sentences, *(["Warnings:", "\n".join(warnings)] if warnings else [])])
+    return "\n\n".join([run.title, *sentences, *(["Warnings:", "\n".join(warnings)] if warnings else [])])

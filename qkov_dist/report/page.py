@@ -1,19 +1,9 @@
-"""``report.html``: one page that asks nobody for anything.
-
-The template, its style and its script lie in ``assets``; this module puts numbers and text into them. Numbers
-travel as base64 of little-endian float32, text as JSON in a data block. The page's Content-Security-Policy allows its
-own style and script by their hashes and nothing else: no network, no other script, whatever a sample's text says.
-"""
+"""``report.html`` of two tasks: its numbers, and what its script draws."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import json
-import re
-from collections.abc import Iterable, Mapping
-from importlib.resources import files
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,23 +15,29 @@ from qkov_dist.scoring.score_kinds import may_be_negative
 
 from .findings import Finding, about_intervals, counts, findings, found, is_family_wise, sidedness, sides
 from .page_effects import block_effects, effects_data, sections
+from .page_frame import base64_of, page_of, round_to_float32
 from .tables import test_arrays, top_conflicts
 
 STYLE = ("page.css",)
 SCRIPT = (
     "core.js",
+    "values.js",
     "effects.js",
     "marks.js",
+    "sorting.js",
     "heatmaps.js",
+    "numbers.js",
     "charts.js",
     "sums.js",
     "conflicts.js",
     "ranked.js",
+    "saving.js",
     "downloads.js",
     "page.js",
 )
 
 
+_BACK = '<p class="back"><a href="{}">← All pairs of tasks</a></p>'
 TEXT_BYTES = 1_500_000  # of all samples together, so that a page stays small
 CODES = ("found", "family")
 LONGEST_TEXT, SHORTEST_TEXT = 4000, 60
@@ -54,32 +50,16 @@ TESTS |= {"effect_low": "effect_low", "effect_high": "effect_high"}
 BESIDE = {"low": "ci_low", "high": "ci_high", "null": "null_mean", "null_low": "null_low", "null_high": "null_high"}
 
 
-_PLACE = re.compile(r"\{\{(\w+)\}\}")
-_MARKER = '<meta name="qkov-run" content="{}">'
+def make_page(heatmap: Heatmap, matrix_page: str = "") -> str:
+    """The whole page.
 
-
-def run_marker(run_id: str) -> str:
-    """The tag by which a page tells which run it shows."""
-    return _MARKER.format(html.escape(run_id))
-
-
-def make_page(heatmap: Heatmap) -> str:
-    """The whole page."""
-    style, script = _assets(STYLE), _assets(SCRIPT)
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src '{_hash(script)}'",
-            f"style-src '{_hash(style)}'",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
-    )
+    Args:
+        heatmap: Of two tasks.
+        matrix_page: Where the page of all tasks lies, of which these are two, relative to this one; "" where none does.
+    """
     shown = {
-        "policy": policy,
-        "marker": run_marker(heatmap.run_id),
         "title": html.escape(f"{heatmap.task_a} × {heatmap.task_b}"),
-        "style": style,
+        "back": _BACK.format(html.escape(matrix_page)) if matrix_page else "",
         "facts": parts.facts(heatmap),
         **sections(heatmap),
         "legend": parts.legend(heatmap),
@@ -90,10 +70,8 @@ def make_page(heatmap: Heatmap) -> str:
         "beside": parts.beside_intervals(heatmap),
         "shared": parts.shared(heatmap),
         "provenance": parts.provenance(heatmap),
-        "data": _data_block(page_data(heatmap)),
-        "script": script,
     }
-    return _PLACE.sub(lambda place: shown[place[1]], _assets(("page.html",)))
+    return page_of("page.html", heatmap.run_id, STYLE, SCRIPT, page_data(heatmap), shown)
 
 
 def page_data(heatmap: Heatmap) -> dict[str, Any]:
@@ -116,7 +94,7 @@ def page_data(heatmap: Heatmap) -> dict[str, Any]:
         "tasks": [heatmap.task_a, heatmap.task_b],
         "samples": _samples(heatmap),
         "conflicts": [_conflict(heatmap, block, record) for block, record in top_conflicts(heatmap)],
-        "shared": {name: _base64(arrays["mean"], "<f4") for name, arrays in heatmap.shared.items()},
+        "shared": {name: base64_of(arrays["mean"], "<f4") for name, arrays in heatmap.shared.items()},
     }
 
 
@@ -125,13 +103,6 @@ def _conflict(heatmap: Heatmap, block: str, record: Mapping[str, Any]) -> list[i
     layer, head = heatmap.layers.index(record["layer"]), heatmap.natives(block).index(record["head"])
     numbers = [round_to_float32(record[key]) for key in ("score", "excess")]
     return [heatmap.blocks.index(block), layer, head, record["sample_i"], record["sample_j"], *numbers]
-
-
-def round_to_float32(number: float) -> float:
-    """The shortest decimal number that float32 tells from its neighbours; one beyond float32 stays as it is."""
-    with np.errstate(over="ignore"):
-        rounded = float(str(np.float32(number)))
-    return rounded if np.isfinite(rounded) else number
 
 
 def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
@@ -146,7 +117,7 @@ def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
         "share": heatmap.fisher[block].get("share_a"),
         **{name: tests.get(key) for name, key in TESTS.items()},
     }
-    packed = {name: _base64(values, "<f4") for name, values in arrays.items() if name == "score" or _is_there(values)}
+    packed = {name: base64_of(values, "<f4") for name, values in arrays.items() if name == "score" or _is_there(values)}
     return {
         "name": block,
         "axis": HEAD_DIM[block].replace("_", " "),
@@ -154,12 +125,12 @@ def _block(heatmap: Heatmap, block: str) -> dict[str, Any]:
         "values": packed,
         "marks": _marks(heatmap, block) if heatmap.tests else None,
         "effects": {optimizer: _packed(arrays) for optimizer, arrays in block_effects(heatmap, block)},
-        "pairs": None if heatmap.cross is None else _base64(_strongest_pairs(heatmap, block), "<i4"),
+        "pairs": None if heatmap.cross is None else base64_of(_strongest_pairs(heatmap, block), "<i4"),
     }
 
 
 def _packed(arrays: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _base64(values, "i1" if name in CODES else "<f4") for name, values in arrays.items()}
+    return {name: base64_of(values, "i1" if name in CODES else "<f4") for name, values in arrays.items()}
 
 
 def _is_there(values: Any) -> bool:
@@ -169,9 +140,9 @@ def _is_there(values: Any) -> bool:
 def _marks(heatmap: Heatmap, block: str) -> dict[str, str]:
     """What each head shows, as numbers of ``found``; whether that holds over all heads; on which side it lies."""
     return {
-        "found": _base64(found(heatmap, block), "i1"),
-        "family": _base64(is_family_wise(heatmap, block), "i1"),
-        "side": _base64(sides(heatmap.tests[block]), "i1"),
+        "found": base64_of(found(heatmap, block), "i1"),
+        "family": base64_of(is_family_wise(heatmap, block), "i1"),
+        "side": base64_of(sides(heatmap.tests[block]), "i1"),
     }
 
 
@@ -211,22 +182,3 @@ def _cut(text: str, most: int) -> str:
         return encoded.decode()
     kept = encoded[:most].decode("utf-8", "ignore")
     return f"{kept}… [{len(text):,} characters in all]"
-
-
-def _data_block(data: Any) -> str:
-    """JSON that no HTML parser takes for a tag or a comment."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _base64(values: Any, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
-
-
-def _assets(names: Iterable[str]) -> str:
-    folder = files(__package__) / "assets"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -45,9 +45,9 @@ def answer(heatmap: Heatmap) -> str:
         f'<section id="answer" class="{verdict.direction}" aria-labelledby="answer-title">'
         f'<div class="said"><h2 id="answer-title">Does training on {_escape(heatmap.task_b)} hurt '
         f"{_escape(heatmap.task_a)}?</h2>"
-        f'<p class="verdict">{_prose(whole)} <span class="scope">{_prose(scope)}</span></p>'
+        f'<p class="verdict">{prose(whole)} <span class="scope">{prose(scope)}</span></p>'
         f'{_line(heatmap)}<p class="heads">{_linked(heads)}</p></div>'
-        f'<div class="next"><h3>What to do next</h3><ol>{"".join(map(_action, verdict.actions))}</ol></div>'
+        f'<div class="next"><h3>What to do next</h3><ol>{"".join(map(action_item, verdict.actions))}</ol></div>'
         f'<div class="more-said"><ul>{_items(verdict.details[:SEEN])}</ul>'
         "<details><summary>The other way round, by the other optimizer, at a unit step; words of this page</summary>"
         f"<ul>{_items(verdict.details[SEEN:])}</ul>{_WORDS}</details></div></section>"
@@ -55,18 +55,19 @@ def answer(heatmap: Heatmap) -> str:
 
 
 def _items(texts: Iterable[str]) -> str:
-    return "".join(f"<li>{_prose(text)}</li>" for text in texts)
+    return "".join(f"<li>{prose(text)}</li>" for text in texts)
 
 
 def _linked(text: str) -> str:
     """The sentence on heads, which holds no text of a run; each head named in it leads to its place in the heatmaps."""
-    return re.sub(r"([QKVO]) (\d+)\.(\d+)", r'<a href="#\1.\2.\3">\1 \2.\3</a>', _prose(text))
+    return re.sub(r"([QKVO]) (\d+)\.(\d+)", r'<a href="#\1.\2.\3">\1 \2.\3</a>', prose(text))
 
 
-def _action(action: Action) -> str:
+def action_item(action: Action) -> str:
+    """What to do next, with its command, as a list's item."""
     command = re.sub(r"(--step )(\S+)$", r'\1<span class="step-of-command">\2</span>', _escape(action.command))
     command = f"<pre>{command}</pre>" if command else ""
-    return f"<li>{_prose(action.why)}{command}</li>"
+    return f"<li>{prose(action.why)}{command}</li>"
 
 
 def _line(heatmap: Heatmap) -> str:
@@ -174,7 +175,7 @@ def _legend(heatmap: Heatmap) -> str:
     said = " ".join(how_effects_were_tested(heatmap))
     return (
         f'<ul class="legend-marks" id="effect-marks">{"".join(items)}</ul>'
-        f'<p class="hint" id="effects-tested"><b>How effects were tested.</b> {_prose(said)}</p>'
+        f'<p class="hint" id="effects-tested"><b>How effects were tested.</b> {prose(said)}</p>'
     )
 
 
@@ -241,7 +242,7 @@ def _curvature(heatmap: Heatmap, block: str, optimizer: str, task: str) -> Float
     return curvatures_along(of_optimizer, heatmap.counted.a if task == "a" else heatmap.counted.b)
 
 
-def _prose(text: str) -> str:
+def prose(text: str) -> str:
     """Escaped, with signs and minus as they are printed."""
     return _MINUS.sub("−", _RATE.sub("learning rate × number of steps", _escape(text))).replace("&lt;=", "≤")
 

@@ -70,8 +70,8 @@ def _heads(number: int) -> str:
 
 def block_table(heatmap: Heatmap) -> str:
     """The table of blocks for reading: a number and where it lies in one cell."""
-    table, name = blocks_table(heatmap), heatmap.deciding
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    blocks, name = blocks_table(heatmap), heatmap.deciding
+    rows = [dict(zip(blocks.columns, row, strict=True)) for row in blocks.rows]
     has_share = any(row["share_a_median"] is not None for row in rows)
     found = tuple(counts(heatmap))
     titles = ["Block", "Heads", f"Mean {heatmap.attributes.get('score', 'score')}", "Highest mean"]
@@ -80,7 +80,7 @@ def block_table(heatmap: Heatmap) -> str:
         titles += [f"{finding.glyph}\N{NO-BREAK SPACE}{finding.name}" for finding in found]
     titles += [f"Median Fisher share of {heatmap.task_a}"] if has_share else []
     names = [finding.name for finding in found]
-    return _table("blocks", titles, [_block_cells(row, name, names, has_share=has_share) for row in rows])
+    return table("blocks", titles, [_block_cells(row, name, names, has_share=has_share) for row in rows])
 
 
 def beside_intervals(heatmap: Heatmap) -> str:
@@ -115,24 +115,28 @@ def _place(row: Mapping[str, Cell], key: str) -> str:
 
 def shared(heatmap: Heatmap) -> str:
     """What belongs to no head, by layer: a chart's place and the numbers; nothing where nothing was scored."""
-    table = shared_table(heatmap)
-    if not table.rows:
+    by_layer = shared_table(heatmap)
+    if not by_layer.rows:
         return ""
     score = heatmap.attributes.get("score", "score")
-    rows = [[(_text(cell),) for cell in row] for row in table.rows]
+    rows = [[(_text(cell),) for cell in row] for row in by_layer.rows]
     return (
         '<div id="shared"><h3>Shared by all heads</h3><p class="hint">The bias of O belongs to no head: it is in no '
         "heatmap and no sum over heads, and was not tested.</p>"
         '<div class="charts" id="shared-charts"></div><details><summary>Numbers by layer</summary>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Bias of O by layer">'
-        f"{_table('shared-table', ['Parameter', 'Layer', f'Mean {score}'], rows)}</div></details></div>"
+        f"{table('shared-table', ['Parameter', 'Layer', f'Mean {score}'], rows)}</div></details></div>"
     )
 
 
 def warning_count(heatmap: Heatmap) -> str:
     """The number of warnings, for the page's navigation."""
-    count = len(heatmap.attributes.get("warnings", ()))
-    return f" <span class='count'>{count}</span>" if count else ""
+    return count_of(len(heatmap.attributes.get("warnings", ())))
+
+
+def count_of(number: int) -> str:
+    """A number of warnings beside their link; nothing for 0."""
+    return f" <span class='count'>{number}</span>" if number else ""
 
 
 def warnings(heatmap: Heatmap) -> str:
@@ -143,7 +147,11 @@ def warnings(heatmap: Heatmap) -> str:
         ("note", heatmap.attributes.get("notes", ())),
         ("statistics", statistics.get("notes", ())),
     )
-    items = [(kind, str(text)) for kind, texts in kinds for text in texts]
+    return warning_list([(kind, str(text)) for kind, texts in kinds for text in texts])
+
+
+def warning_list(items: Sequence[tuple[str, str]]) -> str:
+    """Kinds and texts of warnings and notes, as a list."""
     if not items:
         return "<p>None.</p>"
     rows = (f'<li class="{kind}"><b>{kind}</b> {_escape(text)}</li>' for kind, text in items)
@@ -151,10 +159,14 @@ def warnings(heatmap: Heatmap) -> str:
 
 
 def provenance(heatmap: Heatmap) -> str:
-    """Settings, versions and seeds; not what is shown elsewhere, nor where every head lies."""
-    attributes = {k: v for k, v in heatmap.attributes.items() if k not in ("warnings", "notes", "slices")}
-    settings = (heatmap.statistics or {}).get("settings", {})
-    shown = {"run_id": heatmap.run_id, **attributes, **({"statistics": settings} if settings else {})}
+    """Settings, versions and seeds of a run and its tests."""
+    return provenance_of(heatmap.attributes, (heatmap.statistics or {}).get("settings", {}))
+
+
+def provenance_of(attributes: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The same of a run's attributes: not what is shown elsewhere, nor where every head lies."""
+    kept = {k: v for k, v in attributes.items() if k not in ("warnings", "notes", "slices")}
+    shown = {"run_id": str(attributes.get("run_id", "")), **kept, **({"statistics": settings} if settings else {})}
     rows = (f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in _flat(shown))
     return f"<dl class='pairs'>{''.join(rows)}</dl>"
 
@@ -171,7 +183,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _table(name: str, titles: Sequence[str], rows: Sequence[Any]) -> str:
+def table(name: str, titles: Sequence[str], rows: Sequence[Any]) -> str:
     """Rows of cells of lines, as an HTML table."""
     head = "".join(f"<th scope='col'>{_escape(title)}</th>" for title in titles)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)

@@ -16,12 +16,30 @@ from qkov_dist.results.heatmap_data import SampleTable
 from qkov_dist.results.task_matrix import TaskMatrix
 
 from .logged import Found
+from .matrix_page import make_matrix_page
 from .page import make_page
+from .pair_files import link_back, pair_files
+from .write import MOST_WITH_A_RUN, PAGE_FILE
 
 
-def make_page_of(run: Found) -> bytes | None:
-    """The page of a run, as a file holds it; none of more than two tasks."""
-    return None if isinstance(run, TaskMatrix) else make_page(run).encode("utf-8", "backslashreplace")
+def pages_of(run: Found, *, alone: bool = False) -> dict[str, bytes]:
+    """File name -> page of a run; of more than two tasks also those of pairs, where they are few.
+
+    Args:
+        run: What was found.
+        alone: Leave out pages of pairs.
+    """
+    if not isinstance(run, TaskMatrix):
+        return {PAGE_FILE: _encoded(make_page(run))}
+    pairs = {} if alone or len(run.pairs) > MOST_WITH_A_RUN else pair_files(run.tasks)
+    pages = {PAGE_FILE: _encoded(make_matrix_page(run, pairs))}
+    return pages | {
+        file: _encoded(make_page(run.heatmap(*pair), link_back(PAGE_FILE, pair))) for pair, file in pairs.items()
+    }
+
+
+def _encoded(page: str) -> bytes:
+    return page.encode("utf-8", "backslashreplace")
 
 
 def without_texts(run: Found) -> Found:

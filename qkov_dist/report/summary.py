@@ -1,20 +1,45 @@
-"""What a finished run prints: the answer, the heads with most interference, and where everything is."""
+"""What a finished run prints: the answer, the strongest heads, or of many tasks the pairs, and where everything is."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
 import numpy as np
 from tabulate import tabulate
 
+from qkov_dist.results.advice import Action
 from qkov_dist.results.heatmap import Heatmap
+from qkov_dist.results.task_matrix import TaskMatrix
 
 from .findings import found, name_of, null_of, significance
+from .matrix_findings import families, said_of_pairs
+from .matrix_tables import pairs_table, tasks_table
+from .table import Cell, Table
 
-NUM_SHOWN = 5
+NUM_SHOWN, NUM_ROWS = 5, 12
 WIDTH = 110
+PAIR_COLUMNS = {"a": "task_a", "b": "task_b", "contested": "contested", "apart": "apart"}
+EFFECT_PAIRS = {
+    "conflict": "conflict_adam",
+    "synergy": "synergy_adam",
+    "change": "change_adam",
+    "low": "ci_low_adam",
+    "high": "ci_high_adam",
+    "q": "q_value_adam",
+    "direction": "direction_adam",
+}
+SCORE_PAIRS = {"mean a on b": "mean_ab", "mean b on a": "mean_ba", "overlap": "overlap"}
+TASK_COLUMNS = {"task": "task", "samples": "samples", "loss": "mean_loss"}
+EFFECT_TASKS = {
+    "hurt": "pairs_that_hurt",
+    "help": "pairs_that_help",
+    "not known": "pairs_not_known",
+    "conflict": "conflict_adam",
+    "synergy": "synergy_adam",
+}
 
 
 def print_summary(heatmap: Heatmap, folder: str | Path, file: str = "heatmap.h5") -> None:
@@ -39,20 +64,57 @@ def print_verdict(heatmap: Heatmap) -> None:
     verdict = heatmap.verdict
     if verdict is None:
         return
+    _print_answer(verdict.sentences, verdict.details, verdict.actions)
+
+
+def print_matrix_summary(matrix: TaskMatrix, folder: str | Path, file: str = "heatmap.h5") -> None:
+    """Print the answer, pairs with most heads in conflict first, tasks, and the path of the file, to stdout."""
+    if verdict := matrix.verdict:
+        _print_answer(verdict.sentences, verdict.details, verdict.actions)
+    pairs, tasks = (EFFECT_PAIRS, EFFECT_TASKS) if verdict else ({}, {})
+    scores = {} if verdict else SCORE_PAIRS
+    _print_table(matrix, pairs_table(matrix), {**PAIR_COLUMNS, **pairs, **scores})
+    _print_table(matrix, tasks_table(matrix), {**TASK_COLUMNS, **tasks})
+    if not verdict:
+        print()
+        for text in families(matrix):
+            print(filled(text))
+    for kind, text in said_of_pairs(matrix):
+        if kind == "note":
+            print(f"note: {text}")
+    print(f"\nscores, samples and settings: {Path(folder) / file}")
+    print(f"open it with qkov_dist.load_matrix, a pair of it with load_heatmap(..., pair={matrix.pairs[0]!r})")
+
+
+def _print_table(matrix: TaskMatrix, table: Table, columns: Mapping[str, str]) -> None:
+    """The first rows of a table, under other names of columns; those that it does not have are left out."""
+    known = {name: table.columns.index(column) for name, column in columns.items() if column in table.columns}
+    rows = [[_cell(row[place]) for place in known.values()] for row in table.rows[:NUM_ROWS]]
+    print(f"\n{matrix.title}: {table.name}\n")
+    print(tabulate(rows, headers=list(known), floatfmt=".3g"))
+    if more := len(table.rows) - len(rows):
+        print(f"... and {more:,} more")
+
+
+def _cell(cell: Cell) -> Cell:
+    return "-" if cell is None else cell
+
+
+def _print_answer(sentences: Sequence[str], details: Sequence[str], actions: Sequence[Action]) -> None:
     print()
-    for text in verdict.sentences:
-        print(_filled(text))
+    for text in sentences:
+        print(filled(text))
     print()
-    for detail in verdict.details:
-        print(_filled(f"- {detail}", indent="  "))
+    for detail in details:
+        print(filled(f"- {detail}", indent="  "))
     print("\nWhat to do next:")
-    for place, action in enumerate(verdict.actions, 1):
-        print(_filled(f"{place}. {action.why}", indent="   "))
+    for place, action in enumerate(actions, 1):
+        print(filled(f"{place}. {action.why}", indent="   "))
         if action.command:
             print(f"     {action.command}")
 
 
-def _filled(text: str, indent: str = "") -> str:
+def filled(text: str, indent: str = "") -> str:
     """Text in lines; names of heads stay whole."""
     whole = re.sub(r"\b([QKVO]) (?=\d)", "\\1\N{NO-BREAK SPACE}", text)
     return fill(whole, WIDTH, subsequent_indent=indent).replace("\N{NO-BREAK SPACE}", " ")

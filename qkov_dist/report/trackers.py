@@ -23,8 +23,8 @@ from typing import Any
 from qkov_dist.errors import QkovError
 from qkov_dist.values import readable
 
-from .logged import Found, pictures, scalars, settings, title, words
-from .shareable import make_page_of, without_texts
+from .logged import Found, pictures, scalars, settings, words
+from .shareable import pages_of, without_texts
 from .write import PAGE_FILE
 
 PROJECT = "qkov"
@@ -64,7 +64,7 @@ class Handed:
 
     Attributes:
         folder: The run's.
-        page: Its page, without samples' texts, as a file that is gone afterwards; None where there is none.
+        page: Its page, without samples' texts, as a file that is gone afterwards.
         title: Model, tasks and numbers of samples.
         words: The answer and the warnings.
         settings: The configuration, flat.
@@ -73,7 +73,7 @@ class Handed:
     """
 
     folder: Path
-    page: Path | None
+    page: Path
     title: str
     words: str
     settings: Mapping[str, str | int | float | bool]
@@ -104,15 +104,9 @@ def report_to(
         drawn = {}
     bare, numbers = without_texts(run), {**scalars(run), **(measured or {})}
     with TemporaryDirectory() as place:
-        page = _written(make_page_of(bare), Path(place) / PAGE_FILE)
-        _hand(names, Handed(folder, page, title(run), words(bare), settings(bare), numbers, drawn), say)
-
-
-def _written(content: bytes | None, path: Path) -> Path | None:
-    if content is None:
-        return None
-    path.write_bytes(content)
-    return path
+        page = Path(place) / PAGE_FILE
+        page.write_bytes(pages_of(bare, alone=True)[PAGE_FILE])
+        _hand(names, Handed(folder, page, run.title, words(bare), settings(bare), numbers, drawn), say)
 
 
 def _hand(names: Sequence[str], handed: Handed, say: Callable[[str], object]) -> None:
@@ -183,10 +177,9 @@ def _to_wandb(handed: Handed) -> str:
     begun = WandBTracker(project, settings=wandb.Settings(login_timeout=LOGIN_S), **options)
     with _started(begun, handed) as tracker:
         tracker.log_images(_as_arrays(handed.pictures), step=0)
-        if handed.page is not None:
-            artifact = wandb.Artifact(f"report-{handed.settings['run_id'] or 'of-a-run'}", type="report")
-            artifact.add_file(str(handed.page))
-            tracker.run.log_artifact(artifact)
+        artifact = wandb.Artifact(f"report-{handed.settings['run_id'] or 'of-a-run'}", type="report")
+        artifact.add_file(str(handed.page))
+        tracker.run.log_artifact(artifact)
         return str(tracker.run.url or tracker.run.dir)
 
 
@@ -200,8 +193,7 @@ def _to_mlflow(handed: Handed) -> str:
             for name, content in handed.pictures.items():
                 (Path(folder) / f"{name}.png").write_bytes(content)
             tracker.log_artifacts(folder, "figures")
-        if handed.page is not None:
-            tracker.log_artifact(str(handed.page))
+        tracker.log_artifact(str(handed.page))
         return f"run {tracker.active_run.info.run_id} at {mlflow.get_tracking_uri()}"
 
 

@@ -19,13 +19,11 @@ import yaml
 from qkov_dist.console import Say
 from qkov_dist.errors import QkovError
 from qkov_dist.results.heatmap_file import HEATMAP_FILE, heatmap_path
-from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.values import readable
 
 from .card import make_card
-from .logged import Found, load_run, pictures, title
-from .shareable import make_page_of, without_texts
-from .write import PAGE_FILE, refuse_other_page, write_page
+from .logged import Found, load_run, pictures
+from .shareable import pages_of, without_texts
 
 REPO_TYPES = ("dataset", "model")
 Files = Mapping[str, Path | bytes]
@@ -64,7 +62,7 @@ class Target:
 
 
 def push(place: str | Path, target: Target, say: Say, *, with_texts: bool = False) -> str:
-    """Upload a finished run; returns where it lies. The run's folder is not changed, but for a page that it lacks.
+    """Upload a finished run; returns where it lies. The run's folder is not changed.
 
     Args:
         place: The run's folder, or its heatmap's file.
@@ -80,26 +78,15 @@ def push(place: str | Path, target: Target, say: Say, *, with_texts: bool = Fals
     run = load_run(path)
     with TemporaryDirectory(prefix="qkov-push-") as folder:
         if with_texts:
-            files: Files = {HEATMAP_FILE: path, **_page_of(run, path.parent)}
+            file = path
         else:
-            run, copy = without_texts(run), Path(folder) / HEATMAP_FILE
+            run, file = without_texts(run), Path(folder) / HEATMAP_FILE
             say("writing a copy without samples' texts")
-            run.save(copy)
-            page = make_page_of(run)
-            files = {HEATMAP_FILE: copy, **({} if page is None else {PAGE_FILE: page})}
-        files = {**files, **_more_files(run, say)}
+            run.save(file)
+        files: Files = {HEATMAP_FILE: file, **pages_of(run), **_more_files(run, say)}
         say(f"uploading {', '.join(files)} and a card to the {target.repo_type} {target.repo_id}")
         with _hub_errors(target):
             return _commit(files, run, target, with_texts=with_texts)
-
-
-def _page_of(run: Found, folder: Path) -> Files:
-    """The page that a run has, made where it is missing; none of more than two tasks."""
-    if isinstance(run, TaskMatrix):
-        return {}
-    path = folder / PAGE_FILE
-    refuse_other_page(path, run.run_id)
-    return {PAGE_FILE: path if path.exists() else write_page(run, folder)}
 
 
 def _more_files(run: Found, say: Say) -> Files:
@@ -129,7 +116,7 @@ def _commit(files: Files, run: Found, target: Target, *, with_texts: bool) -> st
     api.create_commit(
         repository.repo_id,
         [CommitOperationAdd(name, content) for name, content in contents.items()],
-        commit_message=f"Heatmap of {title(run)}",
+        commit_message=f"Heatmap of {run.title}",
         repo_type=repo_type,
         revision=branch,
     )

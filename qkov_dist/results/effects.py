@@ -43,6 +43,7 @@ class Total:
             diagonal of the Fisher: the sum over heads.
         curvature_along: The same by the whole of the Fisher, terms between heads included: no sum over heads.
         own: First-order change of each task's loss for a unit step on itself, without self-pairs.
+        p_value: Two-sided, of the change against 0; NaN where nobody said.
     """
 
     change: float
@@ -51,6 +52,7 @@ class Total:
     curvature: Mapping[str, float]
     curvature_along: Mapping[str, float]
     own: Mapping[str, float]
+    p_value: float = np.nan
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def total_of(influences: ByBlock, effects: Effects, samples: Samples, optimizer:
         {task: float(summed({b: effects[b][optimizer][f"{name}_{task}"] for b in influences})) for task in TASKS}
         for name in ("curvature", "own")
     )
-    return Total(float(change.value), float(change.standard_error), (float(low), float(high)), curvature, along, own)
+    interval, p_value = (float(low), float(high)), float(change.p_value())
+    return Total(float(change.value), float(change.standard_error), interval, curvature, along, own, p_value)
 
 
 def harm_of(influences: ByBlock, samples: Samples, step: float, optimizer: str, harms: str) -> Harm:

@@ -56,10 +56,17 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
     @property
     def verdict(self) -> Verdict | None:
         """The answer in words; None in files that know no effects, and before they are tested."""
-        if not self.has_tested_effects:
-            return None
+        return verdict_of(self.facts) if self.has_tested_effects else None
+
+    @property
+    def facts(self) -> Facts:
+        """What the answer is made of.
+
+        Raises:
+            QkovError: in files that know no effects.
+        """
         places = [(block, layer, head) for block in self for layer, head in np.argwhere(self.present[block])]
-        facts = Facts(
+        return Facts(
             (self.task_a, self.task_b),
             self.counted.sizes,
             mean_losses(self.samples_a.losses, self.samples_b.losses, self.counted),
@@ -74,7 +81,6 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
             self.places,
             are_scaled=self.samples_a.gradient_norms is not None,
         )
-        return verdict_of(facts)
 
     def _effect_of_heads(self, key: str) -> dict[str, Floats64]:
         """Optimizer -> one effect of all present heads, block by block."""
@@ -123,7 +129,8 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
             largest = np.max(self.mean[block], where=self.present[block], initial=-np.inf)
             heads = f"{len(self.natives(block))} {HEAD_DIM[block].replace('_', ' ')}s"
             rows.append([block, heads, f"{largest:.4g}"])
-        return as_html(self._summary(), self.verdict, drawn, rows)
+        verdict = self.verdict
+        return as_html(self._summary(), verdict.sentences if verdict else (), drawn, rows)
 
     def _summary(self) -> str:
         tested = "tested" if self.statistics else "not tested"

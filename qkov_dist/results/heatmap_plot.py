@@ -37,15 +37,29 @@ def draw_block(axis: Any, view: BlockView, values: Floats, title: str, scale: Fl
         title: Beside the block's name.
         scale: Values whose largest magnitude both ends of a scale about 0 have; None for values of one sign.
     """
-    image = axis.imshow(np.ma.masked_invalid(values), **_colors(scale))
+    draw_block_values(axis, view.block, view.layers, view.natives, values, title, scale)
+
+
+def draw_block_values(
+    axis: Any,
+    block: str,
+    layers: Sequence[int],
+    natives: Sequence[int],
+    values: Floats,
+    title: str,
+    scale: Floats | None,
+) -> None:
+    """The same of a block of which only the numbers of its layers and native heads are known."""
+    image = axis.imshow(np.ma.masked_invalid(values), **colors_of(scale))
     axis.set_facecolor("0.85")  # absent heads
-    axis.set(title=f"{view.block}: {title}", xlabel=HEAD_DIM[view.block].replace("_", " "))
-    _ticks(axis.xaxis, view.natives)
-    _ticks(axis.yaxis, view.layers)
+    axis.set(title=f"{block}: {title}", xlabel=HEAD_DIM[block].replace("_", " "))
+    _ticks(axis.xaxis, natives)
+    _ticks(axis.yaxis, layers)
     axis.figure.colorbar(image, ax=axis)
 
 
-def _colors(scale: Floats | None) -> dict[str, Any]:
+def colors_of(scale: Floats | None) -> dict[str, Any]:
+    """How an image is drawn: about 0 with both ends at the largest size in ``scale``, or as values of one sign."""
     from matplotlib.colors import LinearSegmentedColormap
 
     options: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "cividis"}

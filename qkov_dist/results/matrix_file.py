@@ -29,7 +29,8 @@ from .block_view import HEAD_DIM
 from .disk import DAMAGED
 from .hdf5_read import Reader, reading
 from .heatmap import Heatmap
-from .heatmap_file import check_attributes, check_axes, heatmap_path, load_heatmap, read_samples, task_names
+from .heatmap_checks import check_attributes, check_axes
+from .heatmap_file import heatmap_path, load_heatmap, read_samples, task_names
 from .matrix_data import MATRIX_KEYS, Pair
 from .task_matrix import TaskMatrix
 

@@ -22,8 +22,8 @@ from qkov_dist.scoring.tiles import LayerTiles, TilePlan
 from qkov_dist.values import written
 
 from .head_slices import slices_of
+from .heatmap_checks import ABOVE_ALL, check_attributes
 from .heatmap_data import SampleTable
-from .heatmap_file import ABOVE_ALL, check_attributes
 
 _LONGEST = 300  # of an error's text
 _LISTED = 5  # samples in a warning

@@ -1,4 +1,4 @@
-"""A heatmap as a notebook shows it: the answer, a small picture, and a table of its blocks. Every text is escaped."""
+"""A heatmap, or a matrix of tasks, as a notebook shows it: the answer, a picture, a table. All text is escaped."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import base64
 import html
 from collections.abc import Sequence
 
-from .verdict import Verdict
 
-
-def as_html(summary: str, verdict: Verdict | None, picture: bytes | None, rows: Sequence[Sequence[str]]) -> str:
+def as_html(summary: str, sentences: Sequence[str], picture: bytes | None, rows: Sequence[Sequence[str]]) -> str:
     """What there is to show, as markup without scripts.
 
     Args:
-        summary: What the heatmap is of.
-        verdict: The answer, where the file knows it.
+        summary: What is shown.
+        sentences: The answer; none where the file does not know it.
         picture: A PNG, where it can be drawn.
         rows: Of the table, its head first.
     """
     parts = [f"<p>{html.escape(summary)}</p>"]
-    if verdict is not None:
-        first, *others = map(html.escape, verdict.sentences)
+    if sentences:
+        first, *others = map(html.escape, sentences)
         parts.append(f"<p><b>{first}</b> {' '.join(others)}</p>")
     if picture is not None:
         parts.append(f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>')

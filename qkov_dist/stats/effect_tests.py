@@ -50,11 +50,27 @@ def effect_tests(
     found: dict[str, dict[str, dict[str, Floats]]] = {block: {} for block in influences}
     for place, optimizer in enumerate(OPTIMIZERS):
         of_optimizer = {block: of_block[:, :, place] for block, of_block in influences.items()}
-        estimates = {block: changes(of_block, samples) for block, of_block in of_optimizer.items()}
-        largest = _largest_z(of_optimizer, samples, num_draws, seed)
-        for block, estimate in estimates.items():
-            found[block][optimizer] = _tests(estimate, largest, confidence)
+        tested = mean_tests(of_optimizer, samples, num_draws=num_draws, seed=seed, confidence=confidence)
+        for block, arrays in tested.items():
+            found[block][optimizer] = arrays
     return found
+
+
+def mean_tests(
+    values: ByBlock, samples: Samples, *, num_draws: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> dict[str, dict[str, Floats]]:
+    """The same of one quantity: block -> name -> float64 [layer, native head].
+
+    Args:
+        values: Block -> [layer, native head, N], whose mean over either task's samples is what is tested, and whose
+            spread within each is its error: influences, or the pseudo-values of a jackknife.
+        samples: Which samples count.
+        num_draws: Draws of signs for the family-wise p-value.
+        seed: Of the draws.
+        confidence: Of the intervals.
+    """
+    largest = _largest_z(values, samples, num_draws, seed)
+    return {block: _tests(changes(of_block, samples), largest, confidence) for block, of_block in values.items()}
 
 
 def _tests(estimate: Estimate, largest: Floats, confidence: float) -> dict[str, Floats]:

@@ -39,6 +39,7 @@ class Question:
 
     Attributes:
         tasks: Paths of A and of B, as in a configuration.
+        columns: What the keys of a sample are called in them, likewise; None where they are called so.
         samples: Samples of each task.
         max_tokens: Samples are cut after so many tokens.
         seed: Of halves, of the choice of heads, and of resamples; the first one of several.
@@ -46,10 +47,19 @@ class Question:
     """
 
     tasks: tuple[str, str]
+    columns: tuple[Mapping[str, str] | None, Mapping[str, str] | None]
     samples: int
     max_tokens: int
     seed: int
     output: str | None
+
+    def configs(self) -> list[TaskConfig]:
+        """Both tasks as a configuration has them."""
+        limits: dict[str, Any] = {"max_samples": self.samples, "max_tokens": self.max_tokens}
+        return [
+            TaskConfig(name=path, path=path, columns=columns, **limits)
+            for path, columns in zip(self.tasks, self.columns, strict=True)
+        ]
 
 
 def validate(
@@ -126,18 +136,18 @@ def validate_freezing(
 
 def _examined(config: ModelConfig, question: Question, console: Console) -> ExaminedModel:
     """The model and its samples, all of its layers."""
+    tasks = question.configs()
     console.say(f"loading {config.path}")
     loaded = load_model(config)
     for line in loaded.remarks:
         console.say(line)
     layout = resolve_proved(loaded.model)
-    a, b = (_samples(loaded, path, question, console) for path in question.tasks)
+    a, b = (_samples(loaded, task, console) for task in tasks)
     layers = tuple(layer.index for layer in layout.layers)
     return ExaminedModel(loaded.model, layout, a, b, layers, cast(Objective, loaded.objective), estimator="mean")
 
 
-def _samples(loaded: LoadedModel, path: str, question: Question, console: Console) -> tuple[Sample, ...]:
-    task = TaskConfig(name=path, path=path, max_samples=question.samples, max_tokens=question.max_tokens)
+def _samples(loaded: LoadedModel, task: TaskConfig, console: Console) -> tuple[Sample, ...]:
     limits = {"vocab_size": loaded.vocab_size, "max_positions": loaded.max_positions, "objective": loaded.objective}
     found = load_task(task, loaded.tokenizer, **limits)  # type: ignore[arg-type]
     for warning in found.warnings:

@@ -79,7 +79,10 @@ class Subject:
     @property
     def task_configs(self) -> tuple[TaskConfig, TaskConfig]:
         first, second = (
-            TaskConfig(name, str(_file(self.folder, name, self.masked)), self.samples, self.tokens) for name in TASKS
+            TaskConfig(
+                name, str(_file(self.folder, name, self.masked)), max_samples=self.samples, max_tokens=self.tokens
+            )
+            for name in TASKS
         )
         return first, second
 

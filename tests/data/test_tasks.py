@@ -6,9 +6,7 @@ import ast
 import gzip
 import json
 import re
-import sys
-import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from task_files import CONVERSATION, labelled_text, load, refused
 from toy_tokenizers import CHAT, CHATTER, TAGGED_CHAT, TOKENIZER, VOCAB, byte_tokenizer, word_tokenizer
 from transformers import ByT5Tokenizer
 
-from qkov_dist.data import sources
+from qkov_dist.data import text_files
 from qkov_dist.data.builtin import MAX_SAMPLES, builtin_samples
 from qkov_dist.data.samples import IGNORED, task_fingerprint
 
@@ -430,75 +428,9 @@ def test_not_utf8_names_line_and_byte(tmp_path: Path) -> None:
 
 
 def test_endless_line(file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 20)
     path = file({"text": "fine"}, {"text": "x" * 100})
     assert refused(path).where == f"{path}:2"
-
-
-# Hugging Face datasets
-
-
-def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Iterable[dict[str, Any]]) -> list[Any]:
-    calls: list[Any] = []
-
-    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> Iterable[dict[str, Any]]:
-        calls.append((path, name, split, streaming))
-        if path == "org/none":
-            raise FileNotFoundError("no such dataset")
-        return rows
-
-    module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
-    module.get_dataset_config_names = lambda path: ["main"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("path", "call"),
-    [
-        ("hf:org/set#text", ("org/set", None, "train", True)),
-        ("hf:org/set:main#text", ("org/set", "main", "train", True)),
-        ("hf:org/set:test#text", ("org/set", None, "test", True)),
-        ("hf:org/set:main:test#text", ("org/set", "main", "test", True)),
-        ("hf:org/set:test[:10]#text", ("org/set", None, "test[:10]", False)),
-    ],
-)
-def test_dataset_path(monkeypatch: pytest.MonkeyPatch, path: str, call: tuple[Any, ...]) -> None:
-    calls = fake_datasets(monkeypatch, [{"text": "a b"}, {"text": "c d"}])
-    task = load(path, max_samples=1)
-    assert calls == [call]
-    assert [(sample.id, sample.text) for sample in task.samples] == [("math-1", "a b")]
-
-
-def test_dataset_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_datasets(monkeypatch, [{"chat": CONVERSATION, "ids": [5, 6], "n": 3}])
-    assert labelled_text(load("hf:org/set#chat", CHATTER)) == "yes ab<|end|>no<|end|>"
-    tool = {"function": {"name": "f", "parameters": {"a": {"type": "int", "enum": None}}}}
-    fake_datasets(monkeypatch, [{"chat": [{**m, "tool_calls": None} for m in CONVERSATION], "tools": [tool]}])
-    shows = byte_tokenizer("{{ tools | tojson }}" + CHAT)
-    text = load("hf:org/set#chat", shows, max_positions=None).samples[0].text
-    assert text.startswith('[{"function": {"name": "f", "parameters": {"a": {"type": "int"}}}}]<|user|>')
-    fake_datasets(monkeypatch, [{"chat": CONVERSATION, "ids": [5, 6], "n": 3}])
-    assert load("hf:org/set#ids").samples[0].input_ids.tolist() == [5, 6]
-    assert refused("hf:org/set#n").where == "hf:org/set#n:1: text"
-    error = refused("hf:org/set#text")
-    assert (error.where, error.remedy) == ("hf:org/set#text:1", "The columns are chat, ids, n.")
-
-
-@pytest.mark.parametrize("path", ["hf:org/set", "hf:#text", "hf:org/set#", "hf:a:b:c:d#text"])
-def test_malformed_dataset_path(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    fake_datasets(monkeypatch, [])
-    error = refused(path)
-    assert (error.where, error.expected) == (path, "hf:HUB_ID[:CONFIG][:SPLIT]#COLUMN")
-
-
-def test_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_datasets(monkeypatch, [])
-    assert refused("hf:org/none#text").got == "no such dataset"
-    assert refused("hf:org/set#text").expected == "at least one sample"
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refused("hf:org/set#text").remedy
 
 
 # Built-in tasks

@@ -1,4 +1,4 @@
-"""Task files that ought to be refused: rows of wrong forms, lines and gzip streams that lie about their size."""
+"""Task files that ought to be refused: wrong rows, broken tables, lines and gzip streams that lie about their size."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import functools
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fuzz_bytes import IN_PLACE, SEEDS, damaged, one_of_files
 from fuzz_text import changed, json_texts, leaves, trees
 from hypothesis import strategies as st
@@ -43,6 +45,23 @@ KEYS = (
     "\ud800",
     "k" * 3000,
     "\x1b[2J",
+)
+
+TABLE = pa.table(
+    {
+        "text": ["ab w 12", "é → \U0001f600", 'say "x",\ty', "", None],
+        "label": [0, 1, -1, 7, None],
+        "kind": pa.array(["a", "b", "a", None, "b"]).dictionary_encode(),
+        "messages": [ROWS[6]["messages"], None, [], [{"role": "assistant", "content": None}], ROWS[6]["messages"]],
+        "input_ids": [[1, 2, 3], [], None, [300, -1], [None, 1]],
+    }
+)
+COLUMNS: tuple[dict[str, str] | None, ...] = (
+    None,
+    {"text": "text"},
+    {"prompt": "{kind} {label}: ", "completion": "text"},
+    {"messages": "messages"},
+    {"input_ids": "input_ids", "id": "label"},
 )
 
 
@@ -142,8 +161,49 @@ def _files(name: str, content: bytes, options: dict[str, Any]) -> dict[str, byte
     return {name: content, "options.json": json.dumps(options).encode()}
 
 
+def _tables(options: dict[str, Any], columns: dict[str, str] | None, sample: str) -> dict[str, Any]:
+    """Options for a table: which columns, and which rows."""
+    return options | {"columns": columns} | ({"sample": sample, "max_samples": 3} if sample == "random" else {})
+
+
+def _parquet(compression: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(TABLE, sink, row_group_size=2, compression=compression)
+    return bytes(sink.getvalue())
+
+
+def _arrow(new: Callable[..., Any]) -> bytes:
+    sink = pa.BufferOutputStream()
+    with new(sink, TABLE.schema) as writer:
+        writer.write_table(TABLE)
+    return bytes(sink.getvalue())
+
+
+_CSV = (b'text,label,kind\r\n"a\n""b""",1,x\r\nc,NA,\r\n', b"text;kind\na;b\n", b"\xef\xbb\xbftext,text\na,b\n")
+_JSON = tuple(b"[" + b", \n".join(lines) + b"]" for lines in (LINES, LINES[:1], LINES[6:]))
+_ended = {
+    "csv": st.one_of(_texts, damaged(_CSV)),
+    "tsv": damaged(_CSV),
+    "json": st.one_of(_texts, damaged(_JSON), _texts.map(lambda text: b"[" + text)),
+    "parquet": st.one_of(damaged((_parquet("none"), _parquet("snappy"))), damaged((_parquet("none"),), IN_PLACE)),
+    "arrow": st.one_of(
+        damaged((_arrow(pa.ipc.new_file), _arrow(pa.ipc.new_stream))),
+        damaged((_arrow(pa.ipc.new_file), _arrow(pa.ipc.new_stream)), IN_PLACE),
+    ),
+}
+_of_tables = st.sampled_from(sorted(_ended)).flatmap(
+    lambda ending: st.builds(
+        _files,
+        st.just(f"task.{ending}"),
+        _ended[ending],
+        st.builds(_tables, _options, st.sampled_from(COLUMNS), st.sampled_from(["first", "first", "random"])),
+    )
+)
+
+
 inputs = st.one_of(
     st.builds(_files, st.just("task.jsonl"), _texts, _options),
-    st.builds(_files, st.just("task.jsonl"), _texts, _options),
     st.builds(_files, st.just("task.jsonl.gz"), _streams, _options),
+    _of_tables,
+    _of_tables,
 )

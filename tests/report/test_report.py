@@ -34,7 +34,8 @@ from pages import numbers, records
 from qkov_dist.cli import main
 from qkov_dist.errors import QkovError
 from qkov_dist.report.figures import draw_blocks, draw_heatmaps
-from qkov_dist.report.page import make_page, page_data, round_to_float32
+from qkov_dist.report.page import make_page, page_data
+from qkov_dist.report.page_frame import round_to_float32
 from qkov_dist.report.table import Table
 from qkov_dist.report.tables import all_tables, blocks_table, conflicts_table, heads_table, layers_table
 from qkov_dist.report.write import write_page, write_report

@@ -243,7 +243,10 @@ def test_the_command_prints_tables_and_writes_all_numbers(tmp_path, capsys):
     TINY["llama"].build().save_pretrained(tmp_path / "model")
     for task, seed in (("a", 1), ("b", 2)):
         write_task(tmp_path / f"{task}.jsonl", mixed_samples(4, VOCAB, seed=seed))
+    renamed = (tmp_path / "b.jsonl").read_text().replace('"input_ids"', '"ids"')
+    (tmp_path / "b.jsonl").write_text(renamed)
     tasks = ["--task-a", str(tmp_path / "a.jsonl"), "--task-b", str(tmp_path / "b.jsonl")]
+    tasks += ["--columns-b", "input_ids=ids", "labels=labels"]
     few = ["--heads", "16", "--samples", "4", "--bootstrap", "20", "--quiet"]
     output = tmp_path / "numbers.json"
     command = ["validate", str(tmp_path / "model"), *tasks, *few]
@@ -258,6 +261,6 @@ def test_the_command_prints_tables_and_writes_all_numbers(tmp_path, capsys):
     assert {row["samples"] for row in written["slopes"]} == {"held out", "same"}
     assert main([*command, "--output", str(tmp_path / "no" / "such.json")]) == 2
     assert "--output" in capsys.readouterr().err
-    for wrong in (["--sizes", "-1"], ["--optimizer", "lion"]):
+    for wrong in (["--sizes", "-1"], ["--optimizer", "lion"], ["--columns-a", "ids"]):
         with pytest.raises(SystemExit):
             main([*command, *wrong])

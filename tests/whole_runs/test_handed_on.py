@@ -47,6 +47,7 @@ def test_a_run_of_many_tasks_goes_to_tensorboard_once_and_to_the_hub(many, tmp_p
         for row, column in np.ndindex(3, 3):
             logged = numbers[f"{names[row]}__{names[column]}/{name}"]
             assert logged == pytest.approx(values[row, column], rel=1e-5)
+    assert set(found.Tags()["images"]) >= {"matrix", "matrix_scores"}
     assert {"seconds/capture", "seconds/scoring", "seconds/combining", "gib/weights", "gib/peak_host"} < {*numbers}
     assert numbers["gib/peak_host"] > numbers["gib/weights"] > 0
 
@@ -59,6 +60,11 @@ def test_a_run_of_many_tasks_goes_to_tensorboard_once_and_to_the_hub(many, tmp_p
     assert pushed.returncode == 0, pushed.stderr
     files = hub.files["main"]
     assert "heatmap = load_matrix(hf_hub_download('me/many'" in files["README.md"].decode()
+    pages = {name for name in files if name.endswith(".html")}
+    assert pages == {
+        "report.html",
+        *(f"pairs/{pair}.html" for pair in ("math__code", "math__law_order-3", "code__law_order-3")),
+    }
     (tmp_path / "back.h5").write_bytes(files["heatmap.h5"])
     back = load_matrix(tmp_path / "back.h5")
     np.testing.assert_array_equal(back.values["Q"]["change_adam"], matrix.values["Q"]["change_adam"])

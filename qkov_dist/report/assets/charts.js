@@ -48,7 +48,6 @@ function chart(block, axis, note, label) {
   return { svg, element: make("div", { class: `chart ${block.name}` }, make("h3", {}, make("i"), block.name), svg) };
 }
 
-const fixed = (number) => number.toFixed(1);
 
 function drawBlocks() {
   const value = VALUES[STATE.value];

@@ -55,19 +55,6 @@ function kept() {
   return rows.sort((x, y) => sign * compare(x[FILTER.key], y[FILTER.key]));
 }
 
-/** A column's name that sorts by it: state holds ``key`` and ``down``; ``first`` is the order of the first click. */
-function sortHeader(table, [key, title, kind], state, draw, first) {
-  const isSorted = state.key === key;
-  const sort = () => {
-    state.down = isSorted ? !state.down : first;
-    state.key = key;
-    draw();
-    document.querySelector(`#${table} th[data-key="${key}"] button`).focus();
-  };
-  const order = isSorted ? { "aria-sort": state.down ? "descending" : "ascending" } : {};
-  return make("th", { scope: "col", role: "columnheader", "data-key": key, class: kind || "", ...order }, make("button", { type: "button", onclick: sort }, title));
-}
-
 const headerCell = (column) => sortHeader("conflicts", column, FILTER, drawConflicts, column[0] === "excess" || (column[0] === "score" && !isSigned));
 
 function textCell(samples, place) {
@@ -105,6 +92,8 @@ function listConflicts(block, cell) {
   document.getElementById("top-conflicts").scrollIntoView();
   document.getElementById("conflicts-scroll").focus({ preventScroll: true });
 }
+
+const enterHead = (block, cell) => listConflicts(block, cell);
 
 function choice(name, title, values) {
   const options = values.map(([value, text]) => make("option", { value }, text));

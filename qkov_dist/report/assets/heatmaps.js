@@ -9,7 +9,7 @@ function makeMap(block, index) {
   const canvas = make("canvas", {
     tabindex: 0, role: "application", id: `map-${block.name}`, "aria-describedby": "marks",
     "aria-label": `Heatmap of block ${block.name}: ${DATA.layers.length} layers by ${block.heads.length} ${block.axis}s. ` +
-      "Arrow keys move between cells, Enter lists the strongest pairs of a head.",
+      `Arrow keys move between cells, ${ENTER_SAYS}.`,
   });
   const cursor = make("div", { class: "cursor", hidden: true });
   const bar = make("canvas", { class: "bar", "aria-hidden": "true" });
@@ -47,7 +47,7 @@ function firstCell(map) {
 function walk(map, event) {
   const steps = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   const cell = STATE.selected?.map === map ? STATE.selected : firstCell(map);
-  if (event.key === "Enter") listConflicts(map.block, cell);
+  if (event.key === "Enter") enterHead(map.block, cell);
   else if (event.key === "Home") select(map, { layer: cell.layer, head: 0 });
   else if (event.key === "End") select(map, { layer: cell.layer, head: map.block.heads.length - 1 });
   else if (event.key === "Escape") leave();
@@ -168,13 +168,18 @@ function drawAxes(context, map, color) {
   }
 }
 
-function drawBar(map, scale) {
-  const width = Math.max(map.bar.clientWidth, 60);
-  const context = prepare(map.bar, width, 10);
+/** The colours of a scale from its low end to its high one. */
+function paintBar(bar, colors) {
+  const width = Math.max(bar.clientWidth, 60);
+  const context = prepare(bar, width, 10);
   for (let x = 0; x < width; x++) {
-    context.fillStyle = rgb(mix(scale.colors, x / (width - 1)));
+    context.fillStyle = rgb(mix(colors, x / (width - 1)));
     context.fillRect(x, 0, 1.5, 10);
   }
+}
+
+function drawBar(map, scale) {
+  paintBar(map.bar, scale.colors);
   map.ends.forEach((end, i) => { end.textContent = scale.ends[i]; });
 }
 
@@ -213,37 +218,6 @@ function leave() {
   else MAPS.forEach((map) => { map.cursor.hidden = true; });
 }
 
-/** Names and numbers of one head, in reading order. */
-const numbersOf = (block, at) => [...(hasEffects ? effectNumbers(block, at) : []), ...testNumbers(block, at)];
-
-/** The first of them: as many as fit beside the pointer. */
-function numbersAtPointer(block, at) {
-  return hasEffects && showsEffect() ? [...effectNumbers(block, at), ...testNumbers(block, at).slice(0, 4)] : numbersOf(block, at);
-}
-
-function testNumbers(block, at) {
-  const interval = (low, high) => {
-    const [from, to] = [block.value(low, at), block.value(high, at)];
-    return Number.isNaN(from) ? "" : ` [${show(from)}, ${show(to)}]`;
-  };
-  const withNull = ({ title, key, low, high, null: name }) => {
-    rows.push([title, show(block.value(key, at)) + interval(low, high)]);
-    const mean = block.value(name, at);
-    if (!Number.isNaN(mean)) rows.push([`its null`, show(mean) + interval(`${name}_low`, `${name}_high`)]);
-  };
-  const rows = [];
-  withNull(VALUES.score);
-  if (hasStatistic) withNull(VALUES.overlap);
-  if (isTested) {
-    rows.push(["effect size", show(block.value("effect", at)) + interval("effect_low", "effect_high")], ["p", show(block.value("p", at))]);
-    rows.push(["q", show(block.value("q", at))], ["family-wise p", show(block.value("p_max", at))]);
-    rows.push(["finding", findingText(block.finding(at))]);
-  }
-  if (block.values.share) rows.push([VALUES.share.title, show(block.value("share", at))]);
-  rows.push(["ridge share", show(block.value("ridge", at))]);
-  return rows;
-}
-
 const nameOf = (block, cell) => `${block.name}, layer ${DATA.layers[cell.layer]}, ${block.axis} ${block.heads[cell.head]}`;
 
 function showTip(map, cell, x, y) {
@@ -252,6 +226,11 @@ function showTip(map, cell, x, y) {
     ? numbersAtPointer(block, block.at(cell.layer, cell.head)).map(([name, text]) => make("span", {}, `${name} ${text}`))
     : [make("span", {}, "this layer has no such head")];
   tip.replaceChildren(make("b", {}, nameOf(block, cell)), ...rows);
+  placeTip(x, y);
+}
+
+/** Show the tip beside a point of the window, inside it. */
+function placeTip(x, y) {
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
   tip.style.left = `${Math.min(Math.max(x + 14, 4), document.documentElement.clientWidth - width - 4)}px`;

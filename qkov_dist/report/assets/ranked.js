@@ -24,17 +24,6 @@ function rankedHeads() {
   }));
 }
 
-/** Numbers by size, names by their numbers; what is not there, or no finding, last. */
-function sortBy(rows, key, down) {
-  const sign = down ? -1 : 1;
-  return rows.sort((x, y) => {
-    const [a, b] = [x[key], y[key]];
-    const isNone = (value) => Number.isNaN(value) || value === "";
-    if (isNone(a) || isNone(b)) return isNone(a) - isNone(b);
-    return sign * (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b);
-  });
-}
-
 function rankedRow(row, most) {
   const link = make("a", { href: hashOf(row.block, row.cell), onclick: () => follow(hashOf(row.block, row.cell)) }, row.head);
   const hasInterval = !Number.isNaN(row.low);
@@ -46,17 +35,6 @@ function rankedRow(row, most) {
   };
   return make("tr", { role: "row" }, ...rankedColumns().map(([key, title, kind]) =>
     make("td", { role: "cell", class: `short ${kind || ""} ${key}`, "data-label": title }, ...cells[key])));
-}
-
-/** The interval against 0, drawn on the scale of all rows shown. */
-function intervalLine({ change, low, high }, most) {
-  const x = (number) => fixed(50 + (48 * Math.max(Math.min(number, most), -most)) / most);
-  const svg = makeSvg("svg", { viewBox: "0 0 100 10", class: "interval-line", "aria-hidden": "true", preserveAspectRatio: "none" });
-  const line = (name, x1, x2, y1, y2) => svg.append(makeSvg("line", { class: name, x1, x2, y1, y2 }));
-  line("axis", 50, 50, 0, 10);
-  line("band", x(low), x(high), 5, 5);
-  line("point", x(change), x(change), 1, 9);
-  return svg;
 }
 
 /** The heads that the filter keeps, in the order of the table. */
