@@ -87,7 +87,7 @@ class LabelledArrays:
                 data["_".join(rest if root in ("statistics", "shared") else (root, *rest))] = labelled
             if "optimizer" in variable.dims:
                 coords["optimizer"] = ("optimizer", np.array(OPTIMIZERS), labels.of_axis("optimizer"))
-        stored = {name: _as_attribute(value) for name, value in {**self.attributes, **(attributes or {})}.items()}
+        stored = {name: as_attribute(value) for name, value in {**self.attributes, **(attributes or {})}.items()}
         return xarray.Dataset(data, coords, stored)
 
     def quantities(self, block: str) -> dict[str, npt.NDArray[Any]]:
@@ -152,7 +152,7 @@ def with_optimizers(variables: Iterable[Variable]) -> Iterator[Variable]:
         yield Variable(path, ("optimizer", *by_optimizer[OPTIMIZERS[0]].dims), values)
 
 
-def _as_attribute(value: Any) -> Any:
+def as_attribute(value: Any) -> Any:
     """What netCDF takes for an attribute: it knows no truth values, and no trees."""
     if isinstance(value, bool):
         return int(value)

@@ -26,7 +26,10 @@ _AXES = {
     "sample": ("sample", "place among all samples, A's first"),
     "sample_right": ("right sample of a pair", "place among all samples, A's first"),
     "optimizer": ("optimizer", "whose step: sgd or adam"),
+    "task": ("task", "whose loss changes, and whose samples are i"),
+    "task_right": ("other task", "which is stepped on, and whose samples are j"),
 }
+_NAMES = ("optimizer", "task", "task_right")  # axes of names
 _SAMPLES = {
     "id": ("id", TEXT, "as the task's file says"),
     "num_tokens": ("labelled tokens", NONE, "tokens whose loss counts"),
@@ -95,21 +98,23 @@ class Labels:
     def of_axis(self, name: str) -> dict[str, str]:
         """The attributes of a coordinate along its own dimension."""
         long_name, description = _AXES.get(name, (f"axis of {name[1:]}", "an axis of a test's array, without a name"))
-        return _attrs(long_name, TEXT if name == "optimizer" else NONE, description)
+        return labelled_as(long_name, TEXT if name in _NAMES else NONE, description)
 
     def of(self, path: str) -> dict[str, str]:
         """The attributes of an array by its path in the file, without the optimizer where it is an axis."""
         root, *rest = path.split("/")
         match root, rest:
             case "group", []:
-                return _attrs("query heads of a kv head", NONE, "by layer")
+                return labelled_as("query heads of a kv head", NONE, "by layer")
             case "samples", [task, key] if key in _SAMPLES:
                 long_name, kind, description = _SAMPLES[key]
-                return _attrs(f"{long_name} of {self._task(task)}", self._unit(kind), description)
+                return labelled_as(f"{long_name} of {self._task(task)}", self.unit(kind), description)
             case "heatmap", [block]:
-                return _attrs(f"mean {self._score} of {block}", self._unit("score"), "over pairs of different samples")
+                return labelled_as(
+                    f"mean {self._score} of {block}", self.unit("score"), "over pairs of different samples"
+                )
             case "present", [block]:
-                return _attrs(f"heads of {block}", NONE, "whether the layer has this head")
+                return labelled_as(f"heads of {block}", NONE, "whether the layer has this head")
             case "fisher", [block, key] if key in _FISHER:
                 return self._of_block(block, *_FISHER[key])
             case "effects", [block, key] if key in _EFFECTS:
@@ -123,18 +128,18 @@ class Labels:
                 return self._of_block(block, long_name, "score", "every sample (i) against every sample (j)")
             case "shared", [name, what]:
                 long_name = f"{'mean ' if what == 'heatmap' else ''}{self._score} of {name.replace('_', ' ')}"
-                return _attrs(long_name, self._unit("score"), "of a parameter that belongs to no head")
+                return labelled_as(long_name, self.unit("score"), "of a parameter that belongs to no head")
             case "statistics", [statistic, block, key] if statistic in _STATISTICS and key in _TESTS:
                 return self._of_test(statistic, block, *_TESTS[key])
-        return _attrs(" ".join(rest or [root]).replace("_", " "), NONE, "as a test stored it")
+        return labelled_as(" ".join(rest or [root]).replace("_", " "), NONE, "as a test stored it")
 
     def _of_block(self, block: str, long_name: str, kind: str, description: str) -> dict[str, str]:
-        return _attrs(f"{long_name} of {block}", self._unit(kind), description)
+        return labelled_as(f"{long_name} of {block}", self.unit(kind), description)
 
     def _of_test(self, statistic: str, block: str, long_name: str, kind: str, description: str) -> dict[str, str]:
         of = _STATISTICS[statistic]
-        unit = self._unit("score" if statistic == "cross_mean" else NONE) if kind == "statistic" else kind
-        return _attrs(f"{long_name} of {of} of {block}" if long_name else f"{of} of {block}", unit, description)
+        unit = self.unit("score" if statistic == "cross_mean" else NONE) if kind == "statistic" else kind
+        return labelled_as(f"{long_name} of {of} of {block}" if long_name else f"{of} of {block}", unit, description)
 
     def _task(self, task: str) -> str:
         return str(self.attributes.get(f"task_{task}", task.upper()))
@@ -143,8 +148,8 @@ class Labels:
     def _score(self) -> str:
         return str(self.attributes.get("score", "score"))
 
-    def _unit(self, kind: str) -> str:
-        """The unit of a kind of quantity."""
+    def unit(self, kind: str) -> str:
+        """The unit of a kind of quantity: ``score``, ``step``, ``loss``, ..., or a unit itself."""
         loss, gradient = self._losses, NONE if self.attributes.get("sample_scale") == "unit" else self._losses
         score = KINDS.get(self.attributes.get("score"))  # type: ignore[arg-type]
         degree = 0 if score is None else score.degree - round(2 * score.power)
@@ -170,5 +175,6 @@ def _power(unit: str, degree: int) -> str:
     return unit if degree == 1 else f"({unit})^{degree}"
 
 
-def _attrs(long_name: str, units: str, description: str) -> dict[str, str]:
+def labelled_as(long_name: str, units: str, description: str) -> dict[str, str]:
+    """The three attributes."""
     return {"long_name": long_name, "units": units, "description": description}

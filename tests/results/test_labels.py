@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import xarray
 from influences import heatmap_with_effects
+from matrices import made_matrix
 
 from qkov_dist.results.effects import EFFECT_KEYS
 from qkov_dist.results.labels import Labels
@@ -37,10 +38,12 @@ def test_everything_says_what_it_is_in_which_units(tmp_path) -> None:
 
 def test_netcdf_keeps_all_of_it(tmp_path) -> None:
     heatmap = heatmap_with_effects()
-    data = heatmap.to_xarray()
-    data.to_netcdf(tmp_path / "heatmap.nc", engine="h5netcdf")
-    with xarray.open_dataset(tmp_path / "heatmap.nc", engine="h5netcdf") as back:
-        xarray.testing.assert_identical(back.load(), data)
+    data, matrix = heatmap.to_xarray(), made_matrix().to_xarray()
+    for name, kept in (("heatmap", data), ("matrix", matrix)):
+        kept.to_netcdf(tmp_path / f"{name}.nc", engine="h5netcdf")
+        with xarray.open_dataset(tmp_path / f"{name}.nc", engine="h5netcdf") as back:
+            xarray.testing.assert_identical(back.load(), kept)
+    assert all({"long_name", "units", "description"} == {*variable.attrs} for variable in matrix.variables.values())
     assert (data.attrs["model"], data.attrs["score"], data.attrs["num_samples_b"]) == ("", "interference", 3)
     assert (data.attrs["task_a"], data.attrs["task_b"]) == (heatmap.task_a, heatmap.task_b)
     assert json.loads(data.attrs["versions"]) == heatmap.attributes["versions"]
