@@ -35,6 +35,7 @@ COMMANDS = {  # in the order of the help; each is a module of the room ``command
     "rank heads alike.",
     "report": "Write the report of a finished run: report.html, and in report/ figures (PDF, PNG), tables (CSV, "
     "Markdown).",
+    "push": "Upload a finished run to the Hugging Face hub with a card; without the samples' texts unless asked.",
 }
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 

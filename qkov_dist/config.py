@@ -26,8 +26,11 @@ from .values import (
     one_of,
     optional,
     shown,
+    some_of,
     whole,
 )
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # that a finished run can be handed to
 
 
 def _key(kind: Kind, meaning: str, default: Any = MISSING, *, identity: bool = True) -> Any:
@@ -230,6 +233,12 @@ class OutputConfig(_Section):
     )
     partials: bool = _key(FLAG, "keep each rank's partial file", True, identity=False)
     resume: bool = _key(FLAG, "go on from complete layers of the same run", True, identity=False)
+    report_to: tuple[str, ...] | None = _key(
+        optional(some_of(*TRACKERS)),
+        "trackers that are given numbers, figures and a page without samples' texts, once a run is finished",
+        None,
+        identity=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,11 @@ from .scoring.tiles import TilePlan
 Planned = tuple[RunPlan, list[Phase]]
 
 
-def run(config: RunConfig, console: Console = SILENT) -> Heatmap | TaskMatrix | None:
+def run(
+    config: RunConfig,
+    console: Console = SILENT,
+    on_measured: Callable[[Sequence[Measured]], object] = lambda measured: None,
+) -> Heatmap | TaskMatrix | None:
     """Run a configuration to the end and write ``heatmap.h5`` into its output folder.
 
     Every rank of a distributed run calls this; rank 0 writes the heatmap.
@@ -61,6 +65,7 @@ def run(config: RunConfig, console: Console = SILENT) -> Heatmap | TaskMatrix | 
     Args:
         config: The resolved configuration.
         console: Takes a line about each stage, and shows progress; of a process alone, rank 0 alone uses it.
+        on_measured: Called on each rank with what all of them measured, once something was computed and written.
 
     Returns:
         On rank 0 the heatmap as written (of more than two tasks the matrix of them), or what is on disk where this very
@@ -82,14 +87,16 @@ def run(config: RunConfig, console: Console = SILENT) -> Heatmap | TaskMatrix | 
         return _stored(job, path) if is_first else None
     with ExitStack() as folder:
         together(world, lambda: folder.enter_context(locked(job.folder)) if is_first else None)
-        return _run(job, path, console)
+        return _run(job, path, console, on_measured)
 
 
 def _stored(job: Job, path: Path) -> Heatmap | TaskMatrix:
     return load_matrix(path) if job.config.has_many_tasks else load_heatmap(path)
 
 
-def _run(job: Job, path: Path, console: Console) -> Heatmap | TaskMatrix | None:
+def _run(
+    job: Job, path: Path, console: Console, on_measured: Callable[[Sequence[Measured]], object]
+) -> Heatmap | TaskMatrix | None:
     """Score what is missing, then add up, test and write."""
     config, world = job.config, job.topology.world
     header, measured = _header(job), Measured()
@@ -107,6 +114,7 @@ def _run(job: Job, path: Path, console: Console) -> Heatmap | TaskMatrix | None:
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
     everyone = [Measured(**found) for found in world.all_gather(dataclasses.asdict(measured))]
+    on_measured(everyone)
     if planned is not None:
         for line in comparison_lines(*planned, everyone):
             console.say(line)

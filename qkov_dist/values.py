@@ -96,6 +96,18 @@ def one_of(*options: str | bool) -> Kind:
     return Kind("one of " + ", ".join(str(option).lower() for option in options), read, {"enum": [*options]})
 
 
+def some_of(*options: str) -> Kind:
+    """A list of some of a few names, each kept once, or one of them alone."""
+
+    def read(value: object) -> tuple[str, ...]:
+        names = value if isinstance(value, list | tuple) else [value]
+        _require(all(isinstance(name, str) and name in options for name in names))
+        return tuple(dict.fromkeys(names))
+
+    one = {"enum": [*options]}
+    return Kind(f"a list of some of {', '.join(options)}", read, {"anyOf": [one, {"type": "array", "items": one}]})
+
+
 def optional(kind: Kind) -> Kind:
     """The same kind, or null."""
     schema = {"anyOf": [kind.schema, {"type": "null"}]}

@@ -105,7 +105,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
             "matmul_precision": "highest",
             "compile": "auto",
         },
-        "output": {"dir": "runs/qkov", "pairs": "cross", "partials": True, "resume": True},
+        "output": {"dir": "runs/qkov", "pairs": "cross", "partials": True, "resume": True, "report_to": None},
     }
 
 
@@ -201,6 +201,8 @@ def test_bad_selections(minimal: Path, text: str) -> None:
         ("output.pairs", "null", "one of none, cross, all"),
         ("output.partials", "2026-01-01", "true or false"),
         ("output.resume", "[]", "true or false"),
+        ("output.report_to", "tensorbord", "a list of some of tensorboard, wandb, mlflow, or null"),
+        ("output.report_to", "[wandb, 1]", "a list of some of tensorboard, wandb, mlflow, or null"),
     ],
 )
 def test_wrong_types_and_ranges(minimal: Path, tmp_path: Path, key: str, value: str, expected: str) -> None:
@@ -388,6 +390,7 @@ def test_identity_leaves_out_where_and_how(minimal: Path) -> None:
         "output.dir=elsewhere",
         "output.resume=false",
         "output.partials=false",
+        "output.report_to=[wandb, mlflow]",
         "compute.batch_tokens=7",
         "compute.factor_gpu_mb=7",
         "compute.factor_memory_mb=7",

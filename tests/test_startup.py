@@ -36,6 +36,7 @@ LIGHT = (
     ["check", "model", "--dtype", "float31"],
     ["stats", "nowhere"],
     ["report", "nowhere"],
+    ["push", "nowhere", "me/heatmap"],
     ["heads", "nowhere"],
     ["compare", "nowhere", "nor here"],
     ["compare", "."],

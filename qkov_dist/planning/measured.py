@@ -120,6 +120,15 @@ def comparison_lines(plan: RunPlan, phases: Sequence[Phase], measured: Sequence[
     return table.splitlines()
 
 
+def measured_scalars(measured: Sequence[Measured]) -> dict[str, float]:
+    """Name -> number of the rank with the largest: seconds by phase, GiB of what is held; only what was measured."""
+    phases = dict.fromkeys(phase for one in measured for phase in one.seconds)
+    seconds = {f"seconds/{phase}": max(one.seconds.get(phase, 0.0) for one in measured) for phase in phases}
+    names = [entry.name for entry in fields(Measured) if entry.name in (*BYTES, "peak_gpu", "peak_host")]
+    sizes = {name: _most(measured, name) for name in names}
+    return seconds | {f"gib/{name}": found / 2**30 for name, found in sizes.items() if found is not None}
+
+
 def _most(measured: Sequence[Measured], name: str) -> int | None:
     return max((found for one in measured if (found := getattr(one, name)) is not None), default=None)
 

@@ -6,7 +6,7 @@ Marks tell the side by their shape alone; coloured ones also hold over all heads
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,16 @@ from qkov_dist.results.heatmap_plot import as_plain
 
 from .findings import Finding
 
+FORMATS = ("pdf", "png")
 _PNG_DPI = 200
 MARKERS = {"up": "^", "down": "v", "square": "s", "diamond": "D", "dot": "o"}
 MARK_FILLS = {"above": "#ff8f52", "below": "#7cc6ff", None: "#c9ced6"}
 MARK_EDGES = {"above": "#c2370a", "below": "#0b5fae", None: "#1c1f24"}
 
 
-def files_of(makers: Mapping[str, Callable[[Any], Any]], shown: Any) -> Iterator[tuple[str, bytes]]:
+def files_of(
+    makers: Mapping[str, Callable[[Any], Any]], shown: Any, kinds: Collection[str] = FORMATS
+) -> Iterator[tuple[str, bytes]]:
     """File name and content of each figure, as PDF whose text stays text, and as PNG.
 
     Raises:
@@ -35,7 +38,8 @@ def files_of(makers: Mapping[str, Callable[[Any], Any]], shown: Any) -> Iterator
     with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "svg.fonttype": "none"}):
         for name, make in makers.items():
             figure = make(shown)
-            for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+            for kind in kinds:
+                metadata = {"CreationDate": None} if kind == "pdf" else {}
                 content = io.BytesIO()
                 figure.savefig(content, format=kind, dpi=_PNG_DPI, metadata=metadata)
                 yield f"{name}.{kind}", content.getvalue()

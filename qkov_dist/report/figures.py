@@ -7,7 +7,7 @@ all blocks. Text in PDFs stays text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from qkov_dist.results.heatmap import Heatmap
 from qkov_dist.results.heatmap_plot import draw_block
 from qkov_dist.scoring.score_kinds import may_be_negative
 
-from .drawing import MARK_EDGES, MARKERS, add_legend, files_of, mark_heads, new_figure
+from .drawing import FORMATS, MARK_EDGES, MARKERS, add_legend, files_of, mark_heads, new_figure
 from .effect_figures import EFFECT_FIGURES
 from .findings import counts, findings, found, is_family_wise, sidedness
 from .tables import test_arrays
@@ -25,14 +25,14 @@ from .tables import test_arrays
 BLOCK_COLORS = {"Q": "#0072B2", "K": "#E69F00", "V": "#009E73", "O": "#CC79A7"}
 
 
-def figures(heatmap: Heatmap) -> Iterator[tuple[str, bytes]]:
-    """File name and content of every figure, in both formats.
+def figures(heatmap: Heatmap, kinds: Collection[str] = FORMATS) -> Iterator[tuple[str, bytes]]:
+    """File name and content of every figure, in these formats.
 
     Raises:
         ModuleNotFoundError: where matplotlib is not installed.
     """
     known = [name for name in FIGURES if heatmap.has_tested_effects or name not in EFFECT_FIGURES]
-    yield from files_of({name: FIGURES[name] for name in known}, heatmap)
+    yield from files_of({name: FIGURES[name] for name in known}, heatmap, kinds)
 
 
 def _panels(heatmap: Heatmap, height: float, xlabel: str) -> tuple[Any, list[tuple[Any, str, str]]]:

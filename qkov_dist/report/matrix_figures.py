@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,19 @@ from qkov_dist.results.matrix_plot import as_counts, draw_matrix
 from qkov_dist.results.task_matrix import TaskMatrix
 from qkov_dist.results.verdict_facts import BY
 
-from .drawing import files_of
+from .drawing import FORMATS, files_of
 from .matrix_findings import pair_matrix, relative_change
 
 
-def matrix_figures(matrix: TaskMatrix) -> Iterator[tuple[str, bytes]]:
-    """File name and content of every figure, in both formats.
+def matrix_figures(matrix: TaskMatrix, kinds: Collection[str] = FORMATS) -> Iterator[tuple[str, bytes]]:
+    """File name and content of every figure, in these formats.
 
     Raises:
         ModuleNotFoundError: where matplotlib is not installed.
     """
     has_effects = all(record.totals for record in matrix.records)
     chosen = FIGURES if has_effects else {"matrix_scores": draw_scores}
-    yield from files_of(chosen, matrix)
+    yield from files_of(chosen, matrix, kinds)
 
 
 def _figure(matrix: TaskMatrix, num_rows: int, num_columns: int) -> tuple[Any, Any]:

@@ -60,6 +60,18 @@ def _markdown_cell(cell: Cell) -> str:
         return ""
     if isinstance(cell, float):
         return f"{cell:.4g}"
-    text = " ".join(str(cell).encode("utf-8", "backslashreplace").decode().split())
-    text = text if len(text) <= MOST_MARKDOWN_TEXT else f"{text[: MOST_MARKDOWN_TEXT - 1]}…"
+    text = _on_one_line(str(cell))
+    return _escaped(text if len(text) <= MOST_MARKDOWN_TEXT else f"{text[: MOST_MARKDOWN_TEXT - 1]}…")
+
+
+def as_plain_markdown(text: str) -> str:
+    """Text on one line, nothing of it left to be read as markup."""
+    return _escaped(_on_one_line(text))
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
+def _escaped(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", text)

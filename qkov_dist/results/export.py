@@ -8,7 +8,7 @@ from 0, A's first. The right axis of pooled scores is ``sample_right``: xarray w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from qkov_dist.scoring.influence_records import OPTIMIZERS
+
 from .block_view import HEAD_DIM, missing_extra
 from .hdf5_write import writing
+from .labels import Labels
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,26 +62,33 @@ class LabelledArrays:
                 else:
                     writer.array(variable.path, variable.values, variable.dims)
 
-    def to_xarray(self) -> Dataset:
-        """An xarray Dataset without copies; ``fisher/Q/min`` becomes ``fisher_Q_min``, samples become coordinates."""
+    def to_xarray(self, attributes: Mapping[str, Any] | None = None) -> Dataset:
+        """An xarray Dataset; ``fisher/Q/min`` becomes ``fisher_Q_min``, samples become coordinates.
+
+        Effects of a step have the dimension ``optimizer``; arrays are not copied but for these. Everything says what it
+        is and in which units (``labels``).
+
+        Args:
+            attributes: More of them, for the whole.
+        """
         try:
             import xarray
         except ImportError as error:
             raise missing_extra("to_xarray", "xarray") from error
-        coords: dict[str, Any] = {name: (name, values) for name, values in self.coords.items()}
+        labels = Labels(self.attributes)
+        coords: dict[str, Any] = {name: (name, values, labels.of_axis(name)) for name, values in self.coords.items()}
         data: dict[str, Any] = {}
-        for variable in self.variables:
+        for variable in with_optimizers(self.variables):
             root, *rest = variable.path.split("/")
+            labelled = (variable.dims, np.asarray(variable.values), labels.of(variable.path))
             if root == "samples":
-                coords[f"{rest[1]}_{rest[0]}"] = (variable.dims, np.asarray(variable.values))
+                coords[f"{rest[1]}_{rest[0]}"] = labelled
             else:
-                name = "_".join(rest if root in ("statistics", "shared") else (root, *rest))
-                data[name] = (variable.dims, variable.values)
-        attributes = {
-            name: value if isinstance(value, str | int | float | np.ndarray) else json.dumps(value, default=str)
-            for name, value in self.attributes.items()
-        }
-        return xarray.Dataset(data, coords, attributes)
+                data["_".join(rest if root in ("statistics", "shared") else (root, *rest))] = labelled
+            if "optimizer" in variable.dims:
+                coords["optimizer"] = ("optimizer", np.array(OPTIMIZERS), labels.of_axis("optimizer"))
+        stored = {name: as_attribute(value) for name, value in {**self.attributes, **(attributes or {})}.items()}
+        return xarray.Dataset(data, coords, stored)
 
     def quantities(self, block: str) -> dict[str, npt.NDArray[Any]]:
         """Name -> [layer, native head] of all that a block's heads have, by the names of ``to_pandas``."""
@@ -126,6 +136,27 @@ def _quantities(block: str, variables: Iterable[Variable]) -> dict[str, npt.NDAr
                 parts = (rest[-1], rest[-2])
             found["_".join(part for part in parts if part != block)] = np.asarray(variable.values)
     return found
+
+
+def with_optimizers(variables: Iterable[Variable]) -> Iterator[Variable]:
+    """The same, where what stands under ``sgd`` and ``adam`` apart is one array [optimizer, ...] under neither."""
+    apart: dict[str, dict[str, Variable]] = {}
+    for variable in variables:
+        root, *rest = variable.path.split("/")
+        if root in ("effects", "influences") and rest[1] in OPTIMIZERS:
+            apart.setdefault("/".join([root, rest[0], *rest[2:]]), {})[rest[1]] = variable
+        else:
+            yield variable
+    for path, by_optimizer in apart.items():
+        values = np.stack([np.asarray(by_optimizer[name].values) for name in OPTIMIZERS])
+        yield Variable(path, ("optimizer", *by_optimizer[OPTIMIZERS[0]].dims), values)
+
+
+def as_attribute(value: Any) -> Any:
+    """What netCDF takes for an attribute: it knows no truth values, and no trees."""
+    if isinstance(value, bool):
+        return int(value)
+    return value if isinstance(value, str | int | float | np.ndarray) else json.dumps(value, default=str)
 
 
 def split_arrays(tree: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

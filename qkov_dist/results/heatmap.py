@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,8 +244,22 @@ class Heatmap(HeatmapData, Mapping[str, BlockView]):
         labelled(self, pairs).write(Path(path), self.run_id)
 
     def to_xarray(self) -> Dataset:
-        """An xarray Dataset over layer, head, kv_head, sample_a and sample_b, without copies."""
-        return labelled(self).to_xarray()
+        """An xarray Dataset over layer, head, kv_head, sample_a, sample_b and, for effects, optimizer.
+
+        As ArviZ has it, every variable and coordinate has ``long_name``, ``units`` and ``description``, and the whole
+        says what it is of and what made it; the other attributes are those of the file, trees as JSON.
+        """
+        return labelled(self).to_xarray(
+            {
+                "title": self.title,
+                "model": self.model_name,
+                "num_samples_a": len(self.samples_a),
+                "num_samples_b": len(self.samples_b),
+                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "creation_library": "qkov-dist",
+                "creation_library_version": version("qkov-dist"),
+            }
+        )
 
     def to_pandas(self) -> DataFrame:
         """One row for each present native head; see ``LabelledArrays.to_pandas``."""

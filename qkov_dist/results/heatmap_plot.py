@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,6 +106,7 @@ def plot_blocks(
         is_signed = view.conflict_is_low if label.startswith(SCORE_LABEL) else bool((joined < 0).any())
         draw_block(place, view, values, label, of_scale if is_signed else None)
     axes[0].set_ylabel("layer")
+    figure._repr_png_ = partial(picture, figure)  # type: ignore[attr-defined]  # notebooks show it without pyplot
     return figure
 
 

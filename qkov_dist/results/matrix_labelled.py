@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from .block_view import HEAD_DIM, missing_extra
+from .export import as_attribute
 from .heatmap import Heatmap
+from .labels import NONE, Labels, labelled_as
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from xarray import Dataset
 
-LONG_NAMES = {
-    "mean": "mean score over pairs of different samples, i of task and j of task_right",
-    "overlap": "half the log of cross over within means",
-    "change_sgd": "first-order change of the loss of task for a unit step of sgd on task_right",
-    "change_adam": "first-order change of the loss of task for a unit step of adam on task_right",
+_WORDS = {  # long name, kind of unit, description
+    "mean": ("mean score", "score", "over pairs of different samples, i of task and j of task_right"),
+    "overlap": ("overlap", NONE, "half the log of cross over within means"),
+    "change_sgd": ("change (sgd)", "step", "first-order change of the loss of task for a unit step on task_right"),
+    "change_adam": ("change (adam)", "step", "first-order change of the loss of task for a unit step on task_right"),
 }
 
 
@@ -47,16 +48,16 @@ def matrix_to_xarray(
     axes: Mapping[str, Sequence[int]],
     values: Mapping[str, Mapping[str, npt.NDArray[np.float64]]],
     attributes: Mapping[str, Any],
-    unit: str,
 ) -> Dataset:
     """``change_adam_Q`` and its like over (task, task_right, layer, head or kv_head), without copies.
+
+    Everything says what it is and in which units (``labels``).
 
     Args:
         tasks: Their names.
         axes: ``layer``, ``head`` and ``kv_head``: the model's own numbers.
         values: Block -> name -> [task, task, layer, native head].
         attributes: Of the dataset; what is neither text nor number becomes JSON.
-        unit: Of losses.
 
     Raises:
         QkovError: where xarray is not installed.
@@ -65,21 +66,15 @@ def matrix_to_xarray(
         import xarray
     except ImportError as error:
         raise missing_extra("to_xarray", "xarray") from error
-    names = np.array(tasks, dtype=object)
-    coords: dict[str, Any] = {**{name: np.asarray(axis, np.int64) for name, axis in axes.items()}}
-    coords |= {"task": ("task", names, {"long_name": "task whose loss changes"})}
-    coords |= {"task_right": ("task_right", names, {"long_name": "task stepped on"})}
-    data = {
-        f"{name}_{block}": (
-            ("task", "task_right", "layer", HEAD_DIM[block]),
-            array,
-            {"long_name": f"{LONG_NAMES[name]}, block {block}", "units": unit if name.startswith("change") else "1"},
-        )
-        for block, arrays in values.items()
-        for name, array in arrays.items()
+    labels, names = Labels(attributes), np.array(tasks, dtype=object)
+    coords: dict[str, Any] = {
+        **{name: (name, np.asarray(axis, np.int64), labels.of_axis(name)) for name, axis in axes.items()},
+        **{name: (name, names, labels.of_axis(name)) for name in ("task", "task_right")},
     }
-    kept = {
-        name: value if isinstance(value, str | int | float | np.ndarray) else json.dumps(value, default=str)
-        for name, value in attributes.items()
-    }
-    return xarray.Dataset(data, coords, kept)
+    data = {}
+    for block, arrays in values.items():
+        for name, array in arrays.items():
+            long_name, kind, description = _WORDS[name]
+            words = labelled_as(f"{long_name} of {block}", labels.unit(kind), description)
+            data[f"{name}_{block}"] = (("task", "task_right", "layer", HEAD_DIM[block]), array, words)
+    return xarray.Dataset(data, coords, {name: as_attribute(value) for name, value in attributes.items()})

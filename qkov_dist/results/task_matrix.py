@@ -23,7 +23,7 @@ from .matrix_plot import plot_matrix
 from .matrix_verdict import MatrixFacts, MatrixVerdict, matrix_verdict
 from .matrix_write import save_matrix
 from .notebook import as_html
-from .verdict_facts import BY, CHANGE, UNITS
+from .verdict_facts import BY, CHANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,8 +142,7 @@ class TaskMatrix(MatrixData):
     def to_xarray(self) -> Dataset:
         """``change_adam_Q`` and its like over task, task_right, layer and head or kv_head, without copies."""
         axes = {"layer": self.layers, "head": self.heads, "kv_head": self.kv_heads}
-        unit = UNITS.get(str(self.settings("metric").get("loss_reduction")), "nats")
-        return matrix_to_xarray(self.tasks, axes, self.values, self.attributes, unit)
+        return matrix_to_xarray(self.tasks, axes, self.values, self.attributes)
 
     def plot(self, value: str = "change_adam", block: str | None = None, ax: Axes | None = None) -> Figure:
         """One quantity of all pairs of tasks, like tasks side by side, over all heads or those of a block.

@@ -47,7 +47,7 @@ def test_the_version_goes_before_any_command(capsys: pytest.CaptureFixture[str])
     ("line", "says"),
     [
         ("rnu", "got 'rnu'. Did you mean 'run'? See"),
-        ("xyz", "compare, report, got 'xyz'. See"),
+        ("xyz", "compare, report, push, got 'xyz'. See"),
         ("merge runs --tests keeep", "argument --tests: expected one of run, keep, got 'keeep'. Did you mean 'keep'?"),
         ("--verison", "--verison: did you mean --version?"),
         ("run c.yaml --quite", "no such argument: --quite. --quite: did you mean --quiet? See `qkov run --help`."),

@@ -199,6 +199,7 @@ def test_plot_shows_the_four_blocks_with_the_models_numbers(tmp_path) -> None:
     np.testing.assert_array_equal(panels[2].images[0].get_array().mask, ~present("V"))
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
 
 
 @pytest.mark.parametrize(

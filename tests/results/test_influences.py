@@ -135,9 +135,11 @@ def test_tables_and_datasets_name_effects_alike(heatmap):
             found = table.set_index(["block", "layer", "head"])[f"{name}_{optimizer}"]
             for block in heatmap:
                 values = heatmap.effects[block][optimizer][name]
-                np.testing.assert_array_equal(data[f"effects_{block}_{optimizer}_{name}"].values, values)
+                np.testing.assert_array_equal(data[f"effects_{block}_{name}"].sel(optimizer=optimizer), values)
                 np.testing.assert_array_equal(found[block].to_numpy(), values[heatmap.present[block]])
-        assert data[f"influences_K_{optimizer}"].dims == ("layer", "kv_head", "sample")
+        influences = heatmap.influences["K"][:, :, OPTIMIZERS.index(optimizer)]
+        np.testing.assert_array_equal(data["influences_K"].sel(optimizer=optimizer), influences)
+    assert data["influences_K"].dims == ("optimizer", "layer", "kv_head", "sample")
     assert not [column for column in table if "influence" in column]
 
 

@@ -154,7 +154,7 @@ def test_other_tools_have_every_pair_and_head(matrix) -> None:
     assert at["change_adam"].item() == matrix.values["K"]["change_adam"][1, 3, 1, 2]
     array = matrix.to_xarray()["change_adam_V"]
     assert array.dims == ("task", "task_right", "layer", "kv_head")
-    assert array.attrs["units"] == "nats per labelled token"
+    assert array.attrs["units"] == "nats per labelled token per unit step"
     found = array.sel(task="minus1", task_right="none3", layer=1, kv_head=0).item()
     assert found == matrix.values["V"]["change_adam"][1, 3, 1, 0]
 
