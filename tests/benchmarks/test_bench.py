@@ -67,6 +67,7 @@ def test_exponents_are_of_the_size_that_varies(setup):
     assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
 
 
+@pytest.mark.long
 def test_a_contestant_that_computes_something_else_is_seen(setup, monkeypatch):
     prepare(setup)
     right = agreement.METHODS["vmap"]

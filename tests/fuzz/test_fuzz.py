@@ -98,6 +98,7 @@ def test_what_never_ends_is_a_hang() -> None:
     assert bad("waits", wall_seconds=2).kind == "hang"
 
 
+@pytest.mark.long
 def test_failures_are_counted_saved_and_replayed(tmp_path: Path) -> None:
     tally, files = campaign.Tally(), {"run.yaml": b"a: 1", "deep/overrides.json": b"[]"}
     for kind in ("ok", "refused", "error", "error", "hang"):

@@ -36,6 +36,7 @@ def test_everything_says_what_it_is_in_which_units(tmp_path) -> None:
     }
 
 
+@pytest.mark.long
 def test_netcdf_keeps_all_of_it(tmp_path) -> None:
     heatmap = heatmap_with_effects()
     data, matrix = heatmap.to_xarray(), made_matrix().to_xarray()

@@ -58,6 +58,7 @@ def summed(ranks):
     return [(layer, add_layers([rank[layer] for rank in ranks])) for layer in ranks[0]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma4_kv_shared"])
 def test_partials_of_any_number_of_ranks_add_up_to_one_process(name):
     metadata, parts = scored(name, (1, 2, 3, 4), include_bias=True)
@@ -76,6 +77,7 @@ def test_partials_of_any_number_of_ranks_add_up_to_one_process(name):
     assert ("O_bias" in one.shared) == (name in ("gpt2", "gpt_neox"))
 
 
+@pytest.mark.long
 def test_layers_without_a_block_are_nan_and_marked_absent():
     metadata, parts = scored("gemma4_kv_shared")
     heatmap = assemble(metadata, summed(parts[1]))
@@ -84,6 +86,7 @@ def test_layers_without_a_block_are_nan_and_marked_absent():
     assert np.isfinite(heatmap.mean["Q"]).all()
 
 
+@pytest.mark.long
 def test_head_counts_that_differ_by_layer_share_one_axis():
     metadata, parts = scored("gemma4_k_eq_v")
     heatmap = assemble(metadata, summed(parts[1]))
@@ -168,6 +171,7 @@ def test_gradients_whose_squares_float32_cannot_hold_are_a_warning():
     assert warnings_of(metadata, {"Q": {**fisher, "mean": np.full(shape, 1e-14)}}) == []
 
 
+@pytest.mark.long
 def test_scores_of_fourth_order_leave_float32_before_squares_do():
     """Of samples with gradients 1e-4 of the usual, at a mean I of 1e-25: 1e-16 of it, below 1e-38."""
     metadata, _ = scored("llama")
@@ -185,6 +189,7 @@ def cut(sample, num_tokens):
     return replace(sample, input_ids=sample.input_ids[:num_tokens], labels=sample.input_ids[:num_tokens])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_scores_of_rounding_errors_are_a_warning(name):
     """Of two tokens only the first predicts, and its softmax over itself is constant: Q and K have no gradient."""

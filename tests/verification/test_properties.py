@@ -114,6 +114,7 @@ def test_wrong_layouts_break_the_checks_for_them(name, mistake, checks):
     assert broken(list(run_checks(examined_of(name, mistake)))) == checks
 
 
+@pytest.mark.long
 def test_a_head_counted_twice_breaks_additivity(monkeypatch):
     def doubled(*args, **kwargs):
         tile_plan = make_tile_plan(*args, **kwargs)
@@ -124,6 +125,7 @@ def test_a_head_counted_twice_breaks_additivity(monkeypatch):
     assert broken(list(run_checks(examined_of("llama")))) == {"additivity"}
 
 
+@pytest.mark.long
 def test_a_leaking_pad_breaks_batch_invariance(monkeypatch):
     def padded_on_the_left_and_seen(samples, numbers, names):
         width = max(len(s.input_ids) for s in samples)
@@ -137,11 +139,13 @@ def test_a_leaking_pad_breaks_batch_invariance(monkeypatch):
     assert "batch invariance" in broken(list(run_checks(examined_of("llama"))))
 
 
+@pytest.mark.long
 def test_a_fixed_ridge_breaks_scale(monkeypatch):
     monkeypatch.setattr(qkov_dist.verification.changed_model, "EXACT", ScoreSettings(ridge_absolute=1.0))
     assert broken(list(run_checks(examined_of("llama")))) == {"scale"}
 
 
+@pytest.mark.long
 def test_another_fisher_for_each_direction_breaks_symmetry(monkeypatch):
     roles = ExaminedModel.roles
 

@@ -67,6 +67,7 @@ def test_a_run_equals_the_oracle_and_stores_the_norms_that_it_divided_by(config,
     assert plain.run_id != heatmap.run_id
 
 
+@pytest.mark.long
 def test_several_sweeps_capture_twice_and_say_so(config, tmp_path, capsys, sweeps):
     assert qkov("run", config, "--quiet", UNIT) == 0
     said = capsys.readouterr().err
