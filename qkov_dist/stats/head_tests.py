@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -75,6 +76,11 @@ class HeadTests:
     arrays: dict[str, Floats]
     threshold: Floats
 
+    def part(self, start: int, stop: int) -> HeadTests:
+        """Those of the heads from ``start`` to ``stop``."""
+        arrays = {key: values[start:stop] for key, values in self.arrays.items()}
+        return HeadTests(arrays, self.threshold[start:stop])
+
     def to_json(self) -> dict[str, Any]:
         """The numbers as JSON values; Python's json keeps every bit, NaN and infinity included."""
         return {"arrays": {key: array.tolist() for key, array in self.arrays.items()}, "z": self.threshold.tolist()}
@@ -98,15 +104,18 @@ def head_tests(scores: Mapping[str, Tensor], design: Design) -> tuple[dict[str, 
     """
     chunk = max(_CHUNK_BYTES // (8 * design.labels.a.shape[1]), 1)
     _ = design.counts, design.left_out  # once, before threads ask for them
-    parts = [(group, part) for group, heads in scores.items() for part in torch.split(heads, chunk)]
+    num_heads = sum(map(len, scores.values()))
+    if not num_heads:
+        return {}, {}
+    size = -(-num_heads // -(-num_heads // chunk))  # parts of nearly one size
+    parts = torch.split(torch.cat(list(scores.values())), size)
     with _one_core_each(torch.get_num_threads()) as pool:
-        done = list(pool.map(lambda part: _chunk_tests(part[1], design), parts))
-    tests: dict[str, list[dict[Statistic, HeadTests]]] = {group: [] for group in scores}
-    for (group, _), (found, _) in zip(parts, done, strict=True):
-        tests[group].append(found)
+        done = list(pool.map(lambda part: _chunk_tests(part, design), parts))
+    tests = {name: join([found[name] for found, _ in done]) for name in design.names}
+    ends = list(accumulate(map(len, scores.values())))
     joined = {
-        group: {name: join([found[name] for found in of_group]) for name in design.names}
-        for group, of_group in tests.items()
+        group: {name: tests[name].part(end - len(scores[group]), end) for name in design.names}
+        for group, end in zip(scores, ends, strict=True)
     }
     return joined, largest(max_z for _, max_z in done)
 

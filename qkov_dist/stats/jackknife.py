@@ -31,6 +31,7 @@ from qkov_dist.stats import loud_samples, pair_sums
 from .permutation import Labels, PairCounts, mean_of_all_pairs, mean_of_pairs, overlap_of_pairs
 
 LABELLINGS = 100  # under which the null is looked at again without each sample
+_CACHED_BYTES = 512 << 10  # of an array [heads, N, P]: some heads at a time where samples are few
 
 
 class Interval(NamedTuple):
@@ -78,7 +79,8 @@ def intervals(
         effects: Statistic -> the effect size of each head [heads]; these are the statistics looked at.
         confidence: Of the intervals.
     """
-    looked_at = [_left_out(head, shared, effects) for head in torch.split(scores, 1)]
+    step = max(_CACHED_BYTES // (8 * shared.a.numel()), 1)
+    looked_at = [_left_out(heads, shared, effects) for heads in torch.split(scores, step)]
     found = {}
     for name, effect in effects.items():
         value, values, of_effects = (torch.cat(parts) for parts in zip(*(of[name] for of in looked_at), strict=True))
@@ -91,7 +93,7 @@ def intervals(
 
 
 def _left_out(scores: Tensor, shared: LeftOut, names: Iterable[Any]) -> dict[Any, tuple[Tensor, Tensor, Tensor]]:
-    """By statistic, a head's value [1], and its values and effect sizes without each sample [1, N].
+    """By statistic, each head's value [heads], and its values and effect sizes without each sample [heads, N].
 
     An effect size without a sample is the distance from the null's mean, in sd about it, all without that sample. An
     overlap is freed of what unequal norms do to it.

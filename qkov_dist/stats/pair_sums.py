@@ -55,7 +55,8 @@ def relabelled_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> PairSums:
 
     def of(counted: Tensor) -> PairSums:
         aa = _within(counted, a)
-        left, right = counted.sum(-1) @ a, counted.sum(-2) @ a  # a'r, a'c
+        of_heads = a.expand(len(counted), -1, -1)  # so that a head's numbers are the same beside any others
+        left, right = (torch.matmul(counted.sum(dim).unsqueeze(1), of_heads).squeeze(1) for dim in (-1, -2))  # a'r, a'c
         total = counted.sum((-2, -1)).unsqueeze(-1)
         return PairSums(aa, left - aa, right - aa, total - left - right + aa, _rounding(counted))
 
@@ -65,8 +66,8 @@ def relabelled_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> PairSums:
 def left_out_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> tuple[PairSums, PairSums]:
     """The same sums [heads, P] of scores [heads, N, N], and those without each sample [heads, N, P]."""
     counted, b = counted_pairs(scores, pairs), 1 - a
-    heads, num = counted.shape[:2]
-    of_a, to_a = (torch.mm(m.reshape(-1, num), a).view(heads, num, -1) for m in (counted, counted.mT))  # M a, M' a
+    of_heads = a.expand(len(counted), -1, -1)  # one product a head: its numbers are the same beside any others
+    of_a, to_a = (torch.bmm(m, of_heads) for m in (counted, counted.mT))  # M a, M' a
     of_b, to_b = counted.sum(-1).unsqueeze(-1) - of_a, counted.sum(-2).unsqueeze(-1) - to_a
     rounding = _rounding(counted)
     whole = ((of_a * a).sum(-2), (of_b * a).sum(-2), (of_a * b).sum(-2), (of_b * b).sum(-2))
@@ -109,6 +110,6 @@ def _bilinear(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         part = matrices[:, rows, start:]
-        product = torch.mm(part.flatten(0, 1), right[start:])  # of all heads: faster than bmm
-        total += product.view(*part.shape[:2], right.shape[1]).mul_(left[rows]).sum(-2)
+        product = torch.bmm(part, right[start:].expand(len(part), -1, -1))  # a head's numbers are its own
+        total += product.mul_(left[rows]).sum(-2)
     return total

@@ -291,8 +291,8 @@ def test_activations_are_estimated_within_a_third(attention):
 def test_operations_of_tests_are_those_of_their_products(score, monkeypatch):
     num_a, num_b = 70, 30
     counted: list[int] = []
-    product = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b: counted.append(2 * a.numel() * b.shape[1]) or product(a, b))
+    product = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: counted.append(2 * a.numel() * b.shape[-1]) or product(a, b))
     scores, with_overlap = torch.rand(3, num_a + num_b, num_a + num_b), score != "signed"
     names = ("cross_mean", "overlap") if with_overlap else ("cross_mean",)
     design = QKOVStatistics(n_permutations=400).design(num_a, num_b, names)
