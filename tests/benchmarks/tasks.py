@@ -36,19 +36,20 @@ def main() -> None:
         tasks = [_task(Path(folder), n, arguments) for n in range(arguments.tasks)]
         layers = f"{30 - arguments.layers}-29"
         for turn in range(arguments.rounds):
-            every = [_run(folder, f"all-{turn}", tasks, layers)]
-            pairs = [_run(folder, f"{n}-{turn}", pair, layers) for n, pair in enumerate(combinations(tasks, 2))]
-            for name, runs in ((f"one run of {len(tasks)} tasks", every), (f"{len(pairs)} runs of two", pairs)):
-                found = {phase: sum(run[phase] for run in runs) for phase in (*PHASES, "rest")}
-                beyond = sum(found.values()) - found["scoring"]
-                listed = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in found.items())
-                print(f"{name}: {listed}; beyond scoring {beyond / found['capture']:.2f} x its capture", flush=True)
-            ratio = sum(map(_total, pairs)) / sum(map(_total, every))
-            print(f"all runs of two take {ratio:.2f} x the one run")
+            whole = _print(f"one run of {len(tasks)} tasks", [_run(folder, f"all-{turn}", tasks, layers)])
+            pairs = list(combinations(tasks, 2))
+            runs = [_run(folder, f"{n}-{turn}", pair, layers) for n, pair in enumerate(pairs)]
+            print(f"{_print(f'{len(pairs)} runs of two', runs) / whole:.2f} x the one run")
 
 
-def _total(run: dict[str, float]) -> float:
-    return sum(run.values())
+def _print(name: str, runs: list[dict[str, float]]) -> float:
+    """Print what runs took, and return their seconds."""
+    found = {phase: sum(run[phase] for run in runs) for phase in (*PHASES, "rest")}
+    total = sum(found.values())
+    listed = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in found.items())
+    beyond = (total - found["scoring"]) / found["capture"]
+    print(f"{name}: {listed}; beyond scoring {beyond:.2f} x its capture", flush=True)
+    return total
 
 
 def _arguments() -> argparse.Namespace:
