@@ -11,7 +11,6 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -58,19 +57,14 @@ def _samples(count: int, tokens: int, seed: int) -> list[Sample]:
 def _in_turns(metric: QKOVInterferenceMetric, pairs: str, rounds: int) -> tuple[list[float], list[float]]:
     """Processor seconds of scoring without effects, and with."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    roles_of = metric._roles
+    numbers = metric.collector.samples_of("a"), metric.collector.samples_of("b")
+    roles = metric._chosen(("a", "b"), numbers).roles(metric.scope, pooled=pairs == "all")
+    tile_plan = metric._tile_plan(None, None, len(roles.members))
     for number in range(rounds + 1):
         for place in (0, 1) if number % 2 else (1, 0):
-
-            def roles(*arguments, **options):
-                found = roles_of(*arguments, **options)
-                return found if place else replace(found, means=None)  # noqa: B023
-
             start = time.process_time()
-            with mock.patch.object(metric, "_roles", roles), kept_heap(torch.device("cpu")):
-                numbers = (metric.collector.samples_of("a"), metric.collector.samples_of("b"))
-                roles_now = metric._roles("a", "b", *numbers, pooled=pairs == "all")
-                metric._scored(metric._tile_plan(None, None, len(roles_now.members)), roles_now)
+            with kept_heap(torch.device("cpu")):
+                metric._scored(tile_plan, roles if place else replace(roles, means=None))
             if number:  # the first warms up
                 seconds[place].append(time.process_time() - start)
     return seconds

@@ -60,19 +60,29 @@ def assert_influences(found, expected, tolerance: float = IN_FLOAT32) -> None:
             assert (np.abs(got - influences) <= tolerance * largest).all(), (layer, block)
 
 
-@pytest.mark.parametrize("name", ["gemma4_k_eq_v", "gemma4_kv_shared", "llama"])
+NEARLY_CANCELLED = ("gemma4_k_eq_v", "gemma4_kv_shared")  # changes, in float32 up to 2e-3 of the largest
+IN_FLOAT64 = 3e-6  # gpt_neo is at 1.3e-6, all others below 4e-7
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *NEARLY_CANCELLED,
+        # xglm's own forward has no float64
+        *(pytest.param(n, marks=pytest.mark.long) for n in sorted(TINY) if n not in ("xglm", *NEARLY_CANCELLED)),
+    ],
+)
 def test_changes_of_a_float64_model_have_no_rounding_to_speak_of(name):
-    """In float32 the first two round most: changes are means that nearly cancel."""
     entry = TINY[name]
     model = entry.build().double()
     job = job_for(entry, settings=ScoreSettings(dtype=torch.float64))
     found, expected = job.run(model), expected_influences(entry, model, job)
-    assert_influences(found, expected, 1e-6)
+    assert_influences(found, expected, IN_FLOAT64)
     of_a = slice(len(SUMS), len(SUMS) + len(job.a))
     for layer, blocks in expected.items():
         for block, influences in blocks.items():
             change, got = (records[..., of_a].mean(-1) for records in (influences, found[layer][block].influences))
-            assert (np.abs(got - change) <= 1e-6 * np.abs(change).max(axis=0)).all(), (layer, block)
+            assert (np.abs(got - change) <= IN_FLOAT64 * np.abs(change).max(axis=0)).all(), (layer, block)
 
 
 def test_influences_of_the_wrong_role_or_optimizer_would_be_far_out_of_tolerance():
