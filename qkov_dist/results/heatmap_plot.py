@@ -111,7 +111,7 @@ def plot_blocks(
 
 
 def _figure_of(axis: Axes) -> Figure:
-    figure = axis.get_figure(root=True)
+    figure = None if axis.figure is None else axis.figure.canvas.figure
     if figure is None:
         raise QkovError("plot: ax", expected="an axis of a figure", got="one of none", remedy="Make it by subplots().")
     return figure

@@ -91,7 +91,7 @@ def plot_matrix(
         draw_matrix(figure.subplots(), values, tasks, label, is_signed=is_signed)
         return figure
     draw_matrix(axis, values, tasks, label, is_signed=is_signed)
-    of_axis = axis.get_figure(root=True)
+    of_axis = None if axis.figure is None else axis.figure.canvas.figure
     if of_axis is None:
         raise QkovError("plot: ax", expected="an axis of a figure", got="one of none", remedy="Make it by subplots().")
     return of_axis

@@ -326,7 +326,7 @@ def test_the_exact_mean_of_cross_mean_is_that_over_every_labelling_and_nearly_so
 def test_a_two_sided_p_of_cross_mean_moves_with_the_seed_no_more_than_its_own_count():
     """A count of K labellings has an sd of sqrt(p (1 - p) / K); a mean that is drawn too adds most of that again."""
     grad = np.random.default_rng(3).normal(size=(1, 24, 30))
-    scores = grad @ grad.mT  # signed: their null is skewed, so that both of its tails do not even out
+    scores = grad @ grad.swapaxes(-1, -2)  # signed: their null is skewed, so that both of its tails do not even out
     exact, drawn = [], []
     for seed in range(300):
         null = head_nulls(scores, permutation.draw_labels(seed, 12, 12, 400))["cross_mean"]
