@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qkov_dist.config import FEWEST_TASKS, RETIRED
 from qkov_dist.errors import QkovError
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from qkov_dist.stats.statistics import QKOVStatistics
 
 Say = Callable[[str], object]
+Found = TypeVar("Found", "Heatmap", "TaskMatrix")
 EXAMPLE = "qkov stats runs/demo --permutations 5400 --statistic cross_mean"
+_AGAIN = "Tests of scores were made again, those of effects not: "
 SETTINGS = ("n_permutations", "confidence", "fdr_alpha", "seed", "statistic", "alternative", "family")
 
 
@@ -81,20 +83,13 @@ def retest(folder: Path, settings: Mapping[str, Any], say: Say, output: Path | N
         remedy = "Finish the run with `qkov run`, or name its output.dir."
         raise QkovError(str(path), expected="the heatmap of a finished run", got="no such file", remedy=remedy)
     stored, output = load_heatmap(path), output or path
-    from qkov_dist.stats.statistics import QKOVStatistics
-    from qkov_dist.stats.stored_tests import settings_of
-
-    last = settings_of(stored.attributes, stored.statistics)
-    tests = QKOVStatistics(**{**last, **settings})
-    refuse_output(output, stored.run_id)
-    _say_what_is_replaced(output, tests, str(stored.attributes["score"]), say)
+    tests = _tests_to_make(stored, settings, output, say)
     if stored.pooled is not None:
         say("testing heads")
         results: Mapping[str, Any] = tests.test_heatmap(stored)
     else:
         results = _tested_partials(folder, stored.run_id, tests, say)
-    seeds = {**stored.attributes.get("seeds", {}), "statistics": tests.seed}
-    tested = dataclasses.replace(stored, attributes={**stored.attributes, "seeds": seeds}).with_statistics(results)
+    tested = _with_seed(stored, tests).with_statistics(results)
     tested.save(output)  # with the scores that it had: those that are not in the file are not in ``stored``
     for note in results["notes"]:
         say(f"note: {note}")
@@ -107,38 +102,51 @@ def retest_matrix(folder: Path, settings: Mapping[str, Any], say: Say, output: P
     Effects keep their tests. Arguments and errors are those of ``retest``.
     """
     from qkov_dist.results.matrix_file import load_matrix
-    from qkov_dist.stats.families import over_all_pairs
-    from qkov_dist.stats.statistics import QKOVStatistics
-    from qkov_dist.stats.stored_tests import settings_of
+    from qkov_dist.stats.families import note_on_families, over_all_pairs
 
     path = folder / HEATMAP_FILE
     stored, output = load_matrix(path), output or path
-    first = stored.heatmaps[stored.pairs[0]]
-    tests = QKOVStatistics(**{**settings_of(first.attributes, first.statistics), **settings})
-    refuse_output(output, stored.run_id)
-    _say_what_is_replaced(output, tests, str(stored.attributes["score"]), say)
+    tests = _tests_to_make(stored.heatmaps[stored.pairs[0]], settings, output, say)
     if stored.heatmap(*stored.pairs[0]).pooled is not None:
         say("testing heads")
         results: Mapping[Any, Any] = {pair: tests.test_heatmap(stored.heatmap(*pair)) for pair in stored.pairs}
     else:
         results = _tested_partials(folder, stored.run_id, tests, say)
-    seeds = {**stored.attributes.get("seeds", {}), "statistics": tests.seed}
 
     def with_results(heatmap: Heatmap, found: Mapping[str, Any]) -> Heatmap:
-        attributes = {**heatmap.attributes, "seeds": seeds}
-        return dataclasses.replace(heatmap, attributes=attributes, statistics=dict(found))
+        return _with_seed(heatmap, tests).with_statistics(found)
 
     tested = {pair: with_results(stored.heatmaps[pair], found) for pair, found in results.items()}
     if tests.family == "all":
         tested = over_all_pairs(tested, with_effects=False)
+    notes = [note for note in stored.attributes.get("notes", ()) if not note.startswith(_AGAIN)]
+    again = f"{_AGAIN}{note_on_families(len(stored.pairs), tests.family)}"
     matrix = dataclasses.replace(
-        stored,
+        _with_seed(stored, tests),
         heatmaps=tested,
-        attributes={**stored.attributes, "seeds": seeds},
         whole=lambda pair: with_results(load_heatmap(path, pair), tested[pair].statistics or {}),
     )
+    matrix = dataclasses.replace(matrix, attributes={**matrix.attributes, "notes": [*notes, again]})
     matrix.save(output)
     return matrix
+
+
+def _tests_to_make(heatmap: Heatmap, settings: Mapping[str, Any], output: Path, say: Say) -> QKOVStatistics:
+    """The tests of a stored heatmap with other settings; what they replace in ``output`` is said."""
+    from qkov_dist.stats.statistics import QKOVStatistics
+    from qkov_dist.stats.stored_tests import settings_of
+
+    last = settings_of(heatmap.attributes, heatmap.statistics)
+    tests = QKOVStatistics(**{**last, **settings})
+    refuse_output(output, heatmap.run_id)
+    _say_what_is_replaced(output, tests, str(heatmap.attributes["score"]), say)
+    return tests
+
+
+def _with_seed(found: Found, tests: QKOVStatistics) -> Found:
+    """A heatmap or a matrix whose attributes name the seed of these tests."""
+    seeds = {**found.attributes.get("seeds", {}), "statistics": tests.seed}
+    return dataclasses.replace(found, attributes={**found.attributes, "seeds": seeds})
 
 
 def _say_what_is_replaced(output: Path, tests: QKOVStatistics, score: str, say: Say) -> None:

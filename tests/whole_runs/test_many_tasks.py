@@ -276,6 +276,7 @@ def test_all_pairs_are_tested_again_and_corrected_together_on_request(config, tm
     assert qkov("stats", out, "--permutations", 30, "--family", "all", "--output", tmp_path / "again.h5") == 0
     assert "writing tests into" in capsys.readouterr().err
     again = load_matrix(tmp_path / "again.h5")
+    assert "made again, those of effects not: q-values are over" in again.attributes["notes"][-1]
     for block in BLOCKS:
         tests = [again.heatmaps[pair].statistics["overlap"][block] for pair in again.pairs]
         assert_corrected_together(tests, "q_value")
