@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import cast
@@ -36,6 +36,8 @@ from .stats.effect_tests import effect_tests, notes_on_effects
 from .stats.families import note_on_families, over_all_pairs
 from .stats.head_tests import Design, LayerTests, layer_tests
 from .stats.statistics import Family, QKOVStatistics
+
+Both = tuple[int, int]  # two of many tasks, by number
 
 
 def statistics_of(config: RunConfig) -> QKOVStatistics | None:
@@ -174,30 +176,29 @@ def combine_tasks(
 
     Arguments and errors are those of ``combine``.
     """
-    names = dict(enumerate(combinations(metadata.tasks, 2)))
-    of_pairs = [metadata.of_pair(*both) for both in combinations(range(len(metadata.tasks)), 2)]
-    designs = [] if statistics is None else _designs(statistics, of_pairs)
-    tested: list[list[LayerTests]] = [[] for _ in designs]
+    of_pairs = {both: metadata.of_pair(*both) for both in combinations(range(len(metadata.tasks)), 2)}
+    designs = {} if statistics is None else _designs(statistics, of_pairs)
+    tested: dict[Both, list[LayerTests]] = {both: [] for both in designs}
     putting = _Putting(metadata, of_pairs, pairs, folder) if world.rank == 0 else None
     for layer in metadata.layers:
         part = add_dealt(read(layer), layer, world)
-        for number, design in enumerate(designs):
-            of_two = of_pair(part, metadata.sizes, *metadata.numbers(names[number]), pooled=True)
-            tested[number].append(_tests(design, layer, of_two, of_pairs[number]))
+        for both, design in designs.items():
+            of_two = of_pair(part, metadata.sizes, *both, pooled=True)
+            tested[both].append(_tests(design, layer, of_two, of_pairs[both]))
         whole = bring_to_first(part, world)
         if putting is not None:
             putting.take(layer.layer, whole)
         on_layer(1)
-    gathered = world.all_gather([LayerTests.joined(of_pair).to_json() for of_pair in tested])
+    gathered = world.all_gather([LayerTests.joined(of_layers).to_json() for of_layers in tested.values()])
     if putting is None:
         return None
     heatmaps = {}
-    for number, assembly in enumerate(putting.assemblies):
+    for number, (both, assembly) in enumerate(putting.assemblies.items()):
         heatmap = with_tested_effects(assembly.heatmap(), statistics)
         if statistics is not None:
             tests = LayerTests.joined(LayerTests.from_json(of_rank[number]) for of_rank in gathered)
-            heatmap = heatmap.with_statistics(statistics.results(heatmap, designs[number], tests))
-        heatmaps[names[number]] = heatmap
+            heatmap = heatmap.with_statistics(statistics.results(heatmap, designs[both], tests))
+        heatmaps[heatmap.task_a, heatmap.task_b] = heatmap
     family = "pair" if statistics is None else statistics.family
     if family == "all":
         heatmaps = over_all_pairs(heatmaps)
@@ -210,33 +211,33 @@ class _Putting:
     """What rank 0 puts together of more than two tasks, layer by layer."""
 
     def __init__(
-        self, metadata: HeatmapMetadata, of_pairs: Sequence[HeatmapMetadata], pairs: Pairs, folder: Path | None
+        self, metadata: HeatmapMetadata, of_pairs: Mapping[Both, HeatmapMetadata], pairs: Pairs, folder: Path | None
     ) -> None:
-        self.sums, self._metadata, self._pooled = MatrixSums(metadata), metadata, pairs == "all"
+        self.sums, self._sizes, self._pooled = MatrixSums(metadata), metadata.sizes, pairs == "all"
         keeps = pairs != "none"
-        self.assemblies = [
-            Assembly(of_two, pooled=self._pooled, folder=folder, keeps_scores=keeps) for of_two in of_pairs
-        ]
+        self.assemblies = {
+            both: Assembly(of_two, pooled=self._pooled, folder=folder, keeps_scores=keeps)
+            for both, of_two in of_pairs.items()
+        }
 
     def take(self, number: int, whole: LayerPartial) -> None:
         """Take one layer's sums of all tasks."""
         self.sums.take(number, whole)
-        for assembly in self.assemblies:
-            both = self._metadata.numbers(assembly.metadata.tasks)
-            assembly.take(number, of_pair(whole, self._metadata.sizes, *both, pooled=self._pooled))
+        for both, assembly in self.assemblies.items():
+            assembly.take(number, of_pair(whole, self._sizes, *both, pooled=self._pooled))
 
 
-def _designs(statistics: QKOVStatistics, of_pairs: Sequence[HeatmapMetadata]) -> list[Design]:
+def _designs(statistics: QKOVStatistics, of_pairs: Mapping[Both, HeatmapMetadata]) -> dict[Both, Design]:
     """The design of each pair's tests: one for all pairs of as many samples without copies, as it is then the same."""
     known: dict[tuple[object, ...], Design] = {}
-    found = []
-    for metadata in of_pairs:
+    found = {}
+    for both, metadata in of_pairs.items():
         contents = [content for table in metadata.samples for content in table.contents]
         has_copies = len({*contents} - {""}) < len([content for content in contents if content])
         key = (*metadata.sizes, *(contents if has_copies else ()))
         if key not in known:
             known[key] = _design(statistics, metadata)
-        found.append(known[key])
+        found[both] = known[key]
     return found
 
 

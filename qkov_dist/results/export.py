@@ -19,7 +19,7 @@ import numpy.typing as npt
 from qkov_dist.scoring.influence_records import OPTIMIZERS
 
 from .block_view import HEAD_DIM, missing_extra
-from .hdf5_write import writing
+from .hdf5_write import Writer, writing
 from .labels import Labels
 
 if TYPE_CHECKING:
@@ -36,6 +36,20 @@ class Variable:
     path: str
     dims: tuple[str, ...]
     values: npt.NDArray[Any] | tuple[str, ...]
+
+    def write(self, writer: Writer, folder: str = "", scales: Mapping[str, str] | None = None) -> None:
+        """Write it into a file.
+
+        Args:
+            writer: Of the file.
+            folder: The group that ``path`` is in, with a slash at its end.
+            scales: Where dimensions have their scales that are not at the root.
+        """
+        dims = [(scales or {}).get(dim, dim) for dim in self.dims]
+        if isinstance(self.values, tuple):
+            writer.strings(f"{folder}{self.path}", self.values, dims)
+        else:
+            writer.array(f"{folder}{self.path}", self.values, dims)
 
 
 @dataclass(frozen=True)
@@ -57,10 +71,7 @@ class LabelledArrays:
             for name, values in self.coords.items():
                 writer.scale(name, values)
             for variable in self.variables:
-                if isinstance(variable.values, tuple):
-                    writer.strings(variable.path, variable.values, variable.dims)
-                else:
-                    writer.array(variable.path, variable.values, variable.dims)
+                variable.write(writer)
 
     def to_xarray(self, attributes: Mapping[str, Any] | None = None) -> Dataset:
         """An xarray Dataset; ``fisher/Q/min`` becomes ``fisher_Q_min``, samples become coordinates.

@@ -47,12 +47,17 @@ class Estimate:
         width = student.ppf(0.5 + confidence / 2, self.freedom) * self.standard_error
         return self.value - width, self.value + width
 
+    def z(self) -> Floats:
+        """The value in standard errors; 0 where nothing varies, NaN where nothing is known."""
+        error = self.standard_error
+        z: Floats = np.divide(self.value, error, out=np.where(np.isnan(error), np.nan, 0.0), where=error > 0)
+        return z
+
     def p_value(self) -> Floats:
         """Two-sided, of Student's t against 0; 1 where nothing varies, NaN where nothing is known."""
         from scipy.stats import t as student
 
-        error = self.standard_error
-        z = np.divide(self.value, error, out=np.where(np.isnan(error), np.nan, 0.0), where=error > 0)
+        z = self.z()
         p: Floats = np.where(np.isnan(z), np.nan, 2 * student.sf(np.abs(z), self.freedom))
         return p
 

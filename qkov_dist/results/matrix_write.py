@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def save_matrix(matrix: MatrixData, path: str | Path, pairs: Pairs = "all") -> N
         for name, values in _coords(matrix).items():
             writer.scale(name, values)
         for variable in _variables(matrix):
-            _write(writer, variable)
+            variable.write(writer)
         for names in matrix.pairs:
             _write_pair(writer, matrix, names, labelled(matrix.heatmap(*names), pairs))
 
@@ -67,14 +67,6 @@ def _variables(matrix: MatrixData) -> Iterator[Variable]:
             yield Variable(f"matrix/{block}/{key}", ("task", "task_right", *dims), values)
 
 
-def _write(writer: Writer, variable: Variable, prefix: str = "", dims: Mapping[str, str] | None = None) -> None:
-    names = tuple((dims or {}).get(dim, dim) for dim in variable.dims)
-    if isinstance(variable.values, tuple):
-        writer.strings(f"{prefix}{variable.path}", variable.values, names)
-    else:
-        writer.array(f"{prefix}{variable.path}", variable.values, names)
-
-
 def _write_pair(writer: Writer, matrix: MatrixData, names: Pair, arrays: LabelledArrays) -> None:
     """One pair's group: what is the same as at the root by hard links."""
     group, dims = pair_group(*names), dict.fromkeys(("layer", "head", "kv_head"), "")
@@ -91,7 +83,7 @@ def _write_pair(writer: Writer, matrix: MatrixData, names: Pair, arrays: Labelle
                 rest = [names["ab".index(rest[0])], *rest[1:]]
             writer.link(f"{group}/{variable.path}", "/".join([root, *rest]))
         else:
-            _write(writer, variable, f"{group}/", own_dims)
+            variable.write(writer, f"{group}/", own_dims)
     of_all = {**matrix.attributes, "tasks": list(matrix.tasks)}
     shared = {key for key, value in of_all.items() if arrays.attributes.get(key) == value}
     own = {key: value for key, value in arrays.attributes.items() if key not in shared}

@@ -86,10 +86,6 @@ class HeatmapMetadata:
         """Samples of each task."""
         return tuple(map(len, self.samples))
 
-    def numbers(self, tasks: Sequence[str]) -> list[int]:
-        """Numbers of some of the tasks, given by name."""
-        return [self.tasks.index(task) for task in tasks]
-
     def of_pair(self, a: int, b: int) -> HeatmapMetadata:
         """That of the heatmap of two of the tasks, given by number."""
         contents = [table.contents for table in self.samples]

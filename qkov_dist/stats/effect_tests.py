@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from scipy.stats import t as student
 
 from qkov_dist.results.influences import Estimate, Floats, Samples, changes
 from qkov_dist.scoring.influence_records import OPTIMIZERS
@@ -74,9 +73,8 @@ def mean_tests(
 
 
 def _tests(estimate: Estimate, largest: Floats, confidence: float) -> dict[str, Floats]:
-    z = _z(estimate)
     low, high = estimate.interval(confidence)
-    p_value = np.where(np.isnan(z), np.nan, 2 * student.sf(np.abs(z), estimate.freedom))
+    p_value = estimate.p_value()
     return {
         "change": estimate.value,
         "standard_error": estimate.standard_error,
@@ -84,15 +82,8 @@ def _tests(estimate: Estimate, largest: Floats, confidence: float) -> dict[str, 
         "ci_high": high,
         "p_value": p_value,
         "q_value": q_values(p_value, "bh"),
-        "p_max": _family_wise(z, largest),
+        "p_max": _family_wise(estimate.z(), largest),
     }
-
-
-def _z(estimate: Estimate) -> Floats:
-    """In standard errors; 0 where nothing varies, NaN for absent heads and tasks of fewer than two samples."""
-    error = estimate.standard_error
-    z: Floats = np.divide(estimate.value, error, out=np.where(np.isnan(error), np.nan, 0.0), where=error > 0)
-    return z
 
 
 def _family_wise(z: Floats, largest: Floats) -> Floats:
