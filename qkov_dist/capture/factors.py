@@ -12,6 +12,15 @@ from qkov_dist.errors import QkovError
 Span = tuple[int, int]
 
 
+def moved(values: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Values elsewhere, in another type: they cross as they are stored, and are converted where they arrive.
+
+    A GPU fetches them by itself, in its current stream, and nobody waits.
+    """
+    there = values.to(device, non_blocking=torch.device(device).type == "cuda")
+    return there if dtype is None else there.to(dtype)
+
+
 @dataclass(frozen=True)
 class FeatureSlice:
     """Factors at the features [start, start + width) of their projection; they run along the last axis."""
@@ -27,9 +36,9 @@ class FeatureSlice:
         """
         return self.values[..., _within(part, self.start, self.values.shape[-1])]
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> FeatureSlice:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FeatureSlice:
         """The same features elsewhere, in another type."""
-        return FeatureSlice(self.values.to(device, dtype), self.start)
+        return FeatureSlice(moved(self.values, device, dtype), self.start)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Whole:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Whole:
         """The same elsewhere, in another type."""
-        return Whole(self.values.to(device, dtype), self.row, self.col)
+        return Whole(moved(self.values, device, dtype), self.row, self.col)
 
 
 def _within(part: slice, start: int, width: int) -> slice:

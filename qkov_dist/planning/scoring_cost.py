@@ -25,8 +25,8 @@ from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
 from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.reduce import deal_heads
-from qkov_dist.scoring.block_totals import norm_flops
 from qkov_dist.scoring.fisher_sums import num_columns
+from qkov_dist.scoring.gram_norms import norm_flops
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products

@@ -1,29 +1,28 @@
 r"""The sum of I over whole blocks, which a relative ridge is a multiple of: from factors, before a layer is scored.
 
-    sum_p I[p] = sum_n w_n ||g_n||^2,      ||D^T X||^2 = sum_{s,t} (D D^T)_{st} (X X^T)_{st}
+    sum_p I[p] = sum_n w_n ||g_n||^2
 
-The right side costs T^2 (rows + cols) in place of T rows cols operations, and X X^T is formed once for the projections
-that share X; where forming the gradient itself costs less, that is done. Its terms cancel where a gradient is small
-beside its factors: ||g||^2 is at most (sum_t |d_t| |x_t|)^2, and where it is less than 1/256 of that, its sample's
-products are formed again in float64. (Of SmolLM2's gradients on code the least is 1/117, and float32 is off by at most
-7e-7.) Norms of disjoint rectangles and of different samples add up: a rank looks at the samples that it ran, as they
-lie in its own store, and nothing is sent but one number a block.
+with norms by :mod:`~qkov_dist.scoring.gram_norms`. Those whose terms cancel are formed again in float64, once all
+others have left the device. Norms of disjoint rectangles and of different samples add up: a rank looks at the samples that it
+ran, as they lie in its own store, and nothing is sent but one number a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import FeatureSlice, Whole
+from qkov_dist.capture.factors import FeatureSlice, Whole, moved
 from qkov_dist.capture.numerics import products_as
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
 
+from .gram_norms import GramProducts, chunks, features_of, gram, square_norms
 from .padded_groups import PaddedGroup, order_samples
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource
@@ -31,8 +30,6 @@ from .tiles import LayerTiles, Tile
 
 BlockTotals = dict[str, float]
 Seen = Callable[[Tile], Iterable[Rect]]  # the rectangles of a tile's parameter that a process looks at
-CHUNK_BYTES = 32 * 2**20  # of a projection's factors or gradients at a time
-CANCELLED = 1 / 256  # of the most that a squared norm can be; below, float32 keeps too few of its digits
 
 
 @dataclass(frozen=True)
@@ -130,6 +127,25 @@ def _joined(pieces: Iterable[tuple[Iterable[int], Iterable[int]]]) -> list[tuple
     return [(rows, tuple(sorted(cols))) for rows, cols in by_rows.items()]
 
 
+@dataclass(frozen=True)
+class _Norms:
+    """Squared norms of some samples' gradients in one part, where they were formed.
+
+    Attributes:
+        part: The part.
+        samples: Which they are of an ordering.
+        squares: float64 [n]; 0 where ``cancelled``.
+        cancelled: Whose terms cancel too far for float32, bool [n]; None where none's do.
+        again: Forms the squares of some of the n in float64.
+    """
+
+    part: Part
+    samples: slice
+    squares: Tensor
+    cancelled: Tensor | None = None
+    again: Callable[[list[int]], Tensor] = lambda places: torch.empty(0)
+
+
 def _squares(
     source: FactorSource,
     sites: Sequence[Site],
@@ -138,116 +154,88 @@ def _squares(
     wanted: Sequence[int],
     device: torch.device,
 ) -> Iterator[tuple[str, list[int], Tensor]]:
-    """The same at projections that share an input."""
+    """The same at projections that share an input; all leaves a GPU at once."""
     sample_index = source.sample_index(sites[0])
     here = [n for n in wanted if members[n] in sample_index.spans or members[n] in sample_index.whole]
-    ordering = order_samples([members[n] for n in here], sample_index, ())
-    x, outputs, kept = source.x(sites[0]), {s: source.d(s) for s in sites}, {s: source.g(s) for s in sites}
-    for group in ordering.groups:
-        of_group = [here[n] for n in ordering.order[group.first : group.last]]
+    ordering = order_samples([members[n] for n in here], sample_index, ()).to(device)
+    factors = _Factors.at(source, sites, parts, device)
+    norms = [found for group in ordering.groups for found in factors.norms(group)]
+    blocks = sorted({found.part.block for found in norms})
+    sums = torch.zeros(len(blocks), len(here), dtype=torch.float64, device=device)
+    for found in norms:
+        sums[blocks.index(found.part.block), found.samples] += found.squares
+    squares = _with_cancelled(sums, norms, blocks)
+    places = [here[n] for n in ordering.order]
+    yield from ((block, places, of_block) for block, of_block in zip(blocks, squares, strict=True))
+
+
+def _with_cancelled(sums: Tensor, norms: Sequence[_Norms], blocks: Sequence[str]) -> Tensor:
+    """Sums [blocks, n] on the CPU, with what has to be formed again in float64; a GPU is waited for once, or twice."""
+    doubtful = [found for found in norms if found.cancelled is not None]
+    flags = [found.cancelled.double() for found in doubtful if found.cancelled is not None]
+    on_host = torch.cat([sums.flatten(), *flags]).cpu()
+    totals = on_host[: sums.numel()].view(sums.shape)
+    again: list[tuple[_Norms, list[int], Tensor]] = []
+    for found, of_found in zip(doubtful, torch.split(on_host[sums.numel() :], list(map(len, flags))), strict=True):
+        if places := of_found.nonzero()[:, 0].tolist():
+            again.append((found, places, found.again(places)))
+    if again:
+        squares = torch.cat([formed for *_, formed in again]).cpu()
+        for (found, places, _), formed in zip(again, torch.split(squares, [len(p) for _, p, _ in again]), strict=True):
+            totals[blocks.index(found.part.block), found.samples][places] += formed
+    return totals
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What a layer has at projections that share an input: X, and of each D and the gradients that are kept."""
+
+    x: FeatureSlice
+    outputs: Mapping[Site, FeatureSlice]
+    kept: Mapping[Site, Whole | None]
+    parts: Mapping[Site, Sequence[Part]]
+    device: torch.device
+
+    @staticmethod
+    def at(
+        source: FactorSource, sites: Sequence[Site], parts: Mapping[Site, Sequence[Part]], device: torch.device
+    ) -> _Factors:
+        """Factors on a device as they are stored, gradients where they lie."""
+        outputs = {site: source.d(site).to(device) for site in sites}
+        return _Factors(source.x(sites[0]).to(device), outputs, {s: source.g(s) for s in sites}, parts, device)
+
+    def norms(self, group: PaddedGroup) -> Iterator[_Norms]:
+        """Of a group of samples, some at a time, every part of every projection."""
         if group.real is None:
-            for site in sites:
-                whole = kept[site]
-                for block, squares in _of_kept(group, whole, parts[site]):  # type: ignore[arg-type]
-                    yield block, of_group, squares
-            continue
-        inputs = FeatureSlice(group.inputs(x.values), x.start)
-        of_sites = {site: FeatureSlice(group.outputs(d.values), d.start) for site, d in outputs.items()}
-        widest = max(sweep.values.shape[2] for sweep in (inputs, *of_sites.values()))
-        for chunk in _chunks(len(of_group), 8 * group.length * widest):
-            products = _Products(inputs.values[chunk].to(device), inputs.start, len(sites))
+            for site, whole in self.kept.items():
+                yield from self._of_kept(group, whole, self.parts[site])  # type: ignore[arg-type]
+            return
+        inputs = group.inputs(self.x.values)
+        of_sites = {site: group.outputs(d.values) for site, d in self.outputs.items()}
+        widest = max(values.shape[2] for values in (inputs, *of_sites.values()))
+        for chunk in chunks(group.last - group.first, 8 * group.length * widest):
+            samples = slice(group.first + chunk.start, group.first + chunk.stop)
+            products = GramProducts(inputs[chunk], self.x.start, len(of_sites))
             for site, d in of_sites.items():
-                of_d = d.values[chunk].to(device)
-                for part in parts[site]:
-                    squares = products.squares(_features(of_d, part.rows, d.start), part.cols)
-                    yield part.block, of_group[chunk], squares.cpu()
+                for part in self.parts[site]:
+                    of_part = features_of(d[chunk], part.rows, self.outputs[site].start)
+                    again = partial(self._in_float64, group, chunk.start, site, part)
+                    yield _Norms(part, samples, *products.squares(of_part, part.cols), again)
 
+    def _in_float64(self, group: PaddedGroup, first: int, site: Site, part: Part, places: list[int]) -> Tensor:
+        """||D^T X||^2 of some samples of a group, by their places from the ``first`` on."""
+        few = group.only([first + place for place in places])
+        d, x = few.outputs(self.outputs[site].values), few.inputs(self.x.values)
+        of_d = gram(features_of(d, part.rows, self.outputs[site].start).double())
+        return of_d.mul_(gram(features_of(x, part.cols, self.x.start).double())).sum((1, 2))
 
-def _of_kept(group: PaddedGroup, whole: Whole, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
-    """The same of samples that are kept as gradients."""
-    values = whole.values[group.rows.to(whole.values.device)]
-    for part in parts:
-        rows = _features(values.mT, part.rows, whole.row).mT
-        of_part = _features(rows[..., :-1], part.cols, whole.col) if part.cols else rows[..., -1:]
-        yield part.block, _square_norms(of_part).cpu()
-
-
-class _Products:
-    """X of some samples, [n, T, in], and the Gram matrices of it that several projections need."""
-
-    def __init__(self, x: Tensor, start: int, num_sites: int) -> None:
-        self._x, self._start, self._num_sites = x, start, num_sites
-        self._grams: dict[tuple[int, ...], Tensor] = {}
-
-    def squares(self, d: Tensor, cols: tuple[int, ...]) -> Tensor:
-        """||D^T X||^2 of each sample, float64 [n], for D [n, T, rows] and some columns of X; of a bias without any."""
-        if not cols:
-            return _square_norms(d.to(_at_least_float32(d.dtype)).sum(1))
-        length, num_rows = d.shape[1:]
-        if gram_is_cheaper(length, num_rows, len(cols), self._num_sites):
-            return self._by_grams(d, cols)
-        x = _features(self._x, cols, self._start)
-        dtype = _at_least_float32(d.dtype)
-        squares = d.new_zeros(len(d), dtype=torch.float64)
-        for rows in _chunks(num_rows, len(d) * len(cols) * dtype.itemsize):
-            squares += _square_norms(torch.bmm(d[..., rows].to(dtype).mT, x.to(dtype)))
-        return squares
-
-    def _by_grams(self, d: Tensor, cols: tuple[int, ...]) -> Tensor:
-        of_d, of_x = _gram(d), self._gram_of(cols)
-        squares = (of_d * of_x).sum((1, 2), dtype=torch.float64)
-        most = (_squares_of_rows(of_d) * _squares_of_rows(of_x)).sqrt().sum(1, dtype=torch.float64).square()
-        if of_d.dtype != torch.float64 and (cancelled := (squares < CANCELLED * most).nonzero()[:, 0]).numel():
-            again = (_gram(values[cancelled].double()) for values in (d, _features(self._x, cols, self._start)))
-            squares[cancelled] = torch.mul(*again).sum((1, 2))
-        return squares
-
-    def _gram_of(self, cols: tuple[int, ...]) -> Tensor:
-        if cols not in self._grams:
-            self._grams[cols] = _gram(_features(self._x, cols, self._start))
-        return self._grams[cols]
-
-
-def gram_is_cheaper(length: int, num_rows: int, num_cols: int, num_sites: int) -> bool:
-    """Whether Gram matrices of T tokens, X's shared by some projections, take less than the gradient itself."""
-    return length * (num_rows + num_cols / num_sites) < num_rows * num_cols
-
-
-def norm_flops(length: int, num_rows: int, num_cols: int, num_sites: int) -> int:
-    """Operations of one sample's norm; of X's Gram matrix a projection's part."""
-    if gram_is_cheaper(length, num_rows, num_cols, num_sites):
-        return 2 * length * length * (num_rows + num_cols // num_sites)
-    return 2 * length * num_rows * num_cols
-
-
-def _gram(values: Tensor) -> Tensor:
-    wide = values.to(_at_least_float32(values.dtype))
-    return torch.bmm(wide, wide.mT)
-
-
-def _squares_of_rows(gram: Tensor) -> Tensor:
-    """What rows' products with themselves are, never below 0."""
-    return gram.diagonal(dim1=1, dim2=2).clamp_min(0)
-
-
-def _square_norms(values: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
-    return norms.square()
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-def _features(values: Tensor, wanted: tuple[int, ...], start: int) -> Tensor:
-    """Some features along the last axis, a view where they lie one behind another."""
-    first, last = wanted[0], wanted[-1]
-    if last - first + 1 == len(wanted):
-        return FeatureSlice(values, start).features(slice(first, last + 1))
-    return values[..., torch.tensor(wanted, device=values.device) - start]
-
-
-def _chunks(num: int, num_bytes: int) -> Iterator[slice]:
-    """Slices of ``num`` things, as many at a time as may be worked on, each of so many bytes."""
-    step = max(CHUNK_BYTES // max(num_bytes, 1), 1)
-    return (slice(start, min(start + step, num)) for start in range(0, num, step))
+    def _of_kept(self, group: PaddedGroup, whole: Whole, parts: Sequence[Part]) -> Iterator[_Norms]:
+        """The same of samples that are kept as gradients."""
+        rows = moved(group.rows, whole.values.device)
+        for chunk in chunks(len(rows), whole.values[0].nbytes):
+            values = moved(whole.values[rows[chunk]], self.device)
+            samples = slice(group.first + chunk.start, group.first + chunk.stop)
+            for part in parts:
+                of_rows = features_of(values.mT, part.rows, whole.row).mT
+                of_part = features_of(of_rows[..., :-1], part.cols, whole.col) if part.cols else of_rows[..., -1:]
+                yield _Norms(part, samples, square_norms(of_part))

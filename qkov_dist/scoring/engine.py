@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -28,12 +29,14 @@ from .fisher_sums import FisherSums, add, no_sums
 from .head_batches import HeadBatch
 from .influence_records import Influences, no_influences
 from .influence_sums import InfluenceSums
-from .kernel import Buffers, Rule, add_tile, pair_products, tile_flops, tile_gradients
-from .pipeline import Turn, through_workers, workers
+from .kernel import Rule, add_tile, pair_products, tile_flops
+from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
-from .score import Fused, compiled, fisher_sums
+from .score import Fused, added_fisher_sums, compiled, fisher_sums
 from .settings import Roles, ScoreSettings
-from .site_inputs import FactorSource, SiteFactors
+from .site_inputs import FactorSource, Members, SiteFactors
+from .streams import OnItsWay
+from .tile_gradients import Buffers, tile_gradients
 from .tiles import LayerTiles, Tile, TilePlan
 
 LayerSource = tuple[LayerTiles, FactorSource] | None  # None: no layer now, but maybe later
@@ -88,38 +91,47 @@ class _HeadScorer:
     ridges: Mapping[tuple[int, str], float]
     fused: Fused | None
 
-    def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> list[_HeadPart]:
+    def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> Found[_HeadPart]:
         """Scores of all pairs, and what is known of I, of each head; of its tiles in this projection."""
-        settings, roles, tile = self.settings, self.roles, batch.first
-        ridge, sums = self.ridges[tile.site.layer, tile.block], no_sums(len(batch.heads), len(roles.weights))
+        settings, roles, tile, members = self.settings, self.roles, batch.first, site.members
+        ridge = self.ridges[tile.site.layer, tile.block]
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, self.fused)
-        weights, least = site.weights.to(settings.device, settings.dtype), max(settings.epsilon, ridge)
+        least = max(settings.epsilon, ridge)
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
-        effects = self._effects(batch, site)
-        for band in batch.bands:
+        effects = self._effects(batch, members)
+
+        def add_band(band: Sequence[Tile]) -> Tensor:
             gradients = _gradients(band, site, buffers)
-            by_task = add_tile(scores, gradients, weights, rule, buffers, effects)
-            add(sums, fisher_sums(by_task, least))
-        influences = no_influences(len(batch.heads))
+            return fisher_sums(add_tile(scores, gradients, members.weights, rule, buffers, effects), least)
+
+        fisher = reduce(added_fisher_sums, map(add_band, batch.bands))
+        found = [members.in_order_of_roles(scores), fisher]
         if effects is not None:
-            influences = site.records_in_order_of_roles(effects.records()).numpy()
-        tiles = ((tile.rect.area, tile.bias) for tile in batch.heads[0])
+            found.append(members.records_in_order_of_roles(effects.records()))
         pairs = pair_products(
             *roles.shape, in_half=rule.in_cache(len(batch.heads), scores.device) and rule.is_symmetric
         )
+        tiles = ((tile.rect.area, tile.bias) for tile in batch.heads[0])
         flops = sum(tile_flops(site.padded, size, pairs, bias=bias, effects=effects) for size, bias in tiles)
-        found = zip(site.in_order_of_roles(scores.cpu()), sums, influences, strict=True)
-        return [_HeadPart(*of_head, flops) for of_head in found]
+        return partial(_parts, OnItsWay.of(*found), flops)
 
-    def _effects(self, batch: HeadBatch, site: SiteFactors) -> InfluenceSums | None:
+    def _effects(self, batch: HeadBatch, members: Members) -> InfluenceSums | None:
         """Where influences of a batch are added up; None of what belongs to no head, and where they are left out."""
-        if site.means is None or batch.first.block not in BLOCKS:
+        if members.means is None or batch.first.block not in BLOCKS:
             return None
-        return InfluenceSums(site.means.to(self.settings.device, self.settings.dtype), len(batch.heads))
+        return InfluenceSums(members.means, len(batch.heads))
 
 
 def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Tensor:
-    return tile_gradients(site.padded, [tile.rect for tile in band], bias=band[0].bias, buffers=buffers)
+    dtype, rects = site.members.dtype, [tile.rect for tile in band]
+    return tile_gradients(site.padded, rects, bias=band[0].bias, dtype=dtype, buffers=buffers)
+
+
+def _parts(found: OnItsWay, flops: int) -> list[_HeadPart]:
+    """What the heads of a batch contribute, once it is there."""
+    scores, fisher, *influences = found.there()
+    of_heads = influences[0].numpy() if influences else no_influences(len(scores))
+    return [_HeadPart(*of_head, flops) for of_head in zip(scores, fisher.numpy(), of_heads, strict=True)]
 
 
 def score_layers(

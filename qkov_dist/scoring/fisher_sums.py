@@ -8,7 +8,8 @@
     sum_of_a          the part of ``sum`` that A's samples add      their sum
 
 A record is float64 [heads, columns]; tiles, projections, ranks and files add up by :func:`add`. That of more than two
-tasks goes on with what each further task adds, but for the last, which adds the rest.
+tasks goes on with what each further task adds, but for the last, which adds the rest. ``score.fisher_sums`` makes it of
+a tile, where heads are scored.
 """
 
 from __future__ import annotations
@@ -56,13 +57,6 @@ def no_sums(num_heads: int, num_tasks: int = 2) -> FisherSums:
 def column(sums: FisherSums, name: str) -> FisherSums:
     """One column of records [..., columns], as a view."""
     return sums[..., list(FISHER_COLUMNS).index(name)]
-
-
-def records(
-    total: FisherSums, count: FisherSums, smallest: FisherSums, below: FisherSums, of_tasks: Sequence[FisherSums]
-) -> FisherSums:
-    """Records [heads, columns] from every column [heads]; of tasks all but the last."""
-    return np.stack([total, count, smallest, below, *of_tasks], axis=-1).astype(np.float64)
 
 
 def of_pair(sums: FisherSums, a: int, b: int) -> FisherSums:

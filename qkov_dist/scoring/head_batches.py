@@ -24,6 +24,11 @@ class HeadBatch:
         return self.heads[0][0]
 
     @property
+    def first_tiles(self) -> Iterator[Tile]:
+        """A tile of each head."""
+        return (tiles[0] for tiles in self.heads)
+
+    @property
     def bands(self) -> Iterator[tuple[Tile, ...]]:
         """A tile of each head at a time."""
         return zip(*self.heads, strict=True)

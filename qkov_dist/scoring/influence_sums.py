@@ -12,11 +12,13 @@ all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+
+from qkov_dist.capture.factors import moved
 
 from .influence_records import num_sums, place_among_others
 
@@ -40,13 +42,17 @@ class MeanWeights:
             none.
         sizes: Samples of each of the T tasks.
         of_squares: What makes F of every task of the squares of members' gradients, [T, members].
-        of_fisher: F of each task as a multiple of what it adds to the Fisher, [T]; None where it is no multiple.
+        needs_squares: Whether F is no multiple of what its task adds to the Fisher, and has to be formed from squares.
+        places: Which of the inner products the sums of a record are, [optimizer, sums] of [2 T (2 T + 2)].
+        factors: What each is multiplied by, float64 [optimizer, sums].
     """
 
     weights: Tensor
     sizes: tuple[int, ...]
     of_squares: Tensor
-    of_fisher: Tensor | None
+    needs_squares: bool
+    places: Tensor
+    factors: Tensor
 
     @staticmethod
     def of(weights: Tensor, sizes: Sequence[int], fisher_weights: Tensor) -> MeanWeights:
@@ -56,13 +62,36 @@ class MeanWeights:
             of_squares[task, part] = weights[part]
         scale = of_squares.sum(1) / fisher_weights.sum(1)
         same = torch.allclose(scale[:, None] * fisher_weights, of_squares, rtol=1e-6)
-        return MeanWeights(weights, tuple(sizes), of_squares, scale if same else None)
+        places, factors = _sums(len(sizes), scale if same else torch.ones_like(scale))
+        return MeanWeights(weights, tuple(sizes), of_squares, not same, places, factors)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> MeanWeights:
         """The same where gradients are, and in their type."""
-        weights, of_squares = self.weights.to(device, dtype), self.of_squares.to(device, dtype)
-        scale = None if self.of_fisher is None else self.of_fisher.to(device, dtype)
-        return MeanWeights(weights, self.sizes, of_squares, scale)
+        weights, of_squares = (moved(values, device, dtype) for values in (self.weights, self.of_squares))
+        places, factors = moved(self.places, device), moved(self.factors, device)
+        return replace(self, weights=weights, of_squares=of_squares, places=places, factors=factors)
+
+
+def _sums(num_tasks: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Which inner products (row, column) the sums of a record are, by optimizer, and their factors.
+
+    Args:
+        num_tasks: T.
+        scale: What makes F of each task of the row that is kept of it, [T].
+    """
+    num, width = num_tasks, 2 * num_tasks + 2
+    places = torch.empty(2, num_sums(num), dtype=torch.int64)
+    factors = scale.new_full((2, num_sums(num)), -1.0)  # of ``own``; norms and curvatures follow
+    for optimizer, (first, norm) in enumerate(((0, 2 * num + 1), (num, 2 * num))):  # of squares of steps; 1 or root
+        for task in range(num):
+            for other in (other for other in range(num) if other != task):
+                at = task * (num - 1) + place_among_others(task, other)
+                places[optimizer, at] = task * width + first + other
+                factors[optimizer, at] = 0.5 * scale[task]
+            places[optimizer, num * (num - 1) + task] = (num + task) * width + norm
+            places[optimizer, num * num + task] = task * width + norm
+            factors[optimizer, num * num + task] = scale[task]
+    return places, factors
 
 
 def parts_of(sizes: Sequence[int]) -> list[slice]:
@@ -92,7 +121,7 @@ class InfluenceSums:
     @property
     def needs_squares(self) -> bool:
         """Whether F has to be formed from squares."""
-        return self.means.of_fisher is None
+        return self.means.needs_squares
 
     def add(self, gradients: Tensor, squares: Tensor | None, by_task: Tensor, inverse: Tensor, vectors: Tensor) -> None:
         """Add the elements of a tile of each head.
@@ -147,16 +176,6 @@ class InfluenceSums:
         self._products.baddbmm_(rows, columns.mT)
 
     def records(self) -> Tensor:
-        """float64 [heads, optimizer, sums and influences] in the order of the gradients, on the CPU."""
-        num, products = self.num_tasks, self._products.double().cpu()
-        if self.means.of_fisher is not None:
-            products[:, :num] *= self.means.of_fisher.double().cpu()[:, None]
-        sums = products.new_empty(len(products), 2, num_sums(num))
-        for place, (first, norm) in enumerate(((0, 2 * num + 1), (num, 2 * num))):  # of squares of steps; 1 or root
-            for task in range(num):
-                for other in (other for other in range(num) if other != task):
-                    at = task * (num - 1) + place_among_others(task, other)
-                    sums[:, place, at] = 0.5 * products[:, task, first + other]
-                sums[:, place, num * (num - 1) + task] = -products[:, num + task, norm]
-                sums[:, place, num * num + task] = products[:, task, norm]
-        return torch.cat([sums, self._samples.double().cpu().transpose(0, 1).flatten(2)], dim=2)
+        """float64 [heads, optimizer, sums and influences] in the order of the gradients, where these are."""
+        sums = self._products.double().flatten(1)[:, self.means.places] * self.means.factors
+        return torch.cat([sums, self._samples.double().transpose(0, 1).flatten(2)], dim=2)

@@ -1,64 +1,28 @@
 """The metric on one tile, in place and in cache; :mod:`qkov_dist.scoring.score` says what it computes.
 
-A tile's gradients [N, P] are formed by one batched product for each group of samples. They are then squared, summed
-into the Fisher, mapped in place and multiplied into the scores of all pairs: on a CPU in chunks of columns that stay in
-a core's cache, on a GPU whole, for several heads side by side [N, heads, P] and in as many parts of P as fill it. A
-worker keeps its buffers from tile to tile.
+A tile's gradients [N, P], as :mod:`~qkov_dist.scoring.tile_gradients` forms them, are squared, summed into the Fisher,
+mapped in place and multiplied into the scores of all pairs: on a CPU in chunks of columns that stay in a core's cache,
+on a GPU whole, for several heads side by side [N, heads, P] and in as many parts of P as fill it. A worker keeps its
+buffers from tile to tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import FeatureSlice, Whole
-from qkov_dist.layout.rects import Rect
-
 from .influence_sums import InfluenceSums, effect_products, num_vectors
-from .padded_groups import PaddedGroup
 from .score import Fused, maps, power_of
 from .score_kinds import KINDS, ElementMap, Score
+from .tile_gradients import Buffers, Padded
 
 CHUNK_BYTES = 4 * 2**20  # of gradients; with their squares this is what lies near a core, and a tile of few samples
 PRODUCTS = 512  # blocks of pairs that are multiplied at a time on a GPU: some for each of its multiprocessors
 BLOCK_PAIRS, LEAST_PART = 128, 512  # rows and columns of such a block; the fewest elements that are summed for it
 HALF_PAIRS = 48  # rows of a block of a symmetric product on a CPU, of which those left of the diagonal are left out
-
-
-@dataclass(frozen=True)
-class Padded:
-    """One group's factors at a projection: X [n, T, in] and D [n, T, out]; or its gradients, where these are kept."""
-
-    group: PaddedGroup
-    x: FeatureSlice
-    d: FeatureSlice
-    whole: Whole | None = None
-
-    def put_gradients(self, rows: slice, cols: slice, bias: bool, out: Tensor) -> None:
-        """Form the gradients of a tile, [n, rows, cols], in ``out``."""
-        if self.whole is not None:
-            out.copy_(self.whole.bias(rows) if bias else self.whole.rect(rows, cols))
-        elif bias:
-            torch.sum(self.d.features(rows), dim=1, out=out.squeeze(2))
-        else:
-            torch.bmm(self.d.features(rows).transpose(1, 2), self.x.features(cols), out=out)
-
-
-@dataclass
-class Buffers:
-    """One worker's memory, by what it is for; it grows to the largest tile and is used again."""
-
-    held: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """A tensor of this shape with any content; the next one of this name takes its place."""
-        size, held = shape[0] * shape[1], self.held.get(name)
-        if held is None or held.numel() < size or held.dtype != like.dtype or held.device != like.device:
-            held = self.held[name] = like.new_empty(size)
-        return held[:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -93,22 +57,6 @@ class Rule:
     def may_vanish(self, dtype: torch.dtype) -> bool:
         """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
         return max(self.epsilon, self.ridge) * torch.finfo(dtype).max <= 1
-
-
-def tile_gradients(factors: Sequence[Padded], rects: Sequence[Rect], *, bias: bool, buffers: Buffers) -> Tensor:
-    """Per-sample gradients D^T X of tiles of one shape, side by side; of a bias, the sums of D over tokens.
-
-    Returns:
-        [N, tiles, rows * cols], in a buffer.
-    """
-    (height, width), num = rects[0].shape, factors[-1].group.last
-    size = height * width
-    gradients = buffers.take("gradients", (num, len(rects) * size), factors[0].d.values).view(num, len(rects), size)
-    for padded in factors:
-        of_group = gradients[padded.group.first : padded.group.last]
-        for place, rect in enumerate(rects):
-            padded.put_gradients(rect.rows, rect.cols, bias, of_group[:, place].view(-1, height, width))
-    return gradients
 
 
 def add_tile(
@@ -156,7 +104,7 @@ def _maps(
 ) -> tuple[Tensor, Tensor]:
     """The maps of gradients [N, p]; into ``by_task`` [T, p] goes what each task adds to the Fisher."""
     if rule.fused:
-        floor = part.new_tensor([rule.epsilon, rule.ridge])
+        floor = torch.stack([part.new_full((), rule.epsilon), part.new_full((), rule.ridge)])  # no copy from the host
         of_tasks, of_i, of_j = rule.fused(part, weights, floor, rule.score)
         by_task.copy_(of_tasks)
         if effects is not None:
@@ -174,7 +122,7 @@ def _maps(
 
 
 def _squares(part: Tensor, buffers: Buffers) -> Tensor:
-    squares = buffers.take("squares", (part.shape[0], part.shape[1]), part)
+    squares = buffers.take("squares", (part.shape[0], part.shape[1]), part.dtype, part.device)
     return torch.mul(part, part, out=squares)
 
 
@@ -193,7 +141,7 @@ def _add_effects(
     buffers: Buffers,
 ) -> None:
     finite = inverse.masked_fill(inverse.isinf(), 0.0) if rule.may_vanish(part.dtype) else inverse
-    vectors = buffers.take("vectors", (num_vectors(effects.num_tasks), part.shape[1]), part)
+    vectors = buffers.take("vectors", (num_vectors(effects.num_tasks), part.shape[1]), part.dtype, part.device)
     effects.add(part, squares, by_task, finite, vectors)
 
 

@@ -9,14 +9,14 @@ groups of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import SampleIndex, Span, Whole
+from qkov_dist.capture.factors import SampleIndex, Span, Whole, moved
 
 _SHORTEST, _SLACK = 7 / 8, 4  # of the longest of a group; tokens by which a member may be shorter in any case
 
@@ -46,19 +46,30 @@ class PaddedGroup:
         """X of the group, [n, T, width], from that of all tokens [tokens, width]; T is 0 for kept gradients."""
         if self.start is not None or self.real is None:
             return self._view(values)
-        return values[self.rows.to(values.device)]
+        return values[moved(self.rows, values.device)]
 
     def outputs(self, values: Tensor) -> Tensor:
         """D of the group, [n, T, width], zero where padded."""
         if self.start is not None or self.real is None:
             return self._view(values)
-        return values[self.rows.to(values.device)] * self.real.to(values.device).unsqueeze(-1)
+        return values[moved(self.rows, values.device)] * moved(self.real, values.device).unsqueeze(-1)
 
     def wholes(self, whole: Whole) -> Whole | None:
         """The gradients of the group, where these are kept."""
         if self.real is not None:
             return None
-        return Whole(whole.values[self.rows.to(whole.values.device)], whole.row, whole.col)
+        return Whole(whole.values[moved(self.rows, whole.values.device)], whole.row, whole.col)
+
+    def to(self, device: torch.device | str) -> PaddedGroup:
+        """The same for factors that are there."""
+        real = None if self.real is None else moved(self.real, device)
+        return replace(self, rows=moved(self.rows, device), real=real)
+
+    def only(self, places: Sequence[int]) -> PaddedGroup:
+        """Some of the samples, as a group of their own."""
+        chosen = moved(torch.tensor(places), self.rows.device)
+        real = None if self.real is None else self.real[chosen]
+        return PaddedGroup(0, len(places), self.length, None, self.rows[chosen], real)
 
     def _view(self, values: Tensor) -> Tensor:
         num, start = self.last - self.first, self.start or 0
@@ -78,6 +89,10 @@ class Ordering:
     order: tuple[int, ...]
     place: tuple[int, ...]
     groups: tuple[PaddedGroup, ...]
+
+    def to(self, device: torch.device | str) -> Ordering:
+        """The same for factors that are there."""
+        return replace(self, groups=tuple(group.to(device) for group in self.groups))
 
 
 def order_samples(members: Sequence[int], sample_index: SampleIndex, cuts: Sequence[int]) -> Ordering:

@@ -2,7 +2,8 @@
 
     turns -> projections' factors -> batches of heads -> workers -> results, in the order of the turns and the tiles
 
-Two projections are in hand at a time, also where one is the last of a layer and the other the next layer's first.
+Two projections are in hand at a time, also where one is the last of a layer and the other the next layer's first. On a
+GPU the host waits for one only to read what was found at it, once the next is on its way.
 
 Who computes: one worker for each thread of a CPU, one for a GPU; each keeps its buffers.
 
@@ -14,8 +15,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,13 +27,15 @@ from qkov_dist.errors import QkovError
 from qkov_dist.memory import is_shortage
 
 from .head_batches import HeadBatch, head_batches
-from .kernel import Buffers
 from .settings import Roles, ScoreSettings
-from .site_inputs import FactorSource, SiteFactors, read_sites
+from .site_inputs import FactorSource, MemberOrders, SiteFactors, read_sites
+from .streams import FactorStream, wait_for
+from .tile_gradients import Buffers
 from .tiles import LayerTiles, Tile
 
 T = TypeVar("T")
-Work = Callable[[HeadBatch, SiteFactors, Buffers], list[T]]
+Found = Callable[[], list[T]]  # of a batch, one for each head: begun, and waited for where it is read
+Work = Callable[[HeadBatch, SiteFactors, Buffers], Found[T]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class _Started(Generic[T]):
     """One projection that workers have been given."""
 
     layer_tiles: LayerTiles
-    waiting: Sequence[tuple[HeadBatch, Callable[[], list[T]]]]
+    waiting: Sequence[tuple[HeadBatch, Callable[[], list[Found[T]]]]]
     is_last: bool
 
     def done(self) -> Done[T]:
@@ -71,7 +75,7 @@ class _Started(Generic[T]):
         results = [
             result
             for batch, wait in self.waiting
-            for result in zip((tiles[0] for tiles in batch.heads), wait(), strict=True)
+            for result in zip(batch.first_tiles, chain.from_iterable(found() for found in wait()), strict=True)
         ]
         return Done(self.layer_tiles, results, self.is_last)
 
@@ -88,10 +92,11 @@ def through_workers(
         QkovError, RuntimeError: what a turn or its factors raise (a rank that does not answer is such a case), after
             everything that was begun before is done; what work raises.
     """
-    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
+    device = torch.device(settings.device)
+    with workers(device, settings.matmul_precision) as submit, closing(FactorStream(device)) as stream:
         errors: list[Exception] = []
-        before = None
-        for started in _until_error(_start(turns, roles, settings, work, submit), errors):
+        before, start = None, _Start(MemberOrders(roles, settings), work, submit, stream)
+        for started in stream.of(_until_error(start.all(turns), errors)):
             if before is not None:
                 yield before.done()
             before = started
@@ -108,40 +113,52 @@ def _until_error(items: Iterator[T], errors: list[Exception]) -> Iterator[T]:
         errors.append(error)
 
 
-def _start(
-    turns: Iterable[Turn | None], roles: Roles, settings: ScoreSettings, work: Work[T], submit: Submit
-) -> Iterator[_Started[T] | None]:
-    """Give the workers one projection after another; None where there is no turn."""
-    for turn in turns:
-        if turn is None:
-            yield None
-        else:
-            yield from _start_layer(turn, roles, settings, work, submit)
+@dataclass(frozen=True)
+class _Start(Generic[T]):
+    """Gives the workers one projection after another."""
 
+    orders: MemberOrders
+    work: Work[T]
+    submit: Submit
+    stream: FactorStream
 
-def _start_layer(
-    turn: Turn, roles: Roles, settings: ScoreSettings, work: Work[T], submit: Submit
-) -> Iterator[_Started[T]]:
-    left, num = len({tile.site for tile in turn.tiles}), len(roles.members)
-    if not left:
-        yield _Started(turn.layer_tiles, (), is_last=True)
-    for site, factors in read_sites(turn.tiles, turn.source, roles, settings):
-        left -= 1
-        batches = head_batches([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
-        waiting = [(batch, submit(_in_memory, settings.warn, work, batch, factors)) for batch in batches]
-        yield _Started(turn.layer_tiles, waiting, is_last=not left)
+    def all(self, turns: Iterable[Turn | None]) -> Iterator[_Started[T] | None]:
+        """All projections of all turns; None where there is no turn."""
+        for turn in turns:
+            if turn is None:
+                yield None
+            else:
+                yield from self._layer(turn)
+
+    def _layer(self, turn: Turn) -> Iterator[_Started[T]]:
+        settings, num = self.orders.settings, len(self.orders.roles.members)
+        left = len({tile.site for tile in turn.tiles})
+        if not left:
+            yield _Started(turn.layer_tiles, (), is_last=True)
+        for site, factors in read_sites(turn.tiles, turn.source, self.orders):
+            left -= 1
+            batches = head_batches([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
+            ready = self.stream.ready(factors.tensors)
+            waiting = [(batch, self.submit(self._when_ready, ready, batch, factors)) for batch in batches]
+            yield _Started(turn.layer_tiles, waiting, is_last=not left)
+
+    def _when_ready(
+        self, ready: torch.cuda.Event | None, batch: HeadBatch, factors: SiteFactors, buffers: Buffers
+    ) -> list[Found[T]]:
+        wait_for(ready)
+        return _in_memory(self.orders.settings.warn, self.work, batch, factors, buffers)
 
 
 def _in_memory(
     warn: Callable[[str], object], work: Work[T], batch: HeadBatch, factors: SiteFactors, buffers: Buffers
-) -> list[T]:
+) -> list[Found[T]]:
     """Do the work; where its tiles do not fit into memory, for half of the heads, or with tiles of half the size.
 
     Raises:
         QkovError: where a tile of one element does not fit.
     """
     try:
-        return work(batch, factors, buffers)
+        return [work(batch, factors, buffers)]
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise

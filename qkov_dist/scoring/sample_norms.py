@@ -21,10 +21,10 @@ from qkov_dist.errors import QkovError
 
 from .block_totals import Seen, block_squares
 from .exchange import Exchange
-from .kernel import Buffers
 from .pipeline import workers
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource
+from .tile_gradients import Buffers
 from .tiles import LayerTiles, TilePlan
 
 Floats = npt.NDArray[np.float64]

@@ -20,13 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qkov_dist.errors import QkovError
 
-from .fisher_sums import FisherSums, records
+from .fisher_sums import FISHER_COLUMNS
 from .score_kinds import KINDS, ElementMap, Score
 
 MEANING = 3  # of what a run computes, as a number that grows when it changes: part of its id, so files never mix
@@ -63,25 +62,31 @@ def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
     return weights @ gradients.square()
 
 
-def fisher_sums(by_task: Tensor, least: float) -> FisherSums:
-    """Summarise I over the tiles of some heads, in float64, from what each task adds to it: [T, heads, P].
+def fisher_sums(by_task: Tensor, least: float) -> Tensor:
+    """Summarise I over the tiles of some heads from what each task adds to it, [T, heads, P], where they are.
 
     ``least`` is what I must exceed to have a say: the larger of epsilon and lambda.
 
     Returns:
-        Records [heads, columns].
+        Records of ``scoring.fisher_sums``, float64 [heads, columns].
     """
     fisher = by_task.sum(0)
-    found = [
-        fisher.sum(1, dtype=torch.float64),
-        fisher.amin(1).double(),
-        (fisher < least).sum(1).double(),
-        *(of_task.sum(1, dtype=torch.float64) for of_task in by_task[:-1]),
-    ]
-    total, smallest, below, *of_tasks = (
-        torch.stack(found).cpu().numpy()
-    )  # all at once: each transfer from a GPU waits for it
-    return records(total, np.full_like(total, fisher.shape[1]), smallest, below, of_tasks)
+    found = {
+        "sum": fisher.sum(1, dtype=torch.float64),
+        "count": fisher.new_full((len(fisher),), fisher.shape[1], dtype=torch.float64),
+        "min": fisher.amin(1).double(),
+        "num_ridge_above": (fisher < least).sum(1).double(),
+    }
+    of_tasks = [of_task.sum(1, dtype=torch.float64) for of_task in by_task[:-1]]
+    return torch.stack([*(found[name] for name in FISHER_COLUMNS if name in found), *of_tasks], dim=1)
+
+
+def added_fisher_sums(one: Tensor, other: Tensor) -> Tensor:
+    """Records of the same heads from those of other elements of theirs, where they are."""
+    column = list(FISHER_COLUMNS).index("min")
+    both = one + other
+    torch.minimum(one[:, column], other[:, column], out=both[:, column])
+    return both
 
 
 def maps(gradients: Tensor, inverse: Tensor, score: Score) -> tuple[Tensor, Tensor]:

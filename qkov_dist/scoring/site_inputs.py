@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
@@ -12,16 +12,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import FeatureSlice, SampleIndex, Whole
+from qkov_dist.capture.factors import FeatureSlice, SampleIndex, Whole, moved
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage
 
 from .influence_records import num_sums
 from .influence_sums import MeanWeights
-from .kernel import Padded
 from .padded_groups import Ordering, order_samples
 from .settings import Roles, ScoreSettings
+from .tile_gradients import Padded, product_dtype
 from .tiles import Tile, in_order_of_work
 
 
@@ -45,68 +45,108 @@ class FactorSource(Protocol):
 
 
 @dataclass(frozen=True)
-class SiteFactors:
-    """One projection's factors of all members, in an order of its own."""
+class Members:
+    """All members in an order of their own, and what is known of them, where heads are scored.
+
+    Attributes:
+        ordering: The order.
+        roles: Who they are.
+        device: Where heads are scored.
+        dtype: In which type.
+    """
 
     ordering: Ordering
-    padded: Sequence[Padded]
     roles: Roles
+    device: torch.device | str
+    dtype: torch.dtype
 
     @cached_property
     def weights(self) -> Tensor:
-        """Each member's weight in the Fisher, by task, in this order: float64 [T, N]."""
-        return torch.from_numpy(self.roles.weights[:, list(self.ordering.order)])
+        """Each member's weight in the Fisher, by task, in this order: [T, N]."""
+        return moved(self._weights, self.device, self.dtype)
 
     @cached_property
     def means(self) -> MeanWeights | None:
-        """How means over tasks are taken, of members in this order, float64; None where effects are left out."""
+        """How means over tasks are taken, of members in this order; None where effects are left out."""
         means, roles = self.roles.means, self.roles
         if means is None:
             return None
-        return MeanWeights.of(torch.from_numpy(means[list(self._scored)]), roles.sizes, self.weights)
+        scored = torch.from_numpy(means[list(self.ordering.order[: roles.num_scored])])
+        return MeanWeights.of(scored, roles.sizes, self._weights).to(self.device, self.dtype)
+
+    @cached_property
+    def scales(self) -> list[Tensor | None]:
+        """What gradients of each group's samples are multiplied by, [n, 1, 1]; None where they are left alone."""
+        if self.roles.scales is None:
+            return [None] * len(self.ordering.groups)
+        scales = moved(torch.from_numpy(self.roles.scales[list(self.ordering.order)]), self.device, self.dtype)
+        return [scales[group.first : group.last].view(-1, 1, 1) for group in self.ordering.groups]
 
     def records_in_order_of_roles(self, records: Tensor) -> Tensor:
         """Records [heads, optimizer, sums and influences] in this order, as those in the order of the roles."""
-        places, sums = torch.tensor(self.ordering.place[: self.roles.num_scored]), num_sums(len(self.roles.sizes))
-        influences = records[..., sums:].reshape(*records.shape[:-1], -1, self.roles.num_scored)[..., places]
-        return torch.cat([records[..., :sums], influences.flatten(-2)], dim=-1)
-
-    @property
-    def _scored(self) -> Sequence[int]:
-        """Positions of the members with a role, which come first in this order too."""
-        return self.ordering.order[: self.roles.num_scored]
+        sums = num_sums(len(self.roles.sizes))
+        influences = records[..., sums:].reshape(*records.shape[:-1], -1, self.roles.num_scored)
+        return torch.cat([records[..., :sums], influences[..., self._scored].flatten(-2)], dim=-1)
 
     def in_order_of_roles(self, scores: Tensor) -> Tensor:
         """Scores [heads, left, right] of pairs of members in this order, as pairs in the order of the roles."""
         left, right = self._places
         return scores[:, left, right]
 
+    @property
+    def _weights(self) -> Tensor:
+        return torch.from_numpy(self.roles.weights[:, list(self.ordering.order)])
+
+    @cached_property
+    def _scored(self) -> Tensor:
+        """Where the members with a role are, which come first in this order too."""
+        return moved(torch.tensor(self.ordering.place[: self.roles.num_scored]), self.device)
+
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         """Where the members in the role of i are, as a column, and those in the role of j."""
         parts = (self.roles.left, self.roles.right)
-        left, right = (torch.tensor(self.ordering.place[part]) - part.start for part in parts)
+        left, right = (moved(torch.tensor(self.ordering.place[part]) - part.start, self.device) for part in parts)
         return left.unsqueeze(1), right
 
 
-def _scaled(
-    ordering: Ordering, outputs: Sequence[FeatureSlice], kept: Sequence[Whole | None], scales: Tensor
-) -> tuple[list[FeatureSlice], list[Whole | None]]:
-    """D of each group, or its gradients, times what its samples are multiplied by: [members]."""
-    in_order = scales[list(ordering.order)].view(-1, 1, 1)
-    of_groups = [in_order[group.first : group.last] for group in ordering.groups]
-    return (
-        [FeatureSlice(d.values * scale.to(d.values), d.start) for d, scale in zip(outputs, of_groups, strict=True)],
-        [
-            whole and Whole(whole.values * scale.to(whole.values), whole.row, whole.col)
-            for whole, scale in zip(kept, of_groups, strict=True)
-        ],
-    )
+class MemberOrders:
+    """The order of members at each site: one for all sites, of all layers, at which samples lie alike.
+
+    Args:
+        roles: The members.
+        settings: Where heads are scored, and in which type.
+    """
+
+    def __init__(self, roles: Roles, settings: ScoreSettings) -> None:
+        self.roles, self.settings = roles, settings
+        self._known: dict[int, tuple[SampleIndex, Members]] = {}
+
+    def of(self, sample_index: SampleIndex) -> Members:
+        """The order of members where samples lie so; an index is not changed once it is known."""
+        if id(sample_index) not in self._known:
+            roles, settings = self.roles, self.settings
+            cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop, *accumulate(roles.sizes))
+            ordering = order_samples(roles.members, sample_index, cuts).to(settings.device)
+            members = Members(ordering, roles, settings.device, settings.dtype)
+            self._known[id(sample_index)] = sample_index, members
+        return self._known[id(sample_index)][1]
 
 
-def read_sites(
-    tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
-) -> Iterator[tuple[Site, SiteFactors]]:
+@dataclass(frozen=True)
+class SiteFactors:
+    """One projection's factors of all members, in an order of its own."""
+
+    members: Members
+    padded: Sequence[Padded]
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All that gradients are made of."""
+        return (tensor for padded in self.padded for tensor in padded.tensors)
+
+
+def read_sites(tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders) -> Iterator[tuple[Site, SiteFactors]]:
     """Each projection with its factors, group by group, in :func:`~qkov_dist.scoring.tiles.in_order_of_work`.
 
     X is read once for those that share it.
@@ -115,35 +155,44 @@ def read_sites(
         QkovError: where a projection's factors do not fit into a GPU's memory beside what is there.
     """
     try:
-        yield from _read_sites(tiles, source, roles, settings)
+        yield from _read_sites(tiles, source, orders)
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
         raise QkovError(
             f"layer {tiles[0].site.layer}",
-            expected=f"memory on {settings.device} for the factors of all samples at two projections",
+            expected=f"memory on {orders.settings.device} for the factors of all samples at two projections",
             got="too little",
             remedy="Use fewer or shorter samples, or more ranks; in Python, score with the metric's device='cpu'.",
         ) from error
 
 
 def _read_sites(
-    tiles: Sequence[Tile], source: FactorSource, roles: Roles, settings: ScoreSettings
+    tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders
 ) -> Iterator[tuple[Site, SiteFactors]]:
-    cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop, *accumulate(roles.sizes))
-    x_site, inputs, work = None, [], Counter[Site]()
+    settings, x_site, inputs, work = orders.settings, None, [], Counter[Site]()
     for tile in tiles:
         work[tile.site] += tile.rect.area
     for site in in_order_of_work({site: (source.x_site(site), area) for site, area in work.items()}):
-        ordering = order_samples(roles.members, source.sample_index(site), cuts)
+        members = orders.of(source.sample_index(site))
         if x_site != source.x_site(site):
-            x_site, x = source.x_site(site), source.x(site).to(settings.device, settings.dtype)
-            inputs = [FeatureSlice(group.inputs(x.values), x.start) for group in ordering.groups]
-        d, whole = source.d(site).to(settings.device, settings.dtype), source.g(site)
+            x_site, x = source.x_site(site), _to_be_multiplied(source.x(site), settings)
+            inputs = [FeatureSlice(group.inputs(x.values), x.start) for group in members.ordering.groups]
+        d, whole = _to_be_multiplied(source.d(site), settings), source.g(site)
         whole = whole and whole.to(settings.device, settings.dtype)
-        outputs = [FeatureSlice(group.outputs(d.values), d.start) for group in ordering.groups]
-        kept = [whole and group.wholes(whole) for group in ordering.groups]
-        if roles.scales is not None:
-            outputs, kept = _scaled(ordering, outputs, kept, torch.from_numpy(roles.scales))
-        groups = zip(ordering.groups, inputs, outputs, kept, strict=True)
-        yield site, SiteFactors(ordering, [Padded(*group) for group in groups], roles)
+        outputs = [FeatureSlice(group.outputs(d.values), d.start) for group in members.ordering.groups]
+        kept = [whole and group.wholes(whole) for group in members.ordering.groups]
+        groups = zip(members.ordering.groups, inputs, outputs, kept, members.scales, strict=True)
+        yield site, SiteFactors(members, [_scaled(Padded(*group), settings.dtype) for group in groups])
+
+
+def _to_be_multiplied(factor: FeatureSlice, settings: ScoreSettings) -> FeatureSlice:
+    return factor.to(settings.device, product_dtype(factor.values.dtype, settings.dtype, settings.device))
+
+
+def _scaled(padded: Padded, dtype: torch.dtype) -> Padded:
+    """D, or gradients that are kept, times what samples are multiplied by; not D in a type that would round it."""
+    if padded.scale is None or (padded.whole is None and padded.d.values.dtype != dtype):
+        return padded
+    whole = padded.whole and Whole(padded.whole.values * padded.scale, padded.whole.row, padded.whole.col)
+    return replace(padded, d=FeatureSlice(padded.d.values * padded.scale, padded.d.start), whole=whole, scale=None)

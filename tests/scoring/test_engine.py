@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import oracle
@@ -17,18 +17,20 @@ from samples import mixed_samples
 from zoo import TINY, VOCAB, Tiny
 
 from qkov_dist.capture.collect import Collection
+from qkov_dist.capture.factors import FeatureSlice, SampleIndex
 from qkov_dist.capture.sinks import Factors
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.data.batches import Batch
 from qkov_dist.layout.heads import Site
+from qkov_dist.layout.rects import Rect
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring import block_totals, engine, kernel
+from qkov_dist.scoring import block_totals, engine, gram_norms, tile_gradients
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.influence_records import SUMS
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.scoring.tiles import Selection, make_tile_plan
+from qkov_dist.scoring.tiles import Selection, Tile, make_tile_plan
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -249,20 +251,20 @@ def process_precision(request):
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_products_have_the_precision_asked_for_whatever_the_process_has_set(precision, process_precision, monkeypatch):
     entry, seen = TINY["llama"], set()
-    form, gram = kernel.tile_gradients, block_totals._gram
+    form, gram = tile_gradients.tile_gradients, gram_norms.gram
 
     def looked_at(*args, **kwargs):
-        seen.add(torch.get_float32_matmul_precision())
+        seen.add(("gradients", torch.get_float32_matmul_precision()))
         return form(*args, **kwargs)
 
     def gram_looked_at(values):
-        seen.add(torch.get_float32_matmul_precision())
+        seen.add(("norms", torch.get_float32_matmul_precision()))
         return gram(values)
 
     monkeypatch.setattr(engine, "tile_gradients", looked_at)
-    monkeypatch.setattr(block_totals, "_gram", gram_looked_at)
+    monkeypatch.setattr(gram_norms, "gram", gram_looked_at)
     job_for(entry, settings=ScoreSettings(matmul_precision=precision)).run(entry.build())
-    assert seen == {precision}
+    assert seen == {("gradients", precision), ("norms", "highest")}  # terms of norms cancel
     assert precisions()[1:] == process_precision[1:]
     assert process_precision[0] in (precisions()[0], "mixed")
 
@@ -286,7 +288,7 @@ def one_sample() -> Batch:
 def test_autocast_and_a_default_device_around_scoring_change_no_bit(above, monkeypatch):
     entry = TINY["llama"]
     job = job_for(entry, gradients_above=above)
-    monkeypatch.setattr(block_totals, "gram_is_cheaper", lambda *sizes: False)  # float32, which autocast would narrow
+    monkeypatch.setattr(gram_norms, "gram_is_cheaper", lambda *sizes: False)  # float32, which autocast would narrow
     tile_plan = make_tile_plan(resolve(model := entry.build()), Selection(), include_bias=False, num_samples=8)
     store = FactorStore(2**30, gradients_above={} if above is None else dict.fromkeys(tile_plan.sites, above))
     Collection(store, tile_plan.sites).run(model, "a", [*job.a, *job.b])
@@ -424,12 +426,36 @@ def test_sums_of_whole_blocks_are_those_of_the_gradients_themselves(name, above,
     fisher = {block: part.fisher for block, part in score_layer(layer, store, roles, ScoreSettings()).items()}
     expected = {block: column(parts, "sum").sum() for block, parts in fisher.items()}
     for gram in (True, False):
-        monkeypatch.setattr(block_totals, "gram_is_cheaper", lambda *sizes, gram=gram: gram)
-        monkeypatch.setattr(block_totals, "CHUNK_BYTES", 2000)
+        monkeypatch.setattr(gram_norms, "gram_is_cheaper", lambda *sizes, gram=gram: gram)
+        monkeypatch.setattr(gram_norms, "CHUNK_BYTES", 2000)
         found = block_totals.block_totals(layer, store, roles, ScoreSettings())
         assert found.keys() == expected.keys()
         for block, total in expected.items():
             assert found[block] == pytest.approx(total, rel=1e-5)  # float32 squares of a few thousand elements
+
+
+@dataclass
+class Given:
+    """Factors of one projection."""
+
+    values: FeatureSlice
+    gradients: FeatureSlice
+    index: SampleIndex
+
+    def sample_index(self, site: Site) -> SampleIndex:
+        return self.index
+
+    def x_site(self, site: Site) -> Site:
+        return site
+
+    def x(self, site: Site) -> FeatureSlice:
+        return self.values
+
+    def d(self, site: Site) -> FeatureSlice:
+        return self.gradients
+
+    def g(self, site: Site) -> None:
+        return None
 
 
 def test_norms_of_gradients_that_nearly_cancel_keep_their_digits():
@@ -440,8 +466,12 @@ def test_norms_of_gradients_that_nearly_cancel_keep_their_digits():
     x = 1 + 1e-4 * torch.randn(3, 64, 256, generator=generator)
     x[0] = torch.randn(64, 256, generator=generator)  # beside one that does not cancel
     exact = (d.double().mT @ x.double()).square().sum((1, 2))
-    products = block_totals._Products(x, 0, 1)
-    found = products._by_grams(d, tuple(range(256)))
+    source = Given(FeatureSlice(x.flatten(0, 1)), FeatureSlice(d.flatten(0, 1)), SampleIndex())
+    for number in range(3):
+        source.index.add(number, 64, as_gradient=False)
+    tile = Tile(Site(0, "q"), "Q", 0, Rect.of_shape(8, 256))
+    ((block, members, found),) = block_totals.block_squares([tile], source, range(3), range(3), "cpu")
+    assert (block, members) == ("Q", [0, 1, 2])
     assert found.tolist() == pytest.approx(exact.tolist(), rel=1e-6)
     alone = ((d @ d.mT) * (x @ x.mT)).sum((1, 2), dtype=torch.float64)
     assert abs(alone[1] / exact[1] - 1) > 0.01

@@ -6,7 +6,7 @@ from oracle import PAIRS
 from rounding import reordered
 
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, add, column, no_sums
-from qkov_dist.scoring.kernel import Buffers, Rule, add_tile
+from qkov_dist.scoring.kernel import Rule, add_tile
 from qkov_dist.scoring.score import (
     compiled,
     diagonal_fisher,
@@ -17,6 +17,7 @@ from qkov_dist.scoring.score import (
     sample_gradients,
 )
 from qkov_dist.scoring.score_kinds import KINDS
+from qkov_dist.scoring.tile_gradients import Buffers
 
 SPANS = [(0, 3), (3, 4), (4, 9)]
 

@@ -12,8 +12,9 @@ import torch
 import qkov_dist
 from qkov_dist.config_file import from_dict
 from qkov_dist.errors import QkovError
-from qkov_dist.scoring.kernel import Buffers, Rule, add_tile
+from qkov_dist.scoring.kernel import Rule, add_tile
 from qkov_dist.scoring.score_kinds import KINDS, Score, ScoreKind, may_be_negative
+from qkov_dist.scoring.tile_gradients import Buffers
 
 PACKAGE = Path(qkov_dist.__file__).parent
 MAPS = {"gradient": lambda g: g, "magnitude": torch.abs, "square": torch.square}
