@@ -1,4 +1,4 @@
-"""A process's memory: pages that are kept, arrays that may be larger than it, and what running out of it looks like."""
+"""A process's memory: pages that are kept, arrays larger than it, copies elsewhere, what running out of it looks like."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from .errors import QkovError
 
@@ -86,6 +87,15 @@ def scratch_array(shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path | N
             got=error.strerror or type(error).__name__,
             remedy="Free disk space, set TMPDIR or output.dir to a larger disk, or take fewer samples.",
         ) from error
+
+
+def moved(values: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Values elsewhere, in another type: they cross as they are stored, and are converted where they arrive.
+
+    A GPU fetches them by itself, in its current stream, and nobody waits.
+    """
+    there = values.to(device, non_blocking=torch.device(device).type == "cuda")
+    return there if dtype is None else there.to(dtype)
 
 
 # In what is raised on CPUs and GPUs alike.

@@ -8,17 +8,9 @@ import torch
 from torch import Tensor
 
 from qkov_dist.errors import QkovError
+from qkov_dist.memory import moved
 
 Span = tuple[int, int]
-
-
-def moved(values: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """Values elsewhere, in another type: they cross as they are stored, and are converted where they arrive.
-
-    A GPU fetches them by itself, in its current stream, and nobody waits.
-    """
-    there = values.to(device, non_blocking=torch.device(device).type == "cuda")
-    return there if dtype is None else there.to(dtype)
 
 
 @dataclass(frozen=True)

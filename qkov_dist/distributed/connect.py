@@ -1,4 +1,4 @@
-"""How ranks speak: torch.distributed (gloo or nccl) or MPI; nothing else knows these.
+"""How ranks speak: torch.distributed (gloo, NCCL) or MPI; nothing else knows these.
 
 Who started them is read in :mod:`qkov_dist.distributed.launchers`; how one rank's failure reaches the others is said in
 :mod:`qkov_dist.distributed.failures`.
@@ -36,7 +36,7 @@ def connected() -> Iterator[World]:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         with _watch().failures_named():
-            yield _default_world()
+            yield TorchWorld.of()
         return
     if launched_size(os.environ) == 1:
         yield Alone()
@@ -48,7 +48,7 @@ def connected() -> Iterator[World]:
         watch = _watch(ends_process=True)
         try:
             with watch.failures_named():
-                yield _default_world()
+                yield TorchWorld.of()
                 torch.distributed.barrier()
         finally:
             try:
@@ -60,7 +60,7 @@ def connected() -> Iterator[World]:
 def current() -> World:
     """The ranks that are connected now; one process where none are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return _default_world()
+        return TorchWorld.of()
     return Alone()
 
 
@@ -81,7 +81,7 @@ def step() -> Iterator[World]:
     _Steps.inside = True
     try:
         with watch.failures_named():
-            yield _default_world()
+            yield TorchWorld.of()
     finally:
         _Steps.inside = False
         watch.close()
@@ -212,8 +212,3 @@ def _watch(root: str = ROOT, *, ends_process: bool = False) -> Watch:
         store_is_of_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true",
         ends_process=ends_process,
     )
-
-
-def _default_world() -> TorchWorld:
-    on_gpu = torch.distributed.get_backend() == "nccl"
-    return TorchWorld(None, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))

@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qkov_dist.errors import QkovError
+from qkov_dist.memory import moved
 
 
 class World(Protocol):
@@ -38,6 +39,12 @@ class World(Protocol):
 
     def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Send ``parts[r]`` (bytes, uint8 [n]) to rank r; returns what each rank sent here."""
+
+    def carries(self, device_type: str) -> bool:
+        """Whether tensors in the memory of such a device go from rank to rank without passing the host's."""
+
+    def over(self, device: torch.device) -> World:
+        """The same group, over whose tensors' memory on that device all goes; all ranks call for the same kind."""
 
     def send_recv(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
         """Send the tensors ``sent[r]`` to rank r, and fill ``received[r]`` with what rank r sends here.
@@ -64,6 +71,14 @@ class Alone:
         """The one part."""
         return list(parts)
 
+    def carries(self, device_type: str) -> bool:
+        """Nothing goes anywhere."""
+        return True
+
+    def over(self, device: torch.device) -> World:
+        """The same process."""
+        return self
+
     def send_recv(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
         """Copy what this rank sends itself."""
         keep_own(sent[0], received[0])
@@ -72,7 +87,7 @@ class Alone:
 def keep_own(sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
     """What a rank passes on to itself."""
     for ours, place in zip(sent, received, strict=True):
-        place.copy_(ours)
+        place.copy_(ours, non_blocking=place.is_cuda)
 
 
 def of_others(tensors: Sequence[Sequence[Tensor]], rank: int) -> list[tuple[int, int, Tensor]]:
@@ -89,9 +104,14 @@ def of_others(tensors: Sequence[Sequence[Tensor]], rank: int) -> list[tuple[int,
 TIMEOUT_S = 1800
 
 
+def back_ends(described: str) -> dict[str, str]:
+    """The back end of each type of device, as torch describes a group: ``cpu:gloo,cuda:nccl``."""
+    return dict(of_device.split(":") for of_device in described.split(","))
+
+
 @dataclass(frozen=True)
 class TorchWorld:
-    """Ranks of a torch.distributed process group (gloo or nccl).
+    """Ranks of a torch.distributed process group, with a back end for each type of device that it serves.
 
     Attributes:
         group: The group, or None for all ranks.
@@ -100,6 +120,21 @@ class TorchWorld:
 
     group: Any
     device: torch.device
+
+    @staticmethod
+    def of(group: Any = None) -> TorchWorld:
+        """A group, over the host's memory where it has a back end for that, else over that of the current GPU."""
+        on_cpu = "cpu" in back_ends(torch.distributed.get_backend_config(group))
+        return TorchWorld(group, torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()))
+
+    def carries(self, device_type: str) -> bool:
+        """Whether it has a back end for such a device; gloo's for GPUs goes over the host, and sends nothing."""
+        of_device = back_ends(torch.distributed.get_backend_config(self.group)).get(device_type)
+        return of_device is not None and (device_type == "cpu" or of_device != "gloo")
+
+    def over(self, device: torch.device) -> World:
+        """The same group, with tensors on another device that it carries."""
+        return replace(self, device=device)
 
     @property
     def rank(self) -> int:
@@ -134,16 +169,19 @@ class TorchWorld:
         return list(torch.split(received.cpu(), counts))
 
     def send_recv(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
-        """Send tensors where they lie, into where they will lie; over a GPU's memory where the group is of GPUs."""
+        """Send tensors where they lie, into where they will lie, or by way of the group's device."""
         places, step = of_others(received, self.rank), torch.distributed.P2POp
-        on_cpu = self.device.type == "cpu"
-        staged = [place if on_cpu else torch.empty_like(place, device=self.device) for *_, place in places]
+        is_there = [place.device.type == self.device.type for *_, place in places]
+        staged = [
+            place if there else torch.empty_like(place, device=self.device)
+            for (*_, place), there in zip(places, is_there, strict=True)
+        ]
         steps = [
             step(torch.distributed.irecv, there, None, self.group, tag, group_peer=rank)
             for (rank, tag, _), there in zip(places, staged, strict=True)
         ]
         steps += [
-            step(torch.distributed.isend, ours.to(self.device), None, self.group, tag, group_peer=rank)
+            step(torch.distributed.isend, moved(ours, self.device), None, self.group, tag, group_peer=rank)
             for rank, tag, ours in of_others(sent, self.rank)
         ]
         under_way = torch.distributed.batch_isend_irecv(steps) if steps else []
@@ -203,8 +241,16 @@ class MpiWorld:
         self.comm.Alltoallv([sent, (sizes, _offsets(sizes))], [received, (counts, _offsets(counts))])
         return list(torch.split(torch.from_numpy(received), counts.tolist()))
 
+    def carries(self, device_type: str) -> bool:
+        """Only what is in the host's memory: MPI is not asked whether it knows GPUs."""
+        return device_type == "cpu"
+
+    def over(self, device: torch.device) -> World:
+        """The same communicator."""
+        return self
+
     def send_recv(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
-        """Send tensors as the bytes they are, into where they will lie."""
+        """Send tensors in the host's memory as the bytes they are, into where they will lie."""
         keep_own(sent[self.rank], received[self.rank])
         waiting = [self.comm.Irecv(_as_bytes(place), rank, tag) for rank, tag, place in of_others(received, self.rank)]
         waiting += [self.comm.Isend(_as_bytes(ours), rank, tag) for rank, tag, ours in of_others(sent, self.rank)]

@@ -33,6 +33,7 @@ class Cost:
         flops_backward: Operations of all backward passes, down to the lowest layer of each.
         flops_kept: Operations of gradients that are formed at capture, of samples kept as gradients.
         flops_scoring: Operations of gradients, Fisher and scores of all pairs.
+        flops_narrow: Those of them that are products of factors in half a type, on a GPU.
         flops_norms: Operations of norms of gradients, which a relative ridge and ``sample_scale`` need.
         flops_statistics: Operations of permutations and intervals.
         elements: Elements of all per-sample gradients that are formed for scores.
@@ -58,6 +59,7 @@ class Cost:
     flops_backward: int = 0
     flops_kept: int = 0
     flops_scoring: int = 0
+    flops_narrow: int = 0
     flops_norms: int = 0
     flops_statistics: int = 0
     elements: int = 0

@@ -208,14 +208,15 @@ class _Scene:
     def gpu_room(self, topology: Topology, weights: int | None = None) -> int:
         """Bytes of captured factors that may stay on a rank's GPU: most of what is left, or what is asked for.
 
-        Where other ranks need factors, or layers are on several GPUs, they wait in the host's memory.
+        Where other ranks need factors and their group has no back end for GPUs, or layers are on several GPUs, they
+        wait in the host's memory.
 
         Args:
             topology: The rank's.
             weights: Bytes of its weights, where they can be counted.
         """
         work, rank = self.work, topology.world.rank
-        if not work.on_gpu or topology.dp_group.size > 1 or self.capture.parallelism.data == "device_map":
+        if not (work.on_gpu and topology.dp_group.carries("cuda")) or self.capture.parallelism.data == "device_map":
             return 0
         asked = work.config.compute.factor_gpu_mb
         if work.gpu_memory is None:
@@ -224,7 +225,8 @@ class _Scene:
         activations = self.capture.passes(batches, work.layers[0]).activations * ACTIVATION_SLACK
         capturing = self.capture.gathered + int(activations)
         used = self.capture.weights(rank) if weights is None else weights
-        used += GPU_OVERHEAD + max(capturing, self.scoring.buffers(rank, work.layers))
+        scoring = self.scoring.buffers(rank, work.layers) + self.scoring.sent(topology, self.rounds()).largest_round
+        used += GPU_OVERHEAD + max(capturing, scoring)
         room = max(work.gpu_memory - used, 0) * 9 // 10
         return room if asked is None else min(asked * MIB, room)
 
@@ -279,6 +281,7 @@ class _Scene:
             flops_backward=sum(one.backward for one in passes),
             flops_kept=captures * self.scoring.flops_kept(topology, every),
             flops_scoring=self.scoring.flops(rank, scored),
+            flops_narrow=self.scoring.flops_narrow(rank, scored),
             flops_norms=self.scoring.flops_norms(topology, every, norms_known=norms_known),
             flops_statistics=self.statistics.flops(rank),
             elements=self.scoring.elements(rank, scored),

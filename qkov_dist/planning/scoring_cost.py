@@ -143,6 +143,13 @@ class ScoringCost:
                 scoring += times * 2 * (site.area * tokens + products)
         return scoring
 
+    def flops_narrow(self, rank: int, layers: Sequence[int]) -> int:
+        """Those of them that are products of factors in half a type, added up in float32."""
+        if self.work.scoring.product_itemsize == self.work.scoring.itemsize:
+            return 0
+        counted = ((site, times) for layer_work, times in self._counted(rank, layers) for site in layer_work.sites)
+        return sum(2 * times * site.area * self.work.padded_tokens(site.above) for site, times in counted)
+
     def elements(self, rank: int, layers: Sequence[int]) -> int:
         """Elements of all gradients that a rank forms for its scores."""
         areas = (
@@ -333,15 +340,16 @@ class ScoringCost:
         return own + sum(of_input[place] for place in {site.input for site in sites})
 
     def _copies(self, width: int, site: SiteWork, *, scaled: bool = False) -> int:
-        """A factor in the type of scores, padded where samples differ in length, and D times what samples are scaled
-        by, which is another copy of it for a while.
+        """A factor as it is multiplied, padded where samples differ in length, and D times what samples are scaled by,
+        which is another copy of it for a while; of D in half a type gradients are scaled.
         """
         scoring, padded = self.work.scoring, self.work.padded_tokens(site.above)
         copies = padded if len(set(self.work.lengths_pooled)) > 1 else 0
-        copies += padded if scaled and self.work.config.metric.sample_scale == "unit" else 0
+        scaled = scaled and self.work.config.metric.sample_scale == "unit"
+        copies += padded if scaled and scoring.product_itemsize == scoring.itemsize else 0
         if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:
             copies += self._kept[site.above].tokens
-        return copies * width * scoring.itemsize
+        return copies * width * scoring.product_itemsize
 
     def _whole_copies(self, site: SiteWork) -> int:
         copies = 3 if self.work.config.metric.sample_scale == "unit" else 2

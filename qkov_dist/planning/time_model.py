@@ -2,7 +2,8 @@
 
     capture     max(products of both passes, reading all weights twice a batch, sums and gathered weights over the link)
                 + factors to the host, and those on disk written
-    scoring     products of gradients and pairs + their elementwise part through the memory
+    scoring     products of gradients (of factors in half a type at that type's rate on a GPU) and pairs + their
+                elementwise part through the memory
                 + factors exchanged, to the GPU, and read from disk; partial scores written twice
     combining   partial scores sent and read + products of the tests, on the host + the heatmap written
 
@@ -96,7 +97,8 @@ class _Clock:
     def scoring(self, cost: Cost) -> dict[str, float]:
         """Scores from factors."""
         itemsize = self.plan.work.scoring.itemsize
-        products = (cost.flops_scoring + cost.flops_norms) / self._rate(itemsize)
+        products = (cost.flops_scoring - cost.flops_narrow + cost.flops_norms) / self._rate(itemsize)
+        products += cost.flops_narrow / self._rate(self.plan.work.scoring.product_itemsize)
         passing = ELEMENT_TRAFFIC * cost.elements * itemsize / (self.hardware.bandwidth * BANDWIDTH)
         return {
             "products": products,

@@ -3,8 +3,8 @@ r"""The sum of I over whole blocks, which a relative ridge is a multiple of: fro
     sum_p I[p] = sum_n w_n ||g_n||^2
 
 with norms by :mod:`~qkov_dist.scoring.gram_norms`. Those whose terms cancel are formed again in float64, once all
-others have left the device. Norms of disjoint rectangles and of different samples add up: a rank looks at the samples that it
-ran, as they lie in its own store, and nothing is sent but one number a block.
+others have left the device. Norms of disjoint rectangles and of different samples add up: a rank looks at the samples
+that it ran, as they lie in its own store, and nothing is sent but one number a block.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import FeatureSlice, Whole, moved
+from qkov_dist.capture.factors import FeatureSlice, Whole
 from qkov_dist.capture.numerics import products_as
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
+from qkov_dist.memory import moved
 
 from .gram_norms import GramProducts, chunks, features_of, gram, square_norms
 from .padded_groups import PaddedGroup, order_samples

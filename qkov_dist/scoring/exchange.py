@@ -1,7 +1,8 @@
 """Factors on their way from the ranks that ran the samples to those that own the weights, a layer for each at a time.
 
 Every data-parallel rank holds all features of its own samples. An owner of some rows and columns of a weight needs
-those features of D and X for all samples: it is sent each of them at most once, and a rank is sent one layer at a time.
+those features of D and X for all samples: it is sent each of them at most once, and a rank is sent one layer at a time. Where
+all ranks score on GPUs and their group has a back end for these, factors go from one GPU's memory into another's.
 Samples keep the order of the data-parallel ranks, so that every rank sees one and the same index.
 """
 
@@ -19,6 +20,7 @@ from qkov_dist.capture.factors import FeatureSlice, SampleIndex, Whole
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.distributed.ownership import Owned
 from qkov_dist.distributed.topology import Topology
+from qkov_dist.distributed.world import World
 from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
 from qkov_dist.layout.rects import Rect
 
@@ -90,14 +92,23 @@ class Exchange:
         store: The factors of the samples that this rank ran.
         layout: The layers.
         sites: The projections that are scored.
+        device: Where this rank scores.
     """
 
-    def __init__(self, topology: Topology, store: FactorStore, layout: Layout, sites: Sequence[Site]) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        store: FactorStore,
+        layout: Layout,
+        sites: Sequence[Site],
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.topology, self.store, self._layout, self._sites = topology, store, layout, frozenset(sites)
         self.bytes_sent = 0
         if topology.dp_group.size == 1:
             return
-        described = topology.dp_group.all_gather(store.describe())
+        self._group, self._device = _carrier(topology.dp_group, torch.device(device))
+        described = self._group.all_gather(store.describe())
         self._sharing = {_site(site): _site(shared) for d in described for site, shared in d["sharing"]}
         self._dtypes = {
             (kind, _site(site)): getattr(torch, name) for d in described for kind, site, name in d["row_buffers"]
@@ -140,7 +151,7 @@ class Exchange:
         self.bytes_sent += sum(
             part.nbytes for r, parts in enumerate(sent) if r != topology.dp_group.rank for part in parts
         )
-        topology.dp_group.send_recv(sent, received)
+        self._group.send_recv(sent, received)
         arrived = {(need.kind, need.site): (need, place) for need, place in places}
         return _Received(self._indexes, self.store.threshold, self._sharing, arrived)
 
@@ -155,7 +166,7 @@ class Exchange:
     def _place(self, need: Need) -> Tensor:
         """Where a factor of all samples comes to lie, one data-parallel rank after another."""
         dtype = self._dtypes.get((need.kind, need.site), torch.float32)  # of no rows at all, none is known
-        return torch.empty(self._num_rows(need, self._indexes), *need.shape, dtype=dtype)
+        return torch.empty(self._num_rows(need, self._indexes), *need.shape, dtype=dtype, device=self._device)
 
     def _by_sender(self, need: Need, place: Tensor) -> tuple[Tensor, ...]:
         """The part of it that each data-parallel rank sends."""
@@ -181,6 +192,13 @@ class Exchange:
     def _num_rows(self, need: Need, indexes: Mapping[int | None, SampleIndex]) -> int:
         index = indexes[self.store.threshold(need.site)]
         return len(index.whole) if need.kind == "g" else index.num_rows
+
+
+def _carrier(group: World, device: torch.device) -> tuple[World, torch.device]:
+    """How factors go between ranks, and where they come to lie: on GPUs, or in the host's memory; on all alike."""
+    if all(group.all_gather(device.type != "cpu" and group.carries(device.type))):
+        return group.over(device), device
+    return group, torch.device("cpu")
 
 
 def needs_of(layer: AttentionLayer, sites: Sequence[Site], owned: Owned, sharing: Mapping[Site, Site]) -> list[Need]:

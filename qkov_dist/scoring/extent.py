@@ -49,6 +49,12 @@ class Scoring:
         )
 
     @property
+    def product_itemsize(self) -> int:
+        """Bytes of a number of a factor as it is multiplied (``tile_gradients.product_dtype``)."""
+        narrow = self.on_gpu and (self.factor_itemsize, self.itemsize) == (2, 4)
+        return self.factor_itemsize if narrow else self.itemsize
+
+    @property
     def tile_bytes(self) -> int:
         """Bytes of gradients that a tile may have."""
         return tile_bytes("cuda" if self.on_gpu else "cpu")

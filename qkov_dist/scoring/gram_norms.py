@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import FeatureSlice, moved
+from qkov_dist.capture.factors import FeatureSlice
+from qkov_dist.memory import moved
 
 CHUNK_BYTES = 32 * 2**20  # of a projection's factors or gradients at a time
 CANCELLED = 1 / 256  # of the most that a squared norm can be; below, float32 keeps too few of its digits

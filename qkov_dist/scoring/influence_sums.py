@@ -18,7 +18,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import moved
+from qkov_dist.memory import moved
 
 from .influence_records import num_sums, place_among_others
 

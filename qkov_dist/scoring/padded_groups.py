@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import SampleIndex, Span, Whole, moved
+from qkov_dist.capture.factors import SampleIndex, Span, Whole
+from qkov_dist.memory import moved
 
 _SHORTEST, _SLACK = 7 / 8, 4  # of the longest of a group; tokens by which a member may be shorter in any case
 

@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qkov_dist.capture.factors import FeatureSlice, SampleIndex, Whole, moved
+from qkov_dist.capture.factors import FeatureSlice, SampleIndex, Whole
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
-from qkov_dist.memory import is_shortage
+from qkov_dist.memory import is_shortage, moved
 
 from .influence_records import num_sums
 from .influence_sums import MeanWeights

@@ -4,8 +4,8 @@
     g_n^T = X_n^T D_n,     [n, cols, rows] for those that are bands of columns, side by side
 
 so that the heads that a GPU works on together are one product, and each head's elements one stretch of memory (nothing
-that is done with them asks for their order). Factors in bfloat16 stay so on a GPU that adds up their products in
-float32: these are the same products, as every product of two bfloat16 numbers is a float32 number.
+that is done with them asks for their order). Factors in bfloat16 or float16 stay so on a GPU that adds up their products
+in float32: these are the same products, as every product of two such numbers is a float32 number.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def _put_products(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 @cache
-def adds_up_in_float32(device_type: str) -> bool:
-    """Whether a device's products of bfloat16 numbers can be had in float32, as they were added up."""
-    if device_type != "cuda":
+def adds_up_in_float32(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a device's products of a type's numbers can be had in float32, as they were added up."""
+    if device_type != "cuda" or dtype.itemsize != 2:
         return False
-    ones = torch.ones(1, 8, 8, dtype=torch.bfloat16, device=device_type)
+    ones = torch.ones(1, 8, 8, dtype=dtype, device=device_type)
     try:
         torch.bmm(ones, ones, out_dtype=torch.float32)
     except RuntimeError:  # of a GPU or a build that has no such products
@@ -87,15 +87,17 @@ def adds_up_in_float32(device_type: str) -> bool:
 
 
 def product_dtype(stored: torch.dtype, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The type in which a factor is multiplied: that of scores, or bfloat16 where nothing is lost by it.
+    """The type in which a factor is multiplied: that of scores, or its own half type where nothing is lost by it.
 
     Args:
         stored: The type in which it is kept.
         dtype: Of scores.
         device: Where gradients are formed.
     """
-    narrow = (stored, dtype) == (torch.bfloat16, torch.float32) and adds_up_in_float32(torch.device(device).type)
-    return stored if narrow else dtype
+    if dtype != torch.float32 or not adds_up_in_float32(stored, torch.device(device).type):
+        return dtype
+    rounds = stored == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation  # the process asks for it
+    return dtype if rounds else stored
 
 
 @dataclass
