@@ -1,11 +1,13 @@
 """Layers tested as they come, every pair of tasks, on threads of their own while the caller brings the next layer.
 
-A pair of many tasks is tested as two tasks are, from its part of the scores of all. Two layers are in hand at a time:
-one that is tested, and one that comes. Each rank tests the heads that it adds up; rank 0 gets the tests of all.
+A pair of many tasks is tested as two tasks are, from its part of the scores of all. So many scores wait for their tests
+at a time that threads have work while a layer is read, added up and put in its place. Each rank tests the heads that it
+adds up; rank 0 gets the tests of all.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
@@ -22,7 +24,7 @@ from .head_tests import Design, LayerTests, layer_tests, testing_threads
 from .statistics import QKOVStatistics
 
 Both = tuple[int, int]  # two of many tasks, by number
-Waiting = dict[Both, Callable[[], LayerTests]]
+IN_HAND_BYTES = 16 << 20  # fewer of scores that wait for their tests
 
 
 class PairTests:
@@ -37,7 +39,7 @@ class PairTests:
         self._of_pairs = of_pairs
         self.designs = {} if statistics is None else designs_of(statistics, of_pairs)
         self._tested: dict[Both, list[LayerTests]] = {both: [] for both in self.designs}
-        self._waiting: Waiting = {}
+        self._waiting: deque[tuple[Both, int, Callable[[], LayerTests]]] = deque()  # and the bytes of their scores
         self._threads = ExitStack()
 
     def __enter__(self) -> PairTests:
@@ -48,7 +50,7 @@ class PairTests:
         self._threads.close()
 
     def take(self, layer: LayerAxes, part: LayerPartial, sizes: tuple[int, ...]) -> None:
-        """Begin with a layer, and be done with the one before.
+        """Have a layer tested; returns while it is.
 
         Args:
             layer: Its axes.
@@ -58,27 +60,29 @@ class PairTests:
         Raises:
             QkovError: for a score of a present head that is not finite.
         """
-        begun = {both: self._begin(both, layer, part, sizes) for both in self.designs}
-        self._wait()
-        self._waiting = begun
+        for both in self.designs:
+            self._begin(both, layer, part, sizes)
+            self._wait(IN_HAND_BYTES)  # a larger pair at once
 
-    def _begin(
-        self, both: Both, layer: LayerAxes, part: LayerPartial, sizes: tuple[int, ...]
-    ) -> Callable[[], LayerTests]:
+    def _begin(self, both: Both, layer: LayerAxes, part: LayerPartial, sizes: tuple[int, ...]) -> None:
         of_two = part if len(sizes) == FEWEST_TASKS else of_pair(part, sizes, *both, pooled=True)
         ids = [sample for table in self._of_pairs[both].samples for sample in table.ids]
         scores = {block: torch.from_numpy(np.ascontiguousarray(found.scores)) for block, found in of_two.blocks.items()}
         heads = {block: tuple(found.heads.tolist()) for block, found in of_two.blocks.items()}
-        return layer_tests(self._submit, self.designs[both], layer.layer, scores, heads, ids)
+        wait = layer_tests(self._submit, self.designs[both], layer.layer, scores, heads, ids)
+        self._waiting.append((both, sum(of_block.nbytes for of_block in scores.values()), wait))
 
-    def _wait(self) -> None:
-        for both, wait in self._waiting.items():
+    def _wait(self, left: int) -> None:
+        """Wait for the tests that were begun first, until those of fewer bytes are left."""
+        in_hand = sum(size for _, size, _ in self._waiting)
+        while self._waiting and in_hand >= left:
+            both, size, wait = self._waiting.popleft()
             self._tested[both].append(wait())
-        self._waiting = {}
+            in_hand -= size
 
     def of_all_ranks(self, world: World) -> dict[Both, LayerTests]:
         """The tests of every pair on rank 0, and of none elsewhere; every rank calls this alike, after all layers."""
-        self._wait()
+        self._wait(0)
         mine = [LayerTests.joined(of_layers) for of_layers in self._tested.values()]
         if world.size == 1 or not mine:
             return dict(zip(self.designs, mine, strict=True))
