@@ -70,11 +70,13 @@ def left_out_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> tuple[PairSums, P
     of_a, to_a = (torch.bmm(m, of_heads) for m in (counted, counted.mT))  # M a, M' a
     rows, columns = (counted.sum(dim).unsqueeze(-1) for dim in (-1, -2))  # r, c
     rounding = _rounding(counted)
-    whole = (of_a * a).sum(-2), _with_groups(counted.sum(-1), a), _with_groups(counted.sum(-2), a), rows.sum(-2)
+    whole = (of_a * a).sum(-2), _with_groups(rows.squeeze(-1), a), _with_groups(columns.squeeze(-1), a), rows.sum(-2)
     within = (of_a + to_a).mul_(a)
     lost = within, to_a.addcmul_(a, rows), of_a.addcmul_(a, columns), rows + columns
-    left_out = [torch.sub(total.unsqueeze(-2), of, out=of) for total, of in zip(whole, lost, strict=True)]
-    return _of_groups(*whole, rounding), _of_groups(*left_out, rounding.unsqueeze(-1))
+    aa, left, right, total = (
+        torch.sub(of_all.unsqueeze(-2), of, out=of) for of_all, of in zip(whole, lost, strict=True)
+    )
+    return _of_groups(*whole, rounding), _of_groups(aa, left, right, total, rounding.unsqueeze(-1))
 
 
 def _with_groups(sums: Tensor, a: Tensor) -> Tensor:
