@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
-from h5py import h5a, h5d, h5p, h5r, h5s, h5t
+from h5py import h5a, h5d, h5o, h5p, h5r, h5s, h5t
 
 from qkov_dist.errors import QkovError
 
@@ -180,9 +180,12 @@ class Writer:
         self._group(folder).id.links.create_hard(name.encode(), self._group(of_target).id, target_name.encode())
 
     def copy(self, source: Reader, path: str) -> None:
-        """Copy a dataset with its attributes and checksums, bit for bit; ``check`` says whether there was room."""
+        """Copy a dataset that was proved before, with attributes and checksums, bit for bit.
+
+        ``check`` says whether there was room.
+        """
         folder, _, name = path.rpartition("/")
-        self._file.copy(source.dataset(path), self._group(folder), name)
+        h5o.copy(source.group(folder).id, name.encode(), self._group(folder).id, name.encode())
 
     def check(self) -> None:
         """Raise the first error that the file system reported."""
