@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def ranks():
     """World size -> a pool of that many real ranks, kept for the session."""
     with pools() as pool_of:
         yield pool_of
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is not installed: reports without figures, which take seconds, for tests of all else."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

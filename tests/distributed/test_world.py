@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from forks import forking
-from processes import ran
+from processes import ran, wait_shortly
 from ranks import free_port, without_launcher
 from torch.distributed import distributed_c10d
 
@@ -281,6 +281,7 @@ class _CommOfOne:
 
 def failing(how: str, who: int) -> None:
     """One rank fails in some way; the others go on to a call that needs it."""
+    wait_shortly()
     try:
         with connected() as world:
             world.all_gather("hello")
@@ -309,6 +310,7 @@ def _fail(how: str) -> None:
 
 def step_that_fails(how: str) -> None:
     """As in a user's own script, without `qkov`: rank 1 fails within a step or before it, the others wait in one."""
+    wait_shortly()
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     with comm.step() as world:
