@@ -250,7 +250,7 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, text: str, where: str, ne
         ("ridge: {1: 2}", "Valid keys are ridge.epsilon, ridge.absolute, ridge.relative."),
         (
             "parallel: {learning_rate: 2}",
-            "Valid keys are parallel.tp, parallel.shard, parallel.replicate, parallel.ep.",
+            "Valid keys are parallel.tp, parallel.shard, parallel.replicate, ",
         ),
         ("optimizer: {lr: 2}", "Valid sections are model, parallel, tasks, metric, fisher, "),
     ],

@@ -108,7 +108,7 @@ class Collection:
         if topology.gathers_weights:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
             here = self._run_here(model, passes, on_samples)
         else:
-            here = together(topology.dp_group, lambda: self._run_here(model, passes, on_samples), topology.dp_ranks)
+            here = together(topology.dp_group, lambda: self._run_here(model, passes, on_samples))
         found = {
             number: (count, loss) for theirs in topology.dp_group.all_gather(here) for number, count, loss in theirs
         }

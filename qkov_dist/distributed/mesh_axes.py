@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from qkov_dist.errors import QkovError
@@ -22,8 +23,9 @@ Gathered = frozenset[tuple[int, ...]]
 
 
 def gathered_over(model: nn.Module) -> Gathered:
-    """The groups over which FSDP2 gathers weights for a pass, or keeps replicas of its shards."""
-    found = set()
+    """The groups over which FSDP2 gathers weights for a pass, or keeps replicas of its shards, and ZeRO-3 its parts."""
+    parts = {id(g): g for p in model.parameters() if (g := getattr(p, "ds_process_group", None)) is not None}
+    found = {tuple(torch.distributed.get_process_group_ranks(group)) for group in parts.values()}
     for module in model.modules():
         if not _is_fsdp(module):
             continue

@@ -58,11 +58,11 @@ def refuse_parts(model: nn.Module, world: World) -> None:
     if len(set(world.all_gather(hashlib.sha256(" ".join(mine).encode()).hexdigest()))) == 1:
         return
     first, *others = world.all_gather(mine)
-    for rank, names in enumerate(others, start=1):
+    for rank, names in zip(world.names[1:], others, strict=True):
         if only := sorted(set(first) ^ set(names)):
             raise SharedError(
                 f"rank {rank}: model",
-                expected="the modules that rank 0 has, or shards of them",
+                expected=f"the modules that rank {world.names[0]} has, or shards of them",
                 got=f"others ({', '.join(only[:3])}{', …' if len(only) > 3 else ''}: on one of the two alone)",
                 remedy="Give all ranks the same model, and not the stages of a pipeline: fsdp (parallel.shard=fsdp, or "
                 "DistributedConfig(fsdp_size=N)) spreads any model.",

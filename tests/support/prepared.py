@@ -21,11 +21,48 @@ def accelerated(model, _folder):
 
 
 def fully_sharded(model, _folder):
+    return sharded_over(model, None)
+
+
+def sharded_over(model, mesh, **policies):
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mesh=mesh, **policies)
+    return fully_shard(model, mesh=mesh, **policies)
+
+
+def hybrid_offloaded(model, _folder):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    policy = CPUOffloadPolicy(pin_memory=False)
+    return sharded_over(model, mesh_of(2, 2, names=("copies", "shards")), offload_policy=policy)
+
+
+def accelerated_over(model, **sizes):
+    """As `Accelerator.prepare` does on GPUs, which accelerate takes its process to have."""
+    from accelerate import Accelerator
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
+        )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, parallelism_config=ParallelismConfig(**sizes))
+        return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))[0]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def accelerated_hybrid(model, _folder):
+    return accelerated_over(model, dp_replicate_size=2, dp_shard_size=2)
 
 
 def tensor_parallel(_model, folder):
@@ -69,35 +106,36 @@ def torch_parallel_nameless(model, _folder):
 
 
 def torch_parallel_fully_sharded(model, _folder):
-    from torch.distributed.fsdp import fully_shard
-
     mesh = mesh_of(2, 2, names=("rows", "columns"))
-    model = _parallelized(model, mesh["columns"])
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh["rows"])
-    return fully_shard(model, mesh=mesh["rows"])
+    return sharded_over(_parallelized(model, mesh["columns"]), mesh["rows"])
 
 
-def engine(model, stage: int):
+def engine(model, stage: int, *, learns: bool, **of_stage):
     import deepspeed
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if stage < 3 else None
-    model.requires_grad_(stage < 3)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if learns else None
+    model.requires_grad_(learns)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage, **of_stage}}
+    settings["zero_force_ds_cpu_optimizer"] = False
     settings["zero_allow_untested_optimizer"] = True
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
 def zero1(model, _folder):
-    return engine(model, 1)
+    return engine(model, 1, learns=True)
 
 
 def zero2(model, _folder):
-    return engine(model, 2)
+    return engine(model, 2, learns=True)
 
 
 def zero3(model, _folder):
-    return engine(model, 3)
+    return engine(model, 3, learns=False)
+
+
+def zero3_offloaded(model, _folder):
+    where = {"device": "cpu"}
+    return engine(model, 3, learns=True, offload_param=where, offload_optimizer=where)
 
 
 def adapted_and_fully_sharded(model, folder):
