@@ -23,6 +23,7 @@ from qkov_dist.layout.proof import prove, resolve_proved
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.layout.weights import is_sharded
 
+from .cut_samples import refuse_cut_samples
 from .shared_errors import SharedError, together
 from .world import World
 
@@ -37,9 +38,11 @@ def proved_layout(model: nn.Module, world: World) -> Layout:
     """A model's layout, proved on the model itself; where it is sharded, on a small copy that rank 0 makes.
 
     Raises:
-        QkovError: as the proof does; of a sharded model, for an architecture that is not known.
+        QkovError: as the proof does; for stages of a pipeline and samples that are cut between ranks; of a sharded
+            model, for an architecture that is not known.
     """
     refuse_parts(model, world)
+    together(world, lambda: refuse_cut_samples(model))
     sharded = any(world.all_gather(any(is_sharded(parameter) for parameter in model.parameters())))
     if not sharded:
         return together(world, lambda: resolve_proved(model))

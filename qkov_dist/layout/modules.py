@@ -62,8 +62,16 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of data parallelism, DeepSpeed and ``torch.compile``.
 
     Raises:
-        QkovError: for FSDP1, which flattens the weights of a layer into one.
+        QkovError: for FSDP1, which flattens the weights of a layer into one, and for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise QkovError(
+            type(model).__name__,
+            expected="a transformers language model, whole or sharded",
+            got="no torch.nn.Module",
+            remedy="Give the model itself, and not the schedule or a stage of a pipeline: fsdp (fully_shard, or "
+            "DistributedConfig(fsdp_size=N)) spreads any model.",
+        )
     while type(model).__name__ in DATA_WRAPPERS:
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 
@@ -136,6 +138,58 @@ def zero3(model, _folder):
 def zero3_offloaded(model, _folder):
     where = {"device": "cpu"}
     return engine(model, 3, learns=True, offload_param=where, offload_optimizer=where)
+
+
+def staged(_model, folder):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    stages = DistributedConfig(pp_size=torch.distributed.get_world_size())
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=stages)
+
+
+def schedule(model, _folder):
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return ScheduleGPipe(PipelineStage(model, rank, size, torch.device("cpu")), 1)
+
+
+@contextlib.contextmanager
+def context_parallel():
+    """Torch's context: as it is left, attention is torch's own again."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh, buffer = mesh_of(torch.distributed.get_world_size()), torch.zeros(1, 48)
+    with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[1]):
+        yield
+
+
+def attention_in_context_parallel(model, _folder):
+    from torch.distributed.tensor.experimental import _attention
+
+    kind, mesh = _attention._ContextParallel.AttentionType.SDPA, mesh_of(torch.distributed.get_world_size())
+    for layer in model.model.layers:
+        _attention._ContextParallel(seq_dim=2, attention_type=kind)._apply(layer.self_attn, mesh)
+    return model
+
+
+@contextlib.contextmanager
+def ulysses(model):
+    """DeepSpeed's sequence parallelism, as accelerate sets it up; transformers' attention is put back."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    deepspeed.init_distributed("gloo")
+    plain, size = ALL_ATTENTION_FUNCTIONS["sdpa"], torch.distributed.get_world_size()
+    try:
+        UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", size, micro_batch_size=1)
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+        parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
 
 
 def adapted_and_fully_sharded(model, folder):
