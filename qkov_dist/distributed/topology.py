@@ -179,7 +179,7 @@ def _refuse_routed(model: nn.Module) -> None:
         raise QkovError(
             f"ZeRO-3: {', '.join(sorted(waiting))}",
             expected="a module whose weights all ranks gather at once, whichever experts their tokens are sent to",
-            got="experts that are modules of their own: ranks would wait for each other",
+            got="experts that run as often as tokens are sent to them: ranks would wait for each other",
             remedy=f"Call deepspeed.utils.set_z3_leaf_modules(model, [{classes}]) before deepspeed.initialize.",
         )
 

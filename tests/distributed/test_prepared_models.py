@@ -122,7 +122,7 @@ def other_batches() -> str:
 
 
 def in_context_parallel(model, _folder):
-    with prepared.context_parallel():
+    with prepared.context_parallel(model):
         collected(model, job_for(TINY["llama"]))
 
 

@@ -6,6 +6,8 @@ import contextlib
 
 import torch
 
+from qkov_dist.layout.resolve import resolve
+
 
 def plain(model, _folder):
     return model
@@ -26,12 +28,22 @@ def fully_sharded(model, _folder):
     return sharded_over(model, None)
 
 
+def layers_of(model):
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+
+
 def sharded_over(model, mesh, **policies):
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.model.layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, **policies)
     return fully_shard(model, mesh=mesh, **policies)
+
+
+def fully_sharded_half(model, _folder):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return sharded_over(model, None, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
 
 
 def hybrid_offloaded(model, _folder):
@@ -55,12 +67,20 @@ def accelerated_over(model, **sizes):
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
+            transformer_cls_names_to_wrap=[type(layers_of(model)[0]).__name__],
         )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, parallelism_config=ParallelismConfig(**sizes))
         return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))[0]
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def accelerated_sharded(model, _folder):
+    return accelerated_over(model, dp_shard_size=torch.distributed.get_world_size())
+
+
+def accelerated_context_parallel(model, _folder):
+    return accelerated_over(model, cp_size=torch.distributed.get_world_size())
 
 
 def accelerated_hybrid(model, _folder):
@@ -91,6 +111,25 @@ def _parallelized(model, mesh, **of_output):
     return parallel.parallelize_module(model, mesh, plan)
 
 
+def _gathered(model, mesh):
+    """Every projection of attention cut between rows, its output gathered: any model's heads will do."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    names = [f"{p.module}" for layer in resolve(model).layers for p in layer.projections]
+    styles = {name: ColwiseParallel(output_layouts=Replicate()) for name in names}
+    return parallelize_module(model, mesh, styles)
+
+
+def torch_parallel_gathered(model, _folder):
+    return _gathered(model, mesh_of(torch.distributed.get_world_size()))
+
+
+def torch_parallel_hybrid(model, _folder):
+    mesh = mesh_of(2, 2, 2, names=("x", "y", "z"))
+    return sharded_over(_gathered(model, mesh["z"]), mesh["x", "y"])
+
+
 def mesh_of(*sizes: int, names=None):
     return torch.distributed.device_mesh.init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
@@ -109,7 +148,7 @@ def torch_parallel_nameless(model, _folder):
 
 def torch_parallel_fully_sharded(model, _folder):
     mesh = mesh_of(2, 2, names=("rows", "columns"))
-    return sharded_over(_parallelized(model, mesh["columns"]), mesh["rows"])
+    return sharded_over(_gathered(model, mesh["columns"]), mesh["rows"])
 
 
 def engine(model, stage: int, *, learns: bool, **of_stage):
@@ -135,9 +174,22 @@ def zero3(model, _folder):
     return engine(model, 3, learns=False)
 
 
+def zero3_with_leaves(model, _folder):
+    return engine(_with_leaves(model), 3, learns=False)
+
+
+def _with_leaves(model):
+    """All of a layer's experts gathered at once, as the refusal says."""
+    import deepspeed
+
+    if kinds := {type(module) for name, module in model.named_modules() if name.endswith("experts")}:
+        deepspeed.utils.set_z3_leaf_modules(model, [*kinds])
+    return model
+
+
 def zero3_offloaded(model, _folder):
     where = {"device": "cpu"}
-    return engine(model, 3, learns=True, offload_param=where, offload_optimizer=where)
+    return engine(_with_leaves(model), 3, learns=True, offload_param=where, offload_optimizer=where)
 
 
 def staged(_model, folder):
@@ -156,7 +208,7 @@ def schedule(model, _folder):
 
 
 @contextlib.contextmanager
-def context_parallel():
+def context_parallel(_model):
     """Torch's context: as it is left, attention is torch's own again."""
     from torch.distributed.tensor.experimental import context_parallel
 
