@@ -76,6 +76,24 @@ class Rect:
         cuts = [self.row + height * n // max(num_bands, 1) for n in range(num_bands + 1)]
         return tuple(Rect(low, high, self.col, self.col_end) for low, high in pairwise(cuts))
 
+    def split(self, max_area: int, least: int = 1) -> tuple[Rect, ...]:
+        """Cut into pieces of at most ``max_area`` elements, all of about one shape, in order.
+
+        The longer side is cut, as a product is quickest where its shorter side stays whole; the other one too, where
+        pieces would come out narrower than ``least``. A piece has ``least`` elements of one row or column even where
+        these are more than ``max_area``.
+        """
+        rows, cols = self.shape
+        if cols > rows:
+            return tuple(piece.transposed for piece in self.transposed.split(max_area, least))
+        if not cols:
+            return ()
+        height = max(max_area // cols, min(least, rows), 1)
+        width = max(max_area // height, 1)
+        return tuple(
+            piece.transposed for band in self.split_rows(height) for piece in band.transposed.split_rows(width)
+        )
+
 
 def rects_of_flat_interval(start: int, stop: int, num_cols: int) -> tuple[Rect, ...]:
     """Cut the interval [start, stop) of a row-major flattened matrix into at most three rectangles."""

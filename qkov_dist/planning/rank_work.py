@@ -17,7 +17,7 @@ from qkov_dist.layout.heads import AttentionLayer, Layout, Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.exchange import needs_of
 from qkov_dist.scoring.extent import Scoring
-from qkov_dist.scoring.tiles import SHARED_O_BIAS, LayerTiles, Selection, Tile, in_order_of_work
+from qkov_dist.scoring.tiles import SHARED_O_BIAS, LayerTiles, Selection, Tile, cut, in_order_of_work
 
 UNCUT = 2**62  # bytes of a tile that nothing exceeds
 
@@ -146,8 +146,7 @@ def _largest_tile(layer_tiles: LayerTiles, scoring: Scoring) -> int:
     most = scoring.max_elements
     alike = Counter((tile.site, tile.block, tile.rect.shape, tile.bias) for tile in layer_tiles.tiles)
     sizes = [
-        (max(band.area for band in Rect.of_shape(*shape).split_rows(most // shape[1])), num)
-        for (_, _, shape, _), num in alike.items()
+        (max(tile.area for tile in cut(Rect.of_shape(*shape), most)), num) for (_, _, shape, _), num in alike.items()
     ]
     if not scoring.on_gpu:
         return max((size for size, _ in sizes), default=0)

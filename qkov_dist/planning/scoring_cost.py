@@ -29,9 +29,10 @@ from qkov_dist.scoring.block_totals import norm_flops
 from qkov_dist.scoring.fisher_sums import num_columns
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
-from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS
+from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products
 from qkov_dist.scoring.schedule import Round
 from qkov_dist.scoring.score import worth_compiling
+from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
 from .rank_work import LayerWork, SiteWork
@@ -129,16 +130,16 @@ class ScoringCost:
 
     def flops(self, rank: int, layers: Sequence[int]) -> int:
         """Operations of a rank's scores."""
-        (left, right), num = self.work.pairs, sum(self.work.num_samples)
-        scoring = 0
+        num, scoring = sum(self.work.num_samples), 0
+        config = self.work.config
+        in_half = config.pooled and KINDS[config.metric.score].is_symmetric and not self.work.on_gpu  # type: ignore[index]
+        pairs = pair_products(*self.work.pairs, in_half=in_half and not self._compiles(rank))
         for layer_work, times in self._counted(rank, layers):
             for site in layer_work.sites:
                 tokens = self.work.padded_tokens(site.above)
                 elements = site.area + site.bias_area
                 of_effects = effect_products(num, len(self.work.tasks))
-                products = (
-                    elements * (len(self.work.tasks) * num + left * right) + (elements - site.shared_area) * of_effects
-                )
+                products = elements * (len(self.work.tasks) * num + pairs) + (elements - site.shared_area) * of_effects
                 scoring += times * 2 * (site.area * tokens + products)
         return scoring
 

@@ -28,7 +28,7 @@ from .fisher_sums import FisherSums, add, no_sums
 from .head_batches import HeadBatch
 from .influence_records import Influences, no_influences
 from .influence_sums import InfluenceSums
-from .kernel import Buffers, Rule, add_tile, tile_flops, tile_gradients
+from .kernel import Buffers, Rule, add_tile, pair_products, tile_flops, tile_gradients
 from .pipeline import Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, compiled, fisher_sums
@@ -104,7 +104,10 @@ class _HeadScorer:
         if effects is not None:
             influences = site.records_in_order_of_roles(effects.records()).numpy()
         tiles = ((tile.rect.area, tile.bias) for tile in batch.heads[0])
-        flops = sum(tile_flops(site.padded, size, roles.shape, bias=bias, effects=effects) for size, bias in tiles)
+        pairs = pair_products(
+            *roles.shape, in_half=rule.in_cache(len(batch.heads), scores.device) and rule.is_symmetric
+        )
+        flops = sum(tile_flops(site.padded, size, pairs, bias=bias, effects=effects) for size, bias in tiles)
         found = zip(site.in_order_of_roles(scores.cpu()), sums, influences, strict=True)
         return [_HeadPart(*of_head, flops) for of_head in found]
 
@@ -277,7 +280,7 @@ def _totals(
     def of_layer(number: int, _buffers: Buffers) -> BlockTotals:
         return block_totals(layers[number], store, roles, settings, exchange.seen)
 
-    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
+    with workers(torch.device(settings.device)) as submit:
         waiting = {str(number): submit(of_layer, number) for number in there}
         mine = {number: wait() for number, wait in waiting.items()}
     summed = {number: dict.fromkeys(layers[number].block_sizes, 0.0) for number in wanted}

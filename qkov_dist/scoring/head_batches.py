@@ -29,18 +29,16 @@ class HeadBatch:
         return zip(*self.heads, strict=True)
 
     @property
-    def tallest(self) -> int:
-        """Rows of the tallest tile."""
-        return max(tile.rect.shape[0] for tile in self.heads[0])
+    def largest(self) -> int:
+        """Elements of the largest tile."""
+        return max(tile.rect.area for tile in self.heads[0])
 
     def smaller(self) -> list[HeadBatch]:
-        """The same tiles as batches of half the heads; those of one head in tiles of half the height."""
+        """The same tiles as batches of half the heads; those of one head in tiles of half the size."""
         if (middle := len(self.heads) // 2) > 0:
             return [HeadBatch(self.heads[:middle]), HeadBatch(self.heads[middle:])]
-        (tiles,), height = self.heads, self.tallest // 2
-        return [
-            HeadBatch((tuple(replace(tile, rect=half) for tile in tiles for half in tile.rect.split_rows(height)),))
-        ]
+        (tiles,), most = self.heads, -(-self.largest // 2)
+        return [HeadBatch((tuple(replace(tile, rect=half) for tile in tiles for half in tile.rect.split(most)),))]
 
 
 def head_batches(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0) -> list[HeadBatch]:

@@ -22,9 +22,10 @@ from .padded_groups import PaddedGroup
 from .score import Fused, maps, power_of
 from .score_kinds import KINDS, ElementMap, Score
 
-CHUNK_BYTES = 2 * 2**20  # of gradients; with their squares this is what a core's second-level cache holds, or nearly
+CHUNK_BYTES = 4 * 2**20  # of gradients; with their squares this is what lies near a core, and a tile of few samples
 PRODUCTS = 512  # blocks of pairs that are multiplied at a time on a GPU: some for each of its multiprocessors
 BLOCK_PAIRS, LEAST_PART = 128, 512  # rows and columns of such a block; the fewest elements that are summed for it
+HALF_PAIRS = 48  # rows of a block of a symmetric product on a CPU, of which those left of the diagonal are left out
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,15 @@ class Rule:
     right: slice
     fused: Fused | None = None
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the scores of all pairs are a symmetric matrix."""
+        return self.left == self.right and KINDS[self.score].is_symmetric
+
+    def in_cache(self, heads: int, device: torch.device) -> bool:
+        """Whether a tile is worked on in chunks that lie near a core: on a CPU, a head at a time."""
+        return heads == 1 and device.type == "cpu" and not self.fused
+
     def may_vanish(self, dtype: torch.dtype) -> bool:
         """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
         return max(self.epsilon, self.ridge) * torch.finfo(dtype).max <= 1
@@ -125,14 +135,19 @@ def add_tile(
     num, heads, size = gradients.shape
     flat = gradients.view(num, heads * size)
     by_task = flat.new_empty(len(weights), heads * size)
-    in_cache = heads == 1 and flat.device.type == "cpu" and not rule.fused
+    in_cache = rule.in_cache(heads, flat.device)
     if rule.may_vanish(flat.dtype):
         rule = replace(rule, fused=None)
     step = max(CHUNK_BYTES // (num * flat.element_size()), 1) if in_cache else heads * size
     for start in range(0, heads * size, step):
         chunk = slice(start, start + step)
         of_i, of_j = _maps(flat[:, chunk], weights, by_task[:, chunk], rule, buffers, effects)
-        _add_pairs(scores, of_i[rule.left], of_j[rule.right])
+        if in_cache:
+            _add_pairs_of_head(scores[0], of_i[rule.left], of_j[rule.right], symmetric=rule.is_symmetric)
+        else:
+            _add_pairs(scores, of_i[rule.left], of_j[rule.right])
+    if in_cache and rule.is_symmetric:
+        _mirror(scores[0])
     return by_task.view(len(weights), heads, size)
 
 
@@ -182,12 +197,25 @@ def _add_effects(
     effects.add(part, squares, by_task, finite, vectors)
 
 
+def _add_pairs_of_head(scores: Tensor, of_i: Tensor, of_j: Tensor, *, symmetric: bool) -> None:
+    """Add the products of all pairs to scores [left, right] of one head; of symmetric ones, on and above the diagonal.
+
+    Below it, blocks along the diagonal have what they need not have.
+    """
+    step = HALF_PAIRS if symmetric else max(len(of_i), 1)
+    for start in range(0, len(of_i), step):
+        first = start if symmetric else 0
+        scores[start : start + step, first:].addmm_(of_i[start : start + step], of_j[first:].t())
+
+
+def _mirror(scores: Tensor) -> None:
+    """Complete symmetric scores from what is on and above the diagonal."""
+    scores.copy_(scores.triu() + scores.triu(1).t())
+
+
 def _add_pairs(scores: Tensor, of_i: Tensor, of_j: Tensor) -> None:
     """Add the products of all pairs, [left, heads * p] and [right, heads * p], to scores [heads, left, right]."""
     heads, left, right = scores.shape
-    if heads == 1 and scores.device.type == "cpu":
-        scores[0].addmm_(of_i, of_j.t())
-        return
     parts = num_parts(heads, left, right, of_i.shape[1] // heads)
     rows, columns = (maps.view(maps.shape[0], heads * parts, -1).transpose(0, 1) for maps in (of_i, of_j))
     if parts == 1:
@@ -217,15 +245,29 @@ def _map_in_place(which: ElementMap, gradients: Tensor, squares: Tensor) -> Tens
     return gradients.abs_() if which == "magnitude" else gradients
 
 
+def pair_products(left: int, right: int, *, in_half: bool) -> int:
+    """Products of an element's maps for all pairs; of a symmetric result in blocks of rows, from the diagonal on."""
+    if not in_half:
+        return left * right
+    return sum(min(HALF_PAIRS, left - start) * (right - start) for start in range(0, left, HALF_PAIRS))
+
+
 def tile_flops(
-    factors: Sequence[Padded], size: int, pairs: tuple[int, int], *, bias: bool, effects: InfluenceSums | None = None
+    factors: Sequence[Padded], size: int, pairs: int, *, bias: bool, effects: InfluenceSums | None = None
 ) -> int:
     """Floating-point operations of the matrix products of a tile of ``size`` elements, padding included.
 
     Gradients that are kept were formed before.
+
+    Args:
+        factors: All groups.
+        size: Elements.
+        pairs: Products of an element's maps (``pair_products``).
+        bias: Whether it is a bias.
+        effects: Where effects are added up; None leaves them out.
     """
     num = factors[-1].group.last
     num_tasks = 2 if effects is None else effects.num_tasks
     tokens = 0 if bias else sum((padded.group.last - padded.group.first) * padded.group.length for padded in factors)
     of_effects = 0 if effects is None else effect_products(len(effects.means.weights), effects.num_tasks)
-    return 2 * size * (tokens + num_tasks * num + pairs[0] * pairs[1] + of_effects)
+    return 2 * size * (tokens + num_tasks * num + pairs + of_effects)

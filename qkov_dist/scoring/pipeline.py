@@ -135,10 +135,10 @@ def _start_layer(
 def _in_memory(
     warn: Callable[[str], object], work: Work[T], batch: HeadBatch, factors: SiteFactors, buffers: Buffers
 ) -> list[T]:
-    """Do the work; where its tiles do not fit into memory, for half of the heads, or with tiles of half the height.
+    """Do the work; where its tiles do not fit into memory, for half of the heads, or with tiles of half the size.
 
     Raises:
-        QkovError: where a tile of one row does not fit.
+        QkovError: where a tile of one element does not fit.
     """
     try:
         return work(batch, factors, buffers)
@@ -147,10 +147,10 @@ def _in_memory(
             raise
         buffers.held.clear()
         tile = batch.first
-        if len(batch.heads) == batch.tallest == 1:
+        if len(batch.heads) == batch.largest == 1:
             raise QkovError(
                 f"layer {tile.site.layer}, block {tile.block}, head {tile.head}",
-                expected="memory for one row of a weight's gradients of all samples",
+                expected="memory for one element of a weight's gradients of all samples",
                 got="too little",
                 remedy="Use fewer samples, more ranks, or a machine with more memory.",
             ) from error

@@ -45,7 +45,7 @@ def layer_squares(
     """
     scored = [tile for tile in layer_tiles.slices if tile.head in layer_tiles.heads.get(tile.block, ())]
     squares = np.zeros(len(roles.members))
-    with products_as(settings.matmul_precision, settings.device):
+    with products_as("highest", settings.device):  # terms cancel
         every = range(len(roles.members))
         for _, members, found in block_squares(scored, source, roles.members, every, settings.device, seen):
             squares[list(members)] += found.numpy()
@@ -67,7 +67,7 @@ def summed_squares(tile_plan: TilePlan, exchange: Exchange, roles: Roles, settin
         return layer_squares(layer, exchange.store, roles, settings, exchange.seen)
 
     mine = np.zeros(len(roles.members))
-    with workers(torch.device(settings.device), settings.matmul_precision) as submit:
+    with workers(torch.device(settings.device)) as submit:
         for wait in [submit(of_layer, layer) for layer in there]:
             mine += wait()
     total: Floats = np.asarray(exchange.topology.world.all_gather(mine.tolist()), np.float64).sum(0)

@@ -20,6 +20,7 @@ from qkov_dist.layout.rects import Rect, first_overlap
 S = TypeVar("S", Site, int)
 SHARED_O_BIAS = "O_bias"
 TILE_BYTES = 12 * 2**20  # of gradients; every worker of a CPU has a tile, which the shared cache should hold
+LONG_SIDE, LEAST_SIDE = 192, 64  # rows or columns from which products are quick, and below which they mostly read
 GPU_TILE_BYTES = 256 * 2**20  # of gradients; a GPU has one, of one head or several: enough to be worth its launches
 
 
@@ -147,6 +148,16 @@ def tile_bytes(device_type: str) -> int:
     return TILE_BYTES if device_type == "cpu" else GPU_TILE_BYTES
 
 
+def cut(rect: Rect, max_elements: int) -> tuple[Rect, ...]:
+    """Cut a rectangle of a head into tiles of at most ``max_elements`` (or a row of few).
+
+    A tile is as small as a quarter of that where its products are quick all the same: what is done with gradients
+    that were just formed finds them in a nearer cache.
+    """
+    quick = LONG_SIDE * min(rect.shape)
+    return rect.split(min(max(quick, max_elements // 4), max_elements), LEAST_SIDE)
+
+
 def make_tile_plan(
     layout: Layout,
     selection: Selection,
@@ -189,7 +200,7 @@ def _tiles_of_layer(
         for tile in slices
         for piece in owned(projections[tile.site.module], tile.bias)
         if (common := tile.rect.intersect(piece))
-        for band in common.split_rows(max_elements // common.shape[1])
+        for band in cut(common, max_elements)
     ]
     sizes: dict[str, int] = {}
     for tile in slices:

@@ -62,6 +62,20 @@ def test_split_rows_covers_exactly_in_bands(rect: Rect, max_rows: int) -> None:
 
 
 @settings(deadline=None)
+@given(rects(), st.integers(-1, 30), st.integers(1, 4))
+def test_split_covers_exactly_in_pieces_of_the_longer_side(rect: Rect, max_area: int, least: int) -> None:
+    pieces = rect.split(max_area, least)
+    if not rect.area:
+        assert not pieces
+        return
+    check_exact_cover("pieces", rect, pieces)
+    assert all(piece.area <= max(max_area, least) for piece in pieces)
+    shorter, longer = sorted(rect.shape)
+    if max_area >= shorter * min(least, longer):
+        assert all(min(piece.shape) == shorter or max(piece.shape) == shorter for piece in pieces)
+
+
+@settings(deadline=None)
 @given(sizes, sizes, st.data())
 def test_a_flat_interval_is_at_most_three_rectangles(num_rows: int, num_cols: int, data: st.DataObject) -> None:
     ends = st.integers(0, num_rows * num_cols)

@@ -149,12 +149,13 @@ def assert_as_planned(costs: list[Cost], measured: list[Measured]) -> None:
     "sections",
     [
         {},
-        {"statistics": {"enabled": True}, "metric": {"include_bias": True}},
+        {"statistics": {"enabled": True}, "metric": {"include_bias": True, "score": "curvature"}},
         {"metric": {"heads": [1], "layers": [1]}, "ridge": {"relative": 0.1}},
     ],
-    ids=["plain", "pooled with biases", "one head"],
+    ids=["plain", "pooled and symmetric with biases", "one head"],
 )
-def test_the_plan_of_a_process_is_what_it_holds_and_computes(model, sections, folder, tmp_path):
+def test_the_plan_of_a_process_is_what_it_holds_and_computes(model, sections, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("qkov_dist.scoring.kernel.HALF_PAIRS", 3)
     costs, _, measured = measure(settings(folder, model, "x", {}, **sections), tmp_path)
     assert costs[0].flops_kept > 0
     assert_as_planned(costs, measured)

@@ -432,6 +432,21 @@ def test_sums_of_whole_blocks_are_those_of_the_gradients_themselves(name, above,
             assert found[block] == pytest.approx(total, rel=1e-5)  # float32 squares of a few thousand elements
 
 
+def test_norms_of_gradients_that_nearly_cancel_keep_their_digits():
+    """Tokens all but alike, whose output gradients add up to nothing: float32 Gram matrices alone are off by 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    d = torch.randn(3, 64, 8, generator=generator)
+    d -= d.mean(1, keepdim=True)
+    x = 1 + 1e-4 * torch.randn(3, 64, 256, generator=generator)
+    x[0] = torch.randn(64, 256, generator=generator)  # beside one that does not cancel
+    exact = (d.double().mT @ x.double()).square().sum((1, 2))
+    products = block_totals._Products(x, 0, 1)
+    found = products._by_grams(d, tuple(range(256)))
+    assert found.tolist() == pytest.approx(exact.tolist(), rel=1e-6)
+    alone = ((d @ d.mT) * (x @ x.mT)).sum((1, 2), dtype=torch.float64)
+    assert abs(alone[1] / exact[1] - 1) > 0.01
+
+
 def test_sums_of_whole_blocks_add_up_over_any_rectangles():
     entry = TINY["falcon_new"]  # Q, K and V of each group lie between one another in one projection
     model, job = entry.build(), job_for(entry)

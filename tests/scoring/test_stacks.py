@@ -47,14 +47,14 @@ def test_heads_of_other_blocks_shapes_or_cuts_are_not():
     assert numbers([*head(0), bias], 10**9) == [[0], [1]]
 
 
-def test_a_head_batch_comes_apart_into_heads_then_rows():
+def test_a_head_batch_comes_apart_into_heads_then_tiles():
     (batch,) = head_batches([*head(0, bands=2), *head(1, bands=2), *head(2, bands=2)], 10**9)
     assert [[tile.head for tile in band] for band in batch.bands] == [[0, 1, 2], [0, 1, 2]]
     first, rest = batch.smaller()
     assert (len(first.heads), len(rest.heads)) == (1, 2)
     (halves,) = first.smaller()
     assert [tile.rect.shape for tile in halves.heads[0]] == [(2, 4)] * 4
-    assert halves.tallest == 2
+    assert halves.largest == 8
 
 
 @pytest.mark.parametrize(("heads", "size", "parts"), [(9, 36864, 32), (1, 36864, 64), (9, 513, 1), (600, 36864, 1)])
