@@ -62,6 +62,12 @@ class Parallelism:
         return self.replicas // self.copies if self.data in SHARDED else 1
 
     @property
+    def expert_shards(self) -> int:
+        """Over how many ranks FSDP2 spreads what one of them owns of the experts."""
+        within = self.tp if self.experts > 1 else 1
+        return self.shards * within // self.experts if self.data == "fsdp" else 1
+
+    @property
     def uses_mesh(self) -> bool:
         """Whether transformers cuts the model over a device mesh."""
         return self.tp > 1 or self.data == "fsdp"
@@ -198,7 +204,8 @@ def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -
             remedy="Merge it (peft's merge_and_unload; gradients of the merged weights are the same), or use "
             "parallel.shard=ddp or device_map.",
         )
-    check_model(config, tp=1 if parallelism.whole else parallelism.tp, ep=parallelism.experts)
+    tp = 1 if parallelism.whole else parallelism.tp
+    check_model(config, tp=tp, ep=parallelism.experts, shards=parallelism.expert_shards)
     if parallelism.data == "device_map":
         return load_model(config, device_map="auto")
     if parallelism.uses_mesh:

@@ -16,11 +16,24 @@ from qkov_dist.loading.architecture import meta_model
 SHARDED_BY_HOOKS = ("colwise", "rowwise")
 
 
-def check_model(config: ModelConfig, *, tp: int, ep: int) -> None:
-    """Refuse a model that tensor or expert parallelism cannot cut so, before its weights are read."""
-    if tp == ep == 1:
+def check_model(config: ModelConfig, *, tp: int, ep: int, shards: int) -> None:
+    """Refuse a model that tensor or expert parallelism, or FSDP2, cannot cut so, before its weights are read.
+
+    Args:
+        config: Which model.
+        tp: Into how many parts tensor parallelism cuts it.
+        ep: Over how many ranks its experts are spread.
+        shards: Over how many ranks FSDP2 spreads each part of the experts.
+    """
+    if tp == ep == shards == 1:
         return
     model = meta_model(config)
+    try:
+        check_shards(model, ep, shards)
+    except QkovError as error:
+        raise error.within(str(config.path)) from None
+    if tp == ep == 1:
+        return
     layout, plan, names = resolve(model), getattr(model, "tp_plan", None) or {}, expert_weights(model)
     attention = {style_of(f"{p.module}.weight", plan) for layer in layout.layers for p in layer.projections}
     in_layers = {style_of(name, plan) for name, _ in model.named_parameters() if "*" in starred(name)}
@@ -92,6 +105,37 @@ def check_experts(numbers: Collection[int], layout: Layout, ep: int) -> None:
             got=str(ep),
             remedy="Choose such a parallel.ep, or parallel.shard=fsdp or zero3 with parallel.ep=1.",
         )
+
+
+def check_shards(model: nn.Module, ep: int, shards: int) -> None:
+    """Refuse FSDP2 of experts that a checkpoint has one by one, where a rank would get none of them.
+
+    transformers stacks those of a rank's share, which is cut between experts, and cannot stack none.
+
+    Raises:
+        QkovError: naming what would do.
+    """
+    for number in sorted({len(model.get_parameter(name)) // ep for name in expert_weights(model)}):
+        if shards > 1 and -(-number // shards) * (shards - 1) >= number and _stacks_experts(model):
+            raise QkovError(
+                "parallel.shard",
+                expected=f"ranks that each get one of the {number} experts",
+                got=f"fsdp of them over {shards}, which leaves ranks without any: transformers cannot load these",
+                remedy=f"Let {number} ranks or a divisor of it share them (by parallel.replicate or parallel.ep), or "
+                "use parallel.shard=zero3.",
+            )
+
+
+def _stacks_experts(model: Any) -> bool:
+    """Whether transformers makes a model's experts of tensors that are one expert's each."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:
+        return False
+    kind = model.config.get_text_config().model_type
+    conversions = get_checkpoint_conversion_mapping(kind) or ()  # type: ignore[no-untyped-call]
+    steps = (step for conversion in conversions for step in getattr(conversion, "operations", ()))
+    return any(type(step).__name__ == "MergeModulelist" for step in steps)
 
 
 def expert_weights(model: nn.Module) -> set[str]:
