@@ -10,8 +10,10 @@ part that is counted twice would not have been seen.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,11 +56,13 @@ def table(found: dict[tuple[str, str, int], Met | str]) -> list[str]:
     """The lines of the table in Markdown, and the messages of what was refused."""
     notes: dict[str, int] = {}
     lines = [f"| Cut | Ranks | {' | '.join(FAMILIES)} |", f"|---|---|{'---|' * len(FAMILIES)}"]
-    for cut in dict.fromkeys(cut for cut, _, _ in found):
+    met = {cut for cut, _, _ in found}
+    for cut in filter(met.__contains__, CUTS):
         sizes = [size for size in CUTS[cut].sizes if any((cut, name, size) in found for name in FAMILIES)]
         row = [_words({n: found[cut, name, n] for n in sizes}, notes) for name in FAMILIES]
         lines.append(f"| {cut} | {', '.join(map(str, sizes))} | {' | '.join(row)} |")
-    return [*lines, "", *(f"{number}. {message}" for message, number in notes.items())]
+    wrapped = (textwrap.wrap(f"{number}. {text}", 120, subsequent_indent="   ") for text, number in notes.items())
+    return [*lines, "", *(line for of_note in wrapped for line in of_note)]
 
 
 def _words(of_sizes: dict[int, Met | str], notes: dict[str, int]) -> str:
@@ -78,10 +82,11 @@ def _words(of_sizes: dict[int, Met | str], notes: dict[str, int]) -> str:
 
 
 def _as_one(refusal: str, size: int) -> str:
-    """A message in which the number of ranks is any."""
-    for text in (f"the {size} ", f"use {size} ", f"got {size}.", f"rank {size - 1}:"):
-        refusal = refusal.replace(text, text.replace(str(size), "N").replace(str(size - 1), "N"))
-    return refusal
+    """A message in which the number of ranks and the kind of model are any."""
+    for text in (f"the {size} ranks", f"use {size} ", f"got {size}.", f"SP size {size}."):
+        refusal = refusal.replace(text, text.replace(str(size), "N"))
+    refusal = re.sub(r"got others \(.*?\)", "got others", refusal)
+    return re.sub(r"model type '\w+'", "its model type", refusal).removeprefix("MODEL: ")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
