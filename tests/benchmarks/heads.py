@@ -1,10 +1,10 @@
-"""What scoring heads of one large layer takes: 128 x 4096, as of an 8B model, with random factors.
+"""What scoring one large layer takes: heads of 128 x 4096, as of an 8B model, with random factors.
 
     python tests/benchmarks/heads.py [--samples 64] [--tokens 256] [--rounds 3] [--against CHECKOUT]
 
-Scores all pairs of 64 + 64 samples at 4 query heads and the kv head that they share (a head is the same work as any
-other of its block), each round in a process of its own; with ``--against`` in turns with another checkout of this
-package. Prints processor and wall seconds, the rate of all products, and the ratio. Takes 3 GB.
+Scores all pairs of 64 + 64 samples at the 32 heads of Q and O and the 8 of K and V, each round in a process of its
+own; with ``--against`` in turns with another checkout of this package. Prints processor and wall seconds, the rate of
+all products, and the ratio. Takes 3 GB.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import LayerTiles, Selection, make_tile_plan
 
 ROOT = Path(__file__).parents[2]
-HEADS = (0, 1, 2, 3)
 
 
 def main() -> None:
@@ -98,7 +97,7 @@ def _layer(num_samples: int) -> LayerTiles:
     )  # fmt: skip
     with torch.device("meta"):
         layout = resolve(LlamaForCausalLM(config))
-    return make_tile_plan(layout, Selection(heads=HEADS), include_bias=False, num_samples=num_samples).layers[0]
+    return make_tile_plan(layout, Selection(), include_bias=False, num_samples=num_samples).layers[0]
 
 
 def _roles(num: int) -> Roles:
