@@ -53,15 +53,19 @@ class QKOVConfig:
     objective: Objective = "causal"
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> QKOVConfig:
+    def from_model(cls, model: nn.Module, group: Any = None) -> QKOVConfig:
         """Find the heads of a model and prove them by perturbation, one layer of each kind.
 
         Every rank of a sharded model calls this.
 
+        Args:
+            model: A transformers language model, as :class:`FisherCollector` takes it.
+            group: The process group of torch.distributed whose ranks have the model; None is all ranks.
+
         Raises:
             QkovError: for an architecture that is refused, or not known and not provable (see ``register_layout``).
         """
-        with step() as world:
+        with step(group) as world:
             model = together(world, lambda: inner_model(model))
             return cls(proved_layout(model, world), "masked" if is_masked_lm(model) else "causal")
 
@@ -94,6 +98,8 @@ class FisherCollector:
         batch_tokens: Padded tokens in one compute batch; None takes 512 on a CPU that holds all weights, 8192 on a GPU
             that holds all of a model of less than a billion parameters, else 2048. Changes no result.
         spill_dir: Folder for factors beyond the memory; the system's temporary folder by default.
+        group: The process group of torch.distributed whose ranks have the model and make these calls, and those of the
+            metric; None is all ranks.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class FisherCollector:
         layers: Sequence[int] | None = None,
         batch_tokens: int | None = None,
         spill_dir: str | Path | None = None,
+        group: Any = None,
     ) -> None:
         choose("reduction", reduction, ("param",))
         choose("loss_reduction", loss_reduction, ("mean", "sum"))
@@ -116,7 +123,7 @@ class FisherCollector:
             raise wrong_argument("gradient_memory_mb", "at least 0", gradient_memory_mb)
         if batch_tokens is not None and batch_tokens < 1:
             raise wrong_argument("batch_tokens", "at least 1", batch_tokens)
-        self.enabled = enable_cross_task_analysis
+        self.enabled, self.group = enable_cross_task_analysis, group
         self.decay = decay
         self.steps: list[Step] = []
         self._selection = Selection(None if layers is None else tuple(layers))
@@ -154,7 +161,7 @@ class FisherCollector:
         Raises:
             QkovError: for a malformed batch, an unknown mode, or a loss or gradient that is not finite.
         """
-        with step() as world:
+        with step(self.group) as world:
             together(world, lambda: choose("mode", mode, get_args(Estimator)))
             first, model = len(self.records), together(world, lambda: inner_model(model))
             samples = together(world, lambda: self._samples(model, batch, task))

@@ -77,6 +77,10 @@ class ParallelConfig(_Section):
         "auto",
         identity=False,
     )
+    replicate: int = _key(
+        COUNT, "copies of the weights that fsdp shards, each over its part of the ranks", 1, identity=False
+    )
+    ep: int = _key(COUNT, "number of ranks that the experts of a mixture are spread over", 1, identity=False)
 
 
 @dataclass(frozen=True)

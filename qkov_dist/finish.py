@@ -1,7 +1,8 @@
 """From every rank's partial layers to one tested ``heatmap.h5``, as the configuration says, layer by layer.
 
-A layer's heads are dealt to the ranks. Each rank is sent all partial scores of its heads, adds them up, tests them, and
-passes on to rank 0 what the heatmap keeps. Every rank takes the same steps; with one process nothing is sent.
+A layer's heads are dealt to the ranks. Each rank is sent all partial scores of its heads, adds them up, has them tested
+while the next layer comes, and passes on to rank 0 what the heatmap keeps. Every rank takes the same steps; with one
+process nothing is sent.
 
 Of more than two tasks every pair is tested and put together as two are, from its part of the scores of all.
 """
@@ -16,9 +17,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-import torch
-
 from .config import FEWEST_TASKS, RunConfig
 from .console import Console
 from .distributed.world import World
@@ -27,17 +25,15 @@ from .results.gather import Read
 from .results.heatmap import Heatmap
 from .results.heatmap_data import Pairs
 from .results.matrix_sums import MatrixSums
-from .results.metadata import HeatmapMetadata, LayerAxes
+from .results.metadata import HeatmapMetadata
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first
 from .results.task_matrix import TaskMatrix
 from .results.task_pairs import of_pair
 from .stats.effect_tests import effect_tests, notes_on_effects
 from .stats.families import note_on_families, over_all_pairs
-from .stats.head_tests import Design, LayerTests, layer_tests
+from .stats.pair_tests import Both, PairTests
 from .stats.statistics import Family, QKOVStatistics
-
-Both = tuple[int, int]  # two of many tasks, by number
 
 
 def statistics_of(config: RunConfig) -> QKOVStatistics | None:
@@ -134,32 +130,26 @@ def combine(
     Raises:
         QkovError: for a layer or head that is missing, and as the tests do.
     """
-    design = None if statistics is None else _design(statistics, metadata)
-    keeps_pooled = metadata.pooled and pairs == "all"
-    tested: list[LayerTests] = []
+    keeps_pooled, both = metadata.pooled and pairs == "all", (0, 1)
 
-    def summed() -> Iterator[tuple[int, LayerPartial]]:
+    def summed(tested: PairTests) -> Iterator[tuple[int, LayerPartial]]:
         for layer in metadata.layers:
             part = add_dealt(read(layer), layer, world)
-            if design is not None:
-                tested.append(_tests(design, layer, part, metadata))
+            tested.take(layer, part, metadata.sizes)
             yield layer.layer, bring_to_first(part if keeps_pooled else _between_tasks(part, metadata), world)
             on_layer(1)
 
     heatmap = None
-    if world.rank == 0:
-        heatmap = assemble(metadata, summed(), pooled=keeps_pooled, folder=folder)
-    else:
-        deque(summed(), maxlen=0)
-    if heatmap is not None:
-        heatmap = with_tested_effects(heatmap, statistics)
-    if statistics is None or design is None:
+    with PairTests(statistics, {both: metadata}) as tested:
+        if world.rank == 0:
+            heatmap = assemble(metadata, summed(tested), pooled=keeps_pooled, folder=folder)
+            heatmap = with_tested_effects(heatmap, statistics)
+        else:
+            deque(summed(tested), maxlen=0)
+        tests = tested.of_all_ranks(world)
+    if heatmap is None or statistics is None:
         return heatmap
-    gathered = world.all_gather(LayerTests.joined(tested).to_json())
-    if heatmap is None:
-        return None
-    tests = LayerTests.joined(map(LayerTests.from_json, gathered))
-    return heatmap.with_statistics(statistics.results(heatmap, design, tests))
+    return heatmap.with_statistics(statistics.results(heatmap, tested.designs[both], tests[both]))
 
 
 def combine_tasks(
@@ -177,27 +167,23 @@ def combine_tasks(
     Arguments and errors are those of ``combine``.
     """
     of_pairs = {both: metadata.of_pair(*both) for both in combinations(range(len(metadata.tasks)), 2)}
-    designs = {} if statistics is None else _designs(statistics, of_pairs)
-    tested: dict[Both, list[LayerTests]] = {both: [] for both in designs}
     putting = _Putting(metadata, of_pairs, pairs, folder) if world.rank == 0 else None
-    for layer in metadata.layers:
-        part = add_dealt(read(layer), layer, world)
-        for both, design in designs.items():
-            of_two = of_pair(part, metadata.sizes, *both, pooled=True)
-            tested[both].append(_tests(design, layer, of_two, of_pairs[both]))
-        whole = bring_to_first(part, world)
-        if putting is not None:
-            putting.take(layer.layer, whole)
-        on_layer(1)
-    gathered = world.all_gather([LayerTests.joined(of_layers).to_json() for of_layers in tested.values()])
+    with PairTests(statistics, of_pairs) as tested:
+        for layer in metadata.layers:
+            part = add_dealt(read(layer), layer, world)
+            tested.take(layer, part, metadata.sizes)
+            whole = bring_to_first(part, world)
+            if putting is not None:
+                putting.take(layer.layer, whole)
+            on_layer(1)
+        tests = tested.of_all_ranks(world)
     if putting is None:
         return None
     heatmaps = {}
-    for number, (both, assembly) in enumerate(putting.assemblies.items()):
+    for both, assembly in putting.assemblies.items():
         heatmap = with_tested_effects(assembly.heatmap(), statistics)
         if statistics is not None:
-            tests = LayerTests.joined(LayerTests.from_json(of_rank[number]) for of_rank in gathered)
-            heatmap = heatmap.with_statistics(statistics.results(heatmap, designs[both], tests))
+            heatmap = heatmap.with_statistics(statistics.results(heatmap, tested.designs[both], tests[both]))
         heatmaps[heatmap.task_a, heatmap.task_b] = heatmap
     family = "pair" if statistics is None else statistics.family
     if family == "all":
@@ -227,20 +213,6 @@ class _Putting:
             assembly.take(number, of_pair(whole, self._sizes, *both, pooled=self._pooled))
 
 
-def _designs(statistics: QKOVStatistics, of_pairs: Mapping[Both, HeatmapMetadata]) -> dict[Both, Design]:
-    """The design of each pair's tests: one for all pairs of as many samples without copies, as it is then the same."""
-    known: dict[tuple[object, ...], Design] = {}
-    found = {}
-    for both, metadata in of_pairs.items():
-        contents = [content for table in metadata.samples for content in table.contents]
-        has_copies = len({*contents} - {""}) < len([content for content in contents if content])
-        key = (*metadata.sizes, *(contents if has_copies else ()))
-        if key not in known:
-            known[key] = _design(statistics, metadata)
-        found[both] = known[key]
-    return found
-
-
 def with_tested_effects(heatmap: Heatmap, statistics: QKOVStatistics | None = None) -> Heatmap:
     """The heatmap with its effects, tested with as many draws, the seed and the confidence of the other tests."""
     if heatmap.influences is None:
@@ -260,20 +232,6 @@ def with_tested_effects(heatmap: Heatmap, statistics: QKOVStatistics | None = No
     }
     notes = [*heatmap.attributes.get("notes", ()), *notes_on_effects(heatmap.influences, heatmap.counted)]
     return dataclasses.replace(heatmap, effects=effects, attributes={**heatmap.attributes, "notes": notes})
-
-
-def _design(statistics: QKOVStatistics, metadata: HeatmapMetadata) -> Design:
-    """What all tests of a heatmap have in common."""
-    num_a, num_b = map(len, metadata.samples)
-    contents = [content for table in metadata.samples for content in table.contents]
-    return statistics.design(num_a, num_b, statistics.names(str(metadata.attributes["score"])), contents)
-
-
-def _tests(design: Design, layer: LayerAxes, part: LayerPartial, metadata: HeatmapMetadata) -> LayerTests:
-    ids_a, ids_b = (table.ids for table in metadata.samples)
-    scores = {block: torch.from_numpy(np.ascontiguousarray(found.scores)) for block, found in part.blocks.items()}
-    heads = {block: tuple(found.heads.tolist()) for block, found in part.blocks.items()}
-    return layer_tests(design, layer.layer, scores, heads, (*ids_a, *ids_b))
 
 
 def _between_tasks(part: LayerPartial, metadata: HeatmapMetadata) -> LayerPartial:

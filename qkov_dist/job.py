@@ -23,7 +23,7 @@ from .data.copies import in_one_task, look_for_copies
 from .data.samples import Task, task_fingerprint
 from .data.tasks import load_task
 from .distributed.fingerprint import fingerprint
-from .distributed.parallelism import load_parallel, resolve_parallelism
+from .distributed.parallelism import Parallelism, load_parallel, resolve_parallelism
 from .distributed.sharded_proof import proved_layout
 from .distributed.shared_errors import same_on_all
 from .distributed.topology import Topology, make_topology
@@ -56,6 +56,7 @@ class Job:
         batch_tokens: Padded tokens in one compute batch.
         run_id: Hash of the configuration's identity, the model and the samples.
         fingerprint: Hash of the model alone.
+        parallelism: How the model is cut, as the configuration and the launcher say.
         warnings: What a reader of the results must know, as far as it is known now, one sentence each.
         notes: What a reader of the results may want to know, besides what the layout says.
     """
@@ -70,6 +71,7 @@ class Job:
     batch_tokens: int
     run_id: str
     fingerprint: str
+    parallelism: Parallelism
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -174,7 +176,7 @@ def prepare(config: RunConfig, world: World, console: Console = SILENT) -> Job:
     same_on_all(world, "configuration", _flat(to_dict(config)))
     _refuse_a_file(Path(config.output.dir))
     parallelism = resolve_parallelism(config.parallel, world.size, os.environ)
-    cut = f" on {world.size} ranks (tp {parallelism.tp}, {parallelism.data})" if world.size > 1 else ""
+    cut = f" on {world.size} ranks ({parallelism.words})" if world.size > 1 else ""
     console.say(f"loading {config.model.path}{cut}")
     loaded = load_parallel(config.model, parallelism, world)
     layout = proved_layout(loaded.model, world)
@@ -197,7 +199,19 @@ def prepare(config: RunConfig, world: World, console: Console = SILENT) -> Job:
     for note in notes:
         console.say(f"note: {note}")
     return Job(
-        config, loaded, layout, tasks, topology, scoring, tile_plan, batch_tokens, run_id, model, warnings, notes
+        config,
+        loaded,
+        layout,
+        tasks,
+        topology,
+        scoring,
+        tile_plan,
+        batch_tokens,
+        run_id,
+        model,
+        parallelism,
+        warnings,
+        notes,
     )
 
 

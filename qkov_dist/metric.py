@@ -118,7 +118,7 @@ class QKOVInterferenceMetric:
             roles = self._chosen((task_a, task_b), ((i,), (j,))).roles(self.scope, pooled=False)
             return self._tile_plan([layer], [head], len(roles.members)), roles
 
-        with step() as world:
+        with step(self.collector.group) as world:
             tile_plan, roles = together(world, prepared)
             everything = together(world, lambda: self._tile_plan(None, None, len(roles.members)))
             blocks = self._scored(tile_plan, self._scaled(everything, roles)[0])[layer].blocks
@@ -249,7 +249,7 @@ class QKOVInterferenceMetric:
             metadata = make_metadata(tile_plan, layout, tasks, chosen.by_task, pooled=pooled, attributes=attributes)
             return tile_plan, roles, metadata
 
-        with step() as world:
+        with step(self.collector.group) as world:
             tile_plan, roles, metadata = together(world, prepared)
             roles, norms = self._scaled(tile_plan, roles)
             if norms is not None:

@@ -38,7 +38,7 @@ from .results.heatmap_file import HEATMAP_FILE, load_heatmap
 from .results.matrix_file import load_matrix
 from .results.metadata import HeatmapMetadata, from_json, make_metadata, norms_in, run_attributes, to_json, with_norms
 from .results.partial_schema import PartialHeader
-from .results.partials import PartialWriter, locked, partial_path, read_partial
+from .results.partials import PartialWriter, locked, partial_path
 from .results.reduce import layer_partial
 from .results.resume import carry_over, forget, remove_run, take_over
 from .results.task_matrix import TaskMatrix
@@ -106,10 +106,9 @@ def _run(
         _take_over(job, carried, writer)
         planned = _score_missing_layers(job, writer, console, measured)
         _record_what_others_score(job, writer)
-    partial = read_partial(writer.path)
-    metadata = from_json(world.all_gather(partial.header.extra if world.rank == 0 else None)[0], str(writer.path))
+    metadata = from_json(world.all_gather(writer.header.extra if world.rank == 0 else None)[0], str(writer.path))
     with measured.phase("combining"):
-        read, tests = (lambda layer: partial.read_layer(layer.layer)), statistics_of(config)
+        read, tests = (lambda layer: writer.layer(layer.layer)), statistics_of(config)
         heatmap = finish(metadata, read, config, path, world, console, tests)
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
@@ -120,8 +119,8 @@ def _run(
             console.say(line)
     if not config.output.partials:
         world.all_gather(None)  # not before rank 0 has written the heatmap
-        with file_errors(partial.path, OSError):
-            partial.path.unlink()
+        with file_errors(writer.path, OSError):
+            writer.path.unlink()
     return heatmap
 
 

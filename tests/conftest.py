@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,12 @@ def ranks():
         yield pool_of
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is not installed: reports without figures, which take seconds, for tests of all else."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs hardware that is not here, and begin with what takes longest."""
     import torch
@@ -39,6 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     items.sort(key=lambda item: ("ranks" not in item.fixturenames, item.path not in long))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported for thousands of tests stays to the end: looking at it for garbage took a tenth of the time."""
+    importlib.import_module("frozen")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -71,7 +71,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
             "attn_implementation": None,
             "trust_remote_code": False,
         },
-        "parallel": {"tp": 1, "shard": "auto"},
+        "parallel": {"tp": 1, "shard": "auto", "replicate": 1, "ep": 1},
         "tasks": [
             {"name": "math", "path": "math.jsonl", **limits},
             {"name": "code", "path": "code.jsonl", **limits},
@@ -248,7 +248,10 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, text: str, where: str, ne
     ("text", "remedy"),
     [
         ("ridge: {1: 2}", "Valid keys are ridge.epsilon, ridge.absolute, ridge.relative."),
-        ("parallel: {learning_rate: 2}", "Valid keys are parallel.tp, parallel.shard."),
+        (
+            "parallel: {learning_rate: 2}",
+            "Valid keys are parallel.tp, parallel.shard, parallel.replicate, ",
+        ),
         ("optimizer: {lr: 2}", "Valid sections are model, parallel, tasks, metric, fisher, "),
     ],
 )
@@ -398,6 +401,8 @@ def test_identity_leaves_out_where_and_how(minimal: Path) -> None:
         "compute.compile=false",
         "parallel.tp=4",
         "parallel.shard=fsdp",
+        "parallel.replicate=2",
+        "parallel.ep=2",
         "statistics.allow_shared_samples=true",
     ]
     assert canonical_json(load_config(minimal, neutral)) == canonical_json(base)

@@ -8,6 +8,7 @@ import re
 import sys
 import tarfile
 import tomllib
+import warnings
 import zipfile
 from email import message_from_string
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 import yaml
 from heatmaps import make_heatmap
 from jobs import mixed_samples
-from processes import ran, torchrun
+from processes import forked, ran
+from ranks import without_launcher
 from zoo import TINY, VOCAB
 
 import qkov_dist
@@ -30,6 +32,7 @@ BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta
 NO_DATA = {".md", ".pyc"}  # words beside the code are for readers of a checkout
 
 # Runs `qkov` with transformers' own announcements, which loading keeps quiet, on stderr.
+ANNOUNCED = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
 ANNOUNCING = """
 import sys
 from transformers.utils import logging
@@ -145,17 +148,36 @@ def configuration(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("cut", [None, "parallel.shard=fsdp", "parallel.tp=2"])
-def test_nothing_is_used_that_torch_or_transformers_will_take_away(configuration, cut):
-    launcher = [sys.executable] if cut is None else torchrun(2)
-    loud = ",".join(f"error::{kind}" for kind in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning"))
-    done = ran(*launcher, "announcing.py", "run", configuration, *filter(None, [cut]), PYTHONWARNINGS=loud)
+def test_nothing_is_used_that_torch_or_transformers_will_take_away(configuration):
+    loud = ",".join(f"error::{kind.__name__}" for kind in ANNOUNCED)
+    done = ran(sys.executable, "announcing.py", "run", configuration, PYTHONWARNINGS=loud)
     assert done.returncode == 0, done.stderr[-4000:]
     assert GOING.findall(done.stderr) == []
 
 
+def announcing(script: str, *arguments: str) -> None:
+    """As the script does in a process of its own, where others have imported the libraries."""
+    for kind in ANNOUNCED:
+        warnings.simplefilter("error", kind)
+    sys.argv[1:] = arguments
+    exec(script)
+
+
 @pytest.mark.long
-def test_what_will_be_taken_away_is_seen(configuration):
-    old = ANNOUNCING.replace("sys.exit(", "from transformers import LlamaConfig\nLlamaConfig().torch_dtype\nsys.exit(")
-    Path("announcing.py").write_text(old)
-    assert GOING.findall(ran(sys.executable, "announcing.py", "run", "--keys").stderr)
+@pytest.mark.parametrize("cut", ["parallel.shard=fsdp", "parallel.tp=2"])
+def test_no_cut_uses_what_will_be_taken_away(configuration, cut):
+    """It loads no module that one process does not load."""
+    for done in without_launcher(2, announcing, ANNOUNCING, "run", configuration, cut):
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert GOING.findall(done.stderr) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "said"),
+    [("LlamaConfig().torch_dtype", "`torch_dtype` is deprecated"), ("warnings.warn('old', FutureWarning)", "Future")],
+)
+def test_what_will_be_taken_away_is_seen(old, said):
+    script = ANNOUNCING.replace("sys.exit(", f"import warnings\nfrom transformers import LlamaConfig\n{old}\nsys.exit(")
+    with forked(announcing, script, "run", "--keys") as process:
+        (line,) = GOING.findall(process.ended().stderr)
+    assert said in line

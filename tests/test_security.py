@@ -204,7 +204,7 @@ def test_ids_and_names_of_tasks_never_become_paths(finished, run):
 
 
 @pytest.mark.long
-def test_ids_and_names_are_no_markup_in_the_page(run):
+def test_ids_and_names_are_no_markup_in_the_page(run, undrawn):
     assert qkov("report", run) == 0
     page = (run / "report.html").read_text()
     assert "alert(1)" in page
@@ -216,7 +216,7 @@ def test_ids_and_names_are_no_markup_in_the_page(run):
 
 
 @pytest.mark.long
-def test_a_spreadsheet_runs_no_id(run):
+def test_a_spreadsheet_runs_no_id(run, undrawn):
     assert qkov("report", run) == 0
     with (run / "report" / "conflicts.csv").open(newline="") as file:
         ids = {row["id_a"] for row in csv.DictReader(file)}

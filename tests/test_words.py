@@ -48,6 +48,7 @@ PATH = re.compile(
 IDENTIFIER = re.compile(r"[A-Za-z]\w*_\w*|[A-Z][a-z]+[A-Z]\w*|[A-Z]{4,}")
 OF_A_RUN = ("runs/", "unfinished_of_N_ranks/", "partial_rank", "report.html")  # what commands in the words write
 OF_OTHERS = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}  # the code puts their names together
+OF_OTHERS |= {"parallelize_module", "maybe_context_parallel"}  # a user's calls, of torch and accelerate
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
 

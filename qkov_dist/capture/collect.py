@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qkov_dist.console import Console
 from qkov_dist.data.batches import Batch, Objective, content_of
 from qkov_dist.data.samples import Sample
+from qkov_dist.distributed.cut_samples import refuse_cut_samples
 from qkov_dist.distributed.shared_errors import together
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
@@ -100,6 +101,7 @@ class Collection:
         """
         first = len(self.records)
         topology = self.topology
+        together(topology.world, lambda: refuse_cut_samples(model))
         if topology.pass_group.size > 1:
             self._look_at(model, task, samples)  # with the same tokens on all ranks: what fails, fails on all
         else:
@@ -108,7 +110,7 @@ class Collection:
         if topology.gathers_weights:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
             here = self._run_here(model, passes, on_samples)
         else:
-            here = together(topology.dp_group, lambda: self._run_here(model, passes, on_samples), topology.dp_ranks)
+            here = together(topology.dp_group, lambda: self._run_here(model, passes, on_samples))
         found = {
             number: (count, loss) for theirs in topology.dp_group.all_gather(here) for number, count, loss in theirs
         }

@@ -14,7 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configuration(
         parser, "configuration; model.path may be builtin:llama-3-8b, -70b, -405b, or a JSON of a few facts"
     )
-    parser.add_argument("--world-size", type=positive, metavar="N", help="ranks (default: parallel.tp)")
+    parser.add_argument(
+        "--world-size",
+        type=positive,
+        metavar="N",
+        help="ranks (default: what tp, ep, replicate take)",
+    )
     parser.add_argument(
         "--hardware", metavar="NAME", help="A100-40, A100-80, H100, H200, MI300X, L40S or cpu (measured)"
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -65,32 +65,43 @@ def current() -> World:
 
 
 @contextmanager
-def step() -> Iterator[World]:
+def step(group: Any = None) -> Iterator[World]:
     """A call of the Python API that all ranks make; within another one, a part of it.
 
     Where a rank fails by its own error, the others raise one that names it, or their processes end with that message
     where they are in a call that no longer comes to an end. An error that ends a rank's process between two calls is
     named by the next call of the others.
+
+    Args:
+        group: A process group of torch.distributed whose ranks alone make the call; by default all ranks do.
+
+    Raises:
+        QkovError: on a rank outside the group.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or _Steps.inside:
-        yield current()
+    if _Steps.inside is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield _Steps.inside or Alone()
         return
+    world = _world_of(group)
     _Steps.tell_uncaught()
-    _Steps.number += 1
-    watch = _watch(f"{ROOT}/step{_Steps.number}", ends_process=True)
-    _Steps.inside = True
+    members = tuple(world.names)
+    _Steps.numbers[members] = number = _Steps.numbers.get(members, 0) + 1
+    place = "" if group is None else f"/of{'-'.join(map(str, members))}"
+    watch = _watch(f"{ROOT}{place}/step{number}", ends_process=True, ranks=members)
+    _Steps.inside = world
     try:
         with watch.failures_named():
-            yield TorchWorld.of()
+            yield world
     finally:
-        _Steps.inside = False
+        _Steps.inside = None
         watch.close()
 
 
 class _Steps:
-    """What a process knows of its calls: how many there were, and whether one is under way."""
+    """What a process knows of its calls: how many each group made, which is under way, whether errors are told."""
 
-    number, inside, told = 0, False, False
+    numbers: ClassVar[dict[tuple[int, ...], int]] = {}
+    inside: ClassVar[World | None] = None
+    told: ClassVar[bool] = False
 
     @classmethod
     def tell_uncaught(cls) -> None:
@@ -203,12 +214,28 @@ def _mpi_of(started: int) -> Any:
     return MPI.COMM_WORLD
 
 
-def _watch(root: str = ROOT, *, ends_process: bool = False) -> Watch:
+def _watch(root: str = ROOT, *, ends_process: bool = False, ranks: Sequence[int] | None = None) -> Watch:
     return Watch(
         torch.distributed.distributed_c10d._get_default_store(),
         torch.distributed.get_rank(),
-        torch.distributed.get_world_size(),
+        range(torch.distributed.get_world_size()) if ranks is None else ranks,
         root,
         store_is_of_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true",
         ends_process=ends_process,
     )
+
+
+def _world_of(group: Any) -> TorchWorld:
+    """The ranks of a process group; None is of all.
+
+    Raises:
+        QkovError: on a rank outside the group.
+    """
+    if torch.distributed.get_rank(group) < 0:
+        raise QkovError(
+            "group",
+            expected="a process group that this rank is in",
+            got=f"one without rank {torch.distributed.get_rank()}",
+            remedy="Make the call on the ranks of the group alone.",
+        )
+    return TorchWorld.of(group)

@@ -14,7 +14,7 @@ steps counts in each of them. Every call raises RuntimeError where the process t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,13 +38,13 @@ class Notes:
     Attributes:
         store: The key-value store of the process group. Its calls wait for each other: a thread needs a clone.
         rank: This rank.
-        size: How many ranks there are.
+        ranks: All ranks of the group, by their numbers among all.
         root: Where they are.
     """
 
     store: Any
     rank: int
-    size: int
+    ranks: Sequence[int]
     root: str = ROOT
 
     def clone(self) -> Notes:
@@ -112,4 +112,4 @@ class Notes:
         self.store.set(f"{self.root}/symptom", "")
 
     def _others(self) -> Iterable[int]:
-        return (rank for rank in range(self.size) if rank != self.rank)
+        return (rank for rank in self.ranks if rank != self.rank)

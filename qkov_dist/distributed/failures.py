@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ class Watch:
     Args:
         store: The key-value store of the process group.
         rank: This rank.
-        size: How many ranks there are.
+        ranks: All ranks of the group, by their numbers among all.
         root: Where notes are left.
         store_is_of_rank_0: Whether the store lives in rank 0's process, and not in the launcher's.
         ends_process: Whether to end this process where it does not end by itself.
@@ -46,13 +46,13 @@ class Watch:
         self,
         store: Any,
         rank: int,
-        size: int,
+        ranks: Sequence[int],
         root: str = ROOT,
         *,
         store_is_of_rank_0: bool = False,
         ends_process: bool = False,
     ) -> None:
-        self._notes = Notes(store, rank, size, root)
+        self._notes = Notes(store, rank, ranks, root)
         self._store_is_of_rank_0, self._ends_process = store_is_of_rank_0, ends_process
         self._error: BaseException | None = None
         self._found: Cause | tuple[int, ...] | None = None  # whose fault it is: by its own error, or lost ranks
@@ -78,7 +78,7 @@ class Watch:
         if self._error and self._store_is_of_rank_0 and self._notes.rank == 0:
             lost = self._found if isinstance(self._found, tuple) else ()
             alive = self._notes.alive(lost)
-            staying = [rank for rank in range(1, self._notes.size) if rank not in lost or rank in alive]
+            staying = [rank for rank in self._notes.ranks if rank and (rank not in lost or rank in alive)]
             _until(lambda: self._notes.read_by(staying), LINGER_S)
         self._closed.set()
 

@@ -1,7 +1,10 @@
-"""Loading a model the way it is cut: replicated, tensor parallel, FSDP2, ZeRO, or over the devices of one process.
+"""Loading a model the way it is cut: replicated, tensor or expert parallel, FSDP2, ZeRO, or over one process's devices.
 
     tp          transformers' own plan, on the axis ``tp`` of its device mesh
-    fsdp        FSDP2 by transformers' plan, on the axis ``fsdp``; with tp > 1, both
+    fsdp        FSDP2 by transformers' plan, on the axis ``fsdp``; with ``replicate`` copies of the shards, on the axes
+                ``dp_replicate`` and ``fsdp`` (hybrid sharding); with tp > 1, all three
+    ep          transformers' own plan for experts, on the axis ``ep`` of a mesh of the same ranks; attention is cut by
+                tp or fsdp, or runs whole on each of the ``ep`` ranks, which then share their samples
     ddp         a replica for each group of ``tp`` ranks: no gradient is communicated, so nothing wraps the model
     zero1, 2    as ddp: what these stages shard, optimizer states and gradients of weights, does not exist here
     zero3       DeepSpeed partitions the weights while they are read
@@ -13,9 +16,8 @@ What cannot work is refused before weights are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,26 +25,58 @@ import torch
 from qkov_dist.config import ComputeConfig, ModelConfig, ParallelConfig
 from qkov_dist.data.batches import default_batch_tokens
 from qkov_dist.errors import QkovError
-from qkov_dist.layout.heads import Layout
-from qkov_dist.layout.modules import routed
-from qkov_dist.layout.resolve import resolve
 from qkov_dist.loading.architecture import fill_computed_buffers, meta_model
 from qkov_dist.loading.models import LoadedModel, load_model
 from qkov_dist.loading.whereabouts import base_config
 
-from .builds import locks_end
-from .world import World, timeout_seconds
+from .plans import check_model, whole_plan
+from .world import World
+from .zero3 import load_zero3
 
-SHARDED_BY_HOOKS = ("colwise", "rowwise")
+SHARDED = ("fsdp", "zero3")  # ways to give each replica a share of every weight
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a model is cut: ``tp`` ranks for one pass, ``data`` for how weights are spread over ``replicas`` groups."""
+    """How a model is cut.
+
+    Attributes:
+        tp: Ranks that run the same samples, each its part of a pass.
+        data: How weights are spread over ``replicas``.
+        replicas: Groups of ``tp`` ranks, which run different samples.
+        copies: Of weights that are sharded: each is spread over ``replicas / copies`` groups.
+        experts: Ranks that own distinct experts.
+        whole: Whether nothing but experts is cut between the ``tp`` ranks of a pass.
+    """
 
     tp: int
     data: str
     replicas: int
+    copies: int = 1
+    experts: int = 1
+    whole: bool = False
+
+    @property
+    def shards(self) -> int:
+        """Groups of ``tp`` ranks over which each weight is spread."""
+        return self.replicas // self.copies if self.data in SHARDED else 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Over how many ranks FSDP2 spreads what one of them owns of the experts."""
+        within = self.tp if self.experts > 1 else 1
+        return self.shards * within // self.experts if self.data == "fsdp" else 1
+
+    @property
+    def uses_mesh(self) -> bool:
+        """Whether transformers cuts the model over a device mesh."""
+        return self.tp > 1 or self.data == "fsdp"
+
+    @property
+    def words(self) -> str:
+        """In a few words, for the terminal."""
+        copies = f", {self.copies} copies" if self.copies > 1 else ""
+        return f"tp {self.tp}, {self.data}{copies}" + (f", experts over {self.experts}" if self.experts > 1 else "")
 
     def batch_tokens(self, compute: ComputeConfig, *, on_gpu: bool, num_parameters: int) -> int:
         """Padded tokens in one batch, as asked for, or as suits a model that is cut so."""
@@ -58,6 +92,7 @@ def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Ma
     Raises:
         QkovError: where the ranks cannot be arranged so.
     """
+    config = _as_launched(config, environment) if config.shard == "auto" else config
     if world_size % config.tp:
         raise QkovError(
             "parallel.tp",
@@ -66,32 +101,93 @@ def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Ma
             remedy="Start a multiple of parallel.tp ranks, or change parallel.tp.",
         )
     replicas = world_size // config.tp
-    data = _data_of_launcher(environment, replicas) if config.shard == "auto" else config.shard
-    if data in ("none", "device_map") and replicas > 1:
+    data = config.shard if config.shard != "auto" else "ddp" if replicas > 1 else "none"
+    if data in ("none", "device_map") and replicas > 1 and config.ep == 1:
         raise QkovError(
             "parallel.shard",
             expected=f"a way to use {world_size} ranks (auto, ddp, fsdp, zero1, zero2 or zero3)",
             got=data,
             remedy=f"Start {config.tp if data == 'none' else 1} process(es), or change parallel.shard.",
         )
-    if config.tp > 1 and data in ("zero1", "zero2", "zero3", "device_map"):
+    if config.tp * config.ep > 1 and data in ("zero1", "zero2", "zero3", "device_map"):
         raise QkovError(
             "parallel",
-            expected="tensor parallelism alone or with ddp or fsdp",
-            got=f"tp: {config.tp} with shard: {data}",
-            remedy="Use parallel.shard=fsdp with tensor parallelism.",
+            expected="tensor and expert parallelism alone or with ddp or fsdp",
+            got=f"tp: {config.tp}, ep: {config.ep} with shard: {data}",
+            remedy="Use parallel.shard=fsdp with them.",
         )
-    return Parallelism(config.tp, data if replicas > 1 or data == "device_map" else "none", replicas)
+    plain = Parallelism(config.tp, data if replicas > 1 or data == "device_map" else "none", replicas)
+    return _with_experts(_with_copies(plain, config.replicate), config.ep)
 
 
-def _data_of_launcher(environment: Mapping[str, str], replicas: int) -> str:
-    """What `accelerate launch` was configured for; ``ddp`` under any other launcher of several ranks."""
+def _with_copies(plain: Parallelism, copies: int) -> Parallelism:
+    """Hybrid sharding: so many copies of the sharded weights."""
+    if copies == 1:
+        return plain
+    if plain.data != "fsdp" or plain.replicas % copies:
+        raise QkovError(
+            "parallel.replicate",
+            expected="1, or with shard: fsdp a divisor of the ranks that do not share a pass",
+            got=f"{copies} copies with shard: {plain.data} of {plain.replicas} such ranks",
+            remedy="Use parallel.shard=fsdp, or zero3 with parallel.replicate=1, and a divisor.",
+        )
+    if copies == plain.replicas:
+        return replace(plain, data="ddp")  # whole copies, and nothing to gather
+    return replace(plain, copies=copies)
+
+
+def _with_experts(plain: Parallelism, experts: int) -> Parallelism:
+    """Expert parallelism, beside attention that is sharded (fsdp), tensor parallel, or whole on each of its ranks."""
+    if experts == 1:
+        return plain
+    num_ranks = plain.tp * plain.replicas
+    if plain.data == "fsdp" and experts % plain.tp == 0 and (plain.tp * plain.shards) % experts == 0:
+        return replace(plain, experts=experts)
+    replicas = num_ranks // experts
+    data = "ddp" if replicas > 1 else "none"
+    if plain.data in ("ddp", data) and plain.tp in (1, experts) and num_ranks % experts == 0:
+        return Parallelism(experts, data, replicas, experts=experts, whole=plain.tp == 1)
+    raise QkovError(
+        "parallel.ep",
+        expected="a multiple of parallel.tp that divides the ranks of one copy of the weights; without shard: fsdp "
+        "parallel.tp itself, or parallel.tp=1",
+        got=f"ep: {experts} with tp: {plain.tp}, shard: {plain.data} on {num_ranks} ranks, {plain.copies} copies",
+        remedy="Choose such a parallel.ep, or parallel.shard=fsdp.",
+    )
+
+
+def _as_launched(config: ParallelConfig, environment: Mapping[str, str]) -> ParallelConfig:
+    """What `accelerate launch` was configured for; unchanged under any other launcher.
+
+    Raises:
+        QkovError: for parallelism that cuts samples.
+    """
     if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
-        return f"zero{stage}" if stage in "123" else "ddp"
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "fsdp"
-    return "ddp" if replicas > 1 else "none"
+        return replace(config, shard=f"zero{stage}" if stage in "123" else "ddp")
+    sizes = _parallelism_config(environment)
+    if sizes["CP"] * sizes["SP"] > 1:
+        raise QkovError(
+            "accelerate's ParallelismConfig",
+            expected="parallelism that leaves samples whole",
+            got=f"cp_size {sizes['CP']}, sp_size {sizes['SP']}",
+            remedy="Use dp_shard_size (FSDP2) and tp_size in their place: both spread what a long sample needs.",
+        )
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" or sizes["DP_SHARD"] > 1:
+        config = replace(config, shard="fsdp")
+        config = replace(config, replicate=sizes["DP_REPLICATE"]) if config.replicate == 1 else config
+    elif config.replicate > 1:
+        config = replace(config, shard="fsdp")
+    return replace(config, tp=sizes["TP"]) if config.tp == 1 else config
+
+
+def _parallelism_config(environment: Mapping[str, str]) -> dict[str, int]:
+    """The sizes of accelerate's ParallelismConfig, 1 each where there is none."""
+    names = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+    if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() != "true":
+        return dict.fromkeys(names, 1)
+    texts = {name: environment.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1") for name in names}
+    return {name: int(text) if text.isdecimal() else 1 for name, text in texts.items()}
 
 
 def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -> LoadedModel:
@@ -100,8 +196,7 @@ def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -
     Raises:
         QkovError: for what cannot work (before weights are read), and as ``loading.models.load_model`` does.
     """
-    cuts = parallelism.tp > 1 or parallelism.data in ("fsdp", "zero3")
-    if cuts and base_config(config):
+    if (parallelism.uses_mesh or parallelism.data == "zero3") and base_config(config):
         raise QkovError(
             config.path,
             expected="a model whose weights are cut as they are read",
@@ -109,16 +204,16 @@ def load_parallel(config: ModelConfig, parallelism: Parallelism, world: World) -
             remedy="Merge it (peft's merge_and_unload; gradients of the merged weights are the same), or use "
             "parallel.shard=ddp or device_map.",
         )
-    if parallelism.tp > 1:
-        _check_model(config, parallelism.tp)
+    tp = 1 if parallelism.whole else parallelism.tp
+    check_model(config, tp=tp, ep=parallelism.experts, shards=parallelism.expert_shards)
     if parallelism.data == "device_map":
         return load_model(config, device_map="auto")
-    if parallelism.tp > 1 or parallelism.data == "fsdp":
-        loaded = load_model(config, distributed=_mesh_settings(parallelism))
+    if parallelism.uses_mesh:
+        loaded = load_model(config, distributed=_mesh_settings(config, parallelism))
         fill_computed_buffers(loaded.model, config)
         return loaded
     if parallelism.data == "zero3":
-        return _load_zero3(config)
+        return load_zero3(config)
     return load_model(config, device_map={"": _device()} if torch.cuda.is_available() else None)
 
 
@@ -126,112 +221,14 @@ def _device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
-def _mesh_settings(parallelism: Parallelism) -> Any:
+def _mesh_settings(config: ModelConfig, parallelism: Parallelism) -> Any:
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    sizes: dict[str, Any] = {"fsdp_size": parallelism.replicas} if parallelism.data == "fsdp" else {}
-    if parallelism.data == "ddp":
-        sizes = {"fsdp_size": 1, "dp_replicate_size": parallelism.replicas}
-    if parallelism.tp > 1:
-        return DistributedConfig(tp_size=parallelism.tp, tp_plan="auto", **sizes)
-    return DistributedConfig(**sizes)
-
-
-def check_tensor_parallel(styles: Collection[str | None], layout: Layout, tp: int) -> None:
-    """Refuse tensor parallelism of a model without a plan, or with heads that the ranks cannot share.
-
-    Args:
-        styles: The plan's for the attention projections; None is of a projection that has none.
-        layout: The layers.
-        tp: Into how many parts each is to be cut.
-
-    Raises:
-        QkovError: naming what would do.
-    """
-    known = set(styles) - {None}
-    if tp > 1 and not known:
-        raise QkovError(
-            "parallel.tp",
-            expected="a model whose transformers class has a tensor-parallel plan for its attention",
-            got=f"model type {layout.model_type!r}, which has none",
-            remedy="Use parallel.shard=fsdp or zero3, which cut any model, with parallel.tp=1.",
-        )
-    if not known & set(SHARDED_BY_HOOKS):
-        return  # attention runs whole on every rank: any number of heads will do
-    for layer in layout.layers:
-        if layer.num_kv_heads % tp or layer.num_heads % tp:
-            raise QkovError(
-                "parallel.tp",
-                expected=f"a divisor of the {layer.num_heads} query and {layer.num_kv_heads} kv heads of each layer",
-                got=str(tp),
-                remedy="Choose such a parallel.tp, or parallel.shard=fsdp or zero3, which cut between any two rows.",
-            )
-
-
-def _check_model(config: ModelConfig, tp: int) -> None:
-    """Refuse a model that tensor parallelism cannot cut so, before its weights are read."""
-    model = meta_model(config)
-    layout, plan = resolve(model), getattr(model, "tp_plan", None) or {}
-    styles = {style_of(f"{p.module}.weight", plan) for layer in layout.layers for p in layer.projections}
-    try:
-        check_tensor_parallel(styles, layout, tp)
-    except QkovError as error:
-        raise error.within(str(config.path)) from None
-
-
-def _load_zero3(config: ModelConfig) -> LoadedModel:
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError as error:
-        raise QkovError(
-            "parallel.shard",
-            expected="DeepSpeed, for zero3",
-            got=str(error),
-            remedy="Run `pip install 'qkov-dist[deepspeed]'`, or use parallel.shard=fsdp.",
-        ) from error
-    with locks_end(timeout_seconds()):
-        return _partitioned(config)
-
-
-def _partitioned(config: ModelConfig) -> LoadedModel:
-    import deepspeed
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and meta_model(config).dtype == torch.bfloat16)
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": half},
-        "steps_per_print": 10**9,
-    }
-    warnings = _unused(config)
-    partition = HfDeepSpeedConfig(settings)  # type: ignore[no-untyped-call]
-    loaded = load_model(config)  # while ``partition`` lives, each weight is partitioned as it is read
-    del partition
-    loaded.model.requires_grad_(False)
-    if leaves := sorted({type(module) for module in routed(loaded.model)}, key=lambda kind: kind.__name__):
-        deepspeed.utils.set_z3_leaf_modules(loaded.model, leaves)
-    engine, *_ = deepspeed.initialize(model=loaded.model, config=settings)
-    return replace(loaded, model=engine.module.eval(), engine=engine, warnings=(*warnings, *loaded.warnings))
-
-
-def _unused(config: ModelConfig) -> tuple[str, ...]:
-    """Warnings of tensors that the model does not use; while weights are partitioned transformers does not look.
-
-    Nothing but names and shapes is read, from the heads of the files.
-    """
-    return () if Path(config.path).is_file() else load_model(config, device_map="meta").warnings
-
-
-def starred(name: str) -> str:
-    """A dotted name with every number replaced by ``*``, as plans of transformers write it."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def style_of(name: str, styles: Mapping[str, str]) -> str | None:
-    """A plan's style for a parameter or module: its own, or that of the module it is in."""
-    own = starred(name)
-    return styles.get(own, styles.get(own.rpartition(".")[0]))
-
-
-SHARDED = ("fsdp", "zero3")  # ways to give each replica a share of every weight
+    copies = parallelism.replicas // parallelism.shards
+    sizes: dict[str, Any] = {"fsdp_size": parallelism.shards, "dp_replicate_size": copies}
+    if parallelism.experts > 1:
+        sizes["ep_size"] = parallelism.experts
+    if parallelism.tp == 1:
+        return DistributedConfig(**sizes)
+    plan: Any = whole_plan(meta_model(config)) if parallelism.whole else "auto"
+    return DistributedConfig(tp_size=parallelism.tp, tp_plan=plan, **sizes)

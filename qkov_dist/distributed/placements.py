@@ -3,15 +3,18 @@
     placement on an axis of n ranks, this rank at coordinate c, of the interval left by the axes before it
     Replicate              the interval itself
     Shard(dim)             chunk c of n along ``dim``, each ceil(size / n) long, the last ones shorter or empty
-    _StridedShard(dim)     the same, but cut after the plain shards of the other axes (FSDP2 over tensor parallel)
+    _StridedShard(dim)     the same, but cut after the plain shards of the other axes (FSDP2 over tensor parallel);
+                           where these do not make up its split factor: chunk c of each of so many equal parts (gates
+                           and values of experts, packed into one weight)
 
 This module alone reads placements; what it hands out is integers, as it is for ranks that are not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qkov_dist.errors import QkovError
@@ -25,13 +28,15 @@ Interval = tuple[int, int]
 class Placement:
     """How one mesh axis treats a weight: ``dim`` is the storage dim that it cuts, None where it replicates.
 
-    ``late`` marks a shard that is cut after the plain shards of the other axes.
+    ``late`` marks a shard that is cut after the plain shards of the other axes; ``parts`` is into how many equal parts
+    it divides what it cuts, to take a chunk of each.
     """
 
     axis_size: int
     coordinate: int
     dim: int | None
     late: bool = False
+    parts: int = 1
 
 
 def shard_interval(size: int, axis_size: int, coordinate: int) -> Interval:
@@ -41,14 +46,39 @@ def shard_interval(size: int, axis_size: int, coordinate: int) -> Interval:
 
 
 def intervals_by_placements(shape: Sequence[int], placements: Sequence[Placement]) -> tuple[Interval, ...]:
-    """The interval along each storage dim that is left after every axis has cut its dim."""
-    intervals = [(0, size) for size in shape]
+    """The interval along each storage dim that is left after every axis has cut its dim.
+
+    Raises:
+        QkovError: where several are left.
+    """
+    pieces = pieces_by_placements(shape, placements)
+    if packed := next((found for found in pieces if len(found) > 1), None):
+        raise _no_cut(f"one that leaves {len(packed)} pieces")
+    return tuple(piece for (piece,) in pieces)
+
+
+def pieces_by_placements(shape: Sequence[int], placements: Sequence[Placement]) -> tuple[tuple[Interval, ...], ...]:
+    """The same for any cut: along each storage dim one or more intervals, in the order in which they lie in memory."""
+    pieces: list[tuple[Interval, ...]] = [((0, size),) for size in shape]
     for placement in sorted(placements, key=lambda p: p.late):
         if placement.dim is not None:
-            start, stop = intervals[placement.dim]
-            low, high = shard_interval(stop - start, placement.axis_size, placement.coordinate)
-            intervals[placement.dim] = (start + low, start + high)
-    return tuple(intervals)
+            left = pieces[placement.dim]
+            size, odd = divmod(sum(stop - start for start, stop in left), placement.parts)
+            if odd:
+                raise _no_cut(f"one of {placement.parts} parts that are not equal")
+            low, high = shard_interval(size, placement.axis_size, placement.coordinate)
+            cut = (_within(left, n * size + low, n * size + high) for n in range(placement.parts))
+            pieces[placement.dim] = tuple(piece for part in cut for piece in part) or (left[0][:1] * 2,)
+    return tuple(pieces)
+
+
+def _within(pieces: Sequence[Interval], low: int, high: int) -> Iterator[Interval]:
+    """What lies from ``low`` to ``high`` of pieces that are laid one after the other."""
+    for start, stop in pieces:
+        first, last = start + max(low, 0), min(start + high, stop)
+        if first < last:
+            yield first, last
+        low, high = low - (stop - start), high - (stop - start)
 
 
 def held_by_placements(shape: tuple[int, int], placements: Sequence[Placement]) -> HeldRects:
@@ -84,7 +114,23 @@ def placements_of(tensor: Any) -> list[Placement]:
     if not found:
         return []
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    return [_placement(p, mesh.size(n), coordinate[n], tensor.ndim) for n, p in enumerate(found)]
+    made = [_placement(p, mesh.size(n), coordinate[n], tensor.ndim) for n, p in enumerate(found)]
+    return [_of_strided(p, made[n], made[n + 1 :]) for n, p in enumerate(found)]
+
+
+def _of_strided(found: Any, placement: Placement, behind: Sequence[Placement]) -> Placement:
+    """What a strided shard means before the axes behind it: cut after theirs, or a chunk of each of its parts.
+
+    Raises:
+        QkovError: for one that is neither.
+    """
+    parts = getattr(found, "split_factor", 1)
+    others = math.prod(p.axis_size for p in behind if p.dim == placement.dim)
+    if parts in {1, others}:
+        return replace(placement, late=parts > 1)
+    if others > 1:
+        raise _no_cut(found)
+    return replace(placement, parts=parts)
 
 
 def placements_of_matrix(weight: Any) -> list[Placement]:
@@ -106,10 +152,10 @@ def _placement(found: Any, axis_size: int, coordinate: int, ndim: int) -> Placem
     dim = getattr(found, "dim", None)
     if dim is None:
         raise _no_cut(found)
-    return Placement(axis_size, coordinate, dim % ndim, late=type(found).__name__ == "_StridedShard")
+    return Placement(axis_size, coordinate, dim % ndim)
 
 
-def _no_cut(found: Any) -> QkovError:
+def _no_cut(found: object) -> QkovError:
     return QkovError(
         "sharded weight",
         expected="DTensor placements Replicate, Shard(0) or Shard(1)",

@@ -23,6 +23,7 @@ from qkov_dist.layout.proof import prove, resolve_proved
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.layout.weights import is_sharded
 
+from .cut_samples import refuse_cut_samples
 from .shared_errors import SharedError, together
 from .world import World
 
@@ -37,9 +38,11 @@ def proved_layout(model: nn.Module, world: World) -> Layout:
     """A model's layout, proved on the model itself; where it is sharded, on a small copy that rank 0 makes.
 
     Raises:
-        QkovError: as the proof does; of a sharded model, for an architecture that is not known.
+        QkovError: as the proof does; for stages of a pipeline and samples that are cut between ranks; of a sharded
+            model, for an architecture that is not known.
     """
     refuse_parts(model, world)
+    together(world, lambda: refuse_cut_samples(model))
     sharded = any(world.all_gather(any(is_sharded(parameter) for parameter in model.parameters())))
     if not sharded:
         return together(world, lambda: resolve_proved(model))
@@ -58,11 +61,11 @@ def refuse_parts(model: nn.Module, world: World) -> None:
     if len(set(world.all_gather(hashlib.sha256(" ".join(mine).encode()).hexdigest()))) == 1:
         return
     first, *others = world.all_gather(mine)
-    for rank, names in enumerate(others, start=1):
+    for rank, names in zip(world.names[1:], others, strict=True):
         if only := sorted(set(first) ^ set(names)):
             raise SharedError(
                 f"rank {rank}: model",
-                expected="the modules that rank 0 has, or shards of them",
+                expected=f"the modules that rank {world.names[0]} has, or shards of them",
                 got=f"others ({', '.join(only[:3])}{', …' if len(only) > 3 else ''}: on one of the two alone)",
                 remedy="Give all ranks the same model, and not the stages of a pipeline: fsdp (parallel.shard=fsdp, or "
                 "DistributedConfig(fsdp_size=N)) spreads any model.",

@@ -22,8 +22,8 @@ from .placements import (
     HeldRects,
     held_by_flat_partition,
     held_by_placements,
-    intervals_by_placements,
     matrix_shape,
+    pieces_by_placements,
     placements_of,
     placements_of_matrix,
 )
@@ -140,8 +140,8 @@ def local_shards(name: str, tensor: Any) -> Iterator[LocalShard]:
         remedy = "Load the weights without offloading to CPU or disk."
         raise QkovError(name, expected="a weight in memory", got="a tensor on the meta device", remedy=remedy)
     shape = tuple(tensor.shape) or (1,)
-    intervals = intervals_by_placements(shape, placements_of(tensor))
-    ranges = [torch.arange(start, stop) for start, stop in intervals]
+    pieces = pieces_by_placements(shape, placements_of(tensor))
+    ranges = [torch.cat([torch.arange(start, stop) for start, stop in of_dim]) for of_dim in pieces]
     cols = torch.zeros(1, dtype=torch.int64)
     for size, indices in zip(shape[1:], ranges[1:], strict=True):
         cols = (cols[:, None] * size + indices).reshape(-1)
@@ -149,7 +149,7 @@ def local_shards(name: str, tensor: Any) -> Iterator[LocalShard]:
         local.detach().reshape(len(ranges[0]), len(cols)),
         ranges[0],
         cols,
-        [start for start, _ in intervals] + [stop for _, stop in intervals],
+        [bound for of_dim in pieces for piece in of_dim for bound in piece],
     )
 
 

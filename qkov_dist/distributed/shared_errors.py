@@ -17,13 +17,12 @@ class SharedError(QkovError):
     """An error that every rank raises, so that none of them waits for another."""
 
 
-def together(world: World, step: Callable[[], T], names: Sequence[int] | None = None) -> T:
+def together(world: World, step: Callable[[], T]) -> T:
     """Take a step on every rank, in which none needs another; where it fails on one, all of them raise an error.
 
     Args:
         world: The ranks.
         step: What each of them does.
-        names: What they are called; by default their places in this world.
 
     Raises:
         QkovError: that of the first rank that failed; it names the rank unless all failed alike.
@@ -42,44 +41,40 @@ def together(world: World, step: Callable[[], T], names: Sequence[int] | None = 
     except Exception as error:
         if isinstance(error, RuntimeError) and is_broken_call(error):
             raise  # there is a call in it after all, and another rank is gone
-        mistake, parts = error, failed(_name(world.rank, names), in_full(error)).parts
+        mistake, parts = error, failed(world.names[world.rank], in_full(error)).parts
     everyone = world.all_gather(parts)
     if mistake is not None:
         raise mistake
-    raise_first(everyone, names)
+    raise_first(everyone, world.names)
     return done[0]
 
 
-def raise_first(by_rank: Sequence[Mapping[str, str] | None], names: Sequence[int] | None = None) -> None:
+def raise_first(by_rank: Sequence[Mapping[str, str] | None], names: Sequence[int]) -> None:
     """Raise the first error of any rank, as all ranks that know them do; it names the rank unless all failed alike.
 
     Args:
         by_rank: ``parts`` of each rank's error, None where there was none.
-        names: What the ranks are called; by default their places in the list.
+        names: What the ranks are called.
 
     Raises:
         SharedError: where there is one.
     """
     for place, parts in enumerate(by_rank):
         if parts:
-            rank = f"rank {_name(place, names)}"
+            rank = f"rank {names[place]}"
             known = parts["where"].startswith(rank) or all(other == parts for other in by_rank)
             raise SharedError(**{**parts, "where": parts["where"] if known else f"{rank}: {parts['where']}"})
-
-
-def _name(place: int, names: Sequence[int] | None) -> int:
-    return place if names is None else names[place]
 
 
 def same_on_all(world: World, what: str, value: Mapping[str, Any]) -> None:
     """Raise on every rank unless all were started with the same value; names the first rank and key that differ."""
     everyone = world.all_gather(value)
-    for rank, other in enumerate(everyone):
+    for rank, other in zip(world.names, everyone, strict=True):
         for key in sorted({*everyone[0], *other}):
             if everyone[0].get(key) != other.get(key):
                 raise SharedError(
                     f"rank {rank}: {what}: {key}",
-                    expected=f"what rank 0 has, {everyone[0].get(key)!r}",
+                    expected=f"what rank {world.names[0]} has, {everyone[0].get(key)!r}",
                     got=repr(other.get(key)),
                     remedy="Start all ranks with the same command, configuration and files.",
                 )

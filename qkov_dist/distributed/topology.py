@@ -7,7 +7,7 @@ each sample is run once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from qkov_dist.layout.heads import Layout, Projection, Site
 from qkov_dist.layout.modules import routed
 from qkov_dist.layout.rects import Rect
 
-from .mesh_axes import gathered_over, is_cut_between_samples, tensor_parallel_ranks, tensor_parallel_rect
+from .mesh_axes import Gathered, gathered_over, is_cut_between_samples, tensor_parallel_ranks, tensor_parallel_rect
 from .ownership import Owned, Ownership, assign
 from .sharding import held_parameters
 from .shared_errors import together
@@ -100,8 +100,8 @@ def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequen
         QkovError: for tensor-parallel groups that do not fit together, or an element with no owner or two.
     """
     together(world, lambda: _refuse_routed(model))
-    gathered = together(world, lambda: gathered_over(model))
-    groups = world.all_gather(together(world, lambda: list(tensor_parallel_ranks(model, world.rank, gathered))))
+    gathered = together(world, lambda: _within(world, gathered_over(model)))
+    groups = world.all_gather(together(world, lambda: _ranks_of_passes(world, model, gathered)))
     held = world.all_gather(together(world, lambda: held_parameters(model, layout, layers)))
     gathers_weights = any(world.all_gather(is_cut_between_samples(model)))
     distinct = _distinct_groups(groups, world.size)
@@ -123,6 +123,30 @@ def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequen
         gathers_weights=gathers_weights,
         tp_group=tp_group,
     )
+
+
+def _ranks_of_passes(world: World, model: nn.Module, gathered: Gathered) -> list[int]:
+    """Places in a world of the ranks that run the same samples as this one, each its part of a pass."""
+    ranks = tensor_parallel_ranks(model, world.names[world.rank], gathered)
+    _within(world, {ranks})
+    places = {name: place for place, name in enumerate(world.names)}
+    return [places[rank] for rank in ranks]
+
+
+def _within(world: World, groups: Collection[tuple[int, ...]]) -> Gathered:
+    """The groups themselves.
+
+    Raises:
+        QkovError: for one with ranks beyond the world, which would be waited for.
+    """
+    if beyond := {rank for group in groups for rank in group} - set(world.names):
+        raise QkovError(
+            "group",
+            expected="all ranks that share the model",
+            got=f"none of rank {', '.join(map(str, sorted(beyond)))}, which holds a part of it",
+            remedy="Name the group of all of them, or none, and make the call on each.",
+        )
+    return frozenset(groups)
 
 
 def _distinct_groups(groups: Sequence[Sequence[int]], size: int) -> list[tuple[int, ...]]:
@@ -155,7 +179,7 @@ def _refuse_routed(model: nn.Module) -> None:
         raise QkovError(
             f"ZeRO-3: {', '.join(sorted(waiting))}",
             expected="a module whose weights all ranks gather at once, whichever experts their tokens are sent to",
-            got="experts that are modules of their own: ranks would wait for each other",
+            got="experts that run as often as tokens are sent to them: ranks would wait for each other",
             remedy=f"Call deepspeed.utils.set_z3_leaf_modules(model, [{classes}]) before deepspeed.initialize.",
         )
 

@@ -31,6 +31,10 @@ class World(Protocol):
     def size(self) -> int:
         """How many ranks there are."""
 
+    @property
+    def names(self) -> Sequence[int]:
+        """What its ranks are called in messages: their ranks among all that the launcher started."""
+
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank."""
 
@@ -58,6 +62,11 @@ class Alone:
     """One process."""
 
     rank, size = 0, 1
+
+    @property
+    def names(self) -> Sequence[int]:
+        """As many as there are ranks."""
+        return range(self.size)
 
     def all_gather(self, value: Any) -> list[Any]:
         """The value, as JSON would return it."""
@@ -146,6 +155,11 @@ class TorchWorld:
         """How many ranks there are."""
         return int(torch.distributed.get_world_size(self.group))
 
+    @property
+    def names(self) -> Sequence[int]:
+        """The ranks of the group among all."""
+        return range(self.size) if self.group is None else torch.distributed.get_process_group_ranks(self.group)
+
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank."""
         return _gathered(self, value)
@@ -194,9 +208,13 @@ class TorchWorld:
 
     def subgroup(self, members: Sequence[Sequence[int]]) -> TorchWorld:
         """The group among ``members`` (lists of ranks) that this rank is in; every rank names all of them."""
-        mine = None
+        mine, timeout = None, datetime.timedelta(seconds=timeout_seconds())
         for ranks in members:
-            group = torch.distributed.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_seconds()))
+            if self.group is not None and self.rank not in ranks:
+                continue  # ranks beyond this world take no part: those of a group make it by themselves
+            named = [self.names[rank] for rank in ranks]
+            local = self.group is not None
+            group = torch.distributed.new_group(named, timeout=timeout, use_local_synchronization=local)
             if self.rank in ranks:
                 mine = group
         if mine is None:
@@ -219,6 +237,11 @@ class MpiWorld:
     def size(self) -> int:
         """How many ranks there are."""
         return int(self.comm.Get_size())
+
+    @property
+    def names(self) -> Sequence[int]:
+        """As many as there are ranks."""
+        return range(self.size)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank."""

@@ -62,8 +62,16 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of data parallelism, DeepSpeed and ``torch.compile``.
 
     Raises:
-        QkovError: for FSDP1, which flattens the weights of a layer into one.
+        QkovError: for FSDP1, which flattens the weights of a layer into one, and for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise QkovError(
+            type(model).__name__,
+            expected="a transformers language model, whole or sharded",
+            got="no torch.nn.Module",
+            remedy="Give the model itself, and not the schedule or a stage of a pipeline: fsdp (fully_shard, or "
+            "DistributedConfig(fsdp_size=N)) spreads any model.",
+        )
     while type(model).__name__ in DATA_WRAPPERS:
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -82,13 +90,20 @@ def inner_model(model: nn.Module) -> nn.Module:
 def routed(model: nn.Module) -> Iterator[nn.Module]:
     """Modules whose children are called as often as tokens are sent to them: experts that are modules of their own.
 
-    All experts' weights in one module are no such case: it is called once a pass, whatever the tokens are.
+    So are all experts in one module whose own code runs one after the other, with an activation that is a module; where
+    a grouped product takes all of them, the module and what is in it are called once a pass, whatever the tokens are.
     """
     for name, module in model.named_modules():
         path, _, own = name.rpartition(".")
-        if not EXPERTS.search(own) or not any(map(_weighs, module.children())):
-            continue
-        yield model.get_submodule(path) if isinstance(module, nn.ModuleList | nn.ModuleDict) else module
+        if EXPERTS.search(own) and (any(map(_weighs, module.children())) or _runs_one_by_one(module)):
+            yield model.get_submodule(path) if isinstance(module, nn.ModuleList | nn.ModuleDict) else module
+
+
+def _runs_one_by_one(module: nn.Module) -> bool:
+    """Whether a module that holds all experts' weights calls the modules in it for one expert after the other."""
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    holds_weights = any(True for _ in module.parameters(recurse=False))
+    return holds_weights and any(True for _ in module.children()) and chosen in (None, "eager")
 
 
 def _weighs(module: nn.Module) -> bool:

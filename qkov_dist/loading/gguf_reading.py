@@ -1,11 +1,13 @@
 """Reading a GGUF file once.
 
 Its reader walks over the whole vocabulary in Python, which takes seconds, and transformers makes one for every
-question: the configuration (twice), the weights, the tokenizer.
+question: the configuration (twice), the weights, the tokenizer. The table of a model's tensor names takes a while too,
+and transformers makes it for every module of the model.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +16,9 @@ from typing import Any
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Have everyone who reads a GGUF file within the block share its reader."""
+    """Have everyone who reads a GGUF file within the block share its reader, and the tables of names."""
     library: Any = importlib.import_module("gguf")
-    plain = library.GGUFReader
+    plain, name_map = library.GGUFReader, library.get_tensor_name_map
     readers: dict[tuple[str, str], Any] = {}
 
     def shared(path: Any, mode: str = "r") -> Any:
@@ -24,8 +26,8 @@ def read_once() -> Iterator[None]:
             readers[str(path), mode] = plain(path, mode)
         return readers[str(path), mode]
 
-    library.GGUFReader = shared
+    library.GGUFReader, library.get_tensor_name_map = shared, functools.cache(name_map)
     try:
         yield
     finally:
-        library.GGUFReader = plain
+        library.GGUFReader, library.get_tensor_name_map = plain, name_map

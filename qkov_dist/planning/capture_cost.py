@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qkov_dist.distributed.parallelism import SHARDED, SHARDED_BY_HOOKS, Parallelism
+from qkov_dist.distributed.parallelism import Parallelism
+from qkov_dist.distributed.plans import SHARDED_BY_HOOKS
 
-from .model_sizes import Matrix, Weight, attention_flops
+from .model_sizes import Matrix, attention_flops
 from .simulated_ranks import local_shape
 from .workload import Pass, Workload
 
@@ -49,17 +50,17 @@ class CaptureCost:
 
     def weights(self, rank: int) -> int:
         """Bytes of a rank's parameters and buffers."""
-        kinds = Counter((weight.shape, weight.itemsize, weight.style) for weight in self.work.model_sizes.weights)
+        kinds = Counter(replace(weight, name="", layer=None) for weight in self.work.model_sizes.weights)
         parameters = sum(
-            count * itemsize * math.prod(local_shape(Weight("", shape, itemsize, None, style), self.parallelism, rank))
-            for (shape, itemsize, style), count in kinds.items()
+            count * weight.itemsize * math.prod(local_shape(weight, self.parallelism, rank))
+            for weight, count in kinds.items()
         )
         return parameters + self.work.model_sizes.buffers
 
     @cached_property
     def gathered(self) -> int:
         """Bytes of weights gathered at a time, with those that the rank holds itself."""
-        if self.parallelism.replicas == 1 or self.parallelism.data not in SHARDED:
+        if self.parallelism.shards == 1:
             return 0
         layers, outside = self._worked_with
         if self.parallelism.data == "zero3":
@@ -125,13 +126,16 @@ class CaptureCost:
 
     def _local(self, matrix: Matrix) -> int:
         cut = matrix.style is not None and ("colwise" in matrix.style or "rowwise" in matrix.style)
+        if self.parallelism.experts > 1 or self.parallelism.whole:
+            cut = matrix.expert or (cut and not self.parallelism.whole)
         return -(-matrix.size // self.parallelism.tp) if cut else matrix.size
 
     @cached_property
     def _heads_are_cut(self) -> bool:
         """Whether a rank runs its own heads alone."""
         output = self.work.layout.layers[0].output.module
-        return self.parallelism.tp > 1 and self.work.model_sizes.styles.get(output) in SHARDED_BY_HOOKS
+        cut = self.parallelism.tp > 1 and not self.parallelism.whole
+        return cut and self.work.model_sizes.styles.get(output) in SHARDED_BY_HOOKS
 
     def _attention(self, lowest: int | None) -> int:
         """Operations of all layers' attention for each pair of tokens, forward; of layers from ``lowest`` on."""
@@ -159,7 +163,7 @@ class CaptureCost:
         if not self.gathered:
             return 0
         again = sum(size for layer, size in layers.items() if layer >= lowest)
-        others = self.parallelism.replicas - 1
+        others = self.parallelism.shards - 1
         return num_batches * (sum(layers.values()) + sum(outside) + again) * others // (others + 1)
 
     def _moved_sums(self, tokens: int, labelled: int, lowest: int) -> int:

@@ -23,7 +23,7 @@ class Machines:
     """What to plan for, as the command line says it.
 
     Attributes:
-        world_size: Ranks; ``parallel.tp`` by default.
+        world_size: Ranks; by default as many as tp, ep and copies take.
         hardware: A name of :mod:`~qkov_dist.planning.hardware`; what is here by default.
         gpu_memory: GiB of each GPU, instead of the hardware's.
         host_memory: GiB of a node's own memory.
@@ -55,7 +55,8 @@ def plan_run(config: RunConfig, machines: Machines, *, as_numbers: bool = False)
     chosen = _hardware(machines)
     limits = _limits(machines, chosen)
     on_gpu = limits.gpu is not None
-    setting = Setting(config, machines.world_size or config.parallel.tp)
+    least = max(config.parallel.tp, config.parallel.ep) * config.parallel.replicate
+    setting = Setting(config, machines.world_size or least)
     planner = Planner(config, machines.samples, machines.tokens, gpu_memory=limits.gpu)
     plan = planner.plan(setting)
     phases = expected(plan, chosen, machines.ranks_per_node) if chosen else []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qkov_dist.distributed.parallelism import style_of
+from qkov_dist.distributed.plans import expert_weights, style_of
 from qkov_dist.distributed.sharding import logical_shape
 from qkov_dist.layout.heads import AttentionLayer, Layout
 from qkov_dist.layout.modules import linear_shape, text_config
@@ -34,13 +34,17 @@ NORM_BYTES = 4  # of a number that a norm keeps: it computes in float32
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter, whole and as stored; ``style`` is how tensor parallelism would cut it."""
+    """A parameter, whole and as stored.
+
+    ``style`` is how tensor parallelism would cut it; ``expert``: whether expert parallelism would, between experts.
+    """
 
     name: str
     shape: tuple[int, ...]
     itemsize: int
     layer: int | None
     style: str | None
+    expert: bool = False
 
     @property
     def numel(self) -> int:
@@ -52,7 +56,8 @@ class Weight:
 class Matrix:
     """What a token is multiplied with in one module; ``labelled``: only a token that has to predict another.
 
-    ``size`` is the elements that one token meets: of experts, those it is sent to.
+    ``size`` is the elements that one token meets: of experts, those it is sent to. ``expert``: whether expert
+    parallelism would spread it.
     """
 
     module: str
@@ -60,6 +65,7 @@ class Matrix:
     layer: int | None
     style: str | None
     labelled: bool
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,16 @@ def model_sizes_of(model: nn.Module, layout: Layout, dtype: str = "auto") -> Mod
     """
     config = text_config(model)
     styles: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
-    forced = None if dtype == "auto" else getattr(torch, dtype).itemsize
+    forced, experts = None if dtype == "auto" else getattr(torch, dtype).itemsize, expert_weights(model)
     weights = tuple(
-        Weight(name, logical_shape(p), forced or p.dtype.itemsize, _layer(name, layout), style_of(name, styles))
+        Weight(
+            name,
+            logical_shape(p),
+            forced or p.dtype.itemsize,
+            _layer(name, layout),
+            style_of(name, styles),
+            name in experts,
+        )
         for name, p in model.named_parameters()
     )
     itemsize = forced or torch.empty(0, dtype=getattr(model, "dtype", torch.float32)).element_size()
@@ -152,7 +165,7 @@ def _layer(name: str, layout: Layout) -> int | None:
 
 def _matrices(model: nn.Module, layout: Layout, styles: Mapping[str, str], chosen: tuple[int, int]) -> Iterator[Matrix]:
     head_of: Any = getattr(model, "get_output_embeddings", None)
-    head = head_of() if head_of else None
+    head, experts = head_of() if head_of else None, {name.rpartition(".")[0] for name in expert_weights(model)}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
@@ -160,7 +173,7 @@ def _matrices(model: nn.Module, layout: Layout, styles: Mapping[str, str], chose
         if size:
             met = size * chosen[0] // chosen[1] if "experts" in name.split(".") else size
             style = style_of(f"{name}.weight", styles) or _style_of_own(name, module, styles)
-            yield Matrix(name, met, _layer(name, layout), style, labelled=module is head)
+            yield Matrix(name, met, _layer(name, layout), style, labelled=module is head, expert=name in experts)
 
 
 def _matrix_size(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from qkov_dist.config import RunConfig
 from qkov_dist.distributed.parallelism import Parallelism, resolve_parallelism
+from qkov_dist.distributed.plans import check_shards
 from qkov_dist.layout.modules import is_masked_lm
 from qkov_dist.layout.resolve import resolve
 
@@ -73,7 +74,9 @@ class Planner:
 
     def plan(self, setting: Setting) -> RunPlan:
         """The whole plan."""
-        return plan_simulated(self._work(setting), _parallelism(setting))
+        parallelism = _parallelism(setting)
+        check_shards(self._model, parallelism.experts, parallelism.expert_shards)
+        return plan_simulated(self._work(setting), parallelism)
 
     def least(self, setting: Setting) -> int:
         """Bytes that a rank holds at least, on its GPU or else in the host's memory: quick, and never too much."""

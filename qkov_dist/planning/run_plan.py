@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from qkov_dist.distributed.parallelism import Parallelism, check_tensor_parallel
+from qkov_dist.distributed.parallelism import Parallelism
+from qkov_dist.distributed.plans import check_experts, check_tensor_parallel
 from qkov_dist.distributed.sharding import local_bytes
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.job import Job
@@ -80,7 +81,10 @@ def plan_simulated(work: Workload, parallelism: Parallelism) -> RunPlan:
         QkovError: for a cut that the model cannot have, or factors of which no layer's fit.
     """
     styles = {work.model_sizes.styles.get(p.module) for layer in work.layout.layers for p in layer.projections}
-    check_tensor_parallel(styles, work.layout, parallelism.tp)
+    weights = work.model_sizes.weights
+    check_experts({weight.shape[0] for weight in weights if weight.expert}, work.layout, parallelism.experts)
+    cut = 1 if parallelism.whole else parallelism.tp
+    check_tensor_parallel(styles, work.layout, cut, {weight.style for weight in weights if weight.layer is not None})
     topologies = simulated_topologies(work.model_sizes, work.layout, work.layers, parallelism)
     scene = _Scene.of(work, parallelism, topologies[0])
     sizes = [scene.scoring.factors(topology) for topology in topologies]
@@ -153,7 +157,9 @@ def parallelism_of(job: Job) -> Parallelism:
         data = "zero3" if zero3 else "fsdp"
     if len({parameter.device for parameter in job.loaded.model.parameters()}) > 1:
         data = "device_map"
-    return Parallelism(topology.world.size // replicas, data, replicas)
+    asked = job.parallelism
+    copies = asked.copies if data == "fsdp" else 1
+    return Parallelism(topology.world.size // replicas, data, replicas, copies, asked.experts, asked.whole)
 
 
 def _room(limit_mb: int | None, folder: Path) -> int:

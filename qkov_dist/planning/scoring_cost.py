@@ -20,7 +20,7 @@ from itertools import pairwise
 from math import prod
 
 from qkov_dist.capture.forms import GRADIENT_BYTES, factor_bytes
-from qkov_dist.distributed.parallelism import SHARDED_BY_HOOKS
+from qkov_dist.distributed.plans import SHARDED_BY_HOOKS
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
 from qkov_dist.results.metadata import LayerAxes

@@ -1,7 +1,8 @@
 """Ranks that are not there: what each would hold of a model, see of it, and own, by the rules of those that cut it.
 
-Ranks count tensor-parallel places first, as transformers' device mesh does: rank = replica * tp + place. Where a rank
-of a real run is described by what it finds in its memory (``distributed.sharding``), these are by the same integers.
+Ranks count tensor-parallel places first, as transformers' device mesh does: rank = replica * tp + place, and of hybrid
+sharding replica = copy * shards + shard. Experts lie over the same ranks of a copy, their places first. Where a rank of
+a real run is described by what it finds in its memory (``distributed.sharding``), these are by the same integers.
 
     style of transformers' plan   dim of a matrix that tensor parallelism cuts    of a vector
     *colwise*                     that of the outputs, the last but one           its only one
@@ -51,7 +52,7 @@ def simulated_topologies(
             dp_group=SimulatedWorld(rank // tp, parallelism.replicas),
             dp_ranks=tuple(range(rank % tp, size, tp)),
             ownership=owned,
-            tp_rects=_seen(model_sizes, layout, layers, tp, rank % tp) if tp > 1 else {},
+            tp_rects=_seen(model_sizes, layout, layers, tp, rank % tp) if tp > 1 and not parallelism.whole else {},
             gathers_weights=_keeps_step(parallelism),
         )
         for rank in range(size)
@@ -65,18 +66,24 @@ def local_shape(weight: Weight, parallelism: Parallelism, rank: int, *, gathered
     """
     if parallelism.data == "zero3" and parallelism.replicas > 1 and not gathered:
         return (-(-weight.numel // parallelism.replicas),)
-    placements = _placements(weight.style, len(weight.shape), parallelism, rank)
+    placements = _placements(weight.style, len(weight.shape), parallelism, rank, expert=weight.expert)
     intervals = intervals_by_placements(weight.shape, placements[:1] if gathered else placements)
     return tuple(stop - start for start, stop in intervals)
 
 
-def _placements(style: str | None, num_dims: int, parallelism: Parallelism, rank: int) -> list[Placement]:
-    """How tensor parallelism cuts a tensor, and FSDP2 what is left."""
-    replica, place = divmod(rank, parallelism.tp)
-    dim = _cut_dim(style, num_dims) if parallelism.tp > 1 else None
-    cut = [Placement(parallelism.tp, place, dim)]
+def _placements(
+    style: str | None, num_dims: int, parallelism: Parallelism, rank: int, *, expert: bool = False
+) -> list[Placement]:
+    """How tensor or expert parallelism cuts a tensor, and FSDP2 what is left."""
+    tp, shards = parallelism.tp, parallelism.shards
+    within, num_parts = rank % (shards * tp), tp  # a copy's ranks, counted in parts of a pass
+    dim = _cut_dim(style, num_dims) if tp > 1 and not parallelism.whole else None
+    if expert and parallelism.experts > 1:
+        num_parts, dim = parallelism.experts, 0
+    shard, place = divmod(within, num_parts)
+    cut = [Placement(num_parts, place, dim)]
     if parallelism.data == "fsdp" and num_dims:
-        cut.append(Placement(parallelism.replicas, replica, 0, late=True))
+        cut.append(Placement(shards * tp // num_parts, shard, 0, late=True))
     return cut
 
 

@@ -18,10 +18,11 @@ from math import comb
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.memory import IN_MEMORY_BYTES
 from qkov_dist.stats.jackknife import LABELLINGS
+from qkov_dist.stats.pair_tests import IN_HAND_BYTES
 
 from .scoring_cost import ScoringCost
 
-TEST_BYTES = 40 * 2**20  # a few dozen arrays of a MiB while heads are tested
+TEST_BYTES = 40 * 2**20 + IN_HAND_BYTES  # a few dozen arrays of a MiB while heads are tested, and what waits for it
 ROWS = 64  # of a head's scores in one product, at most
 
 

@@ -111,7 +111,7 @@ def _samples(sizes: Sequence[int]) -> str:
 def _heading(plan: RunPlan) -> str:
     work, parallelism = plan.work, plan.parallelism
     samples = _samples(work.num_samples)
-    cut = f" (tp {parallelism.tp}, {parallelism.data})" if plan.num_ranks > 1 else ""
+    cut = f" ({parallelism.words})" if plan.num_ranks > 1 else ""
     passes = "once" if len(plan.sweeps) == 1 else f"{len(plan.sweeps)} times, for a part of the layers each"
     passes += ", each of these once before, for the norms of samples" if plan.captures > 1 else ""
     return (

@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qkov_dist.distributed.parallelism import SHARDED
-
 from .cost import Cost
 from .hardware import Hardware
 from .run_plan import RunPlan
@@ -87,8 +85,7 @@ class _Clock:
         model_sizes, parallelism = self.plan.work.model_sizes, self.plan.parallelism
         products = (cost.flops_forward + cost.flops_backward) / self._rate(model_sizes.itemsize)
         products += cost.flops_kept / self._rate(max(model_sizes.itemsize, 4))
-        num_cuts = parallelism.replicas if parallelism.data in SHARDED else 1
-        reading = 2 * cost.batches * cost.weights * num_cuts / (self.hardware.bandwidth * BANDWIDTH)
+        reading = 2 * cost.batches * cost.weights * parallelism.shards / (self.hardware.bandwidth * BANDWIDTH)
         moving = cost.moved_weights / self._link(self.plan.num_ranks) + cost.moved_sums / self._link(parallelism.tp)
         together = {"products": products, "reading weights": reading, "moving weights and sums": moving}
         longest = max(together, key=lambda name: together[name])

@@ -42,6 +42,7 @@ def files_of(
                 metadata = {"CreationDate": None} if kind == "pdf" else {}
                 content = io.BytesIO()
                 figure.savefig(content, format=kind, dpi=_PNG_DPI, metadata=metadata)
+                figure.set_layout_engine("none")  # all lies there in the next format, too
                 yield f"{name}.{kind}", content.getvalue()
 
 

@@ -66,6 +66,11 @@ class Reader:
             raise _refusal(path, "a group", "none")
         return Reader(self._find(path), self._num_bytes)
 
+    @property
+    def id(self) -> Any:
+        """HDF5's identifier of the root, or of the group."""
+        return self._file.id
+
     def array(self, path: str, shape: tuple[int, ...] | None = None, kinds: str = "f") -> npt.NDArray[Any]:
         """Read numbers of a shape (None: any) and of numpy's ``kinds`` (``f``, ``iu``, ``b``)."""
         dataset = self.dataset(path)

@@ -99,6 +99,12 @@ class LayerPartial(NamedTuple):
     blocks: dict[str, BlockPartial]
     shared: dict[str, Floats]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all numbers."""
+        of_blocks = (array.nbytes for block in self.blocks.values() for array in block)
+        return sum(of_blocks) + sum(scores.nbytes for scores in self.shared.values())
+
 
 def layer_name(layer: int) -> str:
     """What a layer is called in files and folders."""
@@ -190,7 +196,7 @@ def _read_influences(reader: Reader, block: str, name: str, num_heads: int, head
 
 
 def copy_layer(reader: Reader, writer: Writer, layer: int) -> None:
-    """Copy one layer's datasets from one file into another."""
+    """Copy one layer's datasets from one file, in which they were read before or just written, into another."""
     for kind in ("partial", "fisher", "influences", "shared"):
         for part in reader.names(kind):
             if reader.has(path := f"{kind}/{part}/{layer_name(layer)}"):

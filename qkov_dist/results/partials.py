@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from qkov_dist.errors import QkovError
@@ -38,6 +39,8 @@ from .partial_schema import (
     write_header,
     write_layer,
 )
+
+HELD_BYTES = 32 << 20  # of finished layers that stay in memory as well, until they are added up
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class PartialWriter:
         self.path, self.header, self._resume = Path(path), header, resume
         self._folder = layer_folder(self.path)
         self._completed: set[int] = set()
+        self._held: dict[int, LayerPartial] = {}
+        self._held_bytes = 0
         self._lock = -1
 
     @property
@@ -183,6 +188,22 @@ class PartialWriter:
             write_header(writer, self.header, {layer})
             write_layer(writer, layer, content)
         self._completed.add(layer)
+        if self._held_bytes + content.nbytes <= HELD_BYTES:
+            self._held[layer] = content
+            self._held_bytes += content.nbytes
+
+    def layer(self, layer: int) -> LayerPartial:
+        """A finished layer, once: from memory where this writer wrote it and had room, else from disk.
+
+        Raises:
+            QkovError: for a layer that is not complete, or a damaged file.
+        """
+        held = self._held.pop(layer, None)
+        return self._on_disk.read_layer(layer) if held is None else held
+
+    @cached_property
+    def _on_disk(self) -> Partial:
+        return read_partial(self.path)
 
     def _take_over(self) -> None:
         """Find what an earlier writer left, prove that it can be read, and keep or remove it."""

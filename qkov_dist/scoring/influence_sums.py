@@ -146,12 +146,21 @@ class InfluenceSums:
         torch.mul(means, root, out=steps)
         torch.mul(vectors[first:], vectors[first:], out=vectors[num : 3 * num])
         one.fill_(1.0)
-        for optimizer, of_steps in enumerate((means, steps)):
-            for task, part in enumerate(self._parts):
-                before, after = slice(0, task), slice(task, num - 1)  # among the task's others
-                self._add_samples(self._samples[optimizer, :, before, part], gradients[part], of_steps[:task])
-                self._add_samples(self._samples[optimizer, :, after, part], gradients[part], of_steps[task + 1 :])
+        of_optimizers = vectors[first:].view(2, num, -1)
+        for task, part in enumerate(self._parts):
+            self._add_influences(task, part, gradients[part], of_optimizers)
         self._add_products(vectors[: 2 * num], vectors[num : 3 * num + 2])
+
+    def _add_influences(self, task: int, part: slice, gradients: Tensor, steps: Tensor) -> None:
+        """Add a task's samples [n, heads * p] along the steps [2, T, heads * p] of the other tasks."""
+        num, heads = self.num_tasks, self._samples.shape[1]
+        if num == 2 and heads == 1:  # both optimizers in one pass
+            self._samples[:, 0, 0, part].addmm_(steps[:, 1 - task], gradients.t(), alpha=-1)
+            return
+        before, after = slice(0, task), slice(task, num - 1)  # among the task's others
+        for optimizer, of_steps in enumerate(steps):
+            self._add_samples(self._samples[optimizer, :, before, part], gradients, of_steps[:task])
+            self._add_samples(self._samples[optimizer, :, after, part], gradients, of_steps[task + 1 :])
 
     def _add_samples(self, samples: Tensor, gradients: Tensor, steps: Tensor) -> None:
         """Take from influences [heads, k, n] the products of gradients [n, heads * p] and k steps [k, heads * p]."""

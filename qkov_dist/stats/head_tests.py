@@ -6,7 +6,9 @@ a block (``join``), and of all heads of all blocks the largest z under each labe
 
 The tests of layers, as ranks hold, send and join them: each head is tested where its scores are.
 
-    mine = LayerTests.joined(layer_tests(design, layer, scores[layer], heads, ids) for layer in layers)
+    with testing_threads() as submit:
+        begun = [layer_tests(submit, design, layer, scores[layer], heads, ids) for layer in layers]
+        mine = LayerTests.joined(wait() for wait in begun)
     tests = LayerTests.joined(map(LayerTests.from_json, world.all_gather(mine.to_json())))
 
 holds on every rank what one process would have found, and a rank sends one ``max_z`` for each statistic. ``heads`` may
@@ -15,7 +17,7 @@ be any of a layer's heads; a head's numbers do not depend on those that it is te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from .permutation import Alternative, Standardised
 
 Floats = NDArray[np.float64]
 Statistic = Literal["cross_mean", "overlap"]
+Submit = Callable[..., Callable[[], Any]]  # has work done by a thread; returns what waits for it
 MaxZ = Mapping[Statistic, Floats]  # statistic -> [P], the largest directed z of any head under each labelling
 _CHUNK_BYTES = (
     96 << 10
@@ -92,7 +95,10 @@ class HeadTests:
         return HeadTests(arrays, np.array(raw["z"], np.float64))
 
 
-def head_tests(scores: Mapping[str, Tensor], design: Design) -> tuple[dict[str, dict[Statistic, HeadTests]], MaxZ]:
+Tested = tuple[dict[str, dict[Statistic, HeadTests]], MaxZ]
+
+
+def head_tests(scores: Mapping[str, Tensor], design: Design) -> Tested:
     """Test heads, each by itself, on as many cores as torch has threads.
 
     Args:
@@ -102,34 +108,51 @@ def head_tests(scores: Mapping[str, Tensor], design: Design) -> tuple[dict[str, 
     Returns:
         Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
     """
+    with testing_threads() as submit:
+        return _begin(submit, scores, design)()
+
+
+def _begin(submit: Submit, scores: Mapping[str, Tensor], design: Design) -> Callable[[], Tested]:
+    """Have heads tested, some by each thread; returns what waits for all of them."""
     chunk = max(_CHUNK_BYTES // (8 * design.labels.a.shape[1]), 1)
     _ = design.counts, design.left_out  # once, before threads ask for them
     num_heads = sum(map(len, scores.values()))
     if not num_heads:
-        return {}, {}
+        return lambda: ({}, {})
     size = -(-num_heads // -(-num_heads // chunk))  # parts of nearly one size
     parts = torch.split(torch.cat(list(scores.values())), size)
-    with _one_core_each(torch.get_num_threads()) as pool:
-        done = list(pool.map(lambda part: _chunk_tests(part, design), parts))
-    tests = {name: join([found[name] for found, _ in done]) for name in design.names}
-    ends = list(accumulate(map(len, scores.values())))
+    waiting = [submit(_chunk_tests, part, design) for part in parts]
+    sizes = {group: len(of_group) for group, of_group in scores.items()}
+    return lambda: _joined([wait() for wait in waiting], sizes)
+
+
+def _joined(done: Sequence[tuple[dict[Statistic, HeadTests], MaxZ]], sizes: Mapping[str, int]) -> Tested:
+    """The tests of all parts' heads by group, of which there are so many."""
+    tests = {name: join([found[name] for found, _ in done]) for name in done[0][0]}
     joined = {
-        group: {name: tests[name].part(end - len(scores[group]), end) for name in design.names}
-        for group, end in zip(scores, ends, strict=True)
+        group: {name: of_name.part(end - sizes[group], end) for name, of_name in tests.items()}
+        for group, end in zip(sizes, accumulate(sizes.values()), strict=True)
     }
     return joined, largest(max_z for _, max_z in done)
 
 
 @contextmanager
-def _one_core_each(num_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that take whole heads. Torch's would share single small operations and, on a busy machine, wait for each
-    other in every one of them.
+def testing_threads() -> Iterator[Submit]:
+    """Threads that take whole heads, as many as torch has, for as long as the block lasts.
+
+    Torch's own would share single small operations and, on a busy machine, wait for each other in every one of them.
+
+    Yields:
+        ``submit(work, *arguments)``: has a thread call ``work(*arguments)``; returns what waits for the result (and
+        raises what the work raised).
     """
-    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield pool
-        finally:
-            torch.set_num_threads(num_threads)
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_threads, "qkov-tests", torch.set_num_threads, (1,))
+    try:
+        yield lambda work, *arguments: pool.submit(work, *arguments).result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)
 
 
 def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
@@ -159,8 +182,9 @@ def _statistic_tests(
 ) -> HeadTests:
     labels, alternative = design.labels, design.alternative
     effect, sd = effect_and_sd
-    shift = permutation.detectable_shift(null, labels, alternative, design.alpha, design.power)
-    null_mean, null_low, null_high = permutation.null_band(null, labels.exhaustive, design.confidence)
+    ordered = permutation.in_order(null, labels.exhaustive)
+    shift = permutation.detectable_shift(null, ordered, labels, alternative, design.alpha, design.power)
+    null_mean, null_low, null_high = permutation.null_band(null, ordered, labels.exhaustive, design.confidence)
     arrays = {
         "statistic": null.values[..., 0],
         "p_value": permutation.p_value(standardised, alternative),
@@ -288,15 +312,17 @@ def _block_from_json(raw: Mapping[str, Any]) -> BlockTests:
 
 
 def layer_tests(
+    submit: Submit,
     design: Design,
     layer: int,
     scores: Mapping[str, Tensor],
     heads: Mapping[str, Sequence[int]],
     sample_ids: Sequence[str],
-) -> LayerTests:
-    """Test the heads of one layer.
+) -> Callable[[], LayerTests]:
+    """Have the heads of one layer tested; returns what waits for their tests.
 
     Args:
+        submit: Of ``testing_threads``.
         design: The same for all layers and ranks.
         layer: Its number.
         scores: Block -> [heads, N, N] among all samples, A's first; all NaN for an absent head. Left alone.
@@ -310,5 +336,10 @@ def layer_tests(
     for block, of_block in there.items():
         where = f"layer {layer}, block {block}"
         refuse_not_finite(of_block, where, heads[block], sample_ids, sample_ids, with_absent=True)
-    tests, max_z = head_tests(there, design)
-    return LayerTests({layer: {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}}, max_z)
+    wait = _begin(submit, there, design)
+
+    def found() -> LayerTests:
+        tests, max_z = wait()
+        return LayerTests({layer: {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}}, max_z)
+
+    return found

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 from qkov_dist.stats import loud_samples, pair_sums
@@ -139,5 +139,5 @@ def _half_width(left_out: Tensor, n_a: int, confidence: float) -> Tensor:
     total = variances[0] + variances[1]
     spread = sum(v.square() / (n - 1) for n, v in zip(sizes, variances, strict=True))
     freedom = torch.where(total > 0, total.square() / spread, torch.where(total.isnan(), torch.nan, 1.0))
-    quantile = student.ppf(0.5 + confidence / 2, freedom.numpy(force=True))
+    quantile = stdtrit(freedom.numpy(force=True), 0.5 + confidence / 2)  # of Student's t
     return torch.as_tensor(quantile, dtype=total.dtype, device=total.device) * total.sqrt()

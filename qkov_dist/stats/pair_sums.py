@@ -8,8 +8,10 @@ Relabelled, the groups are a and b = 1 - a. With r = M 1, c = M' 1, and U the pa
 
     a'Ma = a'Ua      a'Mb = a'r - a'Ma      b'Ma = a'c - a'Ma      b'Mb = 1'r - a'r - a'c + a'Ma
 
-so that P labellings cost one product U @ a, a [N, P]. Without sample i, each sum loses that sample's row and column:
-a'Ma loses a_i ((M + M') a)_i, and so on, from two products M a and M' a.
+so that P labellings cost one product U @ a, a [N, P]. Without sample i, M loses that sample's row and column, and the
+same four formulas hold of what is left, from two products M a and M' a:
+
+    a'Ma loses a_i (M a + M' a)_i    a'r loses a_i r_i + (M' a)_i    a'c loses a_i c_i + (M a)_i    1'r loses r_i + c_i
 
 Sums are float64 because b'Mb is a difference: where task A's gradients are r times larger, it is about r^-3 of the
 total, which leaves no digit in float32 at r = 200 and eight in float64. A sum is off by at most about N eps sum|M| for
@@ -54,26 +56,37 @@ def relabelled_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> PairSums:
     """
 
     def of(counted: Tensor) -> PairSums:
-        aa = _within(counted, a)
-        of_heads = a.expand(len(counted), -1, -1)  # so that a head's numbers are the same beside any others
-        left, right = (torch.matmul(counted.sum(dim).unsqueeze(1), of_heads).squeeze(1) for dim in (-1, -2))  # a'r, a'c
+        left, right = (_with_groups(counted.sum(dim), a) for dim in (-1, -2))  # a'r, a'c
         total = counted.sum((-2, -1)).unsqueeze(-1)
-        return PairSums(aa, left - aa, right - aa, total - left - right + aa, _rounding(counted))
+        return _of_groups(_within(counted, a), left, right, total, _rounding(counted))
 
     return PairSums(*_by_heads(scores, a.shape[1], pairs, of))
 
 
 def left_out_sums(scores: Tensor, a: Tensor, pairs: Tensor) -> tuple[PairSums, PairSums]:
     """The same sums [heads, P] of scores [heads, N, N], and those without each sample [heads, N, P]."""
-    counted, b = counted_pairs(scores, pairs), 1 - a
+    counted = counted_pairs(scores, pairs)
     of_heads = a.expand(len(counted), -1, -1)  # one product a head: its numbers are the same beside any others
     of_a, to_a = (torch.bmm(m, of_heads) for m in (counted, counted.mT))  # M a, M' a
-    of_b, to_b = counted.sum(-1).unsqueeze(-1) - of_a, counted.sum(-2).unsqueeze(-1) - to_a
+    rows, columns = (counted.sum(dim).unsqueeze(-1) for dim in (-1, -2))  # r, c
     rounding = _rounding(counted)
-    whole = ((of_a * a).sum(-2), (of_b * a).sum(-2), (of_a * b).sum(-2), (of_b * b).sum(-2))
-    lost = (a * (of_a + to_a), a * of_b + b * to_a, b * of_a + a * to_b, b * (of_b + to_b))
-    aa, ab, ba, bb = (total.unsqueeze(-2) - of_sample for total, of_sample in zip(whole, lost, strict=True))
-    return PairSums(*whole, rounding), PairSums(aa, ab, ba, bb, rounding.unsqueeze(-1))
+    whole = (of_a * a).sum(-2), _with_groups(rows.squeeze(-1), a), _with_groups(columns.squeeze(-1), a), rows.sum(-2)
+    within = (of_a + to_a).mul_(a)
+    lost = within, to_a.addcmul_(a, rows), of_a.addcmul_(a, columns), rows + columns
+    aa, left, right, total = (
+        torch.sub(of_all.unsqueeze(-2), of, out=of) for of_all, of in zip(whole, lost, strict=True)
+    )
+    return _of_groups(*whole, rounding), _of_groups(aa, left, right, total, rounding.unsqueeze(-1))
+
+
+def _with_groups(sums: Tensor, a: Tensor) -> Tensor:
+    """Sums over A [heads, P] of one vector [heads, N] a head; one product a head, as its numbers are its own."""
+    return torch.matmul(sums.unsqueeze(1), a.expand(len(sums), -1, -1)).squeeze(1)
+
+
+def _of_groups(aa: Tensor, left: Tensor, right: Tensor, total: Tensor, rounding: Tensor) -> PairSums:
+    """The four sums from a'Ma, a'r, a'c and 1'r."""
+    return PairSums(aa, left - aa, right - aa, (total - left).sub_(right).add_(aa), rounding)
 
 
 def _rounding(counted: Tensor) -> Tensor:

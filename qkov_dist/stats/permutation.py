@@ -163,9 +163,10 @@ def mean_of_all_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
 
 def overlap_of_pairs(sums: PairSums, counts: PairCounts) -> Tensor:
     """``overlap`` [..., P]; NaN where a sum is not above its rounding: its logarithm would be noise."""
-    log_sums = ((sums.ab / sums.aa) * (sums.ba / sums.bb)).log() * 0.5
-    smallest = torch.minimum(torch.minimum(sums.aa, sums.ab), torch.minimum(sums.ba, sums.bb))
-    return torch.where(smallest > sums.rounding.unsqueeze(-1), log_sums + counts.log.to(log_sums), torch.nan)
+    values = (sums.ab / sums.aa).mul_(sums.ba / sums.bb).log_().mul_(0.5).add_(counts.log.to(sums.ab))
+    smallest = torch.minimum(sums.aa, sums.ab)
+    smallest = torch.minimum(torch.minimum(smallest, sums.ba, out=smallest), sums.bb, out=smallest)
+    return values.masked_fill_(~(smallest > sums.rounding.unsqueeze(-1)), torch.nan)
 
 
 def standardise(null: Null) -> Standardised:
@@ -225,32 +226,45 @@ def effect_size(null: Null, exhaustive: bool) -> tuple[Tensor, Tensor]:
     return torch.where(sd <= null.rounding, 0.0, d), sd
 
 
-def detectable_shift(null: Null, labels: Labels, alternative: Alternative, alpha: float, power: float) -> Tensor:
+def in_order(null: Null, exhaustive: bool) -> Tensor:
+    """The null distribution from the least to the largest; absent heads stay NaN."""
+    return _sorted(null.reference(exhaustive))
+
+
+def detectable_shift(
+    null: Null, ordered: Tensor, labels: Labels, alternative: Alternative, alpha: float, power: float
+) -> Tensor:
     """The smallest shift [...] of a head's null distribution that a test of this head alone finds with ``power``.
 
     It is the distance from the critical value to the quantile of the null that ``power`` of it lies beyond (for a
     normal null 2.49 sd, one-sided at 0.05 and 0.8); two-sided it is the worse of the two directions. Infinite where
     so few labellings exist that no p-value can be as small as alpha; NaN where no relabelling changes the head.
+    ``ordered`` is the null ``in_order``.
     """
-    reference = null.reference(labels.exhaustive)
-    deviation = reference - null.mean(reference).unsqueeze(-1)
-    critical = _quantile(directed(deviation, alternative), 1 - alpha)
-    starts = [_quantile(sign * deviation, 1 - power) for sign in _SIGNS[alternative]]
+    deviation = ordered - null.mean(null.reference(labels.exhaustive)).unsqueeze(-1)
+    turned = {1: deviation, -1: -deviation.flip(-1)}  # both from the least to the largest
+    signs = _SIGNS[alternative]
+    critical = _quantile(_sorted(deviation.abs()) if len(signs) > 1 else turned[signs[0]], 1 - alpha)
+    starts = [_quantile(turned[sign], 1 - power) for sign in signs]
     shift = critical - torch.stack(starts).amin(0)
     if alpha * labels.a.shape[1] < 1:
         shift = torch.where(shift.isnan(), shift, torch.inf)
     return torch.where(deviation.square().mean(-1).sqrt() <= null.rounding, torch.nan, shift)
 
 
-def null_band(null: Null, exhaustive: bool, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of the null distribution and both ends of its middle ``share``, each [...]."""
-    reference, tail = null.reference(exhaustive), (1 - share) / 2
-    return null.mean(reference), _quantile(reference, tail), _quantile(reference, 1 - tail)
+def null_band(null: Null, ordered: Tensor, exhaustive: bool, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the null distribution, ``in_order`` too, and both ends of its middle ``share``, each [...]."""
+    tail = (1 - share) / 2
+    return null.mean(null.reference(exhaustive)), _quantile(ordered, tail), _quantile(ordered, 1 - tail)
 
 
-def _quantile(values: Tensor, share: float) -> Tensor:
-    """``torch.quantile`` of the last dimension, by selection: a tenth of the time that its sort takes."""
-    last = values.shape[-1] - 1
+def _sorted(values: Tensor) -> Tensor:
+    """Along the last dimension, NaN last; on a CPU by numpy, whose sort uses its vector units."""
+    return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort().values
+
+
+def _quantile(ordered: Tensor, share: float) -> Tensor:
+    """``torch.quantile`` of the last dimension of values in order."""
+    last = ordered.shape[-1] - 1
     place = int(share * last)
-    low, high = (values.kthvalue(min(at, last) + 1, dim=-1).values for at in (place, place + 1))
-    return low.lerp(high, share * last - place)
+    return ordered[..., place].lerp(ordered[..., min(place + 1, last)], share * last - place)

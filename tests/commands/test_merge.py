@@ -19,6 +19,7 @@ from comparing import assert_identical
 from jobs import job_for
 from owners import flat_owner
 from processes import ran
+from ranks import without_launcher
 from rounding import SCORES, assert_same_fisher, assert_same_tests, reordered
 from samples import write_task
 from zoo import TINY
@@ -26,7 +27,9 @@ from zoo import TINY
 import qkov_dist.distributed.topology
 from qkov_dist import load_heatmap
 from qkov_dist.cli import main
+from qkov_dist.commands.merge import merge_folder
 from qkov_dist.config_file import from_dict
+from qkov_dist.distributed.connect import connected
 from qkov_dist.distributed.world import Alone
 from qkov_dist.errors import QkovError
 from qkov_dist.job import prepare
@@ -170,13 +173,29 @@ def mpirun(size: int, *arguments: object) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_of_mpirun_share_the_files(finished, three, size):
-    """Three files: one of two processes has two of them, one of four has none."""
-    done = mpirun(size, "merge", three, "--output", three / "shared.h5", "--quiet")
+def test_processes_of_mpirun_share_the_files(finished, three):
+    """Three files: one of two processes has two of them."""
+    done = mpirun(2, "merge", three, "--output", three / "shared.h5", "--quiet")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("strongest heads") == 1
     assert str(three / "shared.h5") in done.stdout
+    assert_shared(finished, three)
+
+
+def merge_on_ranks(folder: str) -> None:
+    with connected() as world:
+        merge_folder(folder, Path(folder) / "shared.h5", world=world)
+
+
+@pytest.mark.long
+def test_four_processes_share_three_files(finished, three):
+    """One has none, whatever the processes speak through."""
+    assert [done.returncode for done in without_launcher(4, merge_on_ranks, str(three))] == [0] * 4
+    assert_shared(finished, three)
+
+
+def assert_shared(finished, three):
+    """What several added up is what one adds up, and what one process computed."""
     assert qkov("merge", three, "--quiet") == 0
     shared, alone, one = (
         load_heatmap(path) for path in (three / "shared.h5", three / "heatmap.h5", finished / "one" / "heatmap.h5")

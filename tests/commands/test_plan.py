@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from zoo import TINY, VOCAB
 
 from qkov_dist.cli import main
 from qkov_dist.config import ModelConfig
+from qkov_dist.distributed.parallelism import Parallelism
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.planning.described import described_model
@@ -113,7 +115,7 @@ def test_numbers_of_every_rank_as_json(config, capsys):
     assert len(numbers["ranks"]) == 3
     assert numbers["sum"]["flops_scoring"] == sum(rank["flops_scoring"] for rank in numbers["ranks"])
     assert numbers["largest"]["weights"] == max(rank["weights"] for rank in numbers["ranks"])
-    assert numbers["parallelism"] == {"tp": 1, "data": "ddp", "replicas": 3}
+    assert numbers["parallelism"] == asdict(Parallelism(1, "ddp", 3))
     assert numbers["fits"] is True
     assert qkov_plan(config, "--gpu-memory", 0.5, "--json") == 2  # less than a GPU's own context
     assert json.loads(capsys.readouterr().out)["fits"] is False

@@ -1,17 +1,20 @@
-"""A rank that dies, or fails, ends the whole job: a message that names it, no hang, and what was computed is kept."""
+"""A rank that dies, or fails, ends the whole job: a message that names it, no hang, and what was computed is kept.
+
+One is killed under a launcher that watches over its ranks; ranks that fail by themselves need none to end.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
 import pytest
 from processes import PATIENCE_S, Started, started, torchrun
-from running import run_quietly
+from ranks import without_launcher
+from running import exit_as_qkov, run_quietly
 from samples import mixed_samples
 from zoo import TINY, VOCAB
 
@@ -33,11 +36,6 @@ def config(tmp_path_factory) -> Path:
     return folder / "run.yaml"
 
 
-def launched(config: Path, out: str, *overrides: str, **environment: str) -> AbstractContextManager[Started]:
-    arguments = ["-m", "qkov_dist", "run", config, "--quiet", f"output.dir={config.parent / out}", *overrides]
-    return started(*torchrun(2), *arguments, **environment)
-
-
 def rank_process(launcher: Started, rank: int) -> psutil.Process:
     """The worker of a launcher with this rank, once it is there."""
     deadline = time.monotonic() + PATIENCE_S
@@ -53,9 +51,10 @@ def rank_process(launcher: Started, rank: int) -> psutil.Process:
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(config, ranks):
-    """Under a launcher that watches over its ranks; every cut, killed anywhere, is the business of ``kills/``."""
+    """Every cut, killed anywhere, is the business of ``kills/``."""
     out = config.parent / "killed"
-    with launched(config, out.name, "parallel.shard=fsdp") as launcher:
+    words = ["-m", "qkov_dist", "run", config, "--quiet", f"output.dir={out}", "parallel.shard=fsdp"]
+    with started(*torchrun(2), *words) as launcher:
         worker = rank_process(launcher, 1)
         launcher.wait_until(lambda: any(out.glob("partial_rank00001.layers/*.h5")))
         worker.kill()
@@ -75,21 +74,19 @@ def test_a_stale_lock_of_an_extensions_build_is_named(config, tmp_path):
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (0, 0))
-    with launched(config, "locked", "parallel.shard=zero3", TORCH_EXTENSIONS_DIR=str(tmp_path)) as launcher:
-        told = launcher.ended()
-    assert told.returncode != 0
-    assert f"{lock}: expected the lock of an extension's build to go" in told.stderr, told.stderr[-2000:]
-    assert not (config.parent / "locked").exists()
+    words = ["run", config, "--quiet", f"output.dir={tmp_path / 'out'}", "parallel.shard=zero3"]
+    for told in without_launcher(2, exit_as_qkov, *words, TORCH_EXTENSIONS_DIR=str(tmp_path)):
+        assert told.returncode == 2
+        assert f"{lock}: expected the lock of an extension's build to go" in told.stderr, told.stderr[-2000:]
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_error_on_one_rank_ends_the_job_and_is_named(config):
+def test_an_error_on_one_rank_ends_the_job_and_is_named(config, tmp_path):
     """Rank 1 cannot write its partial file: a folder stands where it should go."""
-    out = config.parent / "blocked"
-    (out / "partial_rank00001.layers").parent.mkdir()
-    (out / "partial_rank00001.layers").write_text("in the way")
-    with launched(config, out.name) as launcher:
-        told = launcher.ended()
-    assert told.returncode != 0
-    assert "rank 1" in told.stderr, told.stderr[-2000:]
-    assert "partial_rank00001.layers" in told.stderr
-    assert (out / "partial_rank00001.layers").read_text() == "in the way"
+    blocked = tmp_path / "partial_rank00001.layers"
+    blocked.write_text("in the way")
+    for told in without_launcher(2, exit_as_qkov, "run", config, "--quiet", f"output.dir={tmp_path}"):
+        assert told.returncode == 2
+        assert "rank 1" in told.stderr, told.stderr[-2000:]
+        assert blocked.name in told.stderr
+    assert blocked.read_text() == "in the way"

@@ -18,6 +18,7 @@ from qkov_dist.results.partials import list_partials
 
 STORED = ("llama", "gpt2", "gpt_neox", "phi3")  # q, k, v apart; [in, out]; fused by head, with biases; fused by block
 NORMED = ("olmo2", "qwen3")  # norms of q and k: over all heads, over each head; weights lie as llama's
+MIXTURES = ("dbrx", "mixtral", "deepseek_v3")
 GATHERED = ("phi3", "olmo2")  # attention runs whole on every tensor-parallel rank: any tp size will do
 PLANS_THAT_FAIL = ("cohere", "llama4_text")  # inside transformers, in their own forward
 # Each way to cut weights meets each way to store them, once on three ranks, which divide nothing here evenly. What cuts
@@ -32,6 +33,12 @@ CASES = [
     *[(name, 4, {"tp": 2, "shard": "ddp"}) for name in ("llama", "phi3")],
     ("falcon_h1", 2, {"shard": "fsdp"}),  # its configuration has lists that are as long as the model is deep
     ("dbrx", 2, {"shard": "zero3"}),  # an expert is called as often as tokens are sent to it
+    ("llama", 4, {"shard": "fsdp", "replicate": 2}),  # hybrid sharding
+    ("llama", 8, {"tp": 2, "shard": "fsdp", "replicate": 2}),  # and with tensor parallelism: three axes
+    ("mixtral", 2, {"tp": 2}),  # gates and values of experts packed into one weight
+    ("deepseek_v3", 4, {"ep": 2}),  # attention runs whole on each of two ranks, which share their samples
+    ("mixtral", 2, {"tp": 2, "ep": 2}),
+    ("mixtral", 4, {"tp": 2, "ep": 4, "shard": "fsdp"}),
 ]
 
 
@@ -43,13 +50,19 @@ def name_of(case) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Tiny models and two tasks on disk; 5 + 4 samples divide by no world size here but 3."""
-    return write_inputs(tmp_path_factory.mktemp("parallelism"), *STORED, *NORMED, "falcon_h1", "dbrx", *PLANS_THAT_FAIL)
+    models = (*STORED, *NORMED, *MIXTURES, "falcon_h1", *PLANS_THAT_FAIL)
+    return write_inputs(tmp_path_factory.mktemp("parallelism"), *models)
 
 
 SCOPES = {
-    "pooled": {"fisher": {"batch_size": 2, "scope": "pooled"}, "metric": {"include_bias": True}},
-    "a": {"fisher": {"batch_size": 2, "scope": "a"}, "ridge": {"relative": 0.05, "absolute": 0.0}},
+    "pooled": {
+        "fisher": {"batch_size": 2, "scope": "pooled"},
+        "metric": {"include_bias": True},
+        "ridge": {"relative": 0.05, "absolute": 0.0},
+    },
+    "a": {"fisher": {"batch_size": 2, "scope": "a"}},
 }
+PLAINEST = "llama"  # which every cut meets: whose Fisher it is, and a run without a ridge, are the cut's business alone
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +84,7 @@ def one_process(folder):
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_cut_equals_one_process(case, ranks, folder, one_process):
     model, world_size, cut = case
-    outs = {scope: f"{name_of(case)}-{scope}" for scope in SCOPES}
+    outs = {scope: f"{name_of(case)}-{scope}" for scope in SCOPES if scope == "pooled" or model == PLAINEST}
     ranks(world_size).run(
         run_quietly, *(settings(folder, model, out, cut, **SCOPES[scope]) for scope, out in outs.items())
     )
@@ -103,9 +116,19 @@ def test_kv_heads_that_do_not_divide_are_refused_before_any_work(model, ranks, f
 
 
 @pytest.mark.long
-def test_a_model_without_a_plan_is_refused_under_tensor_parallelism(ranks, folder):
-    refusals = ranks(2).run(refusal, settings(folder, "gpt2", "refused", {"tp": 2}))
-    assert all("tensor-parallel plan" in message and "parallel.shard=fsdp" in message for message in refusals)
+@pytest.mark.parametrize(
+    ("model", "world_size", "cut", "expected"),
+    [
+        ("gpt2", 2, {"tp": 2}, "parallel.tp: expected a model whose transformers class has a tensor-parallel plan"),
+        ("gpt2", 2, {"ep": 2}, "parallel.ep: expected a mixture of experts whose transformers class has a plan"),
+        ("mixtral", 3, {"ep": 3}, "parallel.ep: expected a divisor of the 4 experts, got 3"),
+        ("mixtral", 3, {"shard": "fsdp"}, "parallel.shard: expected ranks that each get one of the 4 experts"),
+    ],
+)
+def test_what_no_plan_cuts_so_is_refused(model, world_size, cut, expected, ranks, folder):
+    """The last in transformers, which stacks a rank's experts: of shares of 2, 2 and 0 the last fails as it loads."""
+    refusals = ranks(world_size).run(refusal, settings(folder, model, "refused", cut))
+    assert all(expected in message and "parallel.shard=" in message for message in refusals)
 
 
 @pytest.mark.long

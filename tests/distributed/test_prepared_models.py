@@ -28,17 +28,21 @@ WAYS = {
     "DeepSpeed ZeRO-1 with an optimizer": ("zero1", (2,)),
     "DeepSpeed ZeRO-2 with an optimizer": ("zero2", (2,)),
     "DeepSpeed ZeRO-3": ("zero3", (2,)),
+    "DeepSpeed ZeRO-3 on the CPU, with an optimizer": ("zero3_offloaded", (2,)),
+    "fully_shard over two axes, on the CPU": ("hybrid_offloaded", (4,)),
+    "accelerate's ParallelismConfig, two axes": ("accelerated_hybrid", (4,)),
 }
 
 
-def heatmap_of(prepare: str, folder: str = "") -> dict[str, dict[str, np.ndarray]]:
+def heatmap_of(prepare: str, folder: str = "", group=None) -> dict[str, dict[str, np.ndarray]]:
     """Collect and score on this rank's part; returns the arrays of the heatmap."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         entry = TINY["llama"]
         model = getattr(prepared, prepare)(entry.build(), folder)
         job = job_for(entry)
-        metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collected(model, job), ridge_relative=0.01)
+        collector = collected(model, job, group=group)
+        metric = QKOVInterferenceMetric(QKOVConfig.from_model(model, group), collector, ridge_relative=0.01)
         heatmap = metric.compute_heatmap("math", "code", layers=[1])
         pair = metric.compute_sample_pair("math", 2, "code", 1, layer=1, head=3)
         results = QKOVStatistics(n_permutations=20).test_heatmap(heatmap)
@@ -75,38 +79,75 @@ def test_a_prepared_model_is_taken_as_it_is(way, world_size, ranks, folder, one_
             np.testing.assert_allclose(found["p"][block], one_process["p"][block], atol=0.1, err_msg=f"rank {rank}")
 
 
-def other_batches() -> str:
-    rank = torch.distributed.get_rank()
+def on_a_part() -> list:
+    """Of three ranks the last two have a model: their heatmap, and what is said where one fails, or one is left out."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    rank, group, mesh = torch.distributed.get_rank(), torch.distributed.new_group([1, 2]), DeviceMesh("cpu", [1, 2])
+    if rank == 0:
+        return [told(lambda: QKOVConfig.from_model(TINY["llama"].build(), group))]
+    found = heatmap_of("sharded_over", mesh, group)["scores"]
+    wrong = {"input_ids": [[5, 6, 700 if rank == 2 else 7]]}
+    whole = prepared.fully_sharded(TINY["llama"].build(), "")
+    collector, samples = FisherCollector(group=group), mixed_samples(2, VOCAB, seed=1)
+    return [
+        found,
+        told(lambda: FisherCollector(group=group).collect_fisher(TINY["llama"].build(), wrong, "math")),
+        told(lambda: collector.collect_fisher(whole, samples, "math")),
+    ]
+
+
+def told(call) -> str:
     try:
-        FisherCollector().collect_fisher(TINY["llama"].build(), mixed_samples(2, 96, seed=rank), "math")
+        call()
     except QkovError as error:
         return str(error)
     return "no refusal"
 
 
-def staged(_model, folder):
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed.configuration_utils import DistributedConfig
+@pytest.mark.long
+def test_a_group_of_ranks_makes_the_calls_alone(ranks, one_process):
+    ((outside,), *inside) = ranks(3).run(on_a_part)
+    assert outside.startswith("group: expected a process group that this rank is in, got one without rank 0")
+    for scores, failed, left_out in inside:
+        for block, expected in one_process["scores"].items():
+            np.testing.assert_allclose(scores[block], expected, atol=PASSES * np.abs(expected).max(), rtol=0)
+        assert failed.startswith("rank 2: batch of task 'math', sample 0: input_ids: expected token ids from 0 to 95")
+        assert left_out.startswith("group: expected all ranks that share the model, got none of rank 0, which holds a")
 
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(pp_size=2))
+
+def other_batches() -> str:
+    samples = mixed_samples(2, 96, seed=torch.distributed.get_rank())
+    return told(lambda: FisherCollector().collect_fisher(TINY["llama"].build(), samples, "math"))
+
+
+def in_context_parallel(model, _folder):
+    with prepared.context_parallel(model):
+        collected(model, job_for(TINY["llama"]))
+
+
+def in_ulysses(model, _folder):
+    with prepared.ulysses(model):
+        collected(model, job_for(TINY["llama"]))
 
 
 def zero3_with_experts(_model, _folder):
-    return prepared.engine(TINY["dbrx"].build(), 3)
+    return prepared.engine(TINY["dbrx"].build(), 3, learns=False)
 
 
 def refusal_of(prepare: str, folder: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            collected(globals()[prepare](TINY["llama"].build(), folder), job_for(TINY["llama"]))
-        except QkovError as error:
-            return str(error)
-    return "no refusal"
+        way = globals().get(prepare) or getattr(prepared, prepare)
+        return told(lambda: collected(way(TINY["llama"].build(), folder), job_for(TINY["llama"])))
 
 
 REFUSED = {
     "staged": ("expected the modules that rank 0 has", "fsdp"),
+    "schedule": ("ScheduleGPipe: expected a transformers language model", "fsdp"),
+    "in_context_parallel": ("torch's context_parallel: expected all tokens of a sample", "fsdp"),
+    "attention_in_context_parallel": ("torch's context parallelism of model.layers.0.self_attn: expected", "fsdp"),
+    "in_ulysses": ("DeepSpeed-Ulysses sequence parallelism: expected all tokens", "fsdp"),
     "zero3_with_experts": ("ZeRO-3: DbrxExperts: ", 'set_z3_leaf_modules(model, ["DbrxExperts"])'),
 }
 
@@ -116,7 +157,7 @@ REFUSED = {
 def test_what_would_hang_or_break_is_refused_on_all_ranks_before_any_pass(prepare, ranks, folder):
     one, other = ranks(2).run(refusal_of, prepare, folder)
     assert one == other
-    assert all(text in one for text in REFUSED[prepare])
+    assert all(text in one for text in REFUSED[prepare]), one
 
 
 def fails_on_rank_1(how: str) -> list[str]:

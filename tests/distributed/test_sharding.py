@@ -170,6 +170,13 @@ def test_every_sample_is_run_by_exactly_one_rank_of_a_dp_group(lengths, size):
     assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
+HYBRID = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    **{f"PARALLELISM_CONFIG_{name}_SIZE": "2" for name in ("DP_REPLICATE", "DP_SHARD", "TP")},
+}
+
+
 @pytest.mark.parametrize(
     ("config", "world_size", "environment", "expected"),
     [
@@ -188,6 +195,14 @@ def test_every_sample_is_run_by_exactly_one_rank_of_a_dp_group(lengths, size):
         ({"shard": "ddp"}, 2, {"ACCELERATE_USE_FSDP": "true"}, Parallelism(1, "ddp", 2)),
         ({"shard": "device_map"}, 1, {}, Parallelism(1, "device_map", 1)),
         ({"shard": "zero3"}, 1, {}, Parallelism(1, "none", 1)),
+        ({"shard": "fsdp", "replicate": 2, "tp": 2}, 8, {}, Parallelism(2, "fsdp", 4, copies=2)),
+        ({"replicate": 2}, 4, {}, Parallelism(1, "fsdp", 4, copies=2)),
+        ({"shard": "fsdp", "replicate": 4}, 4, {}, Parallelism(1, "ddp", 4)),
+        ({}, 8, HYBRID, Parallelism(2, "fsdp", 4, copies=2)),
+        ({"ep": 2}, 4, {}, Parallelism(2, "ddp", 2, experts=2, whole=True)),
+        ({"ep": 2, "tp": 2}, 2, {}, Parallelism(2, "none", 1, experts=2)),
+        ({"ep": 4, "tp": 2, "shard": "fsdp"}, 4, {}, Parallelism(2, "fsdp", 2, experts=4)),
+        ({"ep": 2, "shard": "fsdp", "replicate": 2}, 4, {}, Parallelism(1, "fsdp", 4, copies=2, experts=2)),
     ],
 )
 def test_the_launcher_decides_where_nothing_is_set(config, world_size, environment, expected):
@@ -200,9 +215,22 @@ def test_the_launcher_decides_where_nothing_is_set(config, world_size, environme
         ({"tp": 3}, 4, "parallel.tp: expected a divisor of the 4 ranks, got 3"),
         ({"shard": "none"}, 2, "expected a way to use 2 ranks"),
         ({"shard": "device_map"}, 2, "expected a way to use 2 ranks"),
-        ({"tp": 2, "shard": "zero3"}, 4, "tensor parallelism alone or with ddp or fsdp"),
+        ({"tp": 2, "shard": "zero3"}, 4, "tensor and expert parallelism alone or with ddp or fsdp"),
+        ({"ep": 2, "shard": "zero3"}, 4, "tensor and expert parallelism alone or with ddp or fsdp"),
+        ({"shard": "zero3", "replicate": 2}, 4, "parallel.replicate: expected 1, or with shard: fsdp"),
+        ({"shard": "fsdp", "replicate": 3}, 4, "parallel.replicate: expected .* a divisor of the ranks"),
+        ({"ep": 3}, 4, "parallel.ep: expected a multiple of parallel.tp"),
+        ({"ep": 4, "tp": 2, "shard": "ddp"}, 4, "parallel.ep: expected a multiple of parallel.tp"),
+        ({"ep": 4, "shard": "fsdp", "replicate": 2}, 4, "parallel.ep: expected a multiple of parallel.tp"),
+        ({"ep": 2, "shard": "none"}, 4, "parallel.ep: expected a multiple of parallel.tp"),
     ],
 )
 def test_what_cannot_be_arranged_is_refused(config, world_size, message):
     with pytest.raises(QkovError, match=message):
         resolve_parallelism(ParallelConfig(**config), world_size, {})
+
+
+@pytest.mark.parametrize("name", ["CP", "SP"])
+def test_a_launcher_that_cuts_samples_is_refused_and_fsdp_named(name):
+    with pytest.raises(QkovError, match=r"ParallelismConfig: expected .* whole, got .* Use dp_shard_size \(FSDP2\)"):
+        resolve_parallelism(ParallelConfig(), 2, {**HYBRID, f"PARALLELISM_CONFIG_{name}_SIZE": "2"})

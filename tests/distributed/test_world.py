@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from forks import forking
-from processes import forked, ran
-from ranks import free_port
+from processes import ran, wait_shortly
+from ranks import free_port, without_launcher
 from torch.distributed import distributed_c10d
 
 from qkov_dist.distributed import connect as comm
@@ -283,6 +281,7 @@ class _CommOfOne:
 
 def failing(how: str, who: int) -> None:
     """One rank fails in some way; the others go on to a call that needs it."""
+    wait_shortly()
     try:
         with connected() as world:
             world.all_gather("hello")
@@ -311,6 +310,7 @@ def _fail(how: str) -> None:
 
 def step_that_fails(how: str) -> None:
     """As in a user's own script, without `qkov`: rank 1 fails within a step or before it, the others wait in one."""
+    wait_shortly()
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     with comm.step() as world:
@@ -329,20 +329,6 @@ def step_that_fails(how: str) -> None:
     sys.exit(2)
 
 
-def three_ranks(
-    function: Callable[..., None], *arguments: object, ends: tuple[int, ...] = (0, 1, 2)
-) -> list[subprocess.CompletedProcess]:
-    """Three processes that no launcher watches over, so that they depend on themselves; waits for some to end."""
-    port = free_port()
-    names = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with contextlib.ExitStack() as stack:
-        running = []
-        for rank in range(3):
-            own = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            running.append(stack.enter_context(forked(function, *arguments, **own)))
-        return [running[rank].ended() for rank in ends]
-
-
 WAITING = {
     "a rank hangs": (failing, "hangs", 1),
     "ranks are far away": (failing, "far away", 2),
@@ -358,7 +344,7 @@ def waited():
     forking()
     with ThreadPoolExecutor(len(WAITING)) as threads:
         ends = {name: (0, 2) if "within" in name else (0, 1, 2) for name in WAITING}
-        begun = {name: threads.submit(three_ranks, *case, ends=ends[name]) for name, case in WAITING.items()}
+        begun = {name: threads.submit(without_launcher, 3, *case, ends=ends[name]) for name, case in WAITING.items()}
         yield lambda name: begun[name].result()
 
 
@@ -381,7 +367,7 @@ def told(process: subprocess.CompletedProcess) -> str:
     ],
 )
 def test_the_others_are_told_which_rank_failed_and_why(how, who, message):
-    done = three_ranks(failing, how, who)
+    done = without_launcher(3, failing, how, who)
     for rank, process in enumerate(done):
         if rank == who:
             assert process.returncode == (-signal.SIGKILL if how == "killed" else 2)

@@ -19,13 +19,10 @@ from typing import Any
 
 from forks import assert_alone, write_to
 from moments import Aim, Seen, read_notes, take_notes
+from processes import wait_shortly
 from ranks import free_port
 
 TIMEOUT_S = 20  # QKOV_TIMEOUT_S: how long ranks wait for each other
-GRACE_S, LINGER_S = (
-    2.0,
-    4.0,
-)  # of qkov_dist.distributed.failures, shorter than a user's, because one machine answers at once
 DEADLINE_S = 150  # of a whole attempt, and again of those who survive; only a hang takes as long
 
 
@@ -186,9 +183,8 @@ def _rank(order: Order, rank: int, arguments: Sequence[str], environment: Mappin
     assert_alone()
     os.environ.update(environment, QKOV_TIMEOUT_S=str(TIMEOUT_S), OMP_NUM_THREADS="1")
     from qkov_dist.cli import main
-    from qkov_dist.distributed import failures
 
-    failures.GRACE_S, failures.LINGER_S = GRACE_S, LINGER_S
+    wait_shortly()
     if order.broken:
         order.broken()
     take_notes(_notes(order, rank), aim)

@@ -34,7 +34,11 @@ PHASES: dict[str, tuple[str, ...]] = {
     "writing a layer": ("qkov_dist.results.partials:PartialWriter.write_layer",),
     "bringing together": ("qkov_dist.results.partials:PartialWriter.__exit__",),
     "adding up": ("qkov_dist.finish:combine",),
-    "statistics": ("qkov_dist.stats.head_tests:layer_tests", "qkov_dist.stats.statistics:QKOVStatistics.results"),
+    "statistics": (
+        "qkov_dist.stats.head_tests:layer_tests",
+        "qkov_dist.stats.pair_tests:PairTests.of_all_ranks",
+        "qkov_dist.stats.statistics:QKOVStatistics.results",
+    ),
     "final write": ("qkov_dist.results.heatmap:Heatmap.save",),
     "report": ("qkov_dist.report.write:write_page",),
 }

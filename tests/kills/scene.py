@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class Scene:
     folder: Path
     _known: dict[tuple[str, int], Undisturbed] = field(default_factory=dict)
     _num_attempts: Counter[str] = field(default_factory=Counter)
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)  # stories may be played beside each other
 
     def __post_init__(self) -> None:
         TINY["llama"].build(num_hidden_layers=len(LAYERS)).save_pretrained(self.folder / "model")
@@ -88,13 +90,14 @@ class Scene:
             RuntimeError: where it does not finish.
         """
         shard = shard if num_ranks > 1 else ALONE
-        if (shard, num_ranks) not in self._known:
-            outcome = self._left_alone(shard, num_ranks)
-            if outcome.seconds > SLOW_S:  # DeepSpeed builds an extension when it is first used
-                shutil.rmtree(self.out(f"undisturbed-{shard}-{num_ranks}"))
+        with self._one_at_a_time:
+            if (shard, num_ranks) not in self._known:
                 outcome = self._left_alone(shard, num_ranks)
-            self._known[shard, num_ranks] = Undisturbed(outcome.seconds, outcome.seen)
-        return self._known[shard, num_ranks]
+                if outcome.seconds > SLOW_S:  # DeepSpeed builds an extension when it is first used
+                    shutil.rmtree(self.out(f"undisturbed-{shard}-{num_ranks}"))
+                    outcome = self._left_alone(shard, num_ranks)
+                self._known[shard, num_ranks] = Undisturbed(outcome.seconds, outcome.seen)
+            return self._known[shard, num_ranks]
 
     def _left_alone(self, shard: str, num_ranks: int) -> Outcome:
         outcome = play(self.context, self.order(f"undisturbed-{shard}-{num_ranks}", shard, num_ranks), None)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from forks import forking
 from kills import page, play_campaign
 from moments import PHASES, Aim, Seen, read_notes
 from scene import ALONE, LAYERS, Scene
-from stories import CUTS, Story
+from stories import CUTS, Story, Tally
 from verdicts import (
     KILLED,
     Standing,
@@ -46,17 +47,15 @@ def scene(tmp_path_factory) -> Scene:
     return Scene(forking(), tmp_path_factory.mktemp("kills"))
 
 
-def test_killed_runs_end_in_the_right_result(scene):
-    tallies = play_campaign(scene, 0, CUTS, 4, lambda line: None)
-    assert [fault for tally in tallies.values() for fault in tally.faults] == []
-    assert all(tally.num_kills >= 1 for tally in tallies.values())
-    assert all(tally.resumes >= 1 for tally in tallies.values())
-    printed = page(tallies)
-    assert all(name in printed for name in (*CUTS, *PHASES))
+@pytest.fixture(scope="module")
+def campaign(scene) -> Iterator[Future[dict[str, Tally]]]:
+    """Some kills with each cut, played beside other tests: who is left waits for seconds."""
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(play_campaign, scene, 0, CUTS, 4, lambda line: None)
 
 
 @pytest.fixture(scope="module")
-def half(scene) -> Path:
+def half(scene, campaign) -> Path:
     """What two fsdp ranks leave of which one was killed after some layers."""
     story = Story(scene, 0, "fsdp", 1000)
     steps = scene.undisturbed("fsdp", 2).seen[1].steps["writing a layer"]
@@ -263,3 +262,12 @@ def test_good_endings_are_not_at_fault(kill, ended):
 )
 def test_bad_endings_are_seen(kill, ended, fault):
     assert fault in " ".join(ending_faults(ended, kill, has_heatmap=False))
+
+
+def test_killed_runs_end_in_the_right_result(campaign):
+    tallies = campaign.result()
+    assert [fault for tally in tallies.values() for fault in tally.faults] == []
+    assert all(tally.num_kills >= 1 for tally in tallies.values())
+    assert all(tally.resumes >= 1 for tally in tallies.values())
+    printed = page(tallies)
+    assert all(name in printed for name in (*CUTS, *PHASES))

@@ -169,12 +169,13 @@ def test_nothing_is_printed_and_logging_is_restored(saved: Path, capfd: pytest.C
 
 
 def test_gguf_is_an_ordinary_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, reader, opened = write_gguf(tmp_path / "tiny.gguf"), gguf.GGUFReader, []
-    read = reader.__init__
-    monkeypatch.setattr(reader, "__init__", lambda self, *how: (opened.append(how), read(self, *how))[1])
+    path, slow, made = write_gguf(tmp_path / "tiny.gguf"), (gguf.GGUFReader, gguf.TensorNameMap), []
+    for kind in slow:
+        monkeypatch.setattr(kind, "__init__", lambda *how, init=kind.__init__: (made.append(init), init(*how))[1])
+    functions = gguf.GGUFReader, gguf.get_tensor_name_map
     loaded = load_model(ModelConfig(str(path)))
-    assert len(opened) == 1  # of a large vocabulary each takes seconds
-    assert gguf.GGUFReader is reader
+    assert len(made) == len({*made}) == 2  # of a real model each takes seconds
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == functions
     model = loaded.model
     assert (loaded.objective, loaded.vocab_size, loaded.max_positions) == ("causal", 40, 32)
     assert loaded.tokenizer.decode(loaded.tokenizer("ABab")["input_ids"]) == "ABab"

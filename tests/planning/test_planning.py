@@ -20,11 +20,12 @@ from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.forms import factor_bytes
 from qkov_dist.capture.hooks import capture
 from qkov_dist.capture.store import FactorStore
+from qkov_dist.config import ParallelConfig
 from qkov_dist.config_file import from_dict
 from qkov_dist.data.batches import make_batches
 from qkov_dist.distributed.connect import current
 from qkov_dist.distributed.ownership import assign
-from qkov_dist.distributed.parallelism import Parallelism
+from qkov_dist.distributed.parallelism import Parallelism, resolve_parallelism
 from qkov_dist.errors import QkovError
 from qkov_dist.job import Job, prepare
 from qkov_dist.layout.heads import Site
@@ -63,6 +64,9 @@ CASES = [
     *(("llama", cut) for cut in (*DATA, *TENSOR)),  # under ZeRO-3 DeepSpeed hides that q, k and v share their input
     *(("phi3", cut) for cut in (*TENSOR, ZERO3)),  # runs attention whole on tensor-parallel ranks
     *(("gpt2", cut) for cut in (*DATA, ZERO3)),  # weights stored [in, out]; no tensor-parallel plan
+    ("llama", (4, {"shard": "fsdp", "replicate": 2})),
+    ("qwen3_moe", (2, {"ep": 2})),  # attention runs whole on both ranks
+    ("qwen3_moe", (4, {"tp": 2, "ep": 4, "shard": "fsdp"})),
 ]
 
 
@@ -73,7 +77,7 @@ def folder(tmp_path_factory):
     for task, seed, num in (("a", 1, 5), ("b", 2, 4)):
         samples = [*mixed_samples(num, VOCAB, seed=seed), *mixed_samples(1, VOCAB, seed=seed + 9, lengths=(40, 41))]
         write_task(folder / f"{task}.jsonl", samples)
-    for name in MODELS:
+    for name in (*MODELS, "qwen3_moe"):
         TINY[name].build().save_pretrained(folder / name)
     return folder
 
@@ -170,9 +174,7 @@ def test_the_plan_of_ranks_is_what_each_holds_sends_and_computes(model, cut, ran
 
 def simulate(raw: dict, world_size: int) -> RunPlan:
     """The plan of the same ranks, from one process that is none of them."""
-    parallel = raw["parallel"]
-    replicas = world_size // parallel.get("tp", 1)
-    parallelism = Parallelism(parallel.get("tp", 1), parallel.get("shard", "none"), replicas)
+    parallelism = resolve_parallelism(ParallelConfig(**raw["parallel"]), world_size, {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return plan_simulated(workload_of(prepare(from_dict({**raw, "parallel": {}}), current())), parallelism)

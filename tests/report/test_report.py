@@ -426,7 +426,7 @@ def saved(folder: Path) -> Path:
 
 
 @pytest.mark.long
-def test_the_command_writes_page_tables_and_figures(tmp_path, capsys):
+def test_the_command_writes_page_tables_and_figures(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     assert main(["report", str(saved(tmp_path))]) == 0
     printed = capsys.readouterr()
@@ -438,6 +438,7 @@ def test_the_command_writes_page_tables_and_figures(tmp_path, capsys):
     assert names == tables | {f"{name}.{kind}" for name in ("heatmaps", "blocks", "layers") for kind in ("pdf", "png")}
     assert (tmp_path / "report" / "heatmaps.pdf").read_bytes().startswith(b"%PDF")
     assert (tmp_path / "report" / "layers.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(tmp_path)]) == 0  # its own page may be written again
 
 

@@ -21,8 +21,8 @@ from processes import PATIENCE_S
 
 from qkov_dist.errors import QkovError
 from qkov_dist.results import hdf5_write
-from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
-from qkov_dist.results.partials import PartialWriter, list_partials, partial_path, read_partial
+from qkov_dist.results.partial_schema import BlockPartial, PartialHeader, checked_layer
+from qkov_dist.results.partials import Partial, PartialWriter, list_partials, partial_path, read_partial
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 from qkov_dist.scoring.influence_records import no_influences
 
@@ -287,6 +287,22 @@ def test_a_flipped_byte_is_found_on_reading_and_before_resuming(path: Path, leav
     assert str(file) in str(raised.value)
     with pytest.raises(QkovError, match="checksum"), PartialWriter(path, HEADER):
         pass
+
+
+def test_layers_just_written_are_had_from_memory_once_as_far_as_there_is_room(path, monkeypatch) -> None:
+    monkeypatch.setattr("qkov_dist.results.partials.HELD_BYTES", checked_layer(4, HEADER, *make_layer(4)).nbytes)
+    with PartialWriter(path, HEADER) as writer:
+        for layer in (4, 1):
+            writer.write_layer(layer, *make_layer(layer))
+    read, reads = Partial.read_layer, []
+    monkeypatch.setattr(Partial, "read_layer", lambda self, layer: reads.append(layer) or read(self, layer))
+    for layer, from_disk in [(4, []), (1, [1]), (4, [1, 4])]:
+        found, (blocks, shared) = writer.layer(layer), make_layer(layer)
+        assert reads == from_disk
+        for block, arrays in blocks.items():
+            for one, other in zip(found.blocks[block], arrays, strict=True):
+                assert one.tobytes() == other.tobytes()
+        assert found.shared["O_bias"].tobytes() == shared["O_bias"].tobytes()
 
 
 def test_bringing_together_keeps_checksums_of_the_original(path: Path) -> None:

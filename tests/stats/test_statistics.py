@@ -566,8 +566,13 @@ def layers_tested(heatmap, tests, places):
     for place in places:
         scores = {block: torch.from_numpy(pooled[place]) for block, pooled in heatmap.pooled.items()}
         heads = {block: heatmap.natives(block) for block in scores}
-        parts.append(layer_tests.layer_tests(design, heatmap.layers[place], scores, heads, ids))
+        parts.append(one_layer_tested(design, heatmap.layers[place], scores, heads, ids))
     return LayerTests.joined(parts)
+
+
+def one_layer_tested(*layer):
+    with head_tests.testing_threads() as submit:
+        return head_tests.layer_tests(submit, *layer)()
 
 
 def test_every_present_head_is_tested_once():
@@ -605,7 +610,7 @@ def test_heads_of_one_layer_may_be_tested_by_different_ranks():
                 mine = [x for x in at if x < len(pooled[place]) and not np.isnan(pooled[place][x]).any()]
                 scores[block] = torch.from_numpy(pooled[place][mine])
                 heads[block] = [heatmap.natives(block)[x] for x in mine]
-            parts.append(layer_tests.layer_tests(design, layer, scores, heads, ids))
+            parts.append(one_layer_tested(design, layer, scores, heads, ids))
     result = tests.results(heatmap, design, LayerTests.joined(parts))
     for name, blocks in expected.arrays().items():
         for block, arrays in blocks.items():
@@ -958,13 +963,14 @@ def test_detectable_effect_is_found_with_the_stated_power():
     rng = np.random.default_rng(0)
     labels = permutation.draw_labels(0, 40, 40, 4000)
     normal = permutation.Null(torch.from_numpy(rng.normal(5.0, 2.0, size=(1, 4001))), torch.zeros(1))
-    shift = permutation.detectable_shift(normal, labels, "greater", 0.05, 0.8).item()
-    assert shift / 2 == pytest.approx(stats.norm.ppf(0.95) + stats.norm.ppf(0.8), abs=0.1)
+    shift = permutation.detectable_shift(normal, permutation.in_order(normal, False), labels, "greater", 0.05, 0.8)
+    assert shift.item() / 2 == pytest.approx(stats.norm.ppf(0.95) + stats.norm.ppf(0.8), abs=0.1)
 
     skew = rng.gamma(1.0, size=(1, 4001))
     for alternative, sign in (("greater", 1), ("less", -1)):
         null = permutation.Null(torch.from_numpy(skew), torch.zeros(1))
-        shift = sign * permutation.detectable_shift(null, labels, alternative, 0.05, 0.8).item()
+        ordered = permutation.in_order(null, exhaustive=False)
+        shift = sign * permutation.detectable_shift(null, ordered, labels, alternative, 0.05, 0.8).item()
         observed = skew[0] + shift
         tail = [np.mean(sign * skew[0] >= sign * value) for value in observed]
         assert np.mean(np.array(tail) <= 0.05) == pytest.approx(0.8, abs=0.01)

@@ -11,15 +11,16 @@ import importlib
 import os
 import random
 import socket
+import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from forks import assert_alone, forking
-from processes import PATIENCE_S, TIMEOUT_S
+from processes import PATIENCE_S, TIMEOUT_S, forked
 
 MOST_THREADS = 60
 
@@ -130,6 +131,19 @@ class RankPool:
             process.join()  # until then it may hold the lock of a folder
         self._processes, self._pipes = [], []
         raise RankError(message)
+
+
+def without_launcher(
+    num_ranks: int, function: Any, *arguments: object, ends: Sequence[int] | None = None, **environment: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Call a function on ranks that nobody watches over, so that they depend on themselves; waits for some to end."""
+    names = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with contextlib.ExitStack() as stack:
+        running = []
+        for rank in range(num_ranks):
+            own = {**names, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
+            running.append(stack.enter_context(forked(function, *arguments, **own)))
+        return [running[rank].ended() for rank in (range(num_ranks) if ends is None else ends)]
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.metadata
 import json
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,18 @@ SHARED_KEYS = (
 )
 
 
+@functools.cache
+def _saved() -> tempfile.TemporaryDirectory[str]:
+    """The model as transformers saves it: to read the package's GGUF file takes seconds each time."""
+    loaded, folder = load_model(ModelConfig(path=str(demo_model()), dtype="float32")), tempfile.TemporaryDirectory()
+    loaded.model.save_pretrained(folder.name)
+    loaded.tokenizer.save_pretrained(folder.name)
+    return folder
+
+
 def smollm2(num_layers: int | None = None) -> LoadedModel:
     """The model, or what computes its first layers."""
-    loaded = load_model(ModelConfig(path=str(demo_model()), dtype="float32"))
+    loaded = load_model(ModelConfig(path=_saved().name, dtype="float32"))
     if num_layers is not None:
         loaded.model.model.layers = loaded.model.model.layers[:num_layers]
         loaded.model.config.num_hidden_layers = num_layers

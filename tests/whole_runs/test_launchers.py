@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import yaml
 from places import ROOT
-from processes import PATIENCE_S, TIMEOUT_S
+from processes import PATIENCE_S, TIMEOUT_S, forked
 from ranks import free_port
 from rounding import PASSES
+from running import exit_as_qkov
 from samples import mixed_samples, write_task
 from zoo import TINY, VOCAB
 
@@ -155,12 +156,19 @@ def test_mpirun(job):
 @pytest.mark.long
 def test_the_ranks_of_srun(job):
     """Two processes with the variables that srun sets: no Slurm is needed to read them."""
-    step = {"SLURM_JOB_ID": 4100, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NODELIST": "localhost"}
-    qkov = [sys.executable, "-m", "qkov_dist", "run", *arguments(job, "srun")]
-    ranks = [[*qkov, {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}] for rank in (0, 1)]
-    with started(*ranks, **step, MASTER_PORT=free_port()) as (first, second):
-        check(job, "srun", first)
-        assert "qkov:" not in second
+    step = {"SLURM_JOB_ID": "4100", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                forked(exit_as_qkov, "run", *arguments(job, "srun"), **step, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+            )
+            for rank in "01"
+        ]
+        first, second = [rank.ended() for rank in ranks]
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    check(job, "srun", first.stderr)
+    assert "qkov:" not in second.stderr
 
 
 @pytest.mark.long
@@ -190,12 +198,14 @@ def test_the_batch_script_of_slurm(job, tmp_path):
 
 
 @pytest.mark.long
-def test_plain_python(job):
-    with started([sys.executable, "-m", "qkov_dist", "run", *arguments(job, "plain")]) as (said,):
-        assert "ranks" not in said
-        got, one = (load_heatmap(job / out / "heatmap.h5") for out in ("plain", "one"))
-        for block in one:
-            np.testing.assert_array_equal(got.cross[block], one.cross[block])
+def test_no_launcher(job):
+    with forked(exit_as_qkov, "run", *arguments(job, "plain")) as process:
+        done = process.ended()
+    assert done.returncode == 0, done.stderr
+    assert "ranks" not in done.stderr
+    got, one = (load_heatmap(job / out / "heatmap.h5") for out in ("plain", "one"))
+    for block in one:
+        np.testing.assert_array_equal(got.cross[block], one.cross[block])
 
 
 def test_a_local_rank_on_the_command_line_is_taken(capsys):

@@ -162,7 +162,7 @@ def test_a_second_job_on_the_same_folder_is_refused_and_the_first_finishes(confi
 
 
 @pytest.mark.parametrize("command", ["merge", "stats", "report"])
-def test_a_result_that_another_process_holds_open_for_writing_is_named(config, tmp_path, capsys, command):
+def test_a_result_that_another_process_holds_open_for_writing_is_named(config, tmp_path, capsys, undrawn, command):
     assert qkov("run", config, "--quiet") == 0
     out = tmp_path / "out"
     held = out / "heatmap.h5" if command == "report" else list_partials(out)[0]

@@ -258,7 +258,7 @@ def test_a_users_error_under_debug_exits_with_2_and_shows_where(tmp_path, capsys
 
 
 @pytest.mark.long
-def test_commands_take_a_run_by_its_folder_or_its_file(config, tmp_path, capsys):
+def test_commands_take_a_run_by_its_folder_or_its_file(config, tmp_path, capsys, undrawn):
     assert qkov("run", config, "--quiet") == 0
     folder = tmp_path / "out"
     file = folder / "heatmap.h5"
