@@ -1,4 +1,4 @@
-"""A process's memory: pages that are kept, arrays larger than it, copies elsewhere, what running out of it looks like."""
+"""A process's memory: pages that are kept, arrays larger than it, copies elsewhere, what running out looks like."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Factors on their way from the ranks that ran the samples to those that own the weights, a layer for each at a time.
 
 Every data-parallel rank holds all features of its own samples. An owner of some rows and columns of a weight needs
-those features of D and X for all samples: it is sent each of them at most once, and a rank is sent one layer at a time. Where
-all ranks score on GPUs and their group has a back end for these, factors go from one GPU's memory into another's.
+those features of D and X for all samples: it is sent each of them at most once, and a rank is sent one layer at a time.
+Where all ranks score on GPUs and their group has a back end for these, factors go from one GPU's memory into another's.
 Samples keep the order of the data-parallel ranks, so that every rank sees one and the same index.
 """
 

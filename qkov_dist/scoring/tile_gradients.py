@@ -4,8 +4,8 @@
     g_n^T = X_n^T D_n,     [n, cols, rows] for those that are bands of columns, side by side
 
 so that the heads that a GPU works on together are one product, and each head's elements one stretch of memory (nothing
-that is done with them asks for their order). Factors in bfloat16 or float16 stay so on a GPU that adds up their products
-in float32: these are the same products, as every product of two such numbers is a float32 number.
+that is done with them asks for their order). Factors in bfloat16 or float16 stay so on a GPU that adds up their
+products in float32: these are the same products, as every product of two such numbers is a float32 number.
 """
 
 from __future__ import annotations

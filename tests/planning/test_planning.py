@@ -342,9 +342,15 @@ def test_what_is_planned_to_stay_on_a_gpu_leaves_room_for_the_rest():
     assert rooms[0] == 0 < rooms[-1]
 
 
-def test_factors_that_other_ranks_need_wait_in_memory():
-    for work, ranks in ((on_gpu(8 * GIB), Parallelism(1, "ddp", 2)), (on_gpu(None), ALONE)):
-        plan = plan_simulated(work, ranks)
+def test_factors_that_other_ranks_need_stay_on_gpus_where_these_send_them(monkeypatch):
+    two = Parallelism(1, "ddp", 2)
+    plan = plan_simulated(on_gpu(8 * GIB), two)
+    assert all(cost.factors_memory == 0 < cost.factors_gpu <= plan.gpu_room for cost in plan.costs)
+    assert plan.gpu_room < plan_simulated(on_gpu(8 * GIB), ALONE).gpu_room  # what is sent has its place there too
+    in_memory = [plan_simulated(on_gpu(None), ALONE)]
+    monkeypatch.setattr(SimulatedWorld, "carries", lambda self, device_type: device_type == "cpu")
+    in_memory.append(plan_simulated(on_gpu(8 * GIB), two))
+    for plan in in_memory:
         assert plan.gpu_room == 0
         assert all(cost.factors_gpu == 0 < cost.factors_memory for cost in plan.costs)
 

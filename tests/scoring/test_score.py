@@ -8,6 +8,7 @@ from rounding import reordered
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, add, column, no_sums
 from qkov_dist.scoring.kernel import Rule, add_tile
 from qkov_dist.scoring.score import (
+    added_fisher_sums,
     compiled,
     diagonal_fisher,
     fisher_and_maps,
@@ -75,11 +76,12 @@ def test_sums_of_fisher_are_additive():
     fisher = torch.tensor([1e-12, 3.0, 0.5, 2.0])
     tasks = torch.stack([fisher / 4, fisher * 3 / 4])
     cuts = ((0, 1), (1, 4), (0, 4))
-    first, second, (whole,) = (fisher_sums(tasks[:, None, low:high], 0.6) for low, high in cuts)
+    first, second, whole = (fisher_sums(tasks[:, None, low:high], 0.6) for low, high in cuts)
+    assert added_fisher_sums(first, second).tolist() == whole.tolist()
     parts = no_sums(2)
     for more in (first, second):
-        add(parts, more, [1])
-    assert parts[1].tolist() == whole.tolist()
+        add(parts, more.numpy(), [1])
+    assert parts[1].tolist() == whole[0].tolist()
     assert parts[0].tolist() == no_sums(1)[0].tolist()
     of_halves = [fisher_sums(tasks[:, None, low:high], 0.6)[0].tolist() for low, high in ((0, 2), (2, 4))]
     assert fisher_sums(tasks.view(2, 2, 2), 0.6).tolist() == of_halves
