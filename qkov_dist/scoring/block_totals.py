@@ -26,7 +26,7 @@ from qkov_dist.memory import moved
 from .gram_norms import GramProducts, chunks, features_of, gram, square_norms
 from .padded_groups import PaddedGroup, order_samples
 from .settings import Roles, ScoreSettings
-from .site_inputs import FactorSource
+from .site_inputs import FactorSource, room_for_factors
 from .tiles import LayerTiles, Tile
 
 BlockTotals = dict[str, float]
@@ -93,6 +93,9 @@ def block_squares(
         wanted: Positions of those that are looked at.
         device: Where products are formed.
         seen: What this process looks at; everything by default.
+
+    Raises:
+        QkovError: where factors do not fit into a GPU's memory beside what is there.
     """
     sites = sorted({tile.site for tile in tiles})
     parts = {site: block_parts([tile for tile in tiles if tile.site == site], seen) for site in sites}
@@ -100,7 +103,9 @@ def block_squares(
     for site in (site for site, of_site in parts.items() if of_site):
         by_input.setdefault(source.x_site(site), []).append(site)
     for together in by_input.values():
-        yield from _squares(source, together, parts, members, wanted, torch.device(device))
+        with room_for_factors(together[0].layer, device):
+            found = list(_squares(source, together, parts, members, wanted, torch.device(device)))
+        yield from found
 
 
 def block_parts(tiles: Sequence[Tile], seen: Seen | None = None) -> list[Part]:

@@ -4,8 +4,9 @@ r"""Squared norms of samples' gradients in a part of a projection, without the g
 
 The right side costs T^2 (rows + cols) in place of T rows cols operations, and X X^T is formed once for the projections
 that share X. Its terms cancel where a gradient is small beside its factors: ||g||^2 is at most (sum_t |d_t| |x_t|)^2,
-and where it is less than 1/256 of that, float32 keeps too few of its digits, and who asks is told so. (Of SmolLM2's
-gradients on code the least is 1/117, and float32 is off by at most 7e-7.)
+and where it is less than 1/256 of that, float32 keeps too few of its digits, and who asks is told so; as of factors
+whose squares overflow or underflow in float32. (Of SmolLM2's gradients on code the least is 1/117, and float32 is off
+by at most 7e-7.)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qkov_dist.memory import moved
 
 CHUNK_BYTES = 32 * 2**20  # of a projection's factors or gradients at a time
 CANCELLED = 1 / 256  # of the most that a squared norm can be; below, float32 keeps too few of its digits
+FAINT = 1e-30  # of a sample's largest |d_t|^2 or |x_t|^2; below, products of float32 underflow
 
 
 class GramProducts:
@@ -32,7 +34,7 @@ class GramProducts:
     def squares(self, d: Tensor, cols: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """||D^T X||^2 of each sample, float64 [n], for D [n, T, rows] and some columns of X; of a bias without any.
 
-        And whose terms cancel too far for the type in which they are summed, bool [n]; these are 0.
+        And whose terms cancel too far for the type in which they are summed, or leave its range, bool [n]; these are 0.
         """
         if not cols:
             return square_norms(d.to(_at_least_float32(d.dtype)).sum(1)), None
@@ -51,9 +53,11 @@ class GramProducts:
         squares = (of_d * of_x).sum((1, 2), dtype=torch.float64)
         if of_d.dtype == torch.float64:
             return squares, None
-        most = (_squares_of_rows(of_d) * _squares_of_rows(of_x)).sqrt().sum(1, dtype=torch.float64).square()
-        cancelled = squares < CANCELLED * most
-        return squares.masked_fill_(cancelled, 0.0), cancelled
+        rows_d, rows_x = _squares_of_rows(of_d), _squares_of_rows(of_x)
+        most = (rows_d * rows_x).sqrt().sum(1).square()  # not finite where products are not
+        sound = (squares >= CANCELLED * most) & most.isfinite()
+        sound &= (rows_d.amax(1) >= FAINT) & (rows_x.amax(1) >= FAINT)
+        return squares.masked_fill_(~sound, 0.0), ~sound
 
     def _gram_of(self, cols: tuple[int, ...]) -> Tensor:
         if cols not in self._grams:
@@ -80,8 +84,8 @@ def gram(values: Tensor) -> Tensor:
 
 
 def _squares_of_rows(gram: Tensor) -> Tensor:
-    """What rows' products with themselves are, never below 0."""
-    return gram.diagonal(dim1=1, dim2=2).clamp_min(0)
+    """What rows' products with themselves are, float64, never below 0."""
+    return gram.diagonal(dim1=1, dim2=2).clamp_min(0).double()
 
 
 def square_norms(values: Tensor) -> Tensor:

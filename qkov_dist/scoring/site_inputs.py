@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -154,14 +155,23 @@ def read_sites(tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders
     Raises:
         QkovError: where a projection's factors do not fit into a GPU's memory beside what is there.
     """
-    try:
+    with room_for_factors(tiles[0].site.layer, orders.settings.device):
         yield from _read_sites(tiles, source, orders)
+
+
+@contextmanager
+def room_for_factors(layer: int, device: torch.device | str) -> Iterator[None]:
+    """Raises:
+    QkovError: where factors that are brought to a device do not fit into its memory beside what is there.
+    """
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
         raise QkovError(
-            f"layer {tiles[0].site.layer}",
-            expected=f"memory on {orders.settings.device} for the factors of all samples at two projections",
+            f"layer {layer}",
+            expected=f"memory on {device} for the factors of all samples at two projections",
             got="too little",
             remedy="Use fewer or shorter samples, or more ranks; in Python, score with the metric's device='cpu'.",
         ) from error

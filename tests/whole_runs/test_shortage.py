@@ -135,14 +135,14 @@ def test_tiles_are_halved_until_they_fit_with_the_same_results(elements, monkeyp
             assert closeness(got[layer][block].scores, part.scores.double()) < SCORES
 
 
-def test_a_row_that_does_not_fit_is_named(monkeypatch):
+def test_an_element_that_does_not_fit_is_named(monkeypatch):
     entry = TINY["llama"]
 
     def none(*args):
         raise shortage()
 
     monkeypatch.setattr(engine, "add_tile", none)
-    with pytest.raises(QkovError, match=r"layer 0, block \w, head \d: expected memory for one row"):
+    with pytest.raises(QkovError, match=r"layer 0, block \w, head \d: expected memory for one element"):
         job_for(entry).run(entry.build())
 
 
