@@ -17,6 +17,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from .config import FEWEST_TASKS, RunConfig
 from .console import Console
 from .distributed.world import World
@@ -32,6 +34,7 @@ from .results.task_matrix import TaskMatrix
 from .results.task_pairs import of_pair
 from .stats.effect_tests import effect_tests, notes_on_effects
 from .stats.families import note_on_families, over_all_pairs
+from .stats.head_tests import CPU
 from .stats.pair_tests import Both, PairTests
 from .stats.statistics import Family, QKOVStatistics
 
@@ -58,6 +61,7 @@ def finish(
     world: World,
     console: Console,
     statistics: QKOVStatistics | None,
+    device: torch.device = CPU,
 ) -> Heatmap | TaskMatrix | None:
     """Add up, test and write as a configuration says, and pass on warnings and notes.
 
@@ -69,6 +73,7 @@ def finish(
         world: The ranks; all of them call this alike.
         console: Takes warnings and notes, and shows progress.
         statistics: The tests; None leaves them out.
+        device: Where heads are tested.
 
     Returns:
         On rank 0 the heatmap as written, or the matrix of more than two tasks; None elsewhere.
@@ -78,7 +83,14 @@ def finish(
     combined = combine_tasks if len(metadata.tasks) > FEWEST_TASKS else combine
     with console.bar(what, len(metadata.layers), "layer") as advance:
         found = combined(
-            metadata, read, world, statistics=statistics, pairs=pairs, folder=path.parent, on_layer=advance
+            metadata,
+            read,
+            world,
+            statistics=statistics,
+            pairs=pairs,
+            folder=path.parent,
+            on_layer=advance,
+            device=device,
         )
     if found is None:
         return None
@@ -112,6 +124,7 @@ def combine(
     pairs: Pairs = "cross",
     folder: Path | None = None,
     on_layer: Callable[[int], object] = lambda count: None,
+    device: torch.device = CPU,
 ) -> Heatmap | None:
     """Add up all partial layers, test every head where its sum is, and put the heatmap together on rank 0.
 
@@ -123,6 +136,7 @@ def combine(
         pairs: Scores among all pooled samples are kept with ``all`` alone.
         folder: Where scores wait that are too large for memory.
         on_layer: Called with 1 after each layer.
+        device: Where heads are tested.
 
     Returns:
         The heatmap on rank 0, None elsewhere.
@@ -140,7 +154,7 @@ def combine(
             on_layer(1)
 
     heatmap = None
-    with PairTests(statistics, {both: metadata}) as tested:
+    with PairTests(statistics, {both: metadata}, device) as tested:
         if world.rank == 0:
             heatmap = assemble(metadata, summed(tested), pooled=keeps_pooled, folder=folder)
             heatmap = with_tested_effects(heatmap, statistics)
@@ -161,6 +175,7 @@ def combine_tasks(
     pairs: Pairs = "cross",
     folder: Path | None = None,
     on_layer: Callable[[int], object] = lambda count: None,
+    device: torch.device = CPU,
 ) -> TaskMatrix | None:
     """The same of more than two tasks: a matrix of them, and every pair's heatmap, on rank 0.
 
@@ -168,7 +183,7 @@ def combine_tasks(
     """
     of_pairs = {both: metadata.of_pair(*both) for both in combinations(range(len(metadata.tasks)), 2)}
     putting = _Putting(metadata, of_pairs, pairs, folder) if world.rank == 0 else None
-    with PairTests(statistics, of_pairs) as tested:
+    with PairTests(statistics, of_pairs, device) as tested:
         for layer in metadata.layers:
             part = add_dealt(read(layer), layer, world)
             tested.take(layer, part, metadata.sizes)

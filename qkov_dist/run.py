@@ -49,6 +49,7 @@ from .scoring.sample_norms import norms_of, summed_squares, unit_scales
 from .scoring.schedule import Round, layers_of
 from .scoring.settings import ScoreSettings
 from .scoring.tiles import TilePlan
+from .stats.head_tests import testing_device
 
 Planned = tuple[RunPlan, list[Phase]]
 
@@ -109,7 +110,7 @@ def _run(
     metadata = from_json(world.all_gather(writer.header.extra if world.rank == 0 else None)[0], str(writer.path))
     with measured.phase("combining"):
         read, tests = (lambda layer: writer.layer(layer.layer)), statistics_of(config)
-        heatmap = finish(metadata, read, config, path, world, console, tests)
+        heatmap = finish(metadata, read, config, path, world, console, tests, testing_device(job.device))
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
     everyone = [Measured(**found) for found in world.all_gather(dataclasses.asdict(measured))]

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from qkov_dist.capture.finite import refuse_not_finite
 from qkov_dist.errors import QkovError
+from qkov_dist.memory import is_shortage, moved
 from qkov_dist.stats import jackknife, permutation
 
 from .permutation import Alternative, Standardised
@@ -41,22 +42,34 @@ Floats = NDArray[np.float64]
 Statistic = Literal["cross_mean", "overlap"]
 Submit = Callable[..., Callable[[], Any]]  # has work done by a thread; returns what waits for it
 MaxZ = Mapping[Statistic, Floats]  # statistic -> [P], the largest directed z of any head under each labelling
-_CHUNK_BYTES = (
-    96 << 10
-)  # of an array [heads, P]: few heads, so that cores have equal shares, but not too few for Python
+# Of an array [heads, P]: few heads, so that cores have equal shares, but not too few for Python; of a GPU, a layer's.
+_CHUNK_BYTES, _GPU_CHUNK_BYTES = 96 << 10, 16 << 20
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Design:
-    """All that the tests of different heads share: drawn once, the same on every rank."""
+    """All that the tests of different heads share: drawn once, the same on every rank.
+
+    Attributes:
+        labels: The labellings.
+        pairs: Which pairs are of different samples, bool [N, N].
+        names: The statistics.
+        alternative: Of the tests.
+        alpha: At which a detectable shift is given.
+        power: Likewise.
+        confidence: Of intervals and null bands.
+        device: Where heads are tested, in float64; what does not fit into a GPU's memory, on the CPU.
+    """
 
     labels: permutation.Labels
-    pairs: Tensor  # which are of different samples, bool [N, N]
+    pairs: Tensor
     names: tuple[Statistic, ...]
     alternative: Alternative
     alpha: float
     power: float
     confidence: float
+    device: torch.device = CPU
 
     @cached_property
     def counts(self) -> permutation.PairCounts:
@@ -108,13 +121,14 @@ def head_tests(scores: Mapping[str, Tensor], design: Design) -> Tested:
     Returns:
         Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
     """
-    with testing_threads() as submit:
+    with testing_threads(design.device) as submit:
         return _begin(submit, scores, design)()
 
 
 def _begin(submit: Submit, scores: Mapping[str, Tensor], design: Design) -> Callable[[], Tested]:
     """Have heads tested, some by each thread; returns what waits for all of them."""
-    chunk = max(_CHUNK_BYTES // (8 * design.labels.a.shape[1]), 1)
+    chunk_bytes = _CHUNK_BYTES if design.device.type == "cpu" else _GPU_CHUNK_BYTES
+    chunk = max(chunk_bytes // (8 * design.labels.a.shape[1]), 1)
     _ = design.counts, design.left_out  # once, before threads ask for them
     num_heads = sum(map(len, scores.values()))
     if not num_heads:
@@ -136,18 +150,26 @@ def _joined(done: Sequence[tuple[dict[Statistic, HeadTests], MaxZ]], sizes: Mapp
     return joined, largest(max_z for _, max_z in done)
 
 
+def testing_device(scored_on: torch.device) -> torch.device:
+    """Where heads are tested that are scored on a device: on a GPU that has float64 too, else on the CPU."""
+    return scored_on if scored_on.type == "cuda" else CPU
+
+
 @contextmanager
-def testing_threads() -> Iterator[Submit]:
-    """Threads that take whole heads, as many as torch has, for as long as the block lasts.
+def testing_threads(device: torch.device = CPU) -> Iterator[Submit]:
+    """Threads that take whole heads, as many as torch has, for as long as the block lasts; one has a GPU work.
 
     Torch's own would share single small operations and, on a busy machine, wait for each other in every one of them.
+
+    Args:
+        device: Where heads are tested.
 
     Yields:
         ``submit(work, *arguments)``: has a thread call ``work(*arguments)``; returns what waits for the result (and
         raises what the work raised).
     """
     num_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(num_threads, "qkov-tests", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(num_threads if device.type == "cpu" else 1, "qkov-tests", torch.set_num_threads, (1,))
     try:
         yield lambda work, *arguments: pool.submit(work, *arguments).result
     finally:
@@ -156,6 +178,16 @@ def testing_threads() -> Iterator[Submit]:
 
 
 def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
+    try:
+        return _tests_of(moved(scores, design.device), design)
+    except RuntimeError as error:
+        if design.device.type == "cpu" or not is_shortage(error):
+            raise
+    return _tests_of(scores, design)
+
+
+def _tests_of(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
+    """The tests of heads where their scores are."""
     with_overlap, labels = "overlap" in design.names, design.labels
     nulls = permutation.head_nulls(scores, labels, design.pairs, design.counts, with_overlap=with_overlap)
     standardised = {name: permutation.standardise(nulls[name]) for name in design.names}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 64
-_CACHED_BYTES = 2 << 20
+_CACHED_BYTES, GPU_BYTES = 2 << 20, 256 << 20
 
 
 class PairSums(NamedTuple):
@@ -98,7 +98,8 @@ def _by_heads(
 ) -> list[Tensor]:
     """Sums of a few heads at a time, each from a float64 copy [heads, N, N], zero where no pair is counted."""
     num_samples = scores.shape[-1]
-    chunk = max(_CACHED_BYTES // (8 * max(num_columns, 1) * min(num_samples, _ROWS)), 1)
+    at_once = _CACHED_BYTES if scores.device.type == "cpu" else GPU_BYTES
+    chunk = max(at_once // (8 * max(num_columns, 1) * min(num_samples, _ROWS)), 1)
     flat = scores.reshape(-1, num_samples, num_samples)
     parts = [sums(counted_pairs(part, pairs)) for part in torch.split(flat, chunk)]
     joined = (torch.cat(part) for part in zip(*parts, strict=True))

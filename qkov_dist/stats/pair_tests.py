@@ -20,7 +20,7 @@ from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes
 from qkov_dist.results.partial_schema import LayerPartial
 from qkov_dist.results.task_pairs import of_pair
 
-from .head_tests import Design, LayerTests, layer_tests, testing_threads
+from .head_tests import CPU, Design, LayerTests, layer_tests, testing_threads
 from .statistics import QKOVStatistics
 
 Both = tuple[int, int]  # two of many tasks, by number
@@ -33,17 +33,20 @@ class PairTests:
     Args:
         statistics: The tests; None: nothing is tested.
         of_pairs: Every pair of tasks by number, with its own metadata.
+        device: Where heads are tested.
     """
 
-    def __init__(self, statistics: QKOVStatistics | None, of_pairs: Mapping[Both, HeatmapMetadata]) -> None:
-        self._of_pairs = of_pairs
-        self.designs = {} if statistics is None else designs_of(statistics, of_pairs)
+    def __init__(
+        self, statistics: QKOVStatistics | None, of_pairs: Mapping[Both, HeatmapMetadata], device: torch.device = CPU
+    ) -> None:
+        self._of_pairs, self._device = of_pairs, device
+        self.designs = {} if statistics is None else designs_of(statistics, of_pairs, device)
         self._tested: dict[Both, list[LayerTests]] = {both: [] for both in self.designs}
         self._waiting: deque[tuple[Both, int, Callable[[], LayerTests]]] = deque()  # and the bytes of their scores
         self._threads = ExitStack()
 
     def __enter__(self) -> PairTests:
-        self._submit = self._threads.enter_context(testing_threads())
+        self._submit = self._threads.enter_context(testing_threads(self._device))
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -95,7 +98,9 @@ class PairTests:
         }
 
 
-def designs_of(statistics: QKOVStatistics, of_pairs: Mapping[Both, HeatmapMetadata]) -> dict[Both, Design]:
+def designs_of(
+    statistics: QKOVStatistics, of_pairs: Mapping[Both, HeatmapMetadata], device: torch.device = CPU
+) -> dict[Both, Design]:
     """The design of each pair's tests: one for all pairs of as many samples without copies, as it is then the same."""
     known: dict[tuple[object, ...], Design] = {}
     found = {}
@@ -106,6 +111,6 @@ def designs_of(statistics: QKOVStatistics, of_pairs: Mapping[Both, HeatmapMetada
         if key not in known:
             names = statistics.names(str(metadata.attributes["score"]))
             num_a, num_b = metadata.sizes
-            known[key] = statistics.design(num_a, num_b, names, contents)
+            known[key] = statistics.design(num_a, num_b, names, contents, device)
         found[both] = known[key]
     return found

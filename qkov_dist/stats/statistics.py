@@ -52,7 +52,7 @@ from qkov_dist.scoring.score_kinds import may_be_negative
 from qkov_dist.stats import permutation
 
 from .families import over_all_pairs
-from .head_tests import Design, LayerTests, Statistic, layer_tests, testing_threads
+from .head_tests import CPU, Design, LayerTests, Statistic, layer_tests, testing_threads
 from .permutation import Alternative
 from .significance import StatisticsResult, corrected, notes_on, refuse_untested, significant_heads, without_overlap
 
@@ -124,6 +124,7 @@ class QKOVStatistics:
         n_b: int,
         names: tuple[Statistic, ...] = ("cross_mean", "overlap"),
         contents: Sequence[str] | None = None,
+        device: torch.device = CPU,
     ) -> Design:
         """What the tests of all heads share: a function of the settings and the samples alone.
 
@@ -132,6 +133,7 @@ class QKOVStatistics:
             n_b: Samples of B.
             names: The statistics.
             contents: Of all samples, A's first (``SampleTable.contents``), by which copies are known; None: no copies.
+            device: Where heads are tested.
 
         Raises:
             QkovError: for fewer than two samples of a task.
@@ -144,7 +146,7 @@ class QKOVStatistics:
                 )
         labels = permutation.draw_labels(self.seed, n_a, n_b, self.n_permutations)
         pairs = torch.from_numpy(different_pairs([""] * (n_a + n_b) if contents is None else contents))
-        return Design(labels, pairs, names, self.alternative, self.fdr_alpha, self.power, self.confidence)
+        return Design(labels, pairs, names, self.alternative, self.fdr_alpha, self.power, self.confidence, device)
 
     def test_heatmap(self, heatmap: Heatmap) -> StatisticsResult:
         """Test every native head of every block.

@@ -26,6 +26,8 @@ from qkov_dist.results.heatmap_file import load_heatmap
 from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import ScoreSettings
+from qkov_dist.stats.head_tests import head_tests
+from qkov_dist.stats.statistics import QKOVStatistics
 
 pytestmark = pytest.mark.gpu
 
@@ -150,6 +152,22 @@ def test_products_in_tf32_come_close():
     for layer, blocks in exact.items():
         for block, part in blocks.items():
             assert closeness(rounded[layer][block].scores, part.scores.double()) < 5e-3  # TF32 keeps 11 bits
+
+
+def test_heads_are_tested_on_a_gpu_as_on_the_cpu():
+    """The same labellings in the same type: numbers differ by rounding, and p-values by no count."""
+    rng = np.random.default_rng(0)
+    scores = torch.from_numpy(rng.lognormal(size=(7, 24, 24)).astype(np.float32))
+    scores[3] = torch.nan  # an absent head
+    found = []
+    for device in ("cpu", "cuda"):
+        design = QKOVStatistics(n_permutations=300).design(10, 14, device=torch.device(device))
+        found.append(head_tests({"Q": scores}, design))
+    (on_cpu, z_on_cpu), (on_gpu, z_on_gpu) = found
+    for name, tests in on_cpu["Q"].items():
+        for key, array in tests.arrays.items():
+            np.testing.assert_allclose(on_gpu["Q"][name].arrays[key], array, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(z_on_gpu[name], z_on_cpu[name], rtol=1e-9)
 
 
 def test_a_run_on_a_gpu_equals_itself_on_nccl_ranks(folder):
