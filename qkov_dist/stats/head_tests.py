@@ -6,7 +6,7 @@ a block (``join``), and of all heads of all blocks the largest z under each labe
 
 The tests of layers, as ranks hold, send and join them: each head is tested where its scores are.
 
-    with testing_threads() as submit:
+    with threads_that_test() as submit:
         begun = [layer_tests(submit, design, layer, scores[layer], heads, ids) for layer in layers]
         mine = LayerTests.joined(wait() for wait in begun)
     tests = LayerTests.joined(map(LayerTests.from_json, world.all_gather(mine.to_json())))
@@ -121,7 +121,7 @@ def head_tests(scores: Mapping[str, Tensor], design: Design) -> Tested:
     Returns:
         Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
     """
-    with testing_threads(design.device) as submit:
+    with threads_that_test(design.device) as submit:
         return _begin(submit, scores, design)()
 
 
@@ -156,7 +156,7 @@ def testing_device(scored_on: torch.device) -> torch.device:
 
 
 @contextmanager
-def testing_threads(device: torch.device = CPU) -> Iterator[Submit]:
+def threads_that_test(device: torch.device = CPU) -> Iterator[Submit]:
     """Threads that take whole heads, as many as torch has, for as long as the block lasts; one has a GPU work.
 
     Torch's own would share single small operations and, on a busy machine, wait for each other in every one of them.
@@ -354,7 +354,7 @@ def layer_tests(
     """Have the heads of one layer tested; returns what waits for their tests.
 
     Args:
-        submit: Of ``testing_threads``.
+        submit: Of ``threads_that_test``.
         design: The same for all layers and ranks.
         layer: Its number.
         scores: Block -> [heads, N, N] among all samples, A's first; all NaN for an absent head. Left alone.

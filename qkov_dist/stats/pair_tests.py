@@ -20,7 +20,7 @@ from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes
 from qkov_dist.results.partial_schema import LayerPartial
 from qkov_dist.results.task_pairs import of_pair
 
-from .head_tests import CPU, Design, LayerTests, layer_tests, testing_threads
+from .head_tests import CPU, Design, LayerTests, layer_tests, threads_that_test
 from .statistics import QKOVStatistics
 
 Both = tuple[int, int]  # two of many tasks, by number
@@ -46,7 +46,7 @@ class PairTests:
         self._threads = ExitStack()
 
     def __enter__(self) -> PairTests:
-        self._submit = self._threads.enter_context(testing_threads(self._device))
+        self._submit = self._threads.enter_context(threads_that_test(self._device))
         return self
 
     def __exit__(self, *raised: object) -> None:

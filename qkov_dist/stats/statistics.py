@@ -52,7 +52,7 @@ from qkov_dist.scoring.score_kinds import may_be_negative
 from qkov_dist.stats import permutation
 
 from .families import over_all_pairs
-from .head_tests import CPU, Design, LayerTests, Statistic, layer_tests, testing_threads
+from .head_tests import CPU, Design, LayerTests, Statistic, layer_tests, threads_that_test
 from .permutation import Alternative
 from .significance import StatisticsResult, corrected, notes_on, refuse_untested, significant_heads, without_overlap
 
@@ -161,7 +161,7 @@ class QKOVStatistics:
         contents = (*heatmap.samples_a.contents, *heatmap.samples_b.contents)
         design = self.design(len(ids_a), len(ids_b), names, contents)
         heads = {block: heatmap.natives(block) for block in pooled}
-        with testing_threads() as submit:
+        with threads_that_test() as submit:
             tests = LayerTests.joined(
                 layer_tests(submit, design, layer, _layer_scores(pooled, place), heads, (*ids_a, *ids_b))()
                 for place, layer in enumerate(heatmap.layers)

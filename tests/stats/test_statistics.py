@@ -571,7 +571,7 @@ def layers_tested(heatmap, tests, places):
 
 
 def one_layer_tested(*layer):
-    with head_tests.testing_threads() as submit:
+    with head_tests.threads_that_test() as submit:
         return head_tests.layer_tests(submit, *layer)()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkov_dist.stats.head_tests import LayerTests, layer_tests, testing_threads
+from qkov_dist.stats.head_tests import LayerTests, layer_tests, threads_that_test
 from qkov_dist.stats.statistics import QKOVStatistics
 
 HEADS = {"Q": 9, "K": 3, "V": 3, "O": 9}
@@ -50,7 +50,7 @@ def seconds(num_layers: int, num_samples: int, tests: QKOVStatistics) -> float:
     ids = [str(sample) for sample in range(total)]
     start = time.perf_counter()
     design = tests.design(num_samples, num_samples)
-    with testing_threads() as submit:
+    with threads_that_test() as submit:
         begun = [layer_tests(submit, design, layer, scores, heads, ids) for layer, scores in enumerate(layers)]
         found = LayerTests.joined(wait() for wait in begun)
     tests.results(heatmap, design, found)  # type: ignore[arg-type]
