@@ -155,8 +155,9 @@ def read_sites(tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders
     Raises:
         QkovError: where a projection's factors do not fit into a GPU's memory beside what is there.
     """
-    with room_for_factors(tiles[0].site.layer, orders.settings.device):
-        yield from _read_sites(tiles, source, orders)
+    if tiles:
+        with room_for_factors(tiles[0].site.layer, orders.settings.device):
+            yield from _read_sites(tiles, source, orders)
 
 
 @contextmanager

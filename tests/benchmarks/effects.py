@@ -24,12 +24,7 @@ from qkov_dist.memory import kept_heap
 def main() -> None:
     """Time both and print."""
     arguments = _arguments()
-    model = smollm2(arguments.layers).model
-    layers = list(range(arguments.layers))
-    collector = FisherCollector(gradient_memory_mb=4000, layers=layers)
-    for task, seed in (("a", 1), ("b", 2)):
-        collector.collect_fisher(model, _samples(arguments.samples, arguments.tokens, seed), task)
-    metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector)
+    metric = collected(arguments.layers, arguments.samples, arguments.tokens)
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for pairs in ("all", "cross"):
         seconds = _in_turns(metric, pairs, arguments.rounds)
@@ -40,6 +35,15 @@ def main() -> None:
             f"{arguments.layers} layers: {without:.2f} s without effects, {having:.2f} s with, "
             f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         )
+
+
+def collected(num_layers: int, samples: int, tokens: int) -> QKOVInterferenceMetric:
+    """The metric over the first layers of SmolLM2, with so many samples of two made tasks collected."""
+    model = smollm2(num_layers).model
+    collector = FisherCollector(gradient_memory_mb=4000, layers=list(range(num_layers)))
+    for task, seed in (("a", 1), ("b", 2)):
+        collector.collect_fisher(model, _samples(samples, tokens, seed), task)
+    return QKOVInterferenceMetric(QKOVConfig.from_model(model), collector)
 
 
 def _arguments() -> argparse.Namespace:
