@@ -25,7 +25,7 @@ from torch.distributed import distributed_c10d
 from qkov_dist.distributed import connect as comm
 from qkov_dist.distributed.connect import connected, connected_by_mpi, current
 from qkov_dist.distributed.shared_errors import SharedError, same_on_all, together
-from qkov_dist.distributed.world import Alone, World
+from qkov_dist.distributed.world import Alone, TorchWorld, World
 from qkov_dist.errors import QkovError
 
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
@@ -170,6 +170,25 @@ def _refuse(where: str):
 # torch.distributed
 
 
+@pytest.mark.parametrize(
+    ("described", "host", "gpu"),
+    [
+        ("cpu:gloo,cuda:gloo", True, False),  # no back end named, without NCCL: gloo's way is over the host
+        ("cpu:gloo,cuda:nccl", True, True),
+        ("cuda:nccl", False, True),
+        ("cpu:gloo", True, False),
+        ("cpu:mpi,xpu:xccl", True, False),
+    ],
+)
+def test_where_a_group_has_its_tensors_follows_from_how_torch_describes_it(described, host, gpu, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: described)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    world = TorchWorld.of()
+    assert world.device == (torch.device("cpu") if host else torch.device("cuda", 1))
+    assert (world.carries("cpu"), world.carries("cuda")) == (host, gpu)
+    assert world.over(torch.device("cuda", 1)).device == torch.device("cuda", 1)
+
+
 def over_torch(name: str):
     """A case on this rank of a pool; a warning of torch's own is not ours."""
     with warnings.catch_warnings():
@@ -190,6 +209,8 @@ def in_groups(world: World) -> list:
         group.all_gather(world.rank),
     ]
     said.append([part.tolist() for part in group.all_to_all(parts)])
+    assert world.subgroup(members) == group  # made once
+    assert world.subgroup([list(range(world.size))]) == world
     try:
         world.subgroup([[0]])
     except ValueError as error:

@@ -14,6 +14,7 @@ from jobs import Job, job_for
 from owners import flat_owner
 from rounding import PASSES
 from samples import mixed_samples
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import TINY, VOCAB, Tiny
 
 from qkov_dist.capture.collect import Collection
@@ -213,6 +214,47 @@ def test_what_is_compiled_changes_nothing(head_batch_bytes):
     model, job = entry.build(), job_for(entry, settings=ScoreSettings(head_batch_bytes=head_batch_bytes, compile=True))
     found = job.run(model)
     assert_equals_the_oracle(found, entry, model, job)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what a host that had a GPU compute would wait for: a number read, or a size that depends on numbers."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and len(args) > 1 else ()
+        by_mask = any(getattr(index, "dtype", None) == torch.bool for index in indices)
+        if by_mask or any(word in name for word in self.WAITING):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", [{}, {"gradients_above": 5}, {"sample_scale": "unit"}], ids=str)
+@pytest.mark.parametrize("score", ["interference", "curvature"])
+def test_the_host_waits_for_nothing_while_heads_are_scored_together(score, how, monkeypatch):
+    """As on a GPU: several heads at a time. What is waited for there is a projection's results alone."""
+    seen: list[str] = []
+    work = engine._HeadScorer.__call__
+    heads = []
+
+    def watched(scorer, batch, site, buffers):
+        heads.append(len(batch.heads))
+        with Waits(seen):
+            return work(scorer, batch, site, buffers)
+
+    monkeypatch.setattr(engine._HeadScorer, "__call__", watched)
+    entry = TINY["llama"]
+    job_for(entry, settings=ScoreSettings(score, head_batch_bytes=2**20), include_bias=True, **how).run(entry.build())
+    assert max(heads) > 1
+    assert seen == []
+    with Waits(seen):
+        torch.ones(3)[torch.tensor([True, False, True])].sum().item()
+    assert len(seen) > 1  # it would be seen
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "falcon_new"])
