@@ -141,7 +141,7 @@ class InfluenceSums:
         else:
             of_squares.copy_(by_task)
         for task, part in enumerate(self._parts):
-            torch.mv(gradients[part].t(), self._weights[part], out=means[task])
+            torch.mm(self._weights[part].unsqueeze(0), gradients[part], out=means[task : task + 1])
         torch.sqrt(inverse, out=root)
         torch.mul(means, root, out=steps)
         torch.mul(vectors[first:], vectors[first:], out=vectors[num : 3 * num])
