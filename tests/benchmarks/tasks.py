@@ -33,12 +33,12 @@ def main() -> None:
     arguments = _arguments()
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     with tempfile.TemporaryDirectory() as folder:
-        tasks = [_task(Path(folder), n, arguments) for n in range(arguments.tasks)]
+        tasks = [task_of(Path(folder), n, arguments.samples, arguments.tokens) for n in range(arguments.tasks)]
         layers = f"{30 - arguments.layers}-29"
         for turn in range(arguments.rounds):
-            whole = _print(f"one run of {len(tasks)} tasks", [_run(folder, f"all-{turn}", tasks, layers)])
+            whole = _print(f"one run of {len(tasks)} tasks", [run_of(folder, f"all-{turn}", tasks, layers)])
             pairs = list(combinations(tasks, 2))
-            runs = [_run(folder, f"{n}-{turn}", pair, layers) for n, pair in enumerate(pairs)]
+            runs = [run_of(folder, f"{n}-{turn}", pair, layers) for n, pair in enumerate(pairs)]
             print(f"{_print(f'{len(pairs)} runs of two', runs) / whole:.2f} x the one run")
 
 
@@ -59,15 +59,16 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _task(folder: Path, number: int, arguments: argparse.Namespace) -> dict[str, str]:
+def task_of(folder: Path, number: int, samples: int, tokens: int) -> dict[str, str]:
+    """A task of made samples, as a configuration names it."""
     rng = np.random.default_rng(number)
     path = folder / f"{number}.jsonl"
-    ids = rng.integers(10, 40000, (arguments.samples, arguments.tokens)).tolist()
+    ids = rng.integers(10, 40000, (samples, tokens)).tolist()
     path.write_text("".join(f"{json.dumps({'input_ids': row})}\n" for row in ids))
     return {"name": f"task {number}", "path": str(path)}
 
 
-def _run(folder: str, name: str, tasks: Any, layers: str) -> dict[str, float]:
+def run_of(folder: str, name: str, tasks: Any, layers: str) -> dict[str, float]:
     """Seconds by phase; ``rest`` is from the prepared job to the written file, but for the phases."""
     seen, begun = Measured(), []
 
