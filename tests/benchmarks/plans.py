@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import qkov_dist.run
 import torch
 from tabulate import tabulate
 from tasks import run_of, task_of
