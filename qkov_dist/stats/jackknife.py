@@ -16,7 +16,7 @@ is taken; without bias correction, because an effect size grows with the number 
 Near 0, where tasks are alike, overlap is of second order in the samples: single ones have no share in it, pairs alone
 have. The jackknife counts the variance of pairs twice, V_1 + 2 V_2 for V_1 + V_2, and is twice what it should be where
 V_1 is 0. V_1, what single samples add, grows about as overlap does from 0 on. A true overlap x is therefore judged by
-the variance that belongs to it: half the jackknife's at 0, all of it from theta on. Between them that is never less than
+the variance that belongs to it: half the jackknife's at 0, all of it from theta on. Between them that is no less than
 V_1 x / theta + V_2; it shortens an interval on the side of 0 alone. (To subtract an estimate of V_2 everywhere does not
 do: V_2 is large where samples are loud and variances least certain, and too few of those intervals held the truth.)
 

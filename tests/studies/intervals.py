@@ -16,7 +16,8 @@ overlap) is the mean over draws of as many samples, since an effect size grows w
     ... many weights               the same with 1024 weights: each sample's own share of I moves overlap off the value
                                    that it has under the Fisher of the tasks; intervals do not know of that
 
-"Off" is how far the middles of overlap's intervals lie from the truth, on average over draws.
+"Off" is how far the middles of overlap's intervals lie from the truth, on average over draws. Intervals are shorter on
+the side of 0, which moves their middles away from it.
 
 bash launch/calibrate.sh           # writes tests/studies/results/coverage.{json,md}, too
 """
