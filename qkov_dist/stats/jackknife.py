@@ -19,6 +19,8 @@ V_1 is 0. V_1, what single samples add, grows about as overlap does from 0 on. A
 the variance that belongs to it: half the jackknife's at 0, all of it from theta on. Between them that is no less than
 V_1 x / theta + V_2; it shortens an interval on the side of 0 alone. (To subtract an estimate of V_2 everywhere does not
 do: V_2 is large where samples are loud and variances least certain, and too few of those intervals held the truth.)
+For ``interference`` overlap can also be 0 between tasks that differ; V_1 is not 0 there, and intervals hold such a 0 a
+little less often than they should.
 
 Intervals take the Fisher as given. How often they cover is in tests/studies/results/coverage.md.
 """
