@@ -4,6 +4,7 @@ r"""How far a head's statistics would move with other samples: delete-one jackkn
     bias           (n - 1) (mean_{i in A} theta_-i - theta) + (m - 1) (mean_{j in B} theta_-j - theta)
     variance       v_A + v_B,  v_A = (n - 1) / n sum_{i in A} (theta_-i - mean)^2,  v_B alike
     interval       theta - bias ± t sqrt(variance), t of Satterthwaite's degrees of freedom of v_A + v_B
+    of overlap     every x with |theta - x| <= t sqrt(variance (1 + min(|x / theta|, 1)) / 2)
 
 Pairs share samples, so that samples are left out, never pairs. ``cross_mean`` of non-negative scores is taken on the
 log scale, where its distribution is less skewed. ``overlap`` is a logarithm as it is; its theta is first freed of what
@@ -12,8 +13,16 @@ there is noise. So an interval need not hold the value that it belongs to. The i
 distance from the null, both without the same sample: the null under some of the labellings, from all of which sample i
 is taken; without bias correction, because an effect size grows with the number of samples.
 
-Where both tasks are alike to the last sample, overlap is of second order in the samples; there the jackknife is
-conservative. Intervals take the Fisher as given. How often they cover is in tests/studies/results/coverage.md.
+Near 0, where tasks are alike, overlap is of second order in the samples: single ones have no share in it, pairs alone
+have. The jackknife counts the variance of pairs twice, V_1 + 2 V_2 for V_1 + V_2, and is twice what it should be where
+V_1 is 0. V_1, what single samples add, grows about as overlap does from 0 on. A true overlap x is therefore judged by
+the variance that belongs to it: half the jackknife's at 0, all of it from theta on. Between them that is no less than
+V_1 x / theta + V_2; it shortens an interval on the side of 0 alone. (To subtract an estimate of V_2 everywhere does not
+do: V_2 is large where samples are loud and variances least certain, and too few of those intervals held the truth.)
+For ``interference`` overlap can also be 0 between tasks that differ; V_1 is not 0 there, and intervals hold such a 0 a
+little less often than they should.
+
+Intervals take the Fisher as given. How often they cover is in tests/studies/results/coverage.md.
 """
 
 from __future__ import annotations
@@ -86,7 +95,7 @@ def intervals(
         value, values, of_effects = (torch.cat(parts) for parts in zip(*(of[name] for of in looked_at), strict=True))
         value = torch.where(effect.isnan(), torch.nan, value)  # undefined under some labelling
         log = name == "cross_mean" and "overlap" in effects
-        own = _interval_of_value(value, values, shared.n_a, confidence, log=log, corrected=name == "overlap")
+        own = _interval_of_value(value, values, shared.n_a, confidence, log=log, of_overlap=name == "overlap")
         width = _half_width(of_effects, shared.n_a, confidence)
         found[name] = own, Interval(effect - width, effect + width)
     return found
@@ -116,17 +125,29 @@ def _statistic(name: str, sums: pair_sums.PairSums, counts: PairCounts) -> Tenso
 
 
 def _interval_of_value(
-    value: Tensor, left_out: Tensor, n_a: int, confidence: float, *, log: bool, corrected: bool
+    value: Tensor, left_out: Tensor, n_a: int, confidence: float, *, log: bool, of_overlap: bool
 ) -> Interval:
-    """Value [heads] and without each sample [heads, N] -> its interval, bias-corrected unless it is so already."""
+    """Value [heads] and without each sample [heads, N] -> its interval; an overlap is bias-corrected already."""
     if log:
         value, left_out = value.log(), left_out.log()
-    parts = left_out[..., :n_a], left_out[..., n_a:]
-    if not corrected:
-        value = value - sum((part.shape[-1] - 1) * (part.mean(-1) - value) for part in parts)
     width = _half_width(left_out, n_a, confidence)
+    if of_overlap:
+        inner = _width_towards_zero(value, width)
+        return Interval(value - torch.where(value > 0, inner, width), value + torch.where(value < 0, inner, width))
+    parts = left_out[..., :n_a], left_out[..., n_a:]
+    value = value - sum((part.shape[-1] - 1) * (part.mean(-1) - value) for part in parts)
     low, high = value - width, value + width
     return Interval(low.exp(), high.exp()) if log else Interval(low, high)
+
+
+def _width_towards_zero(value: Tensor, width: Tensor) -> Tensor:
+    """How far an interval reaches from an overlap towards 0 and beyond, as far as ``width`` on the other side.
+
+    With w = width and v = |value| it is where d^2 = w^2 (1 + |v - d| / v) / 2, at most w. Short of 0 that is
+    d = w (sqrt(1 + q^2) - q), q = w / 4v; beyond 0 it is d = w^2 / 2v, the larger of the two there and only there.
+    """
+    ratio = torch.where(value == 0, torch.inf, width / (4 * value.abs()))
+    return width * torch.maximum(1 / ((1 + ratio.square()).sqrt() + ratio), (2 * ratio).clamp(max=1))
 
 
 def _half_width(left_out: Tensor, n_a: int, confidence: float) -> Tensor:

@@ -172,7 +172,7 @@ def _overlap(heatmap: Heatmap, tests: Mapping[str, Mapping[str, Floats]], sample
 
 
 def _errors(heatmap: Heatmap, tests: Mapping[str, Mapping[str, Floats]], confidence: float) -> dict[str, Floats]:
-    """Of an interval of Student's t the half width over the normal quantile: never too small."""
+    """Half of the width over the normal quantile, of intervals that are Student's t: rather too large than small."""
     from scipy.stats import norm
 
     quantile = norm.ppf(0.5 + confidence / 2)

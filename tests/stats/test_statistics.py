@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, stats
 
 from qkov_dist.data.copies import different_pairs
 from qkov_dist.errors import QkovError
@@ -416,8 +416,40 @@ def slow_interval(name, M, n_a, confidence=0.95):
         variance += of_task
         spread += of_task**2 / (n - 1)
     width = stats.t.ppf(0.5 + confidence / 2, variance**2 / spread) * math.sqrt(variance)
-    ends = theta - bias - width, theta - bias + width
-    return tuple(map(math.exp, ends)) if name == "cross_mean" else ends
+    if name == "overlap":
+        return slow_ends(theta, width)
+    return math.exp(theta - bias - width), math.exp(theta - bias + width)
+
+
+def slow_ends(theta, width):
+    """Where an overlap is as far from theta as its own variance allows, found by bisection on either side."""
+
+    def excess(x):
+        return (theta - x) ** 2 - width**2 * (1 + (min(abs(x / theta), 1) if theta else 1)) / 2
+
+    return tuple(optimize.brentq(excess, theta, theta + 1.5 * turned, xtol=1e-14) for turned in (-width, width))
+
+
+@pytest.mark.parametrize("theta", [0.0, 1e-9, 0.3, 0.5, 0.51, 0.6, 0.7, 0.71, 0.8, 1.5, 20.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_overlap_is_judged_by_the_variance_that_belongs_to_it(theta, sign):
+    """``theta`` in full widths. Away from 0 an interval has its full width, towards 0 at least 0.71 of it."""
+    left_out = torch.randn(1, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    width = jackknife._half_width(left_out, 5, 0.95)
+    value = sign * theta * width
+    low, high = jackknife._interval_of_value(value, left_out, 5, 0.95, log=False, of_overlap=True)
+    assert (low.item(), high.item()) == pytest.approx(slow_ends(value.item(), width.item()), rel=1e-9, abs=1e-12)
+    inner, outer = ((value - low) / width, (high - value) / width)[::sign]
+    assert outer.item() == pytest.approx(1)
+    assert 0.5**0.5 < inner.item() < 1 + 1e-12
+    assert (low <= 0 <= high).item() is (theta < 0.5**0.5)  # 0 is judged by half the variance
+
+
+def test_an_overlap_that_no_sample_moves_has_an_interval_of_no_width_and_an_absent_one_none():
+    left_out = torch.tensor([0.0, 0.2, torch.nan], dtype=torch.float64).unsqueeze(-1).expand(3, 11)
+    low, high = jackknife._interval_of_value(left_out[:, 0], left_out, 5, 0.95, log=False, of_overlap=True)
+    for end in (low, high):
+        torch.testing.assert_close(end, left_out[:, 0], rtol=0, atol=1e-15, equal_nan=True)
 
 
 def test_overlap_of_scores_that_differ_by_norms_alone_is_zero_once_it_is_freed_of_them():

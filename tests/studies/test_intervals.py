@@ -10,18 +10,19 @@ import torch
 from intervals import LEAST, MOST, SIZES, SPREADS, WORLDS_STUDIED, World, covered, draw
 from pool import RESULTS
 
-from qkov_dist.stats import loud_samples
+from qkov_dist.stats import jackknife, loud_samples
 
 
 def test_overlap_is_covered_as_promised_whatever_the_spread_of_norms():
     rows = json.loads((RESULTS / "coverage.json").read_text())
     assert len(rows) == len(WORLDS_STUDIED) * len(SPREADS) * len(SIZES)
-    for title in ("tasks differ, Fisher given", "more weights"):
-        found = [row["coverage"]["overlap"] for row in rows if row["title"] == title]
-        assert len(found) == len(SPREADS) * len(SIZES)
-        assert LEAST <= min(found) <= max(found) <= MOST
-    least = min(row["coverage"]["overlap"] for row in rows if row["title"] in ("tasks alike", "Fisher of the pool"))
-    assert least >= 0.9  # conservative, and moved by the samples' own Fisher
+    titles = [world.title for world in WORLDS_STUDIED]
+    by_title = {title: [row["coverage"]["overlap"] for row in rows if row["title"] == title] for title in titles}
+    for title in ("tasks differ, Fisher given", "more weights", "tasks alike"):
+        assert len(by_title[title]) == len(SPREADS) * len(SIZES)
+        assert LEAST <= min(by_title[title]) <= max(by_title[title]) <= MOST
+    assert LEAST <= min(by_title["tasks nearly alike"]) <= max(by_title["tasks nearly alike"]) <= MOST + 0.005
+    assert min(by_title["Fisher of the pool"]) >= 0.91  # moved by the samples' own Fisher
 
 
 @pytest.mark.parametrize("world", [WORLDS_STUDIED[0], WORLDS_STUDIED[2]], ids=lambda world: world.title)
@@ -47,3 +48,15 @@ def test_few_samples_of_varied_size_are_covered_and_intervals_without_their_corr
 
     monkeypatch.setattr(loud_samples, "shift", nothing)
     assert covered(world, size, spread, 3, 100)["overlap"].mean() < 0.9
+
+
+@pytest.mark.parametrize(("size", "spread"), [(8, 0.0), (16, 1.0)])
+def test_tasks_that_are_alike_are_covered_and_intervals_by_all_of_the_jackknifes_variance_are_seen(
+    monkeypatch, size: int, spread: float
+):
+    """Three standard errors of 300 draws at 96% are 0.034, at 99.5% 0.012."""
+    torch.set_num_threads(1)
+    world = WORLDS_STUDIED[2]
+    assert 0.92 < covered(world, size, spread, 3, 100)["overlap"].mean() < 0.985
+    monkeypatch.setattr(jackknife, "_width_towards_zero", lambda _value, width: width)
+    assert covered(world, size, spread, 3, 100)["overlap"].mean() > 0.985
