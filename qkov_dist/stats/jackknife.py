@@ -88,7 +88,8 @@ def intervals(
         effects: Statistic -> the effect size of each head [heads]; these are the statistics looked at.
         confidence: Of the intervals.
     """
-    step = max(_CACHED_BYTES // (8 * shared.a.numel()), 1)
+    at_once = _CACHED_BYTES if scores.device.type == "cpu" else pair_sums.GPU_BYTES
+    step = max(at_once // (8 * shared.a.numel()), 1)
     looked_at = [_left_out(heads, shared, effects) for heads in torch.split(scores, step)]
     found = {}
     for name, effect in effects.items():

@@ -2,8 +2,8 @@ r"""What samples of unequal gradient norms do to ``overlap``, and how its interv
 
 Within a task, means leave out each sample's pair with itself; across tasks no pair is left out. Where norms vary, so
 that M_ij is about u_i v_j k with loud samples loud in both roles, m_aa lacks just its largest products u_i v_i, and
-overlap comes out too high: by 0.24 with 8 samples a task of log-norm sd 1 (tests/studies/results/coverage.md), still by
-0.1 with 32. How loud a sample is, its means with the *other* task say without its own pair:
+overlap comes out too high: by 0.24 with 8 samples a task of log-norm sd 1 (as tests/studies/intervals.py draws them),
+still by 0.1 with 32. How loud a sample is, its means with the *other* task say without its own pair:
 
     u_i = mean_b M_ib      v_i = mean_b M_bi      i in A, b over the samples of B (and the other way round)
     c_A = log( mean over pairs i != j of u_i v_j / (mean u_i  mean v_j) )
