@@ -91,13 +91,15 @@ def deal_out(layout: Layout, layers: Sequence[int], held: Mapping[str, tuple[Hel
     for replicas, in_common in families.items():
         for place, name, band in _deal(in_common, len(replicas)):
             owned[name][replicas[place]] = (*owned[name][replicas[place]], band)
-    proved: set[tuple[Rect, tuple[int, ...]]] = set()
+    proved: dict[tuple[Rect, tuple[int, ...]], tuple[HeldRects, ...]] = {}
+    found = {}
     for projection, bias in parameters_of(layout, layers):
         name, whole = parameter_name(projection, bias), projection.whole(bias)
         if (key := (whole, tuple(map(id, owned[name])))) not in proved:
             _check_cover(name, whole, owned[name])
-            proved.add(key)
-    return Ownership(held, {name: tuple(by_rank) for name, by_rank in owned.items()})
+            proved[key] = tuple(owned[name])
+        found[name] = proved[key]
+    return Ownership(held, found)
 
 
 def _replicas(by_rank: Sequence[HeldRects]) -> list[tuple[HeldRects, tuple[int, ...]]]:

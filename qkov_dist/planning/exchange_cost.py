@@ -60,11 +60,12 @@ class ExchangeCost:
         rank, before = topology.world.rank, None
         lengths = self.dealt.lengths[topology.dp_group.rank]
         kept = {above: KeptSamples.of(lengths, above) for above in self._thresholds}
-        known: dict[tuple[object, ...], Sent] = {}  # most rounds are alike
+        known: dict[tuple[int, ...], Sent] = {}  # most rounds are alike
         found = []
-        for turn in rounds:
-            mine, all_ranks = self._work(rank, turn), self._of_all(topology.dp_ranks, turn)
-            key = all_ranks, id(mine), id(before)
+        for turn, all_ranks in zip(rounds, self._of_all(topology.dp_ranks, rounds), strict=True):
+            layer = turn[rank]
+            mine = None if layer is None else self.by_rank[rank][layer]
+            key = id(all_ranks), id(mine), id(before)
             if key not in known:
                 known[key] = self._in_round(all_ranks, mine, before, kept)
             found.append(known[key])
@@ -90,24 +91,24 @@ class ExchangeCost:
     def _thresholds(self) -> frozenset[int]:
         return frozenset(site.above for layer_work in self.by_rank[0].values() for site in layer_work.sites)
 
-    def _work(self, rank: int, turn: Round) -> LayerWork | None:
-        layer = turn[rank]
-        return None if layer is None else self.by_rank[rank][layer]
+    def _of_all(self, ranks: tuple[int, ...], rounds: Sequence[Round]) -> list[tuple[Needs, Needs]]:
+        """What the ranks of a data-parallel group need together in each round, and what at least."""
+        key = ranks[0], id(rounds)  # which stays as it is while the rounds are kept beside it
+        if key not in self._known:
+            alike: dict[tuple[int, ...], tuple[Needs, Needs]] = {}
+            found = []
+            for turn in rounds:
+                layers = ((rank, turn[rank]) for rank in ranks)
+                works = [self.by_rank[rank][layer] for rank, layer in layers if layer is not None]
+                if (same := tuple(map(id, works))) not in alike:
+                    alike[same] = _together(works)
+                found.append(alike[same])
+            self._known[key] = rounds, found
+        return self._known[key][1]
 
     @cached_property
-    def _known(self) -> dict[tuple[int, int], tuple[Round, tuple[Needs, Needs]]]:
+    def _known(self) -> dict[tuple[int, int], tuple[Sequence[Round], list[tuple[Needs, Needs]]]]:
         return {}
-
-    def _of_all(self, ranks: tuple[int, ...], turn: Round) -> tuple[Needs, Needs]:
-        """What the ranks of a data-parallel group need together in one round, and what at least."""
-        key = ranks[0], id(turn)  # which stays as it is while the turn is kept beside it
-        if key not in self._known:
-            works = [work for rank in ranks if (work := self._work(rank, turn)) is not None]
-            times = Counter(map(id, works))
-            each = [(work, times[n]) for n, work in {id(work): work for work in works}.items()]
-            together = _together((w.needs, num) for w, num in each), _together((w.least, num) for w, num in each)
-            self._known[key] = turn, together
-        return self._known[key][1]
 
     def _bytes(self, needs: Needs, kept: Kept) -> int:
         """Bytes of what is needed of some samples."""
@@ -118,8 +119,15 @@ class ExchangeCost:
         )
 
 
-def _together(needs: Iterable[tuple[Needs, int]]) -> Needs:
-    """The sum of what several need, each so many times."""
+def _together(works: Sequence[LayerWork]) -> tuple[Needs, Needs]:
+    """What several need together, and what at least."""
+    times = Counter(map(id, works))
+    each = [(work, times[n]) for n, work in {id(work): work for work in works}.items()]
+    return _sum((work.needs, num) for work, num in each), _sum((work.least, num) for work, num in each)
+
+
+def _sum(needs: Iterable[tuple[Needs, int]]) -> Needs:
+    """The sum of needs, each so many times."""
     tokens, wholes = Counter[int](), Counter[int]()
     for of_one, num in needs:
         for above, per_token, whole in of_one:

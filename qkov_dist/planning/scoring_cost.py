@@ -62,12 +62,12 @@ class ScoringCost:
     dealt: Dealt
     by_rank: Sequence[Mapping[int, LayerWork]]
 
-    @property
+    @cached_property
     def matrix(self) -> int:
         """Bytes of one head's scores."""
         return self.work.pairs[0] * self.work.pairs[1] * self.work.scoring.itemsize
 
-    @property
+    @cached_property
     def a_head(self) -> int:
         """Bytes of what a rank has of one head: scores, what is known of I, effects."""
         num, num_tasks = sum(self.work.num_samples), len(self.work.tasks)
@@ -184,16 +184,14 @@ class ScoringCost:
 
     def scores(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of one layer's scores; a rank has room for all heads, whether or not it owns a part of them."""
-        layer_works = (self.by_rank[rank][layer] for layer in layers)
-        return max(
-            (self.matrix * _num(layer_work.every_head) for layer_work in layer_works if layer_work.heads), default=0
-        )
+        layer_works = (layer_work for layer_work, _ in self._counted(rank, layers) if layer_work.heads)
+        return max((self.matrix * _num(layer_work.every_head) for layer_work in layer_works), default=0)
 
     def partials(self, rank: int) -> int:
         """Bytes of a rank's partial file."""
-        layer_works = self.by_rank[rank].values()
-        datasets = 3 * sum(len(layer_work.heads) for layer_work in layer_works)
-        scores = sum(_num(layer_work.heads) for layer_work in layer_works) * self.a_head
+        layer_works = self._counted(rank, [*self.by_rank[rank]])
+        datasets = 3 * sum(times * len(layer_work.heads) for layer_work, times in layer_works)
+        scores = sum(times * _num(layer_work.heads) for layer_work, times in layer_works) * self.a_head
         return scores + datasets * DATASET_BYTES + FILE_BYTES
 
     def heatmap(self) -> int:

@@ -95,7 +95,7 @@ class Workload:
             self.config, sum(self.num_samples), model_itemsize=self.model_sizes.itemsize, on_gpu=self.on_gpu
         )
 
-    @property
+    @cached_property
     def num_samples(self) -> tuple[int, ...]:
         """Samples of each task."""
         return tuple(len(task.samples) for task in self.tasks)
@@ -105,7 +105,7 @@ class Workload:
         """Samples of both tasks of every pair."""
         return list(combinations(self.num_samples, 2))
 
-    @property
+    @cached_property
     def pairs(self) -> tuple[int, int]:
         """(samples in the role of i, samples in the role of j)."""
         left, right = sides(self.num_samples, pooled=self.config.pooled)

@@ -56,10 +56,11 @@ REFUSED = 2
 
 @dataclass(frozen=True)
 class Planned:
-    """One plan: its exit code, what it took, what it says, and its message where it was refused."""
+    """One plan: its exit code, what it took on the clock, of the processor and of memory, its numbers and message."""
 
     code: int
     seconds: float
+    cpu: float
     mib: float
     numbers: Mapping[str, Any]
     message: str
@@ -90,18 +91,20 @@ def planned(cut: Mapping[str, Any], folder: Path, options: argparse.Namespace) -
         out.seek(0), err.seek(0)
         said, complained = out.read(), err.read()
     numbers = json.loads(said) if said else {}
-    return Planned(process.returncode, seconds, usage.ru_maxrss / 2**10, numbers, complained.strip())
+    cpu = usage.ru_utime + usage.ru_stime
+    return Planned(process.returncode, seconds, cpu, usage.ru_maxrss / 2**10, numbers, complained.strip())
 
 
 def row(cut: str, plan: Planned) -> list[object]:
     """A plan's line of the table."""
     if not plan.is_sound:
-        return [cut, plan.seconds, plan.mib, plan.message[-80:]]
+        return [cut, plan.seconds, plan.cpu, plan.mib, plan.message[-80:]]
     every, largest = plan.numbers["sum"], plan.numbers["largest"]
     factors = sum(rank["factors_gpu"] + rank["factors_memory"] + rank["factors_disk"] for rank in plan.numbers["ranks"])
     return [
         cut,
         plan.seconds,
+        plan.cpu,
         plan.mib,
         plan.numbers["peak"]["gpu"] / 2**30,
         "fits" if plan.numbers["fits"] else "refused",
@@ -111,7 +114,9 @@ def row(cut: str, plan: Planned) -> list[object]:
     ]
 
 
-HEADERS = ["cut", "seconds", "peak, MiB", "GPU, GiB", "", "sent, GiB a rank", "x least", "x one copy"]
+HEADERS = ["cut", "seconds", "of a core", "peak, MiB", "GPU, GiB", "", "sent, GiB a rank", "x least", "x one copy"]
+
+FORMATS = (".0f", ".1f", ".1f", ".0f", ".1f", "", ".1f", ".3f", ".2f")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,17 +125,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=512, help="of each task (512)")
     parser.add_argument("--tokens", type=int, default=512, help="of each sample (512)")
     parser.add_argument("--only", default="", help="cuts with this in their names")
-    parser.add_argument("--seconds", type=float, default=120.0, help="that a plan may take (120)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of a core that a plan may take (120)")
     parser.add_argument("--mib", type=float, default=2000.0, help="of memory that it may take (2000)")
     options = parser.parse_args(arguments)
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         for cut in (name for name in CUTS if options.only in name):
             plan = planned(CUTS[cut], Path(folder), options)
-            failed |= not plan.is_sound or plan.seconds > options.seconds or plan.mib > options.mib
+            failed |= not plan.is_sound or plan.cpu > options.seconds or plan.mib > options.mib
             rows.append(row(cut, plan))
             print(rows[-1], plan.message[-200:], file=sys.stderr, flush=True)
-    print(tabulate(rows, HEADERS, tablefmt="github", floatfmt=(".0f", ".1f", ".0f", ".1f", "", ".1f", ".3f", ".2f")))
+    print(
+        tabulate(
+            rows, HEADERS, tablefmt="github", floatfmt=(".0f", ".1f", ".1f", ".0f", ".1f", "", ".1f", ".3f", ".2f")
+        )
+    )
     return int(failed)
 
 
