@@ -46,7 +46,7 @@ def faults_of(scene: Scene, place: str, name: str, draw: random.Random) -> Itera
     elif not notes_of(notes, 1, 0).exists():
         yield f"there was no second start: {done.stderr[-2000:]}"
     if done.returncode or not (out / HEATMAP_FILE).exists():
-        yield f"killed at step {step} of {phase}, ended with {done.returncode}: {done.stderr[-3000:]}"
+        yield f"killed at step {step} of {phase}, ended with {done.returncode}: {done.stderr[-6000:]}"
         return
     undisturbed = scene.out(f"undisturbed-{CUT}-{RANKS}") / HEATMAP_FILE
     yield from heatmap_faults(out / HEATMAP_FILE, undisturbed, same_bits=True)
