@@ -41,12 +41,13 @@ def faults_of(scene: Scene, place: str, name: str, draw: random.Random) -> Itera
     words += ["run", scene.config, "--quiet", f"output.dir={out}", *CUTS[CUT].settings]
     with started(*words) as launcher:
         done = launcher.ended()
+    (notes / "stderr.txt").write_text(done.stderr)
     if read_notes(notes_of(notes, 0, VICTIM)).told is None:
         yield f"rank {VICTIM} did not come to step {step} of {phase}: {done.stderr[-2000:]}"
     elif not notes_of(notes, 1, 0).exists():
         yield f"there was no second start: {done.stderr[-2000:]}"
     if done.returncode or not (out / HEATMAP_FILE).exists():
-        yield f"killed at step {step} of {phase}, ended with {done.returncode}: {done.stderr[-6000:]}"
+        yield f"killed at step {step} of {phase}, ended with {done.returncode}: {done.stderr[-3000:]}"
         return
     undisturbed = scene.out(f"undisturbed-{CUT}-{RANKS}") / HEATMAP_FILE
     yield from heatmap_faults(out / HEATMAP_FILE, undisturbed, same_bits=True)
@@ -71,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append([place, options.tries, right, seconds / options.tries])
         failed |= right < options.tries
     print(tabulate(rows, ["killed in", "tries", "ended right", "seconds a try"], tablefmt="github", floatfmt=".1f"))
-    if not failed:
+    if failed:
+        print(f"what was said is in {folder}")
+    else:
         shutil.rmtree(folder)
     return int(failed)
 
