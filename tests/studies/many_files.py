@@ -83,15 +83,15 @@ class Files:
     def faults(self, folder: Path) -> list[str]:
         """What is wrong with the heatmap in a folder."""
         merged, one = load_heatmap(folder / HEATMAP_FILE), load_heatmap(self.folder / "one" / HEATMAP_FILE)
+        added = {block: np.zeros_like(merged.pooled[block]) for block in one.blocks}
+        for partial in map(read_partial, list_partials(folder)):
+            for place, layer in enumerate(merged.layers):
+                for block, found in partial.read_layer(layer).blocks.items():
+                    for head, scores in zip(found.heads, found.scores, strict=True):
+                        added[block][place, head] += scores
         faults = []
         for block in one.blocks:
-            added = np.zeros_like(merged.pooled[block])
-            for partial in map(read_partial, list_partials(folder)):
-                for place, layer in enumerate(merged.layers):
-                    found = partial.read_layer(layer).blocks.get(block)
-                    for head, scores in zip(*found[:2], strict=True) if found else ():
-                        added[place, head] += scores
-            if not np.array_equal(merged.pooled[block], added):
+            if not np.array_equal(merged.pooled[block], added[block]):
                 faults.append(f"{block}: the heatmap is not the sum of the files")
             off = np.abs(merged.pooled[block] - one.pooled[block]).max() / np.abs(one.pooled[block]).max()
             if not off < SCORES:
