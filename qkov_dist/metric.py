@@ -265,7 +265,7 @@ class QKOVInterferenceMetric:
         if self.sample_scale == "none":
             return roles, None
         collection = self.collector.collection
-        exchange = Exchange(collection.topology, collection.store, self.config.layout, tile_plan.sites, self._device)
+        exchange = Exchange(collection.topology, collection.store, self.config.layout, tile_plan, self._device)
         squares = summed_squares(tile_plan, exchange, roles, self._settings())
         norms = norms_of(squares, [self.collector.records[n].id for n in roles.members])
         return replace(roles, scales=unit_scales(norms)), norms
@@ -274,7 +274,7 @@ class QKOVInterferenceMetric:
         """Every layer's scores, added up over the ranks."""
         collection, layout = self.collector.collection, self.config.layout
         topology, mine = collection.topology, {}
-        exchange = Exchange(topology, collection.store, layout, tile_plan.sites, self._device)
+        exchange = Exchange(topology, collection.store, layout, tile_plan, self._device)
         rounds = rounds_of(tile_plan, topology)
         bar = Console(show_progress=self.show_progress).bar("scoring", len(rounds), "layer")
         with (

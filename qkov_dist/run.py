@@ -208,7 +208,7 @@ class _Sweeps:
             with self.measured.phase("capture"):
                 metadata = _capture(job, tile_plan, store, self.console, self.may_stop)
             self.measured.see_factors(store)
-            yield tile_plan, Exchange(job.topology, store, job.layout, tile_plan.sites, job.device), metadata
+            yield tile_plan, Exchange(job.topology, store, job.layout, tile_plan, job.device), metadata
 
     def settings(self) -> ScoreSettings:
         """The metric's numbers."""

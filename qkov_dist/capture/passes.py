@@ -65,14 +65,24 @@ class TaskPasses:
         mine = self._of_all[rank] if self.gathers_weights else self._batches(self.dealt.numbers[rank])
         passes = [(batch, True) for batch in mine]
         if self.gathers_weights:
-            (idle, *_) = mine or self._batches([0])
-            passes += [(idle, False)] * (max(map(len, self._of_all)) - len(mine))
+            (idle, *_) = mine or self._first
+            passes += [(idle, False)] * (self._most - len(mine))
         return passes
 
     @cached_property
     def _of_all(self) -> list[list[Batch]]:
         """Every rank's batches: how many the others have decides how often this one passes."""
         return [self._batches(numbers) for numbers in self.dealt.numbers]
+
+    @cached_property
+    def _most(self) -> int:
+        """Batches of the rank that has most."""
+        return max(map(len, self._of_all))
+
+    @cached_property
+    def _first(self) -> list[Batch]:
+        """The first sample alone: what a rank without samples runs."""
+        return self._batches([0])
 
     def _batches(self, numbers: Sequence[int]) -> list[Batch]:
         made = make_batches(

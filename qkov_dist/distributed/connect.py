@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -20,8 +22,11 @@ from qkov_dist.errors import QkovError
 from .failure_notes import ROOT
 from .failures import Watch
 from .launchers import check_interface, launched_size, rendezvous
+from .meeting import join, launchers_store, under
 from .shared_errors import SharedError
 from .world import Alone, MpiWorld, TorchWorld, World, timeout_seconds
+
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 @contextmanager
@@ -48,6 +53,7 @@ def connected() -> Iterator[World]:
         watch = _watch(ends_process=True)
         try:
             with watch.failures_named():
+                _refuse_shared_gpu()
                 yield TorchWorld.of()
                 torch.distributed.barrier()
         finally:
@@ -165,32 +171,79 @@ def _join(timeout: datetime.timedelta) -> None:
     interface = f"{backend.upper()}_SOCKET_IFNAME"
     check_interface(interface, os.environ)
     try:
-        torch.distributed.init_process_group(backend, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        raise QkovError(
-            f"rank {os.environ['RANK']}",
-            expected=f"{os.environ['WORLD_SIZE']} ranks to meet at one free port of rank 0's node",
-            got=f"{str(error).splitlines()[0]} ({', '.join(f'{name}={os.environ.get(name)}' for name in names)})",
-            remedy="Start all ranks, with another MASTER_PORT where this one is in use"
-            + (f", and {interface}={os.environ[interface]} left out." if interface in os.environ else "."),
-        ) from error
+        if _store_is_of_launcher():
+            _join_by_launcher(backend, timeout)
+        else:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError, QkovError) as error:
+        raise _never_met(interface, error) from error
+
+
+def _join_by_launcher(backend: str, timeout: datetime.timedelta) -> None:
+    """The same in the store that the launcher keeps from start to start."""
+    rank, size, seconds = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout.total_seconds()
+    end = time.monotonic() + seconds
+    store = launchers_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), seconds)
+
+    def init(place: Any) -> None:
+        torch.distributed.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=timeout)
+
+    join(store, rank, size, end, init)
+
+
+def _store_is_of_launcher() -> bool:
+    """Whether the store lives in torchrun's agent, and not in rank 0's process."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
+
+
+def _never_met(interface: str, error: Exception) -> QkovError:
+    """What ranks are told that did not meet: where they looked, and over which network."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", interface)
+    found = error.parts["got"] if isinstance(error, QkovError) else str(error).splitlines()[0]
+    there = ", ".join(name for _, name in socket.if_nameindex())
+    over = f"{interface} left out" if interface in os.environ else f"{interface} set"
+    return QkovError(
+        f"rank {os.environ['RANK']}",
+        expected=f"{os.environ['WORLD_SIZE']} ranks to meet at one free port of rank 0's node",
+        got=f"{found} ({', '.join(f'{name}={os.environ.get(name)}' for name in names)})",
+        remedy=f"Start all ranks, with another MASTER_PORT where this one is in use, and with {over} where nodes do "
+        f"not reach each other over the network that is taken by default (this one has {there}).",
+    )
 
 
 def _own_gpu() -> int:
     """The GPU of this rank among those that it sees, which may be its own alone."""
     local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if seen == 1 and "SLURM_LOCALID" in os.environ:
+    if seen == 1 and ("SLURM_LOCALID" in os.environ or _one_is_named()):
         os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1; transformers and DeepSpeed read it too
         return 0
     if local >= seen:
-        raise QkovError(
-            f"rank {os.environ['RANK']}",
-            expected="a GPU for each rank of a node",
-            got=f"{seen} for local rank {local}",
-            remedy="Start as many ranks as there are GPUs, or set CUDA_VISIBLE_DEVICES= to run on the CPU.",
-        )
+        raise _no_gpu(f"{seen} for local rank {local}")
     return local
+
+
+def _one_is_named() -> bool:
+    """Whether a variable gives this process one device alone, as each rank of a node may have its own."""
+    return any(len(os.environ.get(name, "").split(",")) == 1 and os.environ.get(name) for name in VISIBLE)
+
+
+def _refuse_shared_gpu() -> None:
+    """Refuse two ranks on one GPU, which NCCL would in words of its own; asked where each sees one alone."""
+    if not torch.cuda.is_available() or torch.cuda.device_count() > 1:
+        return
+    mine, device = str(torch.distributed.get_rank()), torch.cuda.get_device_properties(0).uuid
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if (other := store.compare_set(f"qkov/gpu/{socket.gethostname()}/{device}", "", mine).decode()) != mine:
+        raise _no_gpu(f"that of rank {other} for rank {mine} too")
+
+
+def _no_gpu(got: str) -> QkovError:
+    return QkovError(
+        f"rank {os.environ['RANK']}",
+        expected="a GPU for each rank of a node",
+        got=got,
+        remedy="Start as many ranks as there are GPUs, or set CUDA_VISIBLE_DEVICES= to run on the CPU.",
+    )
 
 
 def _mpi_of(started: int) -> Any:
@@ -215,12 +268,14 @@ def _mpi_of(started: int) -> Any:
 
 
 def _watch(root: str = ROOT, *, ends_process: bool = False, ranks: Sequence[int] | None = None) -> Watch:
+    store = torch.distributed.distributed_c10d._get_default_store()
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # notes of an earlier one are in a launcher's store still
     return Watch(
-        torch.distributed.distributed_c10d._get_default_store(),
+        under(f"start{start}", store),
         torch.distributed.get_rank(),
         range(torch.distributed.get_world_size()) if ranks is None else ranks,
         root,
-        store_is_of_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true",
+        store_is_of_rank_0=not _store_is_of_launcher(),
         ends_process=ends_process,
     )
 

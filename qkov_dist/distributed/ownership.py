@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qkov_dist.errors import QkovError
@@ -54,39 +54,79 @@ def assign(layout: Layout, layers: Sequence[int], held_by_rank: Sequence[Mapping
     Raises:
         QkovError: for a gap or an overlap; names the parameter and the ranks.
     """
-    names = [(projection, bias, parameter_name(projection, bias)) for projection, bias in parameters_of(layout, layers)]
-    everything = {n: tuple(tuple(Rect(*r) for r in rank[n]) for rank in held_by_rank) for _, _, n in names}
-    owned: dict[str, list[HeldRects]] = {name: [()] * len(held_by_rank) for name in everything}
+    rects: dict[tuple[tuple[int, ...], ...], HeldRects] = {}  # those that are equal are one object: layers are alike
+    columns: dict[tuple[int, ...], tuple[HeldRects, ...]] = {}
+    held = {}
+    for name in (parameter_name(projection, bias) for projection, bias in parameters_of(layout, layers)):
+        bounds = [tuple(map(tuple, of_rank[name])) for of_rank in held_by_rank]
+        rects |= {one: tuple(Rect(*of_one) for of_one in one) for one in {*bounds} - rects.keys()}
+        by_rank = tuple(rects[one] for one in bounds)
+        held[name] = columns.setdefault(tuple(map(id, by_rank)), by_rank)
+    return deal_out(layout, layers, held)
+
+
+def deal_out(layout: Layout, layers: Sequence[int], held: Mapping[str, tuple[HeldRects, ...]]) -> Ownership:
+    """The same of rectangles.
+
+    Args:
+        layout: The projections.
+        layers: The layers to own.
+        held: Parameter name -> each rank's held rectangles, by rank.
+
+    Raises:
+        QkovError: for a gap or an overlap; names the parameter and the ranks.
+    """
+    num_ranks = len(next(iter(held.values()), ()))
+    owned: dict[str, list[HeldRects]] = {name: [()] * num_ranks for name in held}
     families: dict[tuple[int, ...], list[tuple[str, HeldRects]]] = {}
-    for name, by_rank in everything.items():
-        for rects in dict.fromkeys(by_rank):
-            if rects:
-                replicas = tuple(rank for rank, other in enumerate(by_rank) if other == rects)
+    known: dict[int, list[tuple[HeldRects, tuple[int, ...]]]] = {}  # of what several parameters have in common
+    for name, by_rank in held.items():
+        if id(by_rank) not in known:
+            known[id(by_rank)] = _replicas(by_rank)
+        for rects, replicas in known[id(by_rank)]:
+            if len(replicas) == 1:
+                owned[name][replicas[0]] = rects
+            else:
                 families.setdefault(replicas, []).append((name, rects))
     for replicas, in_common in families.items():
-        for rank, of_rank in zip(replicas, _deal(in_common, len(replicas)), strict=True):
-            for name, rects in of_rank:
-                owned[name][rank] = (*owned[name][rank], *rects)
-    for projection, bias, name in names:
-        _check_cover(name, projection.whole(bias), owned[name])
-    return Ownership(everything, {name: tuple(by_rank) for name, by_rank in owned.items()})
+        for place, name, band in _deal(in_common, len(replicas)):
+            owned[name][replicas[place]] = (*owned[name][replicas[place]], band)
+    proved: dict[tuple[Rect, tuple[int, ...]], tuple[HeldRects, ...]] = {}
+    found = {}
+    for projection, bias in parameters_of(layout, layers):
+        name, whole = parameter_name(projection, bias), projection.whole(bias)
+        if (key := (whole, tuple(map(id, owned[name])))) not in proved:
+            _check_cover(name, whole, owned[name])
+            proved[key] = tuple(owned[name])
+        found[name] = proved[key]
+    return Ownership(held, found)
 
 
-def _deal(in_common: list[tuple[str, HeldRects]], num_ranks: int) -> list[list[tuple[str, HeldRects]]]:
-    """Cut a sequence of rectangles into shares of about equal area, at row boundaries."""
+def _replicas(by_rank: Sequence[HeldRects]) -> list[tuple[HeldRects, tuple[int, ...]]]:
+    """What is held of one parameter, and the ranks that hold the very same."""
+    found: dict[HeldRects, list[int]] = {}
+    for rank, rects in enumerate(by_rank):
+        if rects:
+            found.setdefault(rects, []).append(rank)
+    return [(rects, tuple(ranks)) for rects, ranks in found.items()]
+
+
+def _deal(in_common: list[tuple[str, HeldRects]], num_ranks: int) -> Iterator[tuple[int, str, Rect]]:
+    """Cut a sequence of rectangles into shares of about equal area, at row boundaries: (whose share, name, band)."""
     total = sum(rect.area for _, rects in in_common for rect in rects)
-    dealt: list[list[tuple[str, HeldRects]]] = [[] for _ in range(num_ranks)]
     done = 0
     for name, rects in in_common:
         for rect in rects:
-            width = rect.shape[1]
-            cuts = [min(max(-(-(total * n // num_ranks - done) // width), 0), rect.shape[0]) for n in range(num_ranks)]
-            for n, (low, high) in enumerate(zip(cuts, [*cuts[1:], rect.shape[0]], strict=True)):
+            num_rows, width = rect.shape
+            first = -(-(done + 1) * num_ranks // total) - 1  # share that does not end before this rectangle
+            for share in range(first, num_ranks):
+                low, high = (max(-(-(total * n // num_ranks - done) // width), 0) for n in (share, share + 1))
+                if low >= num_rows:
+                    break
                 if low < high:
-                    band = Rect(rect.row + low, rect.row + high, rect.col, rect.col_end)
-                    dealt[n].append((name, (band,)))
+                    band = Rect(rect.row + low, rect.row + min(high, num_rows), rect.col, rect.col_end)
+                    yield share, name, band
             done += rect.area
-    return dealt
 
 
 def _check_cover(name: str, whole: Rect, by_rank: Sequence[HeldRects]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapreplace
 from typing import Any
 
 from torch import nn
@@ -79,11 +80,11 @@ def deal_samples(lengths: Sequence[int], dp_size: int) -> list[list[int]]:
     The longest are dealt first.
     """
     dealt: list[list[int]] = [[] for _ in range(dp_size)]
-    loads = [0] * dp_size
+    loads = [(0, rank) for rank in range(dp_size)]  # a heap: the lightest first, of several the first rank
     for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        lightest = loads.index(min(loads))
+        load, lightest = loads[0]
         dealt[lightest].append(n)
-        loads[lightest] += lengths[n]
+        heapreplace(loads, (load + lengths[n], lightest))
     return [sorted(numbers) for numbers in dealt]
 
 

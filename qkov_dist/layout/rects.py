@@ -7,8 +7,10 @@ A vector (a bias) is a matrix of one column.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import pairwise
 
 from qkov_dist.errors import QkovError
@@ -61,13 +63,9 @@ class Rect:
 
     def intersect(self, other: Rect) -> Rect | None:
         """The common elements, or None where there are none."""
-        both = Rect(
-            max(self.row, other.row),
-            min(self.row_end, other.row_end),
-            max(self.col, other.col),
-            min(self.col_end, other.col_end),
-        )
-        return both if both.area else None
+        row, row_end = max(self.row, other.row), min(self.row_end, other.row_end)
+        col, col_end = max(self.col, other.col), min(self.col_end, other.col_end)
+        return Rect(row, row_end, col, col_end) if row < row_end and col < col_end else None
 
     def split_rows(self, max_rows: int) -> tuple[Rect, ...]:
         """Cut into bands of at most ``max_rows`` rows, all of about one height, in order."""
@@ -84,6 +82,8 @@ class Rect:
         these are more than ``max_area``.
         """
         rows, cols = self.shape
+        if rows * cols <= max_area:
+            return (self,) if rows * cols else ()
         if cols > rows:
             return tuple(piece.transposed for piece in self.transposed.split(max_area, least))
         if not cols:
@@ -110,15 +110,45 @@ def rects_of_flat_interval(start: int, stop: int, num_cols: int) -> tuple[Rect, 
     return (*head, *body, *tail)
 
 
+def merged(rects: Iterable[Rect]) -> tuple[Rect, ...]:
+    """The same elements of disjoint rectangles as fewer: neighbours of one width, then of one height, become one."""
+    above: list[Rect] = []
+    for rect in sorted(rects, key=lambda r: (r.col, r.col_end, r.row)):
+        last = above[-1] if above else None
+        if last and (last.col, last.col_end, last.row_end) == (rect.col, rect.col_end, rect.row):
+            above[-1] = Rect(last.row, rect.row_end, rect.col, rect.col_end)
+        else:
+            above.append(rect)
+    beside: list[Rect] = []
+    for rect in sorted(above, key=lambda r: (r.row, r.row_end, r.col)):
+        last = beside[-1] if beside else None
+        if last and (last.row, last.row_end, last.col_end) == (rect.row, rect.row_end, rect.col):
+            beside[-1] = Rect(rect.row, rect.row_end, last.col, rect.col_end)
+        else:
+            beside.append(rect)
+    return tuple(beside)
+
+
 def first_overlap(rects: Iterable[Rect]) -> tuple[Rect, Rect] | None:
-    """The first two rectangles that share an element, or None. Pairs are found by a sweep over rows."""
-    active: list[Rect] = []
-    for rect in sorted(r for r in rects if r.area):
-        active = [other for other in active if other.row_end > rect.row]
-        for other in active:
-            if rect.intersect(other):
-                return other, rect
-        active.append(rect)
+    """The first two rectangles that share an element, or None.
+
+    Found by a sweep over rows: the rectangles that reach the row in hand share no column, so that the next one need be
+    compared with its neighbours alone.
+    """
+    cols: list[int] = []  # the first column of each rectangle that reaches the row in hand, sorted
+    reaching: dict[int, Rect] = {}
+    ends: list[tuple[int, int]] = []
+    for rect in sorted((r for r in rects if r.area), key=lambda r: r.bounds):
+        while ends and ends[0][0] <= rect.row:
+            _, col = heappop(ends)
+            del cols[bisect_left(cols, col)], reaching[col]
+        place = bisect_left(cols, rect.col)
+        for col in cols[max(place - 1, 0) : place + 1]:
+            if rect.intersect(reaching[col]):
+                return reaching[col], rect
+        cols.insert(place, rect.col)
+        reaching[rect.col] = rect
+        heappush(ends, (rect.row_end, rect.col))
     return None
 
 

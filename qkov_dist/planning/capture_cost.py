@@ -20,7 +20,7 @@ from functools import cached_property
 from qkov_dist.distributed.parallelism import Parallelism
 from qkov_dist.distributed.plans import SHARDED_BY_HOOKS
 
-from .model_sizes import Matrix, attention_flops
+from .model_sizes import Matrix, Weight, attention_flops
 from .simulated_ranks import local_shape
 from .workload import Pass, Workload
 
@@ -41,6 +41,24 @@ class Passes:
     moved_sums: int
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """What passes cost, forward and backward, for each token, labelled token, and pair of tokens of a sample.
+
+    ``kept`` is the bytes that a token leaves for the backward pass, ``moved_weights`` those of all weights that a batch
+    needs, without the rank's own, times the number of shards.
+    """
+
+    token: int
+    label: int
+    square: int
+    back_token: int
+    back_label: int
+    back_square: int
+    kept: int
+    moved_weights: int
+
+
 @dataclass(frozen=True, eq=False)
 class CaptureCost:
     """Counts for one way to cut a model; ranks differ in the weights they hold and the samples they run."""
@@ -50,12 +68,16 @@ class CaptureCost:
 
     def weights(self, rank: int) -> int:
         """Bytes of a rank's parameters and buffers."""
-        kinds = Counter(replace(weight, name="", layer=None) for weight in self.work.model_sizes.weights)
         parameters = sum(
             count * weight.itemsize * math.prod(local_shape(weight, self.parallelism, rank))
-            for weight, count in kinds.items()
+            for weight, count in self._kinds_of_weights.items()
         )
         return parameters + self.work.model_sizes.buffers
+
+    @cached_property
+    def _kinds_of_weights(self) -> Counter[Weight]:
+        """Weights that are cut alike, and how many there are."""
+        return Counter(replace(weight, name="", layer=None) for weight in self.work.model_sizes.weights)
 
     @cached_property
     def gathered(self) -> int:
@@ -86,18 +108,34 @@ class CaptureCost:
         """All batches of a rank once, with a backward pass down to layer ``lowest``."""
         tokens, labelled = sum(batch.tokens for batch in batches), sum(batch.labelled for batch in batches)
         squares = sum(batch.tokens * batch.length for batch in batches)
-        model_sizes = self.work.model_sizes
-        per_token, per_label = self._per_token(None)
-        back_token, back_label = self._per_token(lowest)
-        attention = self._attention(None) * squares
-        again = 5 if model_sizes.recomputes else 4  # halves of the forward pass's operations
+        rates, kept = self._rates(lowest), {*batches}
+        again = 5 if self.work.model_sizes.recomputes else 4  # halves of the forward pass's operations
         return Passes(
-            forward=per_token * tokens + per_label * labelled + attention,
-            backward=back_token * tokens + back_label * labelled + self._attention(lowest) * squares * again // 2,
-            activations=max((self._activations(batch, lowest) for batch in batches), default=0),
-            moved_weights=self._moved_weights(len(batches), lowest),
+            forward=rates.token * tokens + rates.label * labelled + rates.square * squares,
+            backward=rates.back_token * tokens + rates.back_label * labelled + rates.back_square * squares * again // 2,
+            activations=max((self._activations(batch, lowest, rates.kept) for batch in kept), default=0),
+            moved_weights=len(batches) * rates.moved_weights // self.parallelism.shards,
             moved_sums=self._moved_sums(tokens, labelled, lowest),
         )
+
+    def _rates(self, lowest: int) -> _Rates:
+        """What passes cost, with a backward pass down to layer ``lowest``: the same for all ranks."""
+        if lowest not in self._known_rates:
+            tp = self.parallelism.tp
+            kept = self.work.model_sizes.kept.items()
+            self._known_rates[lowest] = _Rates(
+                *self._per_token(None),
+                self._attention(None),
+                *self._per_token(lowest),
+                self._attention(lowest),
+                kept=sum(stream + inner // tp for layer, (stream, inner) in kept if layer >= lowest),
+                moved_weights=self._moved_weights(lowest),
+            )
+        return self._known_rates[lowest]
+
+    @cached_property
+    def _known_rates(self) -> dict[int, _Rates]:
+        return {}
 
     def _per_token(self, lowest: int | None) -> tuple[int, int]:
         """Operations for each token and for each labelled one: forward, or backward down to a layer."""
@@ -142,9 +180,8 @@ class CaptureCost:
         layers = [layer for layer in self.work.layout.layers if lowest is None or layer.index >= lowest]
         return sum(map(attention_flops, layers)) // (self.parallelism.tp if self._heads_are_cut else 1)
 
-    def _activations(self, batch: Pass, lowest: int) -> int:
+    def _activations(self, batch: Pass, lowest: int, kept: int) -> int:
         model_sizes, tp = self.work.model_sizes, self.parallelism.tp
-        kept = sum(stream + inner // tp for layer, (stream, inner) in model_sizes.kept.items() if layer >= lowest)
         logits = LOGIT_COPIES * model_sizes.itemsize * model_sizes.vocabulary
         eager = 0
         if not model_sizes.recomputes:
@@ -157,14 +194,15 @@ class CaptureCost:
             )
         return batch.tokens * (kept + eager) + batch.labelled * logits
 
-    def _moved_weights(self, num_batches: int, lowest: int) -> int:
-        """Bytes of weights that come from other ranks: all of them forward, and layers once more backward."""
+    def _moved_weights(self, lowest: int) -> int:
+        """Bytes of weights that come from other ranks, times the number of shards: all of them forward, and layers
+        once more backward.
+        """
         layers, outside = self._worked_with
         if not self.gathered:
             return 0
         again = sum(size for layer, size in layers.items() if layer >= lowest)
-        others = self.parallelism.shards - 1
-        return num_batches * (sum(layers.values()) + sum(outside) + again) * others // (others + 1)
+        return (sum(layers.values()) + sum(outside) + again) * (self.parallelism.shards - 1)
 
     def _moved_sums(self, tokens: int, labelled: int, lowest: int) -> int:
         """Bytes of tensor-parallel sums of the residual stream, forward and backward, and of gathered logits."""

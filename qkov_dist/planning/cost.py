@@ -25,6 +25,7 @@ class Cost:
         scores: Bytes of one layer's scores, at most.
         statistics: Bytes of labels and scores while heads are tested; on rank 0 also of the heatmap.
         sent_factors: Bytes of factors sent to other ranks.
+        least_factors: Bytes of what these ranks cannot do without.
         sent_scores: Bytes of partial scores sent to other ranks.
         moved_weights: Bytes that come over this rank's link while weights are gathered for its passes.
         moved_sums: Bytes that pass its link while tensor-parallel parts are summed.
@@ -51,6 +52,7 @@ class Cost:
     scores: int = 0
     statistics: int = 0
     sent_factors: int = 0
+    least_factors: int = 0
     sent_scores: int = 0
     moved_weights: int = 0
     moved_sums: int = 0

@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from qkov_dist.capture.forms import gradients_above, shared_inputs
 from qkov_dist.distributed.ownership import Owned
-from qkov_dist.layout.heads import AttentionLayer, Layout, Site
+from qkov_dist.distributed.placements import HeldRects, Interval
+from qkov_dist.distributed.sharding import parameter_name, parameters_of
+from qkov_dist.distributed.topology import Topology
+from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.exchange import needs_of
 from qkov_dist.scoring.extent import Scoring
-from qkov_dist.scoring.tiles import SHARED_O_BIAS, LayerTiles, Selection, Tile, cut, in_order_of_work
+from qkov_dist.scoring.tiles import (
+    SHARED_O_BIAS,
+    LayerTiles,
+    Selection,
+    Tile,
+    cut,
+    in_order_of_work,
+    layer_tiles,
+    with_tiles,
+)
 
-UNCUT = 2**62  # bytes of a tile that nothing exceeds
+UNCUT = 2**62  # elements of a tile that nothing exceeds
+Needs = tuple[tuple[int, int, int], ...]  # by threshold, numbers for each token of a factor, and for each gradient
+Columns = Sequence[Sequence[HeldRects]]  # of each parameter of a layer, what every rank owns
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,8 @@ class SiteWork:
         cols: Features of X that have to come with this site; 0 where another site's X is read.
         rows: Features of D.
         whole: Elements of a gradient that is kept as such.
+        least_cols: Of ``cols``, those at which an element is scored.
+        least_rows: Of ``rows``, likewise.
     """
 
     place: int
@@ -47,9 +64,11 @@ class SiteWork:
     cols: int = 0
     rows: int = 0
     whole: int = 0
+    least_cols: int = 0
+    least_rows: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerWork:
     """One layer.
 
@@ -72,79 +91,143 @@ class LayerWork:
         work = {place: (site.input, areas[site]) for place, site in sites.items()}
         return [sites[place] for place in in_order_of_work(work)]
 
+    @cached_property
+    def needs(self) -> Needs:
+        """What comes to the rank."""
+        return tuple((site.above, site.cols + site.rows, site.whole) for site in self.sites)
+
+    @cached_property
+    def least(self) -> Needs:
+        """What it cannot do without: features at which it scores an element, and these elements of gradients."""
+        return tuple((site.above, site.least_cols + site.least_rows, site.area + site.bias_area) for site in self.sites)
+
+    @cached_property
+    def last(self) -> Needs:
+        """What came for the projection that is still in work when the next layer comes."""
+        if not (order := self.in_order()):
+            return ()
+        sites = {site.place: site for site in self.sites}
+        return ((order[-1].above, sites[order[-1].input].cols + order[-1].rows, order[-1].whole),)
+
 
 def layer_work(
-    layout: Layout, layers: Sequence[int], owned_by_rank: Sequence[Owned], scoring: Scoring
+    layout: Layout, layers: Sequence[int], topology: Topology, scoring: Scoring
 ) -> list[dict[int, LayerWork]]:
-    """What every rank has of every layer, by rank and layer number."""
-    known: dict[tuple[object, ...], LayerWork] = {}
-    kinds: dict[tuple[object, ...], int] = {}
-    found: list[dict[int, LayerWork]] = [{} for _ in owned_by_rank]
+    """What every rank of a topology has of every layer, by rank and layer number."""
+    kinds: dict[tuple[object, ...], _Kind] = {}
+    found: list[dict[int, LayerWork]] = [{} for _ in range(topology.world.size)]
     for index in layers:
         layer = layout.layer(index)
-        kind = kinds.setdefault(tuple((p.shape, p.has_bias, p.slices) for p in layer.projections), len(kinds))
-        for rank, owned in enumerate(owned_by_rank):
-            rects = tuple((owned(p, False), owned(p, True) if p.has_bias else ()) for p in layer.projections)
-            if (kind, rects) not in known:
-                known[kind, rects] = _layer_work(layer, owned, scoring)
-            found[rank][index] = known[kind, rects]
+        key = tuple((p.shape, p.has_bias, p.slices) for p in layer.projections)
+        if key not in kinds:
+            kinds[key] = _Kind(layer, layout, scoring)
+        for rank, work in enumerate(kinds[key].of_ranks(_columns(layout, index, topology))):
+            found[rank][index] = work
     return found
 
 
-def _layer_work(layer: AttentionLayer, owned: Owned, scoring: Scoring) -> LayerWork:
-    only = Layout("", "", 1, (layer,), ())
-    every_layer = replace(scoring, selection=Selection(None, scoring.selection.heads))
-    (layer_tiles,) = every_layer.tile_plan(only, owned, UNCUT).layers
-    heads: dict[str, set[int]] = {}
-    for tile in layer_tiles.tiles:
-        heads.setdefault(tile.block, set()).add(tile.head)
-    return LayerWork(
-        _site_work(layer, layer_tiles, owned, scoring),
-        {block: tuple(sorted(found)) for block, found in heads.items()},
-        layer_tiles.heads,
-        _largest_tile(layer_tiles, scoring),
-    )
+def _columns(layout: Layout, index: int, topology: Topology) -> Columns:
+    """What every rank owns of each parameter of a layer."""
+    parameters = parameters_of(layout, [index])
+    if topology.ownership is None:
+        return [((projection.whole(bias),),) for projection, bias in parameters]
+    return [topology.ownership.owned[parameter_name(projection, bias)] for projection, bias in parameters]
 
 
-def _site_work(layer: AttentionLayer, layer_tiles: LayerTiles, owned: Owned, scoring: Scoring) -> tuple[SiteWork, ...]:
-    sharing = {site: group[0][0] for group in shared_inputs(layer, layer_tiles.sites) for site, _ in group}
-    places = {Site(layer.index, projection.module): n for n, projection in enumerate(layer.projections)}
-    above = gradients_above([layer], scoring.factor_itemsize)
-    needs = {(need.kind, need.site): need for need in needs_of(layer, layer_tiles.sites, owned, sharing)}
+class _Kind:
+    """Layers of one kind: what a rank has of one follows from what it owns of each parameter."""
 
-    def count(tiles: Sequence[Tile], site: Site, bias: bool) -> int:
-        return sum(tile.rect.area for tile in tiles if tile.site == site and tile.bias == bias)
+    def __init__(self, layer: AttentionLayer, layout: Layout, scoring: Scoring) -> None:
+        self._layer, self._scoring = layer, scoring
+        selection = Selection(None, scoring.selection.heads)
+        self._all_ranks = layer_tiles(layer, selection, include_bias=scoring.include_bias)
+        self._scored = self._all_ranks.scored()
+        self._parameters = [(projection.module, bias) for projection, bias in parameters_of(layout, [layer.index])]
+        self._sharing = {s: group[0][0] for group in shared_inputs(layer, self._all_ranks.sites) for s, _ in group}
+        self._above = gradients_above([layer], scoring.factor_itemsize)
+        self._by_rects: dict[tuple[HeldRects, ...], LayerWork] = {}
+        self._by_columns: dict[tuple[int, ...], tuple[Columns, list[LayerWork]]] = {}
 
-    def width(kind: str, site: Site) -> int:
-        need = needs.get((kind, site))
-        return 0 if need is None else math.prod(need.shape)
+    def of_ranks(self, columns: Columns) -> list[LayerWork]:
+        """By rank; layers may share what is owned of them."""
+        key = tuple(map(id, columns))
+        if key not in self._by_columns:
+            self._by_columns[key] = columns, [self._of_rank(rects) for rects in zip(*columns, strict=True)]
+        return self._by_columns[key][1]
 
-    return tuple(
-        SiteWork(
-            place=place,
-            above=above[site],
-            input=places[sharing[site]],
-            area=count(layer_tiles.tiles, site, False),
-            bias_area=count(layer_tiles.tiles, site, True),
-            shared_area=count([tile for tile in layer_tiles.tiles if tile.block == SHARED_O_BIAS], site, True),
-            cols=width("x", site),
-            rows=width("d", site),
-            whole=width("g", site),
+    def _of_rank(self, rects: tuple[HeldRects, ...]) -> LayerWork:
+        if rects not in self._by_rects:
+            self._by_rects[rects] = self._made(dict(zip(self._parameters, rects, strict=True)))
+        return self._by_rects[rects]
+
+    def _made(self, rects: Mapping[tuple[str, bool], HeldRects]) -> LayerWork:
+        def owned(projection: Projection, bias: bool) -> HeldRects:
+            return rects[projection.module, bias]
+
+        mine = with_tiles(self._layer, self._all_ranks, owned, UNCUT)
+        heads: dict[str, set[int]] = {}
+        for tile in mine.tiles:
+            heads.setdefault(tile.block, set()).add(tile.head)
+        return LayerWork(
+            self._sites(mine.tiles, owned),
+            {block: tuple(sorted(found)) for block, found in heads.items()},
+            mine.heads,
+            _largest_tile(mine, self._scoring),
         )
-        for site, place in places.items()
-        if site in sharing
-    )
+
+    def _sites(self, tiles: Sequence[Tile], owned: Owned) -> tuple[SiteWork, ...]:
+        layer, areas = self._layer, Counter[tuple[Site, str]]()
+        needs = {(need.kind, need.site): need for need in needs_of(layer, self._scored, owned, self._sharing)}
+        scored: dict[tuple[str, Site], set[Interval]] = {}
+        for tile in tiles:
+            kind = "shared" if tile.block == SHARED_O_BIAS else "bias" if tile.bias else "weight"
+            areas[tile.site, kind] += tile.rect.area
+            scored.setdefault(("d", tile.site), set()).add((tile.rect.row, tile.rect.row_end))
+            if not tile.bias:
+                scored.setdefault(("x", self._sharing[tile.site]), set()).add((tile.rect.col, tile.rect.col_end))
+
+        def width(kind: str, site: Site) -> int:
+            need = needs.get((kind, site))
+            return 0 if need is None else math.prod(need.shape)
+
+        places = {Site(layer.index, projection.module): n for n, projection in enumerate(layer.projections)}
+        return tuple(
+            SiteWork(
+                place=place,
+                above=self._above[site],
+                input=places[self._sharing[site]],
+                area=areas[site, "weight"],
+                bias_area=areas[site, "bias"] + areas[site, "shared"],
+                shared_area=areas[site, "shared"],
+                cols=width("x", site),
+                rows=width("d", site),
+                whole=width("g", site),
+                least_cols=_covered(scored.get(("x", site), ())),
+                least_rows=_covered(scored.get(("d", site), ())),
+            )
+            for site, place in places.items()
+            if site in self._sharing
+        )
 
 
-def _largest_tile(layer_tiles: LayerTiles, scoring: Scoring) -> int:
+def _covered(intervals: Iterable[Interval]) -> int:
+    """How many integers lie in at least one of some intervals."""
+    covered, end = 0, 0
+    for low, high in sorted(intervals):
+        covered += max(high - max(low, end), 0)
+        end = max(end, high)
+    return covered
+
+
+def _largest_tile(mine: LayerTiles, scoring: Scoring) -> int:
     """Elements of the largest tile that heads' rectangles are cut into; on a GPU of as many heads as it takes at once.
 
     Args:
-        layer_tiles: Heads' rectangles, uncut.
+        mine: The rank's parts of heads, uncut.
         scoring: What is scored.
     """
     most = scoring.max_elements
-    alike = Counter((tile.site, tile.block, tile.rect.shape, tile.bias) for tile in layer_tiles.tiles)
+    alike = Counter((tile.site, tile.block, tile.rect.shape, tile.bias) for tile in mine.tiles)
     sizes = [
         (max(tile.area for tile in cut(Rect.of_shape(*shape), most)), num) for (_, _, shape, _), num in alike.items()
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qkov_dist.scoring.schedule import Round, gpu_budget, layers_of, make_rounds
 
 from .capture_cost import CaptureCost
 from .cost import Cost
+from .exchange_cost import ExchangeCost
 from .hardware import GPU_OVERHEAD
 from .model_sizes import model_sizes_of
 from .rank_work import layer_work
@@ -58,7 +60,7 @@ class RunPlan:
     gpu_room: int = 0
     captures: int = 1
 
-    @property
+    @cached_property
     def sweeps(self) -> tuple[tuple[int, ...], ...]:
         """The layers of each pass over the samples."""
         return tuple(map(layers_of, self.rounds))
@@ -89,18 +91,18 @@ def plan_simulated(work: Workload, parallelism: Parallelism) -> RunPlan:
     scene = _Scene.of(work, parallelism, topologies[0])
     sizes = [scene.scoring.factors(topology) for topology in topologies]
     room = min(scene.gpu_room(topology) for topology in topologies)
-    sweeps = _sweeps(work, scene.rounds(), sizes, room)
+    sweeps = _sweeps(work, scene.rounds, sizes, room)
     costs = tuple(
         scene.cost(topology, sweeps, kept, room, captures=_captures(work, sweeps))
         for topology, kept in zip(topologies, sizes, strict=True)
     )
-    return RunPlan(work, parallelism, costs, tuple(map(tuple, sweeps)), room, _captures(work, sweeps))
+    return RunPlan(work, parallelism, costs, tuple(sweep.rounds for sweep in sweeps), room, _captures(work, sweeps))
 
 
 def least_peak(work: Workload, parallelism: Parallelism) -> int:
     """Bytes that the first rank holds at least, on its GPU or else in the host's memory, while it runs its samples."""
     capture = CaptureCost(work, parallelism)
-    batches = Dealt(work, parallelism.replicas, gathers_weights=False).passes[0]
+    batches = Dealt(work, parallelism.replicas, gathers_weights=False).passes_on(0)
     return capture.weights(0) + capture.gathered + capture.passes(batches, work.layers[0]).activations
 
 
@@ -121,11 +123,11 @@ def plan_of_job(job: Job, rounds: Sequence[Round] | None = None, *, norms_known:
     sizes = [{int(layer): size for layer, size in theirs.items()} for theirs in world.all_gather(mine)]
     weights = sum(map(local_bytes, (*job.loaded.model.parameters(), *job.loaded.model.buffers())))
     room = min(world.all_gather(scene.gpu_room(job.topology, weights)))
-    sweeps = _sweeps(work, scene.rounds() if rounds is None else rounds, sizes, room)
+    sweeps = _sweeps(work, scene.rounds if rounds is None else rounds, sizes, room)
     captures = 1 if norms_known else _captures(work, sweeps)
     cost = scene.cost(job.topology, sweeps, mine, room, weights, captures=captures, norms_known=norms_known)
     costs = tuple(Cost(**theirs) for theirs in world.all_gather(asdict(cost)))
-    return RunPlan(work, scene.capture.parallelism, costs, tuple(map(tuple, sweeps)), room, captures)
+    return RunPlan(work, scene.capture.parallelism, costs, tuple(sweep.rounds for sweep in sweeps), room, captures)
 
 
 def workload_of(job: Job) -> Workload:
@@ -176,18 +178,25 @@ def _gpu_memory(device: torch.device) -> int:
     return int(free + torch.cuda.memory_reserved(device)) + GPU_OVERHEAD  # the context is there already
 
 
-def _captures(work: Workload, sweeps: Sequence[Sequence[Round]]) -> int:
+@dataclass(frozen=True)
+class _Sweep:
+    """The rounds of one pass over the samples, and the layers in them."""
+
+    rounds: tuple[Round, ...]
+    layers: tuple[int, ...]
+
+
+def _captures(work: Workload, sweeps: Sequence[_Sweep]) -> int:
     """How often samples are run for each part of the layers."""
     return 2 if work.config.metric.sample_scale == "unit" and len(sweeps) > 1 else 1
 
 
-def _sweeps(
-    work: Workload, rounds: Sequence[Round], sizes: Sequence[Mapping[int, int]], gpu_room: int
-) -> list[list[Round]]:
+def _sweeps(work: Workload, rounds: Sequence[Round], sizes: Sequence[Mapping[int, int]], gpu_room: int) -> list[_Sweep]:
     largest = {layer: max(size[layer] for size in sizes) for layer in sizes[0]}
     disk = NO_LIMIT if work.disk is None else work.disk
     budget = work.config.compute.factor_memory_mb * MIB + disk
-    return make_sweeps(rounds, largest, budget, gpu_budget(gpu_room, largest))
+    sweeps = make_sweeps(rounds, largest, budget, gpu_budget(gpu_room, largest))
+    return [_Sweep(tuple(sweep), layers_of(sweep)) for sweep in sweeps]
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,16 +206,19 @@ class _Scene:
     work: Workload
     capture: CaptureCost
     scoring: ScoringCost
+    exchange: ExchangeCost
     statistics: StatisticsCost
 
     @staticmethod
     def of(work: Workload, parallelism: Parallelism, topology: Topology) -> _Scene:
         """The scene of a topology's ranks."""
-        owned = [topology.owned_by(rank) for rank in range(topology.world.size)]
         dealt = Dealt(work, topology.dp_group.size, topology.gathers_weights)
-        scoring = ScoringCost(work, dealt, layer_work(work.layout, work.layers, owned, work.scoring))
-        return _Scene(work, CaptureCost(work, parallelism), scoring, StatisticsCost(scoring))
+        by_rank = layer_work(work.layout, work.layers, topology, work.scoring)
+        scoring = ScoringCost(work, dealt, by_rank)
+        exchange = ExchangeCost(work, dealt, by_rank)
+        return _Scene(work, CaptureCost(work, parallelism), scoring, exchange, StatisticsCost(scoring))
 
+    @cached_property
     def rounds(self) -> list[Round]:
         """What every rank scores, and when."""
         return make_rounds([[n for n, here in of.items() if here.heads] for of in self.scoring.by_rank])
@@ -231,7 +243,7 @@ class _Scene:
         activations = self.capture.passes(batches, work.layers[0]).activations * ACTIVATION_SLACK
         capturing = self.capture.gathered + int(activations)
         used = self.capture.weights(rank) if weights is None else weights
-        scoring = self.scoring.buffers(rank, work.layers) + self.scoring.sent(topology, self.rounds()).largest_round
+        scoring = self.scoring.buffers(rank, work.layers) + self.exchange.sent(topology, self.rounds).largest_round
         used += GPU_OVERHEAD + max(capturing, scoring)
         room = max(work.gpu_memory - used, 0) * 9 // 10
         return room if asked is None else min(asked * MIB, room)
@@ -239,7 +251,7 @@ class _Scene:
     def cost(
         self,
         topology: Topology,
-        sweeps: Sequence[Sequence[Round]],
+        sweeps: Sequence[_Sweep],
         kept: Mapping[int, int],
         gpu_room: int,
         weights: int | None = None,
@@ -251,7 +263,7 @@ class _Scene:
 
         Args:
             topology: The rank's.
-            sweeps: The rounds of each pass over the samples.
+            sweeps: Each pass over the samples.
             kept: By layer, bytes of its factors.
             gpu_room: Bytes of them that may stay on its GPU.
             weights: Bytes of its weights, where they can be counted.
@@ -259,14 +271,14 @@ class _Scene:
             norms_known: Whether norms of samples' gradients are known from before.
         """
         rank, batches = topology.world.rank, self.scoring.dealt.passes[topology.dp_group.rank]
-        passes = captures * [self.capture.passes(batches, layers_of(sweep)[0]) for sweep in sweeps]
-        factors = max((sum(kept[layer] for layer in layers_of(sweep)) for sweep in sweeps), default=0)
+        passes = captures * [self.capture.passes(batches, sweep.layers[0]) for sweep in sweeps]
+        factors = max((sum(kept[layer] for layer in sweep.layers) for sweep in sweeps), default=0)
         on_gpu = min(factors, gpu_room)
         in_memory = min(factors - on_gpu, self.work.config.compute.factor_memory_mb * MIB)
-        mine = [turn[rank] for sweep in sweeps for turn in sweep]
+        mine = [turn[rank] for sweep in sweeps for turn in sweep.rounds]
         scored = [layer for layer in mine if layer is not None]
-        every = [layer for sweep in sweeps for layer in layers_of(sweep)]
-        sent = [self.scoring.sent(topology, sweep) for sweep in sweeps]
+        every = [layer for sweep in sweeps for layer in sweep.layers]
+        sent = [self.exchange.sent(topology, sweep.rounds) for sweep in sweeps]
         return Cost(
             weights=self.capture.weights(rank) if weights is None else weights,
             gathered=self.capture.gathered,
@@ -279,6 +291,7 @@ class _Scene:
             scores=self.scoring.scores(rank, scored),
             statistics=self.statistics.bytes(rank),
             sent_factors=sum(one.to_others for one in sent),
+            least_factors=sum(one.at_least for one in sent),
             sent_scores=self.scoring.sent_scores(rank),
             moved_weights=sum(one.moved_weights for one in passes),
             moved_sums=sum(one.moved_sums for one in passes),

@@ -1,10 +1,10 @@
-"""What it costs a rank to score what it owns: factors waiting and exchanged, tiles, scores, files.
+"""What it costs a rank to score what it owns: factors waiting, tiles, scores, files.
 
 Counted is what the run itself counts or holds, from the same integers.
 
     scoring   2 P (T + K N + n_i n_j + E) operations for P elements, T padded tokens, N samples: gradients, K tasks'
               Fisher, all pairs, effects (as :func:`~qkov_dist.scoring.kernel.tile_flops` counts)
-    factors   of one layer, what ``capture.factors.factor_bytes`` counts; an owner is sent X and D at its features
+    factors   of one layer, what ``capture.factors.factor_bytes`` counts
     buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections, one in
               work and one on its way, which may be the next layer's first; of what came from other ranks, also that
     written   each head of which the rank owns an element, all pairs; on rank 0 also the heatmap
@@ -19,10 +19,11 @@ from functools import cached_property
 from itertools import pairwise
 from math import prod
 
-from qkov_dist.capture.forms import GRADIENT_BYTES, factor_bytes
+from qkov_dist.capture.forms import factor_bytes
 from qkov_dist.distributed.plans import SHARDED_BY_HOOKS
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
+from qkov_dist.layout.rects import Rect
 from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.fisher_sums import num_columns
@@ -30,13 +31,12 @@ from qkov_dist.scoring.gram_norms import norm_flops
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products
-from qkov_dist.scoring.schedule import Round
 from qkov_dist.scoring.score import worth_compiling
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
 from .rank_work import LayerWork, SiteWork
-from .workload import Dealt, KeptSamples, Workload
+from .workload import Dealt, Workload
 
 TABLE_BYTES = 8 * (4 + 2 * 18 + 2 * 11)  # of a head in heatmap.h5 besides its scores: means, Fisher, tests, effects
 RECORD_BYTES = 250  # of a head's record, where it is significant
@@ -45,15 +45,7 @@ DATASET_BYTES, FILE_BYTES = 350, 16 * 2**10  # what HDF5 and names add in a part
 TABLES_BYTES = 140 * 2**10  # the same of the 278 small datasets and the attributes of heatmap.h5
 
 
-Needs = tuple[tuple[int, int, int], ...]  # by threshold, numbers for each token of a factor, and for each gradient
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Bytes of factors in one or more rounds: sent to other ranks, and held while the largest round comes in."""
-
-    to_others: int = 0
-    largest_round: int = 0
+Heads = Mapping[str, tuple[int, ...]]  # by block
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +62,12 @@ class ScoringCost:
     dealt: Dealt
     by_rank: Sequence[Mapping[int, LayerWork]]
 
-    @property
+    @cached_property
     def matrix(self) -> int:
         """Bytes of one head's scores."""
         return self.work.pairs[0] * self.work.pairs[1] * self.work.scoring.itemsize
 
-    @property
+    @cached_property
     def a_head(self) -> int:
         """Bytes of what a rank has of one head: scores, what is known of I, effects."""
         num, num_tasks = sum(self.work.num_samples), len(self.work.tasks)
@@ -91,23 +83,20 @@ class ScoringCost:
     def factors(self, topology: Topology) -> dict[int, int]:
         """By layer, bytes of the factors of the samples that a rank runs."""
         lengths, size = self.dealt.lengths[topology.dp_group.rank], self.work.scoring.factor_itemsize
-        seen = {site: rect for site, rect in topology.tp_rects.items() if self._is_cut_by_hooks(site)}
         known: dict[int, int] = {}  # layers of one kind are alike
         for layer, layer_work in self.by_rank[0].items():
             if id(layer_work) not in known:
-                attention, sites = self.work.layout.layer(layer), self._sites(layer)
-                known[id(layer_work)] = factor_bytes(attention, sites, lengths, size, seen)
+                sites, seen = self._captured(layer), self._seen(topology, layer)
+                known[id(layer_work)] = factor_bytes(self.work.layout.layer(layer), sites, lengths, size, seen)
         return {layer: known[id(layer_work)] for layer, layer_work in self.by_rank[0].items()}
 
     def flops_kept(self, topology: Topology, layers: Sequence[int]) -> int:
         """Operations of the gradients that a rank forms while it captures."""
-        lengths, flops = self.dealt.lengths[topology.dp_group.rank], 0
-        for layer in layers:
-            for site, projection, site_work in self._captured(layer):
-                rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
-                area = (rect or projection.whole()).area
-                flops += 2 * area * sum(length for length in lengths if length > site_work.above)
-        return flops
+        lengths = self.dealt.lengths[topology.dp_group.rank]
+        return sum(
+            times * 2 * prod(shape) * sum(length for length in lengths if length > above)
+            for (shape, above, _), times in self._kinds_of_sites(topology, layers).items()
+        )
 
     def flops_norms(self, topology: Topology, layers: Sequence[int], *, norms_known: bool = False) -> int:
         """Operations of norms of gradients of the samples that a rank runs: for the sums of I that a relative ridge
@@ -115,18 +104,38 @@ class ScoringCost:
         """
         config = self.work.config
         times = (config.ridge.relative > 0) + (config.metric.sample_scale == "unit" and not norms_known)
-        if not times:
-            return 0
         lengths, flops = self.dealt.lengths[topology.dp_group.rank], 0
-        for layer in layers:
-            captured = self._captured(layer)
-            readers = Counter(site_work.input for _, _, site_work in captured)
-            for site, projection, site_work in captured:
-                rect = topology.tp_rects.get(site) if self._is_cut_by_hooks(site) else None
-                shape = (rect or projection.whole()).shape
-                factored = (length for length in lengths if length <= site_work.above)
-                flops += times * sum(norm_flops(length, *shape, readers[site_work.input]) for length in factored)
+        for (shape, above, readers), num in self._kinds_of_sites(topology, layers).items() if times else ():
+            factored = (length for length in lengths if length <= above)
+            flops += num * times * sum(norm_flops(length, *shape, readers) for length in factored)
         return flops
+
+    def _kinds_of_sites(self, topology: Topology, layers: Sequence[int]) -> Counter[tuple[tuple[int, int], int, int]]:
+        """Captured projections as a rank sees them: shape, threshold, readers of the same X; and how many there are."""
+        key = tuple(layers), topology.dp_ranks[0]
+        if key not in self._known_sites:
+            found = self._known_sites[key] = Counter()
+            for layer in layers:
+                captured, seen = self._captured(layer), self._seen(topology, layer)
+                readers = Counter(site_work.input for _, site_work in captured.values())
+                for site, (projection, site_work) in captured.items():
+                    shape = seen.get(site, projection.whole()).shape
+                    found[shape, site_work.above, readers[site_work.input]] += 1
+        return self._known_sites[key]
+
+    @cached_property
+    def _known_sites(self) -> dict[tuple[tuple[int, ...], int], Counter[tuple[tuple[int, int], int, int]]]:
+        """By layers and the first of the data-parallel ranks, which see the same."""
+        return {}
+
+    def _seen(self, topology: Topology, layer: int) -> dict[Site, Rect]:
+        """The tensor-parallel shards that hooks on a rank see of a layer; other styles gather features first."""
+        styles, rects = self.work.model_sizes.styles, topology.tp_rects
+        return {
+            site: rects[site]
+            for site in self._captured(layer)
+            if site in rects and styles.get(site.module) in SHARDED_BY_HOOKS
+        }
 
     def flops(self, rank: int, layers: Sequence[int]) -> int:
         """Operations of a rank's scores."""
@@ -159,66 +168,6 @@ class ScoringCost:
         )
         return self.work.scoring.num_samples * sum(areas)
 
-    def sent(self, topology: Topology, rounds: Sequence[Round]) -> Sent:
-        """Bytes of factors of a rank's samples that go to the owners of each round's layers, and what comes here."""
-        if topology.dp_group.size == 1:
-            return Sent()
-        rank, to_others, largest, in_work = topology.world.rank, 0, 0, 0
-        lengths = self.dealt.lengths[topology.dp_group.rank]
-        kept = {above: KeptSamples.of(lengths, above) for above in self._kept}
-        for turn in rounds:
-            mine = self._needs(rank, turn[rank])
-            others = self._bytes(self._needs_of_all(topology.dp_ranks, turn), kept) - self._bytes(mine, kept)
-            to_others += others
-            largest = max(largest, others + self._bytes(mine, self._kept) + in_work)
-            in_work = self._received_last(rank, turn[rank])
-        return Sent(to_others, largest)
-
-    @cached_property
-    def _kept(self) -> dict[int, KeptSamples]:
-        """All samples, at the sites of each threshold."""
-        every = {site.above for layer_work in self.by_rank[0].values() for site in layer_work.sites}
-        return {above: self.work.kept(above) for above in every}
-
-    @cached_property
-    def _known_needs(self) -> dict[tuple[tuple[int, ...], Round], Needs]:
-        return {}
-
-    def _needs_of_all(self, ranks: tuple[int, ...], turn: Round) -> Needs:
-        """What some ranks need together in one round."""
-        key = ranks, turn
-        if key not in self._known_needs:
-            tokens, wholes = Counter[int](), Counter[int]()
-            for rank in ranks:
-                for above, per_token, whole in self._needs(rank, turn[rank]):
-                    tokens[above] += per_token
-                    wholes[above] += whole
-            self._known_needs[key] = tuple((above, tokens[above], wholes[above]) for above in tokens)
-        return self._known_needs[key]
-
-    def _needs(self, rank: int, layer: int | None) -> Needs:
-        """What the owner of a part of a layer needs."""
-        if layer is None:
-            return ()
-        return tuple((site.above, site.cols + site.rows, site.whole) for site in self.by_rank[rank][layer].sites)
-
-    def _received_last(self, rank: int, layer: int | None) -> int:
-        """What was sent for the projection that is still in work when the next round begins."""
-        if layer is None or not (order := self.by_rank[rank][layer].in_order()):
-            return 0
-        sites = {site.place: site for site in self.by_rank[rank][layer].sites}
-        last = order[-1]
-        needs = ((last.above, sites[last.input].cols + last.rows, last.whole),)
-        return self._bytes(needs, self._kept)
-
-    def _bytes(self, needs: Needs, kept: Mapping[int, KeptSamples]) -> int:
-        """Bytes of what is needed of some samples."""
-        size = self.work.scoring.factor_itemsize
-        return sum(
-            size * per_token * kept[above].tokens + GRADIENT_BYTES * whole * kept[above].wholes
-            for above, per_token, whole in needs
-        )
-
     def buffers(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of tiles in work and of padded factors, at most."""
         layer_works = [(layer_work, times) for layer_work, times in self._counted(rank, layers) if layer_work.heads]
@@ -235,16 +184,14 @@ class ScoringCost:
 
     def scores(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of one layer's scores; a rank has room for all heads, whether or not it owns a part of them."""
-        layer_works = (self.by_rank[rank][layer] for layer in layers)
-        return max(
-            (self.matrix * _num(layer_work.every_head) for layer_work in layer_works if layer_work.heads), default=0
-        )
+        layer_works = (layer_work for layer_work, _ in self._counted(rank, layers) if layer_work.heads)
+        return max((self.matrix * _num(layer_work.every_head) for layer_work in layer_works), default=0)
 
     def partials(self, rank: int) -> int:
         """Bytes of a rank's partial file."""
-        layer_works = self.by_rank[rank].values()
-        datasets = 3 * sum(len(layer_work.heads) for layer_work in layer_works)
-        scores = sum(_num(layer_work.heads) for layer_work in layer_works) * self.a_head
+        layer_works = self._counted(rank, [*self.by_rank[rank]])
+        datasets = 3 * sum(times * len(layer_work.heads) for layer_work, times in layer_works)
+        scores = sum(times * _num(layer_work.heads) for layer_work, times in layer_works) * self.a_head
         return scores + datasets * DATASET_BYTES + FILE_BYTES
 
     def heatmap(self) -> int:
@@ -260,7 +207,7 @@ class ScoringCost:
 
     def num_tested(self, rank: int) -> int:
         """Heads that are added up on a rank, over all layers."""
-        return sum(_num(dealt[rank]) for dealt in self._dealt.values())
+        return sum(times * _num(dealt[rank]) for _, dealt, times in self._added(rank))
 
     def sent_scores(self, rank: int) -> int:
         """Bytes of partial scores for the ranks that add them up, and of sums for rank 0."""
@@ -270,22 +217,28 @@ class ScoringCost:
         if config.output.pairs != "all" and not config.has_many_tasks:
             kept = prod(self.work.num_samples) * self.work.scoring.itemsize
         sent = 0
-        for layer, dealt in self._dealt.items():
-            heads = self.by_rank[rank][layer].heads
+        for heads, dealt, times in self._added(rank):
             others = sum(len(set(found) - set(dealt[rank].get(block, ()))) for block, found in heads.items())
-            sent += others * self.a_head
-            sent += _num(dealt[rank]) * (kept + self.a_head - self.matrix) if rank else 0
+            sent += times * others * self.a_head
+            sent += times * _num(dealt[rank]) * (kept + self.a_head - self.matrix) if rank else 0
         return sent
 
+    def _added(self, rank: int) -> list[tuple[Heads, list[Heads], int]]:
+        """Heads of which a rank has a part, who adds up which, and of how many layers that is so."""
+        both = [(layer_work, self._dealt[layer]) for layer, layer_work in self.by_rank[rank].items()]
+        counts = Counter((id(layer_work), id(dealt)) for layer_work, dealt in both)
+        each = {(id(layer_work), id(dealt)): (layer_work, dealt) for layer_work, dealt in both}
+        return [(layer_work.heads, dealt, counts[key]) for key, (layer_work, dealt) in each.items()]
+
     @cached_property
-    def _dealt(self) -> dict[int, list[dict[str, tuple[int, ...]]]]:
+    def _dealt(self) -> dict[int, list[Heads]]:
         """By layer, the heads that are added up on each rank."""
-        known: dict[int, list[dict[str, tuple[int, ...]]]] = {}
+        known: dict[int, list[Heads]] = {}
         found = {}
         for layer, layer_work in self.by_rank[0].items():
             heads = {block: part for block, part in layer_work.every_head.items() if block in BLOCKS}
             if id(layer_work) not in known:
-                known[id(layer_work)] = deal_heads(LayerAxes(layer, 1, (), heads), len(self.by_rank))
+                known[id(layer_work)] = [*deal_heads(LayerAxes(layer, 1, (), heads), len(self.by_rank))]
             found[layer] = known[id(layer_work)]
         return found
 
@@ -298,17 +251,10 @@ class ScoringCost:
             for n, layer_work in {id(layer_work): layer_work for layer_work in layer_works}.items()
         ]
 
-    def _captured(self, layer: int) -> list[tuple[Site, Projection, SiteWork]]:
+    def _captured(self, layer: int) -> dict[Site, tuple[Projection, SiteWork]]:
         projections = self.work.layout.layer(layer).projections
         sites = self.by_rank[0][layer].sites
-        return [(Site(layer, projections[s.place].module), projections[s.place], s) for s in sites]
-
-    def _sites(self, layer: int) -> list[Site]:
-        return [site for site, _, _ in self._captured(layer)]
-
-    def _is_cut_by_hooks(self, site: Site) -> bool:
-        """Whether hooks see a rank's own features alone; other styles gather them first."""
-        return self.work.model_sizes.styles.get(site.module) in SHARDED_BY_HOOKS
+        return {Site(layer, projections[s.place].module): (projections[s.place], s) for s in sites}
 
     def _tiles(self, layer_work: LayerWork, compiled: bool) -> int:
         gradients = layer_work.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
@@ -344,17 +290,17 @@ class ScoringCost:
         which is another copy of it for a while; of D in half a type gradients are scaled.
         """
         scoring, padded = self.work.scoring, self.work.padded_tokens(site.above)
-        copies = padded if len(set(self.work.lengths_pooled)) > 1 else 0
+        copies = 0 if self.work.of_one_length else padded
         scaled = scaled and self.work.config.metric.sample_scale == "unit"
         copies += padded if scaled and scoring.product_itemsize == scoring.itemsize else 0
         if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:
-            copies += self._kept[site.above].tokens
+            copies += self.work.kept(site.above).tokens
         return copies * width * scoring.product_itemsize
 
     def _whole_copies(self, site: SiteWork) -> int:
         copies = 3 if self.work.config.metric.sample_scale == "unit" else 2
-        return copies * self._kept[site.above].wholes * site.whole * self.work.scoring.itemsize
+        return copies * self.work.kept(site.above).wholes * site.whole * self.work.scoring.itemsize
 
 
-def _num(heads: Mapping[str, tuple[int, ...]]) -> int:
+def _num(heads: Heads) -> int:
     return sum(map(len, heads.values()))

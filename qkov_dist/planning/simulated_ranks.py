@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qkov_dist.distributed.ownership import Ownership, assign
+from qkov_dist.distributed.ownership import deal_out
 from qkov_dist.distributed.parallelism import SHARDED, Parallelism
 from qkov_dist.distributed.placements import (
     HeldRects,
@@ -26,7 +26,7 @@ from qkov_dist.distributed.placements import (
 )
 from qkov_dist.distributed.sharding import parameter_name, parameters_of
 from qkov_dist.distributed.topology import Topology
-from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
+from qkov_dist.layout.heads import Layout, Projection, Site
 from qkov_dist.layout.rects import Rect
 
 from .model_sizes import ModelSizes, Weight
@@ -45,14 +45,18 @@ def simulated_topologies(
         parallelism: How it is cut.
     """
     tp, size = parallelism.tp, parallelism.tp * parallelism.replicas
-    owned = None if size == 1 else _ownership(model_sizes, layout, layers, parallelism)
+    held = _held_by_rank(model_sizes, layout, layers, parallelism)
+    owned = None if size == 1 else deal_out(layout, layers, held)
+    cut = tp > 1 and not parallelism.whole
+    seen = [_seen(model_sizes, layout, layers, tp, place) if cut else {} for place in range(tp)]
+    dp_ranks = [tuple(range(place, size, tp)) for place in range(tp)]
     return [
         Topology(
             world=SimulatedWorld(rank, size),
             dp_group=SimulatedWorld(rank // tp, parallelism.replicas),
-            dp_ranks=tuple(range(rank % tp, size, tp)),
+            dp_ranks=dp_ranks[rank % tp],
             ownership=owned,
-            tp_rects=_seen(model_sizes, layout, layers, tp, rank % tp) if tp > 1 and not parallelism.whole else {},
+            tp_rects=seen[rank % tp],
             gathers_weights=_keeps_step(parallelism),
         )
         for rank in range(size)
@@ -126,46 +130,16 @@ def _seen(model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], tp: in
     }
 
 
-def _ownership(model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], parallelism: Parallelism) -> Ownership:
-    """What every rank would own. Layers of one kind are cut alike; only replicas are dealt out over all layers."""
-    like: dict[tuple[object, ...], int] = {}
-    first = {index: like.setdefault(_kind(layout.layer(index)), index) for index in layers}
-    some = assign(layout, tuple(like.values()), _held_by_rank(model_sizes, layout, tuple(like.values()), parallelism))
-    if any(_has_replicas(by_rank) for by_rank in some.held.values()):
-        return assign(layout, layers, _held_by_rank(model_sizes, layout, layers, parallelism))
-    copies = {
-        parameter_name(projection, bias): parameter_name(twin, bias)
-        for index in layers
-        for (projection, bias), (twin, _) in zip(
-            parameters_of(layout, [index]), parameters_of(layout, [first[index]]), strict=True
-        )
-    }
-    return Ownership(
-        {name: some.held[twin] for name, twin in copies.items()},
-        {name: some.owned[twin] for name, twin in copies.items()},
-    )
-
-
 def _held_by_rank(
     model_sizes: ModelSizes, layout: Layout, layers: Sequence[int], parallelism: Parallelism
-) -> list[dict[str, list[list[int]]]]:
-    """:func:`qkov_dist.distributed.sharding.held_parameters` of every rank."""
-    return [
-        {
-            parameter_name(projection, bias): [
-                list(rect.bounds) for rect in _held(model_sizes, projection, bias, parallelism, rank)
-            ]
-            for projection, bias in parameters_of(layout, layers)
-        }
-        for rank in range(parallelism.tp * parallelism.replicas)
-    ]
-
-
-def _has_replicas(by_rank: Sequence[HeldRects]) -> bool:
-    held = [rects for rects in by_rank if rects]
-    return len(set(held)) < len(held)
-
-
-def _kind(layer: AttentionLayer) -> tuple[object, ...]:
-    """What decides how a layer is cut: equal for layers of one kind."""
-    return tuple((p.shape, p.transposed, p.has_bias, p.module.rpartition(".")[2]) for p in layer.projections)
+) -> dict[str, tuple[HeldRects, ...]]:
+    """What every rank would hold of each parameter; parameters that are cut alike share one tuple."""
+    size = parallelism.tp * parallelism.replicas
+    known: dict[tuple[object, ...], tuple[HeldRects, ...]] = {}
+    held = {}
+    for projection, bias in parameters_of(layout, layers):
+        kind = projection.shape, projection.transposed, bias, model_sizes.styles.get(projection.module)
+        if kind not in known:
+            known[kind] = tuple(_held(model_sizes, projection, bias, parallelism, rank) for rank in range(size))
+        held[parameter_name(projection, bias)] = known[kind]
+    return held

@@ -24,6 +24,7 @@ BYTES = {
     "scores": "scores of one layer",
     "statistics": "statistics",
     "sent_factors": "network: factors",
+    "least_factors": "network: factors, at least",
     "sent_scores": "network: scores",
     "moved_weights": "network: weights gathered",
     "moved_sums": "network: tensor-parallel sums",
@@ -97,6 +98,12 @@ def size_notes(plan: RunPlan) -> list[str]:
         dtype = plan.work.config.model.dtype
         notes.append(
             f"the model is quantized ({model_sizes.quantized}): its bytes are those of dtype {dtype}, not packed"
+        )
+    every = total(plan.costs)
+    if every.least_factors:
+        notes.append(
+            f"network: owners are sent {every.sent_factors / every.least_factors:.2f} times the factors that they "
+            "cannot do without; a head's partial scores go once, to the rank that adds them up"
         )
     if plan.parallelism.data == "device_map":
         notes.append("device_map: all layers are counted on one device; they are spread over those that there are")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate, chain, combinations
 
 from qkov_dist.capture.factors import SampleIndex
@@ -95,7 +95,7 @@ class Workload:
             self.config, sum(self.num_samples), model_itemsize=self.model_sizes.itemsize, on_gpu=self.on_gpu
         )
 
-    @property
+    @cached_property
     def num_samples(self) -> tuple[int, ...]:
         """Samples of each task."""
         return tuple(len(task.samples) for task in self.tasks)
@@ -105,7 +105,7 @@ class Workload:
         """Samples of both tasks of every pair."""
         return list(combinations(self.num_samples, 2))
 
-    @property
+    @cached_property
     def pairs(self) -> tuple[int, int]:
         """(samples in the role of i, samples in the role of j)."""
         left, right = sides(self.num_samples, pooled=self.config.pooled)
@@ -123,11 +123,28 @@ class Workload:
 
     def kept(self, above: int) -> KeptSamples:
         """All samples at the sites of one threshold."""
-        return KeptSamples.of(self.lengths_pooled, above)
+        if above not in self._kept:
+            self._kept[above] = KeptSamples.of(self.lengths_pooled, above)
+        return self._kept[above]
+
+    @cached_property
+    def _kept(self) -> dict[int, KeptSamples]:
+        return {}
 
     def padded_tokens(self, above: int) -> int:
         """Tokens of all samples kept as factors (no longer than ``above``), with the padding of their groups."""
-        return _padded(self.lengths_pooled, above, (0, *accumulate(self.num_samples)))
+        if above not in self._padded:
+            self._padded[above] = _padded(self.lengths_pooled, above, (0, *accumulate(self.num_samples)))
+        return self._padded[above]
+
+    @cached_property
+    def _padded(self) -> dict[int, int]:
+        return {}
+
+    @cached_property
+    def of_one_length(self) -> bool:
+        """Whether all samples have as many tokens."""
+        return len(set(self.lengths_pooled)) <= 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +163,18 @@ class Dealt:
     @cached_property
     def passes(self) -> list[list[Pass]]:
         """The batches of each rank; where passes need all of them, with idle ones up to the longest list."""
-        every = [
+        return [self.passes_on(rank) for rank in range(self.dp_size)]
+
+    def passes_on(self, rank: int) -> list[Pass]:
+        """The batches of one rank."""
+        return [_shape(batch) for of_task in self._passes for batch, _ in of_task.on(rank)]
+
+    @cached_property
+    def _passes(self) -> list[TaskPasses]:
+        return [
             TaskPasses(dealt, self.work.batch_tokens, self.gathers_weights, [sample.id for sample in dealt.samples])
             for dealt in self._tasks
         ]
-        ranks = range(self.dp_size)
-        return [[_shape(batch) for of_task in every for batch, _ in of_task.on(rank)] for rank in ranks]
 
     @cached_property
     def _tasks(self) -> tuple[DealtTask, ...]:
@@ -162,7 +185,6 @@ def _shape(batch: Batch) -> Pass:
     return Pass(*map(int, (*batch.targets.shape, batch.num_targets.sum())))
 
 
-@lru_cache(maxsize=64)
 def _padded(lengths: tuple[int, ...], above: int, cuts: tuple[int, ...]) -> int:
     sample_index = SampleIndex()
     for number, length in enumerate(lengths):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,7 @@ class Gathered:
         """Reads one layer's sum over this process's files, one file in memory at a time; an error reaches all."""
 
         def read(layer: LayerAxes) -> LayerPartial:
-            parts = (partial.read_layer(layer.layer) for partial in self.mine)
-            return reduce(lambda total, part: add_layers([total, part]), parts, LayerPartial({}, {}))
+            return add_layers(partial.read_layer(layer.layer) for partial in self.mine)
 
         return lambda layer: together(world, lambda: read(layer))
 
@@ -74,11 +73,18 @@ def gather_partials(folder: Path, world: World) -> Gathered:
     """
     paths = together(world, lambda: list_partials(folder))
     same_on_all(world, str(folder), {"partial files": [path.name for path in paths]})
-    mine = together(world, lambda: tuple(read_partial(path) for path in paths[world.rank :: world.size]))
+    first = together(world, lambda: read_partial(paths[0]).header.extra if paths and world.rank == 0 else None)
+    mine = together(world, lambda: tuple(map(_without_extra, paths[world.rank :: world.size])))
     sources = _sources(world, mine)
     together(world, lambda: check_sources(folder, sources))
-    metadata = world.all_gather(mine[0].header.extra if world.rank == 0 else None)[0]
+    metadata = world.all_gather(first)[0]
     return Gathered(sources, mine, together(world, lambda: _metadata(metadata, sources[0])))
+
+
+def _without_extra(path: Path) -> Partial:
+    """A partial file without the description of all samples, which each of them has."""
+    found = read_partial(path)
+    return replace(found, header=replace(found.header, extra={}))
 
 
 def _metadata(raw: Mapping[str, Any], source: Source) -> HeatmapMetadata:
@@ -135,7 +141,7 @@ def check_sources(folder: Path, sources: Sequence[Source]) -> None:
 
 def _check_ranks(folder: Path, ranks: Sequence[int], world_size: int) -> None:
     missing = sorted(set(range(world_size)) - set(ranks))
-    twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
+    twice = sorted(rank for rank, times in Counter(ranks).items() if times > 1)
     if missing or twice:
         raise QkovError(
             str(folder),
@@ -150,7 +156,7 @@ def _check_ranks(folder: Path, ranks: Sequence[int], world_size: int) -> None:
 
 def _sources(world: World, mine: Sequence[Partial]) -> tuple[Source, ...]:
     """All processes' files, by the rank that wrote them."""
-    described: list[list[Any]] = [[str(p.path), asdict(replace(p.header, extra={})), list(p.complete)] for p in mine]
+    described: list[list[Any]] = [[str(p.path), asdict(p.header), list(p.complete)] for p in mine]
     sources = [
         Source(path, PartialHeader(**{**header, "layers": tuple(header["layers"])}), tuple(complete))
         for part in world.all_gather(described)

@@ -7,7 +7,7 @@ process. Dealt heads are added in the order of ranks, so that the sum does not d
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 
 import numpy as np
@@ -41,16 +41,76 @@ def _block_partial(scored: BlockScores, touched: list[int]) -> BlockPartial:
     return BlockPartial(heads, scored.scores[touched].cpu().numpy(), scored.fisher[touched], scored.influences[touched])
 
 
-def add_layers(parts: Sequence[LayerPartial]) -> LayerPartial:
-    """The sum of one layer's partials, head by head; parts may hold different heads."""
-    blocks = {}
-    for block in BLOCKS:
-        of_block = [part.blocks[block] for part in parts if block in part.blocks]
-        if of_block:
-            blocks[block] = _add_blocks(of_block)
-    names = {name for part in parts for name in part.shared}
-    shared = {name: _add([part.shared[name] for part in parts if name in part.shared]) for name in sorted(names)}
-    return LayerPartial(blocks, shared)
+def add_layers(parts: Iterable[LayerPartial]) -> LayerPartial:
+    """The sum of one layer's partials, head by head; parts may hold different heads.
+
+    They are taken one after another: in memory are their sum and one of them. A single part is returned as it is.
+    """
+    blocks: dict[str, _BlockSum] = {}
+    shared: dict[str, Floats] = {}
+    for part in parts:
+        for block, of_block in part.blocks.items():
+            blocks.setdefault(block, _BlockSum()).add(of_block)
+        for name, scores in part.shared.items():
+            shared[name] = shared[name] + scores if name in shared else scores
+    whole = {block: blocks[block].total() for block in BLOCKS if block in blocks}
+    return LayerPartial(whole, dict(sorted(shared.items())))
+
+
+class _BlockSum:
+    """The sum of one block's partials, in the order in which they come. Room for heads doubles where more come."""
+
+    def __init__(self) -> None:
+        self._only: BlockPartial | None = None  # the first part, until there is another
+        self._rows: dict[int, int] = {}  # by head
+        self._sums: BlockPartial | None = None  # [room for heads, ...]
+
+    def add(self, part: BlockPartial) -> None:
+        """Add one part; it is left as it is."""
+        if self._only is None and self._sums is None:
+            self._only = part
+            return
+        first, self._only = self._only, None
+        for one in (part,) if first is None else (first, part):
+            self._add(one)
+
+    def total(self) -> BlockPartial:
+        """The sum, heads in order."""
+        if self._sums is None:
+            assert self._only is not None  # there is a sum where there is a part
+            return self._only
+        heads = sorted(self._rows)
+        rows = [self._rows[head] for head in heads]
+        at = slice(len(rows)) if rows == sorted(rows) else rows
+        found = self._sums
+        return BlockPartial(np.array(heads, np.int64), found.scores[at], found.fisher_sums[at], found.influences[at])
+
+    def _add(self, part: BlockPartial) -> None:
+        for head in part.heads.tolist():
+            self._rows.setdefault(head, len(self._rows))
+        total = self._sums = self._with_room(part)
+        at = np.array([self._rows[head] for head in part.heads.tolist()], np.int64)
+        total.scores[at] += part.scores
+        total.influences[at] += part.influences
+        add(total.fisher_sums, part.fisher_sums, at)
+
+    def _with_room(self, like: BlockPartial) -> BlockPartial:
+        before, needed = self._sums, len(self._rows)
+        if before is None:
+            return _no_heads(needed, like)
+        if (had := len(before.heads)) >= needed:
+            return before
+        more = _no_heads(max(needed, 2 * had), before)
+        for place, known in zip(more, before, strict=True):
+            place[:had] = known
+        return more
+
+
+def _no_heads(num: int, like: BlockPartial) -> BlockPartial:
+    """What changes nothing when it is added, for so many heads."""
+    scores = np.zeros((num, *like.scores.shape[1:]), like.scores.dtype)
+    influences = np.zeros((num, *like.influences.shape[1:]))
+    return BlockPartial(np.zeros(num, np.int64), scores, no_sums(num, num_tasks_of(like.fisher_sums)), influences)
 
 
 def add_over_ranks(part: LayerPartial, layer: LayerAxes, shape: tuple[int, int], world: World) -> LayerPartial:
@@ -88,25 +148,6 @@ def _block_over_ranks(
         scores[at], sums[at], influences[at] = part.scores, part.fisher_sums, part.influences
     total = sums_over_ranks(sums, world)
     return BlockPartial(np.array(heads, np.int64), world.all_reduce(scores), total, world.all_reduce(influences))
-
-
-def _add(arrays: Sequence[Floats]) -> Floats:
-    return arrays[0] if len(arrays) == 1 else np.sum(arrays, axis=0)
-
-
-def _add_blocks(parts: Sequence[BlockPartial]) -> BlockPartial:
-    if len(parts) == 1:
-        return parts[0]
-    heads = np.unique(np.concatenate([part.heads for part in parts]))
-    scores = np.zeros((len(heads), *parts[0].scores.shape[1:]), parts[0].scores.dtype)
-    sums = no_sums(len(heads), num_tasks_of(parts[0].fisher_sums))
-    influences = np.zeros((len(heads), *parts[0].influences.shape[1:]))
-    for part in parts:
-        at = np.searchsorted(heads, part.heads)
-        scores[at] += part.scores
-        influences[at] += part.influences
-        add(sums, part.fisher_sums, at)
-    return BlockPartial(heads, scores, sums, influences)
 
 
 def deal_heads(layer: LayerAxes, num_ranks: int) -> list[dict[str, tuple[int, ...]]]:

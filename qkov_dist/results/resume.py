@@ -13,7 +13,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from itertools import count
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def carry_over(folder: Path, header: PartialHeader, console: Console = SILENT) -
             of_world = [partial for partial in others if _ranks(partial.header) == ranks]
             for layer in _finished(of_world, ranks[0]):
                 if layer not in writer.completed:
-                    total = reduce(lambda a, b: add_layers([a, b]), (p.read_layer(layer) for p in of_world))
+                    total = add_layers(partial.read_layer(layer) for partial in of_world)
                     writer.write_layer(layer, total.blocks, total.shared)
         carried = sorted(writer.completed)
     for partial in others:

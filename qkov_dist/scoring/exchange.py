@@ -22,13 +22,14 @@ from qkov_dist.distributed.ownership import Owned
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.distributed.world import World
 from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
-from qkov_dist.layout.rects import Rect
+from qkov_dist.layout.rects import Rect, merged
 
 from .schedule import Round
 from .site_inputs import FactorSource
-from .tiles import Tile
+from .tiles import Tile, TilePlan
 
 Features = tuple[int, int]
+NONE: Features = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Exchange:
         topology: The ranks.
         store: The factors of the samples that this rank ran.
         layout: The layers.
-        sites: The projections that are scored.
+        tile_plan: What is scored.
         device: Where this rank scores.
     """
 
@@ -100,10 +101,12 @@ class Exchange:
         topology: Topology,
         store: FactorStore,
         layout: Layout,
-        sites: Sequence[Site],
+        tile_plan: TilePlan,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.topology, self.store, self._layout, self._sites = topology, store, layout, frozenset(sites)
+        self.topology, self.store, self._layout = topology, store, layout
+        self._scored = {layer.layer: layer.scored() for layer in tile_plan.layers}
+        self._seen: dict[tuple[Site, bool], tuple[Rect, ...]] = {}
         self.bytes_sent = 0
         if topology.dp_group.size == 1:
             return
@@ -137,9 +140,12 @@ class Exchange:
         """What the data-parallel group owns of a tile's parameter: what this rank counts of its own samples."""
         if self.topology.dp_group.size == self.topology.world.size:
             return (tile.rect,)
-        projection = next(p for p in self._layout.layer(tile.site.layer).projections if p.module == tile.site.module)
-        owned = (self.topology.owned_by(rank)(projection, tile.bias) for rank in self.topology.dp_ranks)
-        return tuple(rect for rects in owned for rect in rects)
+        if (tile.site, tile.bias) not in self._seen:
+            layer = self._layout.layer(tile.site.layer)
+            projection = next(p for p in layer.projections if p.module == tile.site.module)
+            owned = (self.topology.owned_by(rank)(projection, tile.bias) for rank in self.topology.dp_ranks)
+            self._seen[tile.site, tile.bias] = merged(rect for rects in owned for rect in rects)
+        return self._seen[tile.site, tile.bias]
 
     def _collect(self, turn: Round) -> _Received:
         topology = self.topology
@@ -159,8 +165,8 @@ class Exchange:
         """What a rank needs; factors that no sample is in are left out."""
         if layer is None:
             return []
-        sites = [site for site in self._sites if site.layer == layer]
-        needs = needs_of(self._layout.layer(layer), sites, self.topology.owned_by(rank), self._sharing)
+        owned = self.topology.owned_by(rank)
+        needs = needs_of(self._layout.layer(layer), self._scored[layer], owned, self._sharing)
         return [need for need in needs if need.kind != "g" or self._indexes[self.store.threshold(need.site)].whole]
 
     def _place(self, need: Need) -> Tensor:
@@ -201,23 +207,33 @@ def _carrier(group: World, device: torch.device) -> tuple[World, torch.device]:
     return group, torch.device("cpu")
 
 
-def needs_of(layer: AttentionLayer, sites: Sequence[Site], owned: Owned, sharing: Mapping[Site, Site]) -> list[Need]:
-    """What a rank needs of a layer: for each factor, the features between the first and the last that it owns."""
+def needs_of(
+    layer: AttentionLayer,
+    scored: Mapping[tuple[Site, bool], tuple[Rect, ...]],
+    owned: Owned,
+    sharing: Mapping[Site, Site],
+) -> list[Need]:
+    """What a rank needs of a layer: for each factor, the features between the first and the last that it scores.
+
+    Args:
+        layer: The layer.
+        scored: :meth:`~qkov_dist.scoring.tiles.LayerTiles.scored`.
+        owned: What the rank owns.
+        sharing: Site -> whose X it reads.
+    """
     outputs: dict[Site, Features] = {}
     inputs: dict[Site, Features] = {}
     wholes: list[Need] = []
     for projection in layer.projections:
         site = Site(layer.index, projection.module)
-        if site not in sites:
-            continue
-        weight, bias = owned(projection, False), _bias(projection, owned)
+        weight, bias = (_common(scored.get((site, b), ()), owned, projection, b) for b in (False, True))
         rows = [(rect.row, rect.row_end) for rect in (*weight, *bias)]
         cols = [(rect.col, rect.col_end) for rect in weight]
         if not rows:
             continue
-        shared, wide = sharing[site], _hull(cols) if cols else (0, 0)
+        shared, wide = sharing[site], _hull(cols)
         outputs[site] = _hull(rows)
-        inputs[shared] = _hull([*([wide] if cols else []), *([inputs[shared]] if shared in inputs else [])] or [wide])
+        inputs[shared] = _hull([part for part in (wide, inputs.get(shared, NONE)) if part != NONE])
         wholes.append(Need("g", site, _hull(rows), wide))
     return [
         *(Need("x", site, cols=part) for site, part in sorted(inputs.items())),
@@ -226,11 +242,15 @@ def needs_of(layer: AttentionLayer, sites: Sequence[Site], owned: Owned, sharing
     ]
 
 
-def _bias(projection: Projection, owned: Owned) -> tuple[Rect, ...]:
-    return owned(projection, True) if projection.has_bias else ()
+def _common(scored: Sequence[Rect], owned: Owned, projection: Projection, bias: bool) -> list[Rect]:
+    """What a rank owns of what is scored."""
+    pieces = owned(projection, bias) if scored else ()
+    return [common for piece in pieces for rect in scored if (common := piece.intersect(rect))]
 
 
 def _hull(intervals: Sequence[Features]) -> Features:
+    if not intervals:
+        return NONE  # of a bias alone
     return min(low for low, _ in intervals), max(high for _, high in intervals)
 
 

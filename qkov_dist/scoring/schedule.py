@@ -26,7 +26,7 @@ def make_rounds(layers_by_rank: Sequence[Sequence[int]]) -> list[Round]:
 
 def layers_of(rounds: Sequence[Round]) -> tuple[int, ...]:
     """The layers of some rounds, in order."""
-    return tuple(sorted({layer for layers in rounds for layer in layers if layer is not None}))
+    return tuple(sorted(layer for layer in set().union(*rounds) if layer is not None))
 
 
 def gpu_budget(room: int, sizes: Mapping[int, int]) -> int:
@@ -53,8 +53,10 @@ def make_sweeps(rounds: Sequence[Round], sizes: Mapping[int, int], budget: int, 
     """
     budget += on_gpu
     sweeps: list[list[Round]] = []
-    for layers in rounds:
-        need = sum(sizes[layer] for layer in layers_of([layers]))
+    kept: set[int] = set()  # the layers of the last sweep
+    for turn in rounds:
+        layers = {*layers_of([turn])}
+        need = sum(sizes[layer] for layer in layers)
         if need > budget:
             raise QkovError(
                 f"{'compute.factor_gpu_mb + ' if on_gpu else ''}compute.factor_memory_mb + compute.factor_disk_mb",
@@ -62,8 +64,10 @@ def make_sweeps(rounds: Sequence[Round], sizes: Mapping[int, int], budget: int, 
                 got=f"{budget // 2**20} MiB",
                 remedy="Raise one of them, free disk space, or use more ranks or fewer samples.",
             )
-        if sweeps and sum(sizes[layer] for layer in layers_of([*sweeps[-1], layers])) <= budget:
-            sweeps[-1].append(layers)
+        if sweeps and sum(sizes[layer] for layer in kept | layers) <= budget:
+            sweeps[-1].append(turn)
+            kept |= layers
         else:
-            sweeps.append([layers])
+            sweeps.append([turn])
+            kept = layers
     return sweeps

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeVar
 
 from qkov_dist.distributed.ownership import Owned
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS, AttentionLayer, Layout, Projection, Site
-from qkov_dist.layout.rects import Rect, first_overlap
+from qkov_dist.layout.rects import Rect, first_overlap, merged
 
 S = TypeVar("S", Site, int)
 SHARED_O_BIAS = "O_bias"
@@ -60,6 +60,14 @@ class LayerTiles:
     tiles: tuple[Tile, ...]
     slices: tuple[Tile, ...]
     block_sizes: dict[str, int]
+
+    def scored(self) -> dict[tuple[Site, bool], tuple[Rect, ...]]:
+        """Where the heads to score lie, by projection and whether in its bias, as few rectangles."""
+        found: dict[tuple[Site, bool], list[Rect]] = {}
+        for tile in self.slices:
+            if tile.head in self.heads.get(tile.block, ()):
+                found.setdefault((tile.site, tile.bias), []).append(tile.rect)
+        return {place: merged(rects) for place, rects in found.items()}
 
 
 @dataclass(frozen=True)
@@ -180,28 +188,25 @@ def make_tile_plan(
         tile_bytes: Size of a tile's gradients.
     """
     max_elements = max(tile_bytes // (num_samples * itemsize), 1)
-    layers = selection.layers_of(layout)
     return TilePlan(
-        tuple(_tiles_of_layer(layer, selection, include_bias, owned or _whole, max_elements) for layer in layers)
+        tuple(
+            with_tiles(layer, layer_tiles(layer, selection, include_bias=include_bias), owned or _whole, max_elements)
+            for layer in selection.layers_of(layout)
+        )
     )
 
 
-def _tiles_of_layer(
-    layer: AttentionLayer, selection: Selection, include_bias: bool, owned: Owned, max_elements: int
-) -> LayerTiles:
+def layer_tiles(layer: AttentionLayer, selection: Selection, *, include_bias: bool) -> LayerTiles:
+    """What is the same for all ranks of one layer's tiles: all but the tiles themselves.
+
+    Raises:
+        QkovError: for heads that share an element, or that the layer does not have.
+    """
     slices = [tile for projection in layer.projections for tile in _head_tiles(layer, projection, include_bias)]
     _check_disjoint(slices)
     query_heads = selection.query_heads(layer)
     heads = {block: native_heads(layer, block, query_heads) for block in BLOCKS}
     heads[SHARED_O_BIAS] = (0,) if any(tile.block == SHARED_O_BIAS for tile in slices) else ()
-    projections = {projection.module: projection for projection in layer.projections}
-    mine = [
-        Tile(tile.site, tile.block, tile.head, band, tile.bias)
-        for tile in slices
-        for piece in owned(projections[tile.site.module], tile.bias)
-        if (common := tile.rect.intersect(piece))
-        for band in cut(common, max_elements)
-    ]
     sizes: dict[str, int] = {}
     for tile in slices:
         sizes[tile.block] = sizes.get(tile.block, 0) + tile.rect.area
@@ -210,10 +215,24 @@ def _tiles_of_layer(
         sites=tuple(sorted({tile.site for tile in slices if tile.head in heads[tile.block]})),
         query_heads=query_heads,
         heads={block: chosen for block, chosen in heads.items() if chosen},
-        tiles=tuple(tile for tile in mine if tile.head in heads[tile.block]),
+        tiles=(),
         slices=tuple(slices),
         block_sizes=sizes,
     )
+
+
+def with_tiles(layer: AttentionLayer, all_ranks: LayerTiles, owned: Owned, max_elements: int) -> LayerTiles:
+    """The same with the tiles of the rank that owns these rectangles, of at most ``max_elements``."""
+    projections = {projection.module: projection for projection in layer.projections}
+    tiles = [
+        Tile(tile.site, tile.block, tile.head, band, tile.bias)
+        for tile in all_ranks.slices
+        if tile.head in all_ranks.heads.get(tile.block, ())
+        for piece in owned(projections[tile.site.module], tile.bias)
+        if (common := tile.rect.intersect(piece))
+        for band in cut(common, max_elements)
+    ]
+    return replace(all_ranks, tiles=tuple(tiles))
 
 
 def _head_tiles(layer: AttentionLayer, projection: Projection, include_bias: bool) -> Iterator[Tile]:

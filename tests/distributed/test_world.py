@@ -437,8 +437,11 @@ def test_ranks_that_do_not_meet_are_told_where_they_looked(monkeypatch, capfd):
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.setenv("QKOV_TIMEOUT_S", "1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    message = rf"rank 1: expected 2 ranks to meet .*MASTER_PORT={port}.*GLOO_SOCKET_IFNAME=lo left out"
-    with pytest.raises(QkovError, match=message), connected():
+    where = rf"rank 1: expected 2 ranks to meet .*MASTER_PORT={port}, GLOO_SOCKET_IFNAME="
+    with pytest.raises(QkovError, match=rf"{where}lo\).*GLOO_SOCKET_IFNAME left out .*this one has .*lo"), connected():
+        pass
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    with pytest.raises(QkovError, match=rf"{where}None\).*GLOO_SOCKET_IFNAME set where nodes"), connected():
         pass
     capfd.readouterr()  # torch's own trace
 
@@ -474,6 +477,31 @@ def test_every_rank_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(QkovError, match="rank 3: expected a GPU for each rank of a node, got 1 for local rank 3"):
         comm._own_gpu()
-    monkeypatch.setenv("SLURM_LOCALID", "3")  # srun --gpus-per-task=1: the one that it sees is its own
-    assert comm._own_gpu() == 0
-    assert os.environ["LOCAL_RANK"] == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with pytest.raises(QkovError, match="got 1 for local rank 3"):  # of the two one is not there
+        comm._own_gpu()
+    for name, text in (("SLURM_LOCALID", "3"), *((name, "3") for name in comm.VISIBLE)):
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        with monkeypatch.context() as patch:
+            patch.setenv(name, text)  # it sees its own alone: srun --gpus-per-task=1, or a script of the user's
+            assert comm._own_gpu() == 0
+            assert os.environ["LOCAL_RANK"] == "0"
+
+
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch):
+    """Each sees one alone, and has to ask whose it is."""
+    store, seen = torch.distributed.HashStore(), {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=seen["uuid"]))
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+    for rank, uuid in enumerate(("first", "second", "first")):
+        seen["uuid"] = uuid
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        if rank < 2:
+            comm._refuse_shared_gpu()
+            continue
+        with pytest.raises(QkovError, match="rank 2: expected a GPU for each rank of a node, got that of rank 0 for"):
+            comm._refuse_shared_gpu()

@@ -30,12 +30,14 @@ DEADLINE_S = 150  # of a whole attempt, and again of those who survive; only a h
 class Order:
     """What an attempt runs: the configuration's overrides, on how many ranks, and where notes and words go.
 
+    ``shard`` is how the model is cut, one of ``scene.CUTS``, and ``settings`` says so to the command.
     ``broken`` is called in each rank before the command: a test breaks the product with it.
     """
 
     config: Path
     overrides: tuple[str, ...]
     shard: str
+    settings: tuple[str, ...]
     num_ranks: int
     notes: Path
     broken: Callable[[], None] | None = None
@@ -159,7 +161,7 @@ def _ended(processes: Sequence[Any], seconds: float) -> frozenset[int]:
 
 def _calls(order: Order, kill: Kill | None) -> list[tuple[Any, ...]]:
     """Each rank's arguments."""
-    overrides = [*order.overrides, f"parallel.shard={order.shard}"]
+    overrides = [*order.overrides, *order.settings]
     arguments = ["run", str(order.config), "--quiet", *overrides]
     aim = kill.moment if kill and isinstance(kill.moment, Aim) else None
     port, calls = free_port(), []

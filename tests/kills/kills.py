@@ -6,7 +6,7 @@ before; no finished layer may be scored again; the ranks that are left must end 
 heatmap must be bit for bit that of an undisturbed run on one process, within 1e-6 of a block's largest score under
 ranks, with nothing left over.
 
-    bash launch/kills.sh                                       # at least 100 kills, a quarter each with none, ddp, ...
+    bash launch/kills.sh                                       # at least 120 kills, as many with each cut
     bash launch/kills.sh --kills 1000 --seed 7 --cuts fsdp     # longer, elsewhere
     bash launch/kills.sh --seed 7 --story fsdp-12              # one story again
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 
 from forks import forking
 from moments import BETWEEN, PHASES
-from scene import Scene
-from stories import CUTS, Story, Tally
+from scene import CUTS, Scene
+from stories import Story, Tally
 from tabulate import tabulate
 
 Say = Callable[[str], object]
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--kills", type=int, default=120, help="how many at least (120)")
     made.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
-    made.add_argument("--cuts", type=_cuts, default=CUTS, help=f"any of {','.join(CUTS)}, with commas (all)")
+    made.add_argument("--cuts", type=_cuts, default=tuple(CUTS), help=f"any of {','.join(CUTS)}, with commas (all)")
     made.add_argument("--story", help="play this one alone, such as ddp-3, and say what happens")
     made.add_argument("--folder", type=Path, help="where runs are; a temporary folder, kept where something failed")
     return made

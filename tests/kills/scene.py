@@ -23,6 +23,33 @@ SLOW_S = 5.0
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a model is cut.
+
+    Attributes:
+        settings: Its configuration.
+        ranks: On how many ranks stories of it play.
+        elsewhere: On how many others they go on now and then.
+        model: Of which model of the zoo.
+    """
+
+    settings: tuple[str, ...]
+    ranks: int = 2
+    elsewhere: int = 3
+    model: str = "llama"
+
+
+CUTS = {
+    ALONE: Cut(("parallel.shard=none",), 1, 1),
+    "ddp": Cut(("parallel.shard=ddp",)),
+    "fsdp": Cut(("parallel.shard=fsdp",)),
+    "zero3": Cut(("parallel.shard=zero3",)),
+    "hybrid": Cut(("parallel.shard=fsdp", "parallel.replicate=2"), 4, 2),  # two copies, each on half of the ranks
+    "ep": Cut(("parallel.shard=ddp", "parallel.ep=2"), 2, 4, "mixtral"),  # of four experts two on each
+}
+
+
+@dataclass(frozen=True)
 class Undisturbed:
     """A run that nobody disturbs: how long it takes, and what each rank notes."""
 
@@ -37,16 +64,20 @@ class Scene:
     Attributes:
         context: Forks the ranks.
         folder: Where it all is.
+        model: Its name in the zoo.
     """
 
     context: Any
     folder: Path
+    model: str = CUTS[ALONE].model
+    _others: dict[str, Scene] = field(default_factory=dict)
     _known: dict[tuple[str, int], Undisturbed] = field(default_factory=dict)
     _num_attempts: Counter[str] = field(default_factory=Counter)
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)  # stories may be played beside each other
 
     def __post_init__(self) -> None:
-        TINY["llama"].build(num_hidden_layers=len(LAYERS)).save_pretrained(self.folder / "model")
+        self.folder.mkdir(exist_ok=True)
+        TINY[self.model].build(num_hidden_layers=len(LAYERS)).save_pretrained(self.folder / "model")
         tasks = []
         for name, seed, num in (("a", 1, 9), ("b", 2, 8)):
             samples = mixed_samples(num, VOCAB, seed=seed, lengths=(6, 40))
@@ -61,6 +92,14 @@ class Scene:
             "compute": {"batch_tokens": 80, "factor_memory_mb": 1},  # of which one process needs more: it spills
         }
         self.config.write_text(json.dumps(settings))
+
+    def of_cut(self, cut: str) -> Scene:
+        """The scene with the model of a cut."""
+        model = CUTS[cut].model
+        if model == self.model:
+            return self
+        with self._one_at_a_time:
+            return self._others.setdefault(model, Scene(self.context, self.folder / model, model))
 
     @property
     def config(self) -> Path:
@@ -81,7 +120,8 @@ class Scene:
         self._num_attempts[story] += 1
         notes = self.folder / "notes" / story / str(self._num_attempts[story])
         shard = shard if num_ranks > 1 else ALONE
-        return Order(self.config, (f"output.dir={self.out(story)}", *overrides), shard, num_ranks, notes)
+        out, settings = f"output.dir={self.out(story)}", CUTS[shard].settings
+        return Order(self.config, (out, *overrides), shard, settings, num_ranks, notes)
 
     def undisturbed(self, shard: str, num_ranks: int) -> Undisturbed:
         """What a run is like when it is left alone.

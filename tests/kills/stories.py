@@ -12,7 +12,7 @@ from pathlib import Path
 
 from attempts import Clock, Kill, Order, Outcome, play
 from moments import Aim, Seen
-from scene import ALONE, LAYERS, Scene
+from scene import ALONE, CUTS, LAYERS, Scene
 from verdicts import (
     Standing,
     deviation,
@@ -27,7 +27,6 @@ from verdicts import (
 
 from qkov_dist.results.heatmap_file import HEATMAP_FILE
 
-CUTS = (ALONE, "ddp", "fsdp", "zero3")
 NUM_KILLS = (1, 1, 2, 2, 3, 4)
 BY_CLOCK, BY_TERM, IN_WRITE, WITHOUT_PARTIALS = 0.35, 0.2, 0.35, 0.15  # shares of kills, and of stories
 ELSEWHERE, ONE_RANK = 0.35, 0.6  # attempts on other ranks or another cut; kills of one rank of several
@@ -86,7 +85,7 @@ class Story:
     """
 
     def __init__(self, scene: Scene, seed: int, cut: str, number: int) -> None:
-        self._scene, self._cut, self.name = scene, cut, f"{cut}-{number}"
+        self._scene, self._cut, self.name = scene.of_cut(cut), cut, f"{cut}-{number}"
         self._random = random.Random(f"{seed}/{cut}/{number}")
         self.partials = self._random.random() >= WITHOUT_PARTIALS
         self._begun: set[tuple[int, int, int]] = set()
@@ -176,8 +175,10 @@ class Story:
 
     def _ranks(self) -> tuple[str, int]:
         """How the run is cut now, and on how many ranks."""
-        usual = (self._cut, 1 if self._cut == ALONE else 2)
-        others = [(ALONE, 1), (self._cut, 3), (self._random.choice([cut for cut in CUTS[1:] if cut != self._cut]), 2)]
+        mine = CUTS[self._cut]
+        usual = self._cut, mine.ranks
+        cuts = [cut for cut in CUTS if cut not in (ALONE, self._cut) and CUTS[cut].model in ("llama", mine.model)]
+        others = [(ALONE, 1), (self._cut, mine.elsewhere), (self._random.choice(cuts), 2)]
         elsewhere = self._cut != ALONE and self._random.random() < ELSEWHERE
         return self._random.choice(others) if elsewhere else usual
 

@@ -20,8 +20,8 @@ from attempts import Clock, Kill, Outcome, play
 from forks import forking
 from kills import page, play_campaign
 from moments import PHASES, Aim, Seen, read_notes
-from scene import ALONE, LAYERS, Scene
-from stories import CUTS, Story, Tally
+from scene import ALONE, CUTS, LAYERS, Scene
+from stories import Story, Tally
 from verdicts import (
     KILLED,
     Standing,
@@ -51,7 +51,7 @@ def scene(tmp_path_factory) -> Scene:
 def campaign(scene) -> Iterator[Future[dict[str, Tally]]]:
     """Some kills with each cut, played beside other tests: who is left waits for seconds."""
     with ThreadPoolExecutor(1) as thread:
-        yield thread.submit(play_campaign, scene, 0, CUTS, 4, lambda line: None)
+        yield thread.submit(play_campaign, scene, 0, CUTS, 6, lambda line: None)
 
 
 @pytest.fixture(scope="module")

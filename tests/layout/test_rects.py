@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkov_dist.errors import QkovError
-from qkov_dist.layout.rects import Rect, check_exact_cover, first_overlap, rects_of_flat_interval
+from qkov_dist.layout.rects import Rect, check_exact_cover, first_overlap, merged, rects_of_flat_interval
 
 sizes = st.integers(1, 7)
 
@@ -99,12 +99,25 @@ def test_cuts_of_a_flat_matrix_cover_it_exactly_once(num_rows: int, num_cols: in
 
 
 @settings(deadline=None)
-@given(st.lists(rects(), max_size=6))
+@given(st.lists(rects(), max_size=12))
 def test_first_overlap_finds_one_exactly_where_there_is_one(pieces: list[Rect]) -> None:
     overlap = first_overlap(pieces)
     assert (overlap is not None) == bool((painted(*pieces) > 1).any())
     if overlap:
         assert overlap[0].intersect(overlap[1])
+
+
+@settings(deadline=None)
+@given(st.lists(rects(), max_size=12))
+def test_merged_rectangles_hold_the_same_elements(pieces: list[Rect]) -> None:
+    disjoint: list[Rect] = []
+    for piece in pieces:
+        if piece.area and first_overlap([*disjoint, piece]) is None:
+            disjoint.append(piece)
+    found = merged(disjoint)
+    assert (painted(*found) == painted(*disjoint)).all()
+    assert len(found) <= len(disjoint)
+    assert merged(Rect(n, n + 1, m, m + 2) for n in range(3) for m in (0, 2)) == (Rect(0, 3, 0, 4),)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from running import settings
 from samples import mixed_samples, write_task
 from torch.utils.flop_counter import FlopCounterMode
+from workloads import work_of
 from zoo import TINY, VOCAB
 
 from qkov_dist.capture.collect import Collection
@@ -35,7 +36,6 @@ from qkov_dist.planning.cost import Cost, total
 from qkov_dist.planning.described import made_up_task
 from qkov_dist.planning.hardware import GPU_OVERHEAD
 from qkov_dist.planning.measured import Measured, comparison_lines
-from qkov_dist.planning.model_sizes import model_sizes_of
 from qkov_dist.planning.rank_work import layer_work
 from qkov_dist.planning.run_plan import RunPlan, plan_of_job, plan_simulated, workload_of
 from qkov_dist.planning.simulated_ranks import local_shape, simulated_topologies
@@ -127,7 +127,7 @@ def score(job: Job, sweep, measured: Measured, folder: Path) -> None:
             for task in job.tasks:
                 collection.run(job.loaded.model, task.name, task.samples)
         measured.see_factors(store)
-        exchange = Exchange(job.topology, store, job.layout, tile_plan.sites)
+        exchange = Exchange(job.topology, store, job.layout, tile_plan)
         with measured.phase("scoring"):
             for _, blocks in score_rounds(tile_plan, sweep, exchange, job.roles(), job.settings(), job.topology):
                 measured.see_scores(blocks)
@@ -218,23 +218,6 @@ def test_norms_of_samples_have_them_run_twice_where_factors_need_several_sweeps(
         norms = [plan.costs[0].flops_norms for plan in (none, unit, known)]
         assert norms == [norms[0], 2 * norms[0], norms[0]]
         assert norms[0] > 0
-
-
-def work_of(model, name: str, *, layers=None, num=8, tokens=13, on_gpu=False, **sections) -> Workload:
-    """The work of made-up samples, without files."""
-    layout = resolve(model)
-    raw = {
-        "model": {"path": "x"},
-        "tasks": [{"name": task, "path": task} for task in "ab"],
-        "metric": {"layers": layers},
-        "compute": {"batch_tokens": 64},
-        **sections,
-    }
-    tasks = made_up_task("a", num, tokens), made_up_task("b", num, tokens)
-    objective = "masked" if TINY[name].masked_lm else "causal"
-    config = from_dict(raw)
-    size = config.compute.batch_tokens or 512
-    return Workload(config, model_sizes_of(model, layout), layout, tasks, size, objective, on_gpu)
 
 
 @pytest.mark.parametrize("place", [0, -1])
@@ -361,8 +344,8 @@ def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monke
     monkeypatch.setattr("qkov_dist.scoring.tiles.GPU_TILE_BYTES", limit)
     monkeypatch.setattr("qkov_dist.scoring.settings.GPU_TILE_BYTES", limit)
     work = work_of(TINY[name].build(), name, on_gpu=True)
-    (work_by_rank,) = layer_work(work.layout, work.layers, [simulated_topologies(
-        work.model_sizes, work.layout, work.layers, ALONE)[0].owned_by(0)], work.scoring)  # fmt: skip
+    (topology,) = simulated_topologies(work.model_sizes, work.layout, work.layers, ALONE)
+    (work_by_rank,) = layer_work(work.layout, work.layers, topology, work.scoring)
     tile_plan = make_tile_plan(work.layout, Selection(), include_bias=False, num_samples=16, tile_bytes=limit)
     most = ScoreSettings(device="cuda").max_elements(16)
     for layer in tile_plan.layers:
@@ -390,9 +373,7 @@ def test_partial_scores_are_sent_as_planned(data):
     work = work_of(TINY["llama"].build(), "llama", num=30)
     plan = plan_simulated(work, Parallelism(1, data, 3))
     topologies = simulated_topologies(work.model_sizes, work.layout, work.layers, plan.parallelism)
-    work_by_rank = layer_work(
-        work.layout, work.layers, [topologies[0].owned_by(rank) for rank in range(3)], work.scoring
-    )
+    work_by_rank = layer_work(work.layout, work.layers, topologies[0], work.scoring)
     for rank, cost in enumerate(plan.costs):
         sent = 0
         for layer, work_here in work_by_rank[rank].items():
@@ -423,7 +404,7 @@ class Recording(SimulatedWorld):
 @pytest.mark.parametrize(
     "parallelism", [Parallelism(1, "fsdp", 3), Parallelism(1, "zero3", 5), Parallelism(2, "fsdp", 3)]
 )
-def test_layers_of_one_kind_are_owned_as_all_layers_together_would_be(parallelism):
+def test_ranks_that_are_not_there_own_what_real_ones_would(parallelism):
     work = work_of(TINY["qwen2"].build(), "qwen2")
     (topology, *_) = simulated_topologies(work.model_sizes, work.layout, work.layers, parallelism)
     held = [

@@ -19,6 +19,7 @@ from unittest import mock
 PRELOADED = (
     *("pytest", "hypothesis", "jobs", "running", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
     *("qkov_dist.cli", "qkov_dist.run", "qkov_dist.report.write", "transformers.models.llama.modeling_llama"),
+    "transformers.models.mixtral.modeling_mixtral",
     *("deepspeed", "transformers.integrations.deepspeed"),
     "frozen",  # last: no fork looks at all this for garbage, or copies it for that
 )

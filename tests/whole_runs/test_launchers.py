@@ -26,6 +26,7 @@ from zoo import TINY, VOCAB
 from qkov_dist.cli import main
 from qkov_dist.config_file import from_dict, load_config
 from qkov_dist.results.heatmap_file import load_heatmap
+from qkov_dist.results.partials import PartialWriter
 from qkov_dist.run import run
 
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -96,9 +97,9 @@ def arguments(job: Path, out: str, *overrides: str) -> list[str]:
     return [str(job / "run.yaml"), "--quiet", f"output.dir={job / out}", *overrides]
 
 
-def check(job: Path, out: str, said: str, cut: str = "ddp") -> None:
-    """The scores of one process, from two ranks that were cut as asked."""
-    assert f"on 2 ranks (tp 1, {cut})" in said, said[-4000:]
+def check(job: Path, out: str, said: str, cut: str = "ddp", num_ranks: int = 2) -> None:
+    """The scores of one process, from ranks that were cut as asked."""
+    assert f"on {num_ranks} ranks (tp 1, {cut})" in said, said[-4000:]
     got, one = load_heatmap(job / out / "heatmap.h5"), load_heatmap(job / "one" / "heatmap.h5")
     deviation = max(
         float(np.abs(got.cross[block] - one.cross[block]).max() / np.abs(one.cross[block]).max()) for block in one
@@ -106,7 +107,9 @@ def check(job: Path, out: str, said: str, cut: str = "ddp") -> None:
     print(f"{out}: {deviation:.1e}")
     assert deviation < PASSES
     assert got.run_id == one.run_id
-    assert sorted(path.name for path in (job / out).glob("partial*")) == [f"partial_rank0000{r}.h5" for r in (0, 1)]
+    assert sorted(path.name for path in (job / out).glob("partial*")) == [
+        f"partial_rank0000{rank}.h5" for rank in range(num_ranks)
+    ]
 
 
 def script(name: str) -> list[object]:
@@ -126,6 +129,16 @@ def test_two_agents_of_torchrun_stand_in_for_two_nodes(job):
     with started(*nodes, NNODES=2, RANKS=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) as (first, second):
         check(job, "nodes", first)
         assert "qkov:" not in second  # rank 0 speaks for all
+
+
+@pytest.mark.long
+def test_nodes_may_have_different_numbers_of_ranks(job):
+    nodes = [
+        [*script("torchrun.sh"), *arguments(job, "uneven", "parallel.shard=fsdp"), {"NODE_RANK": node, "RANKS": ranks}]
+        for node, ranks in enumerate((1, 2))
+    ]
+    with started(*nodes, NNODES=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()) as (first, _):
+        check(job, "uneven", first, "fsdp", 3)
 
 
 @pytest.mark.long
@@ -169,6 +182,38 @@ def test_the_ranks_of_srun(job):
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     check(job, "srun", first.stderr)
     assert "qkov:" not in second.stderr
+
+
+def exit_as_qkov_until_requeued(*arguments: object) -> None:
+    """The command, in a job's first start with SIGTERM when a layer is recorded: its time is up."""
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        write_layer = PartialWriter.write_layer
+
+        def last_written(writer, *content):
+            os.kill(os.getpid(), signal.SIGTERM)
+            write_layer(writer, *content)
+
+        PartialWriter.write_layer = last_written
+    exit_as_qkov(*arguments)
+
+
+@pytest.mark.long
+def test_a_job_that_slurm_requeues_goes_on(job):
+    """With the same command, on the same port; nothing but the count of its starts differs."""
+    step = {"SLURM_JOB_ID": "4100", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
+    words = ["run", *arguments(job, "requeued", "parallel.shard=fsdp")]
+    for start, code in (({}, 143), ({"SLURM_RESTART_COUNT": "1"}, 0)):
+        with contextlib.ExitStack() as stack:
+            places = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+            ranks = [
+                stack.enter_context(forked(exit_as_qkov_until_requeued, *words, **step, **place, **start))
+                for place in places
+            ]
+            done = [rank.ended() for rank in ranks]
+        assert [process.returncode for process in done] == [code] * 2, done[0].stderr + done[1].stderr
+    assert "resuming: 1 of 2 layers are on disk" in done[0].stderr
+    check(job, "requeued", done[0].stderr, "fsdp")
 
 
 @pytest.mark.long

@@ -1,0 +1,38 @@
+"""Short forms of the studies of scale: fewer ranks, fewer files."""
+
+from __future__ import annotations
+
+import argparse
+
+import h5py
+import pytest
+from many_files import Files, merged
+from scale import CUTS, planned, row
+
+from qkov_dist.results.partials import partial_path
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cut", ["`shard: ddp`", "`ep: 32, tp: 4, shard: fsdp, replicate: 32`"])
+def test_a_plan_of_many_ranks_is_made_or_refused_with_its_numbers(cut, tmp_path):
+    options = argparse.Namespace(ranks=1024, samples=8, tokens=64)
+    plan = planned(CUTS[cut], tmp_path, options)
+    assert plan.is_sound, plan.message
+    assert len(plan.numbers["ranks"]) == 1024
+    name, *_, fits, sent, least, _ = row(cut, plan)
+    assert (name, fits) == (cut, "refused" if "ddp" in cut else "fits")
+    assert sent > 0
+    assert 1 <= least < 1.001
+
+
+@pytest.mark.long
+def test_many_files_are_merged_with_few_of_them_open(tmp_path):
+    files = Files(tmp_path, 3)
+    folder = files.write(96)
+    code, _, _ = merged(folder, 64)
+    assert code == 0
+    assert files.faults(folder) == []
+    with h5py.File(partial_path(folder, 95), "r+") as file:
+        for scores in file["partial/O"].values():
+            scores[...] = 2 * scores[()]
+    assert files.faults(folder) == ["O: the heatmap is not the sum of the files"]
