@@ -22,7 +22,8 @@ from typing import Any
 from forks import assert_alone, forking
 from processes import PATIENCE_S, TIMEOUT_S, forked
 
-MOST_THREADS = 60
+MOST_THREADS = 40
+MOST_KEPT = 4  # ranks of a pool that waits for its next case: each has threads that wake a hundred times a second
 
 
 class RankError(AssertionError):
@@ -150,8 +151,15 @@ def without_launcher(
 def pools() -> Iterator[Any]:
     """Pools by world size, made when first asked for."""
     made: dict[int, RankPool] = {}
+
+    def pool_of(world_size: int) -> RankPool:
+        for size, pool in made.items():
+            if size not in (world_size, *range(MOST_KEPT + 1)):
+                pool.close()
+        return made.setdefault(world_size, RankPool(world_size))
+
     try:
-        yield lambda world_size: made.setdefault(world_size, RankPool(world_size))
+        yield pool_of
     finally:
         for pool in made.values():
             pool.close()
