@@ -113,17 +113,6 @@ def of_others(tensors: Sequence[Sequence[Tensor]], rank: int) -> list[tuple[int,
 TIMEOUT_S = 1800
 
 
-_SUBGROUPS: dict[tuple[Any, ...], Any] = {}  # groups of this process, by the group and the members that they are of
-
-
-def _is_there(group: Any) -> bool:
-    """Whether a group has not been destroyed since it was made."""
-    try:
-        return bool(torch.distributed.get_rank(group) >= 0)
-    except (ValueError, RuntimeError):
-        return False
-
-
 def back_ends(described: str) -> dict[str, str]:
     """The back end of each type of device, as torch describes a group: ``cpu:gloo,cuda:nccl``."""
     return dict(of_device.split(":") for of_device in described.split(","))
@@ -218,23 +207,7 @@ class TorchWorld:
                 place.copy_(there)
 
     def subgroup(self, members: Sequence[Sequence[int]]) -> TorchWorld:
-        """The group among ``members`` (lists of ranks) that this rank is in; every rank names all of them.
-
-        One of all ranks is this world itself, and one that was made before is used again: each has connections, memory
-        and threads of its own for as long as the process lasts.
-        """
-        mine = [tuple(ranks) for ranks in members if self.rank in ranks]
-        if not mine:
-            raise ValueError(f"rank {self.rank} is in none of the groups {members}")
-        if mine[0] == tuple(range(self.size)):
-            return self
-        key = self.group, tuple(map(tuple, members)), timeout_seconds()
-        if key not in _SUBGROUPS or not _is_there(_SUBGROUPS[key]):
-            _SUBGROUPS[key] = self._new_group(members)
-        return replace(self, group=_SUBGROUPS[key])
-
-    def _new_group(self, members: Sequence[Sequence[int]]) -> Any:
-        """This rank's of some new groups."""
+        """The group among ``members`` (lists of ranks) that this rank is in; every rank names all of them."""
         mine, timeout = None, datetime.timedelta(seconds=timeout_seconds())
         for ranks in members:
             if self.group is not None and self.rank not in ranks:
@@ -244,7 +217,9 @@ class TorchWorld:
             group = torch.distributed.new_group(named, timeout=timeout, use_local_synchronization=local)
             if self.rank in ranks:
                 mine = group
-        return mine
+        if mine is None:
+            raise ValueError(f"rank {self.rank} is in none of the groups {members}")
+        return TorchWorld(mine, self.device)
 
 
 @dataclass(frozen=True)
