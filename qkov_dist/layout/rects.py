@@ -112,21 +112,19 @@ def rects_of_flat_interval(start: int, stop: int, num_cols: int) -> tuple[Rect, 
 
 def merged(rects: Iterable[Rect]) -> tuple[Rect, ...]:
     """The same elements of disjoint rectangles as fewer: neighbours of one width, then of one height, become one."""
-    above: list[Rect] = []
+    return tuple(rect.transposed for rect in _stacked(rect.transposed for rect in _stacked(rects)))
+
+
+def _stacked(rects: Iterable[Rect]) -> list[Rect]:
+    """Those of the same columns that lie one below another as one, column by column."""
+    found: list[Rect] = []
     for rect in sorted(rects, key=lambda r: (r.col, r.col_end, r.row)):
-        last = above[-1] if above else None
+        last = found[-1] if found else None
         if last and (last.col, last.col_end, last.row_end) == (rect.col, rect.col_end, rect.row):
-            above[-1] = Rect(last.row, rect.row_end, rect.col, rect.col_end)
+            found[-1] = Rect(last.row, rect.row_end, rect.col, rect.col_end)
         else:
-            above.append(rect)
-    beside: list[Rect] = []
-    for rect in sorted(above, key=lambda r: (r.row, r.row_end, r.col)):
-        last = beside[-1] if beside else None
-        if last and (last.row, last.row_end, last.col_end) == (rect.row, rect.row_end, rect.col):
-            beside[-1] = Rect(rect.row, rect.row_end, last.col, rect.col_end)
-        else:
-            beside.append(rect)
-    return tuple(beside)
+            found.append(rect)
+    return found
 
 
 def first_overlap(rects: Iterable[Rect]) -> tuple[Rect, Rect] | None:
