@@ -19,7 +19,8 @@ from qkov_dist.distributed.topology import Topology
 from qkov_dist.scoring.schedule import Round
 
 from .rank_work import LayerWork, Needs
-from .workload import Dealt, KeptSamples, Workload
+from .scoring_cost import ScoringCost
+from .workload import KeptSamples
 
 Kept = Mapping[int, KeptSamples]
 
@@ -41,30 +42,22 @@ class Sent:
 
 @dataclass(frozen=True, eq=False)
 class ExchangeCost:
-    """Counts for one way to divide the scores.
+    """Counts for one way to divide the scores."""
 
-    Attributes:
-        work: What is scored.
-        dealt: Who runs which samples.
-        by_rank: What every rank has of every layer.
-    """
-
-    work: Workload
-    dealt: Dealt
-    by_rank: Sequence[Mapping[int, LayerWork]]
+    scoring: ScoringCost
 
     def sent(self, topology: Topology, rounds: Sequence[Round]) -> Sent:
         """What a rank sends of its samples to the owners of each round's layers, and what comes here."""
         if topology.dp_group.size == 1:
             return Sent()
         rank, before = topology.world.rank, None
-        lengths = self.dealt.lengths[topology.dp_group.rank]
+        lengths = self.scoring.dealt.lengths[topology.dp_group.rank]
         kept = {above: KeptSamples.of(lengths, above) for above in self._thresholds}
         known: dict[tuple[int, ...], Sent] = {}  # most rounds are alike
         found = []
         for turn, all_ranks in zip(rounds, self._of_all(topology.dp_ranks, rounds), strict=True):
             layer = turn[rank]
-            mine = None if layer is None else self.by_rank[rank][layer]
+            mine = None if layer is None else self.scoring.by_rank[rank][layer]
             key = id(all_ranks), id(mine), id(before)
             if key not in known:
                 known[key] = self._in_round(all_ranks, mine, before, kept)
@@ -80,7 +73,7 @@ class ExchangeCost:
         self, all_ranks: tuple[Needs, Needs], mine: LayerWork | None, before: LayerWork | None, kept: Kept
     ) -> Sent:
         """What a rank sends of the samples ``kept``, and holds while what it needs of all comes in."""
-        every = {above: self.work.kept(above) for above in self._thresholds}
+        every = {above: self.scoring.work.kept(above) for above in self._thresholds}
         needs, least = (mine.needs, mine.least) if mine else ((), ())
         sent = self._bytes(all_ranks[0], kept) - self._bytes(needs, kept)
         at_least = self._bytes(all_ranks[1], kept) - self._bytes(least, kept)
@@ -89,7 +82,7 @@ class ExchangeCost:
 
     @cached_property
     def _thresholds(self) -> frozenset[int]:
-        return frozenset(site.above for layer_work in self.by_rank[0].values() for site in layer_work.sites)
+        return frozenset(site.above for layer_work in self.scoring.by_rank[0].values() for site in layer_work.sites)
 
     def _of_all(self, ranks: tuple[int, ...], rounds: Sequence[Round]) -> list[tuple[Needs, Needs]]:
         """What the ranks of a data-parallel group need together in each round, and what at least."""
@@ -99,7 +92,7 @@ class ExchangeCost:
             found = []
             for turn in rounds:
                 layers = ((rank, turn[rank]) for rank in ranks)
-                works = [self.by_rank[rank][layer] for rank, layer in layers if layer is not None]
+                works = [self.scoring.by_rank[rank][layer] for rank, layer in layers if layer is not None]
                 if (same := tuple(map(id, works))) not in alike:
                     alike[same] = _together(works)
                 found.append(alike[same])
@@ -112,7 +105,7 @@ class ExchangeCost:
 
     def _bytes(self, needs: Needs, kept: Kept) -> int:
         """Bytes of what is needed of some samples."""
-        size = self.work.scoring.factor_itemsize
+        size = self.scoring.work.scoring.factor_itemsize
         return sum(
             size * per_token * kept[above].tokens + GRADIENT_BYTES * whole * kept[above].wholes
             for above, per_token, whole in needs

@@ -215,8 +215,8 @@ class _Scene:
         dealt = Dealt(work, topology.dp_group.size, topology.gathers_weights)
         by_rank = layer_work(work.layout, work.layers, topology, work.scoring)
         scoring = ScoringCost(work, dealt, by_rank)
-        exchange = ExchangeCost(work, dealt, by_rank)
-        return _Scene(work, CaptureCost(work, parallelism), scoring, exchange, StatisticsCost(scoring))
+        capture, exchange, statistics = CaptureCost(work, parallelism), ExchangeCost(scoring), StatisticsCost(scoring)
+        return _Scene(work, capture, scoring, exchange, statistics)
 
     @cached_property
     def rounds(self) -> list[Round]:
