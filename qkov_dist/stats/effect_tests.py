@@ -28,7 +28,7 @@ ByBlock = Mapping[str, Floats]
 FEW = 16  # samples of a task: with fewer, what they may lack is told
 UNEVEN = 0.75  # samples that count as fewer alike than this share of them are told of
 RARE_OPPONENTS, UNEVEN_COVERED = "27%", "71 to 95%"
-_CHUNK_BYTES = 8 << 20  # of an array [heads, draws]
+_CHUNK_BYTES = 256 << 10  # of an array [heads, draws]: those in work lie in a cache
 
 
 def effect_tests(

@@ -259,7 +259,7 @@ def correct(tests: HeadTests, max_z: Floats) -> dict[str, Floats]:
     return tests.arrays | {
         "q_value": q_values(tests.arrays["p_value"], "bh"),
         "q_value_by": q_values(tests.arrays["p_value"], "by"),
-        "p_max": permutation.count_p(torch.from_numpy(tests.threshold), torch.from_numpy(max_z)).numpy(),
+        "p_max": permutation.family_wise_p(tests.threshold, max_z),
     }
 
 

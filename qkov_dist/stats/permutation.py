@@ -35,6 +35,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qkov_dist.stats import pair_sums
@@ -201,13 +202,19 @@ def p_value(standardised: Standardised, alternative: Alternative) -> Tensor:
 
 
 def count_p(least: Tensor, extremes: Tensor) -> Tensor:
-    """Share of labellings whose directed z [..., P] is at least the threshold ``least`` [...]; NaN stays NaN.
-
-    With a head's own z this is its p-value, with ``max_over_heads`` [P] the Westfall-Young single-step family-wise one.
-    The latter is never smaller, as the head itself is among those the maximum runs over.
-    """
+    """Share of labellings whose directed z [..., P] is at least the threshold ``least`` [...]; NaN stays NaN."""
     extreme = extremes >= least.unsqueeze(-1)
     return torch.where(least.isnan(), torch.nan, extreme.sum(-1).to(torch.float64) / extremes.shape[-1])
+
+
+def family_wise_p(least: NDArray[np.float64], largest: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The Westfall-Young single-step p-value [...] of heads with a ``threshold`` [...] each; NaN stays NaN.
+
+    It is the share of labellings under which the largest directed z of any head, ``max_over_heads`` [P], is as extreme:
+    never less than the head's own, as the head itself is among those the maximum runs over.
+    """
+    less = np.searchsorted(np.sort(largest), least)
+    return np.where(np.isnan(least), np.nan, (len(largest) - less) / len(largest))
 
 
 def max_over_heads(standardised: Standardised, alternative: Alternative) -> Tensor:

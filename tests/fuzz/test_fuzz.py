@@ -19,8 +19,8 @@ from watchdog import Files, Outcome, Watchdog
 
 from qkov_dist.results.metadata import to_json
 
-NUM_INPUTS = 40  # of each reader
-FEWER = {"report": 3, "page": 16, "stats": 16, "merge": 24}  # those that draw, test and write
+NUM_INPUTS = 24  # of each reader
+FEWER = {"report": 2, "page": 10, "stats": 10, "merge": 14}  # those that draw, test and write
 TASK_OPTIONS = {"tokenizer": "tagged", "objective": "causal", "max_samples": None, "max_tokens": None}
 
 VALID: dict[str, Files] = {

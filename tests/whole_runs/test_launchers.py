@@ -123,28 +123,22 @@ def test_torchrun(job):
 
 
 @pytest.mark.long
-def test_two_agents_of_torchrun_stand_in_for_two_nodes(job):
-    nodes = [[*script("torchrun.sh"), *arguments(job, "nodes"), {"NODE_RANK": rank}] for rank in (0, 1)]
-    port = free_port()
-    with started(*nodes, NNODES=2, RANKS=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) as (first, second):
-        check(job, "nodes", first)
-        assert "qkov:" not in second  # rank 0 speaks for all
-
-
-@pytest.mark.long
-def test_nodes_may_have_different_numbers_of_ranks(job):
+def test_two_agents_of_torchrun_stand_in_for_nodes_with_different_numbers_of_ranks(job):
     nodes = [
         [*script("torchrun.sh"), *arguments(job, "uneven", "parallel.shard=fsdp"), {"NODE_RANK": node, "RANKS": ranks}]
         for node, ranks in enumerate((1, 2))
     ]
-    with started(*nodes, NNODES=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()) as (first, _):
+    with started(*nodes, NNODES=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()) as (first, second):
         check(job, "uneven", first, "fsdp", 3)
+        assert "qkov:" not in second  # rank 0 speaks for all
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_accelerate(job, strategy):
-    """Nothing in the run's configuration says how to shard: the run follows accelerate's file."""
+    """Nothing in the run's configuration says how to shard: the run follows accelerate's file. (That of ddp shards
+    nothing.)
+    """
     if strategy == "zero3":
         pytest.importorskip("deepspeed")
     with started([*script("accelerate.sh"), strategy, *arguments(job, f"accelerate-{strategy}")]) as (said,):
