@@ -37,6 +37,7 @@ class Cost:
         flops_narrow: Those of them that are products of factors in half a type, on a GPU.
         flops_norms: Operations of norms of gradients, which a relative ridge and ``sample_scale`` need.
         flops_statistics: Operations of permutations and intervals.
+        heads: Heads that are added up, and tested for each pair of tasks.
         elements: Elements of all per-sample gradients that are formed for scores.
         batches: Forward passes.
     """
@@ -64,6 +65,7 @@ class Cost:
     flops_narrow: int = 0
     flops_norms: int = 0
     flops_statistics: int = 0
+    heads: int = 0
     elements: int = 0
     batches: int = 0
 

@@ -303,6 +303,7 @@ class _Scene:
             flops_narrow=self.scoring.flops_narrow(rank, scored),
             flops_norms=self.scoring.flops_norms(topology, every, norms_known=norms_known),
             flops_statistics=self.statistics.flops(rank),
+            heads=self.scoring.num_tested(rank),
             elements=self.scoring.elements(rank, scored),
             batches=captures * len(batches) * len(sweeps),
         )

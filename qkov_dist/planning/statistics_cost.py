@@ -42,7 +42,8 @@ class StatisticsCost:
         if not self.scoring.work.config.statistics.enabled:
             return self._layer + heatmap
         kinds = {*self.scoring.work.sizes_of_pairs}  # pairs of as many samples share their labellings
-        numbers = [(n_a + n_b, self._labellings(n_a, n_b)) for n_a, n_b in kinds]
+        permutations = self.scoring.work.config.statistics.permutations
+        numbers = [(n_a + n_b, _labellings(n_a, n_b, permutations)) for n_a, n_b in kinds]
         labels = sum(8 * num * (labellings + _left_out(labellings)) for num, labellings in numbers)
         return labels + TEST_BYTES + self._layer + heatmap
 
@@ -53,14 +54,8 @@ class StatisticsCost:
             return 0
         flops = 0
         for num_a, num_b in self.scoring.work.sizes_of_pairs:
-            num, labellings = num_a + num_b, self._labellings(num_a, num_b)
-            flops += 2 * triangle(num) * labellings + 4 * num * num * _left_out(labellings)
+            flops += flops_of_a_head(num_a, num_b, self.scoring.work.config.statistics.permutations)
         return flops
-
-    def _labellings(self, num_a: int, num_b: int) -> int:
-        """Labellings, the observed one among them: all that there are, or those drawn."""
-        every, drawn = comb(num_a + num_b, num_a), self.scoring.work.config.statistics.permutations
-        return every if every <= drawn else drawn + 1
 
     @cached_property
     def _layer(self) -> int:
@@ -85,6 +80,18 @@ class StatisticsCost:
         of_pairs = [(n_a + n_b) ** 2 if pooled else n_a * n_b for n_a, n_b in work.sizes_of_pairs]
         cells = [self.scoring.cells.get(block, 0) for block in BLOCKS]
         return sum(min(n * pairs * work.scoring.itemsize, IN_MEMORY_BYTES) for pairs in of_pairs for n in cells)
+
+
+def flops_of_a_head(num_a: int, num_b: int, permutations: int) -> int:
+    """Operations of one head's tests between two tasks of so many samples."""
+    num, labellings = num_a + num_b, _labellings(num_a, num_b, permutations)
+    return 2 * triangle(num) * labellings + 4 * num * num * _left_out(labellings)
+
+
+def _labellings(num_a: int, num_b: int, permutations: int) -> int:
+    """Labellings, the observed one among them: all that there are, or those drawn."""
+    every = comb(num_a + num_b, num_a)
+    return every if every <= permutations else permutations + 1
 
 
 def _left_out(labellings: int) -> int:

@@ -7,6 +7,9 @@
                 + factors exchanged, to the GPU, and read from disk; partial scores written twice
     combining   partial scores sent and read + products of the tests, in float64 + the heatmap written
 
+On the processor at hand, rates of products, of scoring and of tests are those of parts of the run itself
+(``planning.probes``); what these leave out of combining is a constant a head.
+
 Every assumption that is no fact of a data sheet is a constant here, and is printed with the figures.
 """
 
@@ -17,14 +20,17 @@ from dataclasses import dataclass
 
 from .cost import Cost
 from .hardware import Hardware
+from .probes import Probes, probed
 from .run_plan import RunPlan
 
 EFFICIENCY = 0.5  # of the peak (of a CPU: of the measured rate) that products reach
+OF_PASSES = 0.7  # of the rate of a pass's products on a CPU that whole passes reach, everything between them included
 BANDWIDTH = 0.8  # of a memory's bandwidth or a link's, likewise
 NODE_LINK = 50e9  # bytes a second of a rank to another node: 400 Gbit/s
 HOST_LINK = 25e9  # bytes a second between a GPU and its host
 DISK = 2e9  # bytes a second
 ELEMENT_TRAFFIC = 8  # times that an element of a gradient passes the memory: formed, squared, mapped, multiplied
+COMBINING, A_HEAD, A_PAIRS_HEAD = 0.2, 0.1e-3, 0.4e-3  # seconds on a CPU: once, a head, and one of each of many pairs
 PHASES = ("capture", "scoring", "combining")
 
 
@@ -48,7 +54,7 @@ class Phase:
 
 def expected(plan: RunPlan, hardware: Hardware, ranks_per_node: int) -> list[Phase]:
     """Each phase of the rank that takes longest."""
-    clock = _Clock(plan, hardware, ranks_per_node)
+    clock = _Clock(plan, hardware, ranks_per_node, None if hardware.is_gpu else probed(plan.work))
     found = []
     for name, terms in zip(PHASES, (clock.capture, clock.scoring, clock.combining), strict=True):
         found.append(max((Phase(name, terms(cost)) for cost in plan.costs), key=lambda phase: phase.seconds))
@@ -57,15 +63,20 @@ def expected(plan: RunPlan, hardware: Hardware, ranks_per_node: int) -> list[Pha
 
 def assumptions(hardware: Hardware) -> list[str]:
     """What the times rest on, in sentences."""
-    what = "the data sheet's peak" if hardware.is_gpu else "the rate measured on a short product"
-    lines = [
-        f"time: products reach {EFFICIENCY:.0%} of {what}, memory and links {BANDWIDTH:.0%} of theirs; disk "
-        f"{DISK / 1e9:.0f} GB/s; between nodes {NODE_LINK / 1e9:.0f} GB/s a rank; the elementwise part of scores moves "
-        f"each gradient {ELEMENT_TRAFFIC} times"
-    ]
+    links = (
+        f"memory and links {BANDWIDTH:.0%} of theirs; disk {DISK / 1e9:.0f} GB/s; between nodes "
+        f"{NODE_LINK / 1e9:.0f} GB/s a rank"
+    )
     if hardware.is_gpu:
-        lines.append(f"time: {HOST_LINK / 1e9:.0f} GB/s between GPU and host")
-    return lines
+        return [
+            f"time: products reach {EFFICIENCY:.0%} of the data sheet's peak, {links}; the elementwise part of scores "
+            f"moves each gradient {ELEMENT_TRAFFIC} times",
+            f"time: {HOST_LINK / 1e9:.0f} GB/s between GPU and host",
+        ]
+    return [
+        f"time: passes reach {OF_PASSES:.0%} of the rate measured on a product of theirs; scoring and tests are timed "
+        f"on a few heads now; {links}"
+    ]
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,13 @@ class _Clock:
     plan: RunPlan
     hardware: Hardware
     ranks_per_node: int
+    probes: Probes | None
 
     def capture(self, cost: Cost) -> dict[str, float]:
         """Forward and backward passes."""
         model_sizes, parallelism = self.plan.work.model_sizes, self.plan.parallelism
-        products = (cost.flops_forward + cost.flops_backward) / self._rate(model_sizes.itemsize)
+        of_passes = self._rate(model_sizes.itemsize) if self.probes is None else self.probes.product * OF_PASSES
+        products = (cost.flops_forward + cost.flops_backward) / of_passes
         products += cost.flops_kept / self._rate(max(model_sizes.itemsize, 4))
         reading = 2 * cost.batches * cost.weights * parallelism.shards / (self.hardware.bandwidth * BANDWIDTH)
         moving = cost.moved_weights / self._link(self.plan.num_ranks) + cost.moved_sums / self._link(parallelism.tp)
@@ -89,25 +102,46 @@ class _Clock:
 
     def scoring(self, cost: Cost) -> dict[str, float]:
         """Scores from factors."""
-        itemsize = self.plan.work.scoring.itemsize
-        products = (cost.flops_scoring - cost.flops_narrow + cost.flops_norms) / self._rate(itemsize)
-        products += cost.flops_narrow / self._rate(self.plan.work.scoring.product_itemsize)
-        passing = ELEMENT_TRAFFIC * cost.elements * itemsize / (self.hardware.bandwidth * BANDWIDTH)
+        if self.probes is not None and self.probes.element is not None:
+            of_heads = {"heads": cost.elements * self.probes.element}
+        else:
+            of_heads = self._heads(cost)
         return {
-            "products": products,
-            "elementwise maps": passing,
+            **of_heads,
             "exchanging factors": cost.sent_factors / self._link(self.plan.num_ranks),
             "factors from host and disk": self._factors(cost),
             "writing scores": 2 * cost.written / DISK,
         }
 
+    def _heads(self, cost: Cost) -> dict[str, float]:
+        """Products, and what is done element by element."""
+        itemsize = self.plan.work.scoring.itemsize
+        products = (cost.flops_scoring - cost.flops_narrow + cost.flops_norms) / self._rate(itemsize)
+        products += cost.flops_narrow / self._rate(self.plan.work.scoring.product_itemsize)
+        passing = ELEMENT_TRAFFIC * cost.elements * itemsize / (self.hardware.bandwidth * BANDWIDTH)
+        return {"products": products, "elementwise maps": passing}
+
     def combining(self, cost: Cost) -> dict[str, float]:
         """Sums over ranks, tests, the heatmap."""
         return {
             "exchanging scores": cost.sent_scores / self._link(self.plan.num_ranks),
-            "tests": cost.flops_statistics / self._rate(8),
+            "tests": self._tests(cost),
             "reading and writing scores": 2 * cost.written / DISK,
+            "putting heads together": self._together(cost),
         }
+
+    def _tests(self, cost: Cost) -> float:
+        pairs = self.plan.work.sizes_of_pairs
+        found = [None if self.probes is None else self.probes.tests[sizes] for sizes in pairs]
+        known = [seconds for seconds in found if seconds is not None]
+        return cost.heads * sum(known) if len(known) == len(pairs) else cost.flops_statistics / self._rate(8)
+
+    def _together(self, cost: Cost) -> float:
+        """What is done of each head beside its tests, by one core."""
+        if self.hardware.is_gpu:
+            return 0.0
+        pairs = len(self.plan.work.sizes_of_pairs)
+        return COMBINING + cost.heads * (A_HEAD if pairs == 1 else pairs * A_PAIRS_HEAD)
 
     def _factors(self, cost: Cost) -> float:
         """Once over the host's link, and over that of the disk for those that wait there."""
