@@ -191,7 +191,7 @@ def _copy_of_stderr() -> int | None:
 
 
 def _say(line: str, stderr: int | None) -> None:
-    """Write a last line where Python writes errors, and where it did when ``stderr`` was copied, if that is elsewhere."""
+    """Write a last line where errors go now, and where they went when ``stderr`` was copied, if that is elsewhere."""
     with suppress(OSError, ValueError):  # nobody reads it any more
         print(line, file=sys.stderr, flush=True)
     with suppress(OSError):

@@ -131,6 +131,8 @@ CUTS = {
     "DeepSpeed ZeRO-3": Cut(PAIRS, prepare="zero3"),
     "DeepSpeed ZeRO-3, experts as leaf modules": Cut(ALL, prepare="zero3_with_leaves"),
     "DeepSpeed ZeRO-3, optimizer, both on the CPU": Cut(ALL, prepare="zero3_offloaded"),
+    "DeepSpeed ZeRO-3 on NVMe": Cut(ALL, prepare="zero3_on_disk"),
+    "DeepSpeed ZeRO-3 on NVMe, optimizer on the CPU": Cut(ALL, prepare="zero3_on_disk_learning"),
     "torch's `context_parallel`": Cut(ALL, within="context_parallel"),
     "DeepSpeed-Ulysses": Cut(ALL, within="ulysses"),
     "`DistributedConfig(pp_size=N)`": Cut(PAIRS, prepare="staged"),

@@ -192,6 +192,19 @@ def zero3_offloaded(model, _folder):
     return engine(_with_leaves(model), 3, learns=True, offload_param=where, offload_optimizer=where)
 
 
+def zero3_on_disk(model, folder):
+    return engine(_with_leaves(model), 3, learns=False, offload_param=_on_disk(folder))
+
+
+def zero3_on_disk_learning(model, folder):
+    where = _on_disk(folder)
+    return engine(_with_leaves(model), 3, learns=True, offload_param=where, offload_optimizer={"device": "cpu"})
+
+
+def _on_disk(folder):
+    return {"device": "nvme", "nvme_path": f"{folder}/swapped"}
+
+
 def staged(_model, folder):
     from transformers import AutoModelForCausalLM
     from transformers.distributed.configuration_utils import DistributedConfig
