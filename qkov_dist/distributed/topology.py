@@ -188,14 +188,14 @@ def _refuse_routed(model: nn.Module) -> None:
 
 def _refuse_rounded(model: nn.Module) -> None:
     """Refuse ZeRO-3 where DeepSpeed has written weights to disk in another dtype, as it may on CPUs."""
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         swapper: Any = getattr(parameter, "nvme_swapper", None)
         if swapper is None or swapper.dtype == parameter.dtype or not swapper.swappable_tensor(parameter):
             continue
         raise QkovError(
-            f"ZeRO-3 with weights on NVMe: {name}",
-            expected=f"a file of {parameter.dtype}, as the weight is",
-            got=f"one of {swapper.dtype}: deepspeed.initialize has rounded the weight",
+            "ZeRO-3 with weights on NVMe",
+            expected=f"files of {parameter.dtype}, as the weights are",
+            got=f"files of {swapper.dtype}: deepspeed.initialize has rounded them",
             remedy="Load the model under deepspeed.zero.Init(config_dict_or_path=...), as from_pretrained does while a "
             "transformers.integrations.HfDeepSpeedConfig of the same settings lives, or keep weights on the CPU "
             '(offload_param: {"device": "cpu"}).',

@@ -20,7 +20,7 @@ CELLS = {
     ("`fully_shard`, mixed precision (bfloat16)", "dense (llama)", 2): "",
     ("accelerate, `cp_size=N`, outside of its context", "dense (llama)", 2): "",
     ("DeepSpeed ZeRO-3, loaded to NVMe", "dense (llama)", 2): "",
-    ("DeepSpeed ZeRO-3, moved to NVMe", "dense (llama)", 2): "deepspeed.initialize has rounded the weight",
+    ("DeepSpeed ZeRO-3, moved to NVMe", "dense (llama)", 2): "deepspeed.initialize has rounded them",
 }
 
 
