@@ -164,13 +164,24 @@ def explained_pass(model: nn.Module) -> Iterator[None]:
     except MODEL_ERRORS as error:
         if is_shortage(error) or (isinstance(error, RuntimeError) and is_broken_call(error)):
             raise
-        flex = "flexattention" in str(error).lower().replace("_", "")
         raise ModelError(
             type(model).__name__,
             expected="a forward and a backward pass of token ids [samples, tokens]",
             got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
-            remedy="Choose another attention: model.set_attn_implementation('sdpa') or 'eager' "
-            "(model.attn_implementation of a configuration)."
-            if flex
-            else "The error comes from inside the model (--debug shows where): does it train on this input?",
+            remedy=_remedy(error),
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error).lower()
+    if "flexattention" in text.replace("_", ""):
+        return (
+            "Choose another attention: model.set_attn_implementation('sdpa') or 'eager' "
+            "(model.attn_implementation of a configuration)."
+        )
+    if isinstance(error, AssertionError) and "buffer" in text:  # of deepspeed.runtime.swap_tensor
+        return (
+            "DeepSpeed reads weights from NVMe ahead of the pass, and has no buffer left for those that it needs: set "
+            "stage3_prefetch_bucket_size to 0, or offload_param.buffer_count to more."
+        )
+    return "The error comes from inside the model (--debug shows where): does it train on this input?"

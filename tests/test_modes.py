@@ -7,7 +7,8 @@ import torch
 from checkpoints import llama
 from torch import nn
 
-from qkov_dist.modes import evaluating, frozen
+from qkov_dist import QkovError
+from qkov_dist.modes import evaluating, explained_pass, frozen
 
 
 def test_both_modes_are_restored_exactly() -> None:
@@ -41,3 +42,9 @@ def test_integer_parameters_can_be_frozen() -> None:
     module.packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     with evaluating(module), frozen(module):
         assert not module.packed.requires_grad
+
+
+def test_weights_for_which_there_is_no_room_on_their_way_from_nvme_are_told_what_to_set():
+    said = "Linear: expected a forward .*Not enough buffers 0.*stage3_prefetch_bucket_size to 0"
+    with pytest.raises(QkovError, match=said), explained_pass(nn.Linear(1, 1)):
+        raise AssertionError("Not enough buffers 0 for swapping 1")

@@ -7,7 +7,8 @@ out leaves that too, so that all name the same. A rank whose process holds the s
 it.
 
 Some backends (NCCL) do not notice that a peer is gone, and a rank may be far from its next call: a thread looks for
-notes too, answers that its rank is alive, and ends a process that does not end by itself.
+notes too, answers that its rank is alive, and ends a process that does not end by itself. What it says then reaches the
+stderr of before, wherever a library has put it meanwhile: DeepSpeed hides it in a file while it tries a compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from qkov_dist.errors import QkovError, is_broken_call
@@ -27,6 +28,7 @@ from .failure_notes import ROOT, Cause, Notes
 
 GRACE_S = 5.0  # for a note to turn up
 LINGER_S = 10.0  # for others to read the store of a process that ends, and for a process to end by itself
+STDERR = 2  # the descriptor
 POLL_S, LOOK_S = 0.05, 0.5  # between two looks at the notes, of a rank that waits for one and of one that is at work
 
 
@@ -63,7 +65,7 @@ class Watch:
         """Leave a note when this rank fails; when another did, raise an error that names it."""
         try:
             if self._ends_process:
-                arguments = (self._notes.clone(),)
+                arguments = (self._notes.clone(), _copy_of_stderr())
                 threading.Thread(target=self._look_out, args=arguments, name="qkov-failures", daemon=True).start()
             yield
         except BaseException as error:
@@ -129,14 +131,16 @@ class Watch:
         self._found = self._found or notes.cause() or notes.lost()
         return self._found is not None
 
-    def _look_out(self, notes: Notes) -> None:
+    def _look_out(self, notes: Notes, stderr: int | None) -> None:
         """In a thread: end the process where another rank failed, or this one, and it does not end by itself."""
         message = None
         while message is None and not self._closed.wait(LOOK_S):
             message = self._reason_to_end(notes)
         if message and not self._closed.wait(GRACE_S + LINGER_S):
-            print(f"qkov: {message}", file=sys.stderr, flush=True)
+            _say(f"qkov: {message}", stderr)
             os._exit(2)  # the main thread is in a call that may never return
+        if stderr is not None:
+            os.close(stderr)
 
     def _reason_to_end(self, notes: Notes) -> str | None:
         if self._error:
@@ -176,6 +180,23 @@ def _no_answer(who: str, seen_by: int, reason: str) -> QkovError:
         remedy="It died or hangs: look at its log and for lack of memory; if it is only slow, set QKOV_TIMEOUT_S to "
         "more seconds. The layers on disk are kept.",
     )
+
+
+def _copy_of_stderr() -> int | None:
+    """A descriptor of what the process writes its errors to now; None where it has closed that."""
+    try:
+        return os.dup(STDERR)
+    except OSError:
+        return None
+
+
+def _say(line: str, stderr: int | None) -> None:
+    """Write a last line where errors go now, and where they went when ``stderr`` was copied, if that is elsewhere."""
+    with suppress(OSError, ValueError):  # nobody reads it any more
+        print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        if stderr is not None and not os.path.sameopenfile(STDERR, stderr):
+            os.write(stderr, f"{line}\n".encode())
 
 
 def _in_short(error: BaseException) -> str:

@@ -101,6 +101,7 @@ def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequen
         QkovError: for tensor-parallel groups that do not fit together, or an element with no owner or two.
     """
     together(world, lambda: _refuse_routed(model))
+    together(world, lambda: _refuse_rounded(model))
     gathered = together(world, lambda: _within(world, gathered_over(model)))
     groups = world.all_gather(together(world, lambda: _ranks_of_passes(world, model, gathered)))
     held = world.all_gather(together(world, lambda: held_parameters(model, layout, layers)))
@@ -182,6 +183,22 @@ def _refuse_routed(model: nn.Module) -> None:
             expected="a module whose weights all ranks gather at once, whichever experts their tokens are sent to",
             got="experts that run as often as tokens are sent to them: ranks would wait for each other",
             remedy=f"Call deepspeed.utils.set_z3_leaf_modules(model, [{classes}]) before deepspeed.initialize.",
+        )
+
+
+def _refuse_rounded(model: nn.Module) -> None:
+    """Refuse ZeRO-3 where DeepSpeed has written weights to disk in another dtype, as it may on CPUs."""
+    for parameter in model.parameters():
+        swapper: Any = getattr(parameter, "nvme_swapper", None)
+        if swapper is None or swapper.dtype == parameter.dtype or not swapper.swappable_tensor(parameter):
+            continue
+        raise QkovError(
+            "ZeRO-3 with weights on NVMe",
+            expected=f"files of {parameter.dtype}, as the weights are",
+            got=f"files of {swapper.dtype}: deepspeed.initialize has rounded them",
+            remedy="Load the model under deepspeed.zero.Init(config_dict_or_path=...), as from_pretrained does while a "
+            "transformers.integrations.HfDeepSpeedConfig of the same settings lives, or keep weights on the CPU "
+            '(offload_param: {"device": "cpu"}).',
         )
 
 

@@ -53,3 +53,21 @@ def test_a_build_that_ends_is_waited_for(tmp_path, monkeypatch):
         FileBaton(str(lock), wait_seconds=0.01).wait()
     builder.join()
     assert waited.is_set()
+
+
+@pytest.mark.parametrize("op", ["pin_memory", "async_io"])
+def test_the_locks_of_what_reads_weights_from_nvme_are_named(op, tmp_path, monkeypatch):
+    builders = pytest.importorskip("deepspeed.ops.op_builder.cpu")
+    builder = {"pin_memory": builders.PinMemoryBuilder, "async_io": builders.AsyncIOBuilder}[op]()
+    if not builder.is_compatible():
+        pytest.skip("no compiler, or no libaio")
+    loaded = {} if op == "pin_memory" else {"pin_memory": None}  # DeepSpeed loads it first
+    monkeypatch.setattr(builders.builder.OpBuilder, "_loaded_ops", loaded)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / op / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with pytest.raises(QkovError) as raised, locks_end(PATIENCE_S):
+        builder.load(verbose=False)
+    assert raised.value.where == str(lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 
 import numpy as np
@@ -257,3 +258,18 @@ def test_a_model_with_a_layer_offloaded_to_disk(tmp_path, one_process):
     heatmap = metric.compute_heatmap("math", "code", layers=[1])
     for block, expected in one_process["scores"].items():
         np.testing.assert_allclose(heatmap.cross[block], expected, atol=PASSES * np.abs(expected).max(), rtol=0)
+
+
+def test_weights_that_deepspeed_has_rounded_on_their_way_to_disk_are_refused():
+    """DeepSpeed's own files: `test_cuts`, where what reads them is built."""
+    rounded, small = (
+        types.SimpleNamespace(dtype=torch.bfloat16, swappable_tensor=lambda parameter, swaps=swaps: swaps)
+        for swaps in (True, False)
+    )
+    model, samples = TINY["llama"].build(), mixed_samples(2, VOCAB, seed=1)
+    model.model.embed_tokens.weight.nvme_swapper = small  # it stayed in memory, as it was
+    FisherCollector().collect_fisher(model, samples, "math")
+    model.model.norm.weight.nvme_swapper = rounded
+    said = told(lambda: FisherCollector().collect_fisher(model, samples, "math"))
+    assert said.startswith("ZeRO-3 with weights on NVMe: expected files of torch.float32")
+    assert "got files of torch.bfloat16" in said

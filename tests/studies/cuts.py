@@ -30,6 +30,9 @@ def cells(only: str, sizes: Sequence[int], folder: Path) -> dict[tuple[str, str,
     with pools() as ranks:
         for size in sizes:
             for cut in (name for name in CUTS if only in name and size in CUTS[name].sizes):
+                if reason := CUTS[cut].left_out():
+                    print(f"{size} ranks, {cut}: left out: {reason}", file=sys.stderr, flush=True)
+                    continue
                 for number, (name, family) in enumerate(FAMILIES.items()):
                     place = save(family, folder / str(number))
                     try:

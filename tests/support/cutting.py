@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import subprocess
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +24,7 @@ import torch
 from collecting import collected
 from expected import expected_scores
 from jobs import Job, job_for
+from torch.utils.cpp_extension import _get_build_directory
 from zoo import TINY, Tiny
 
 from qkov_dist import QKOVConfig, QkovError, QKOVInterferenceMetric
@@ -33,6 +37,9 @@ from qkov_dist.scoring.settings import ScoreSettings
 EQUAL, EQUAL_IN_HALF = 1e-5, 0.3  # of a block's largest score, in float32; where bfloat16 decides which experts run
 SEEN = 100 * EQUAL  # what a part that is counted twice deviates by, at least
 ALL, PAIRS = (2, 3, 4), (2, 4)
+NVME = ("pin_memory", "async_io")
+BUILD = "python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as Builder; Builder().load()'"
+LOADING_S = 30.0  # a process that loads what is built has the lock too, but shortly
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Cut:
         prepare: Or a function of `prepared`.
         within: A context of `prepared` around all calls.
         half: Whether passes use weights in bfloat16.
+        ops: What DeepSpeed must have compiled before: it takes ten minutes.
     """
 
     sizes: tuple[int, ...]
@@ -92,6 +100,22 @@ class Cut:
     prepare: str = "plain"
     within: str = ""
     half: bool = False
+    ops: tuple[str, ...] = ()
+
+    def left_out(self) -> str:
+        """Why it cannot be met now; empty where it can."""
+        return next(filter(None, map(missing_op, self.ops)), "")
+
+
+def missing_op(op: str) -> str:
+    """Why DeepSpeed would compile an extension now, or wait for another process that does; empty where it would not."""
+    folder, ninja = Path(_get_build_directory(op, verbose=False)), shutil.which("ninja")
+    lock, work = folder / "lock", ""
+    if lock.exists() and time.time() - lock.stat().st_mtime > LOADING_S:
+        return f"{lock} is there: DeepSpeed's {op} is being built, or its build was killed"
+    if ninja and (folder / "build.ninja").exists():
+        work = subprocess.run([ninja, "-n"], cwd=folder, capture_output=True, text=True, check=False).stdout
+    return "" if "no work to do" in work else f"DeepSpeed's {op} is not built; this builds it: {BUILD}"
 
 
 def _configured(sizes: tuple[int, ...], **parallel: Any) -> Cut:
@@ -131,6 +155,9 @@ CUTS = {
     "DeepSpeed ZeRO-3": Cut(PAIRS, prepare="zero3"),
     "DeepSpeed ZeRO-3, experts as leaf modules": Cut(ALL, prepare="zero3_with_leaves"),
     "DeepSpeed ZeRO-3, optimizer, both on the CPU": Cut(ALL, prepare="zero3_offloaded"),
+    "DeepSpeed ZeRO-3, loaded to NVMe": Cut(ALL, prepare="zero3_on_nvme", ops=NVME),
+    "DeepSpeed ZeRO-3, loaded to NVMe, optimizer on the CPU": Cut(ALL, prepare="zero3_on_nvme_learning", ops=NVME),
+    "DeepSpeed ZeRO-3, moved to NVMe": Cut(ALL, prepare="zero3_moved_to_nvme", ops=NVME),
     "torch's `context_parallel`": Cut(ALL, within="context_parallel"),
     "DeepSpeed-Ulysses": Cut(ALL, within="ulysses"),
     "`DistributedConfig(pp_size=N)`": Cut(PAIRS, prepare="staged"),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from unittest import mock
 
 import torch
 
+from qkov_dist.distributed.builds import locks_end
+from qkov_dist.distributed.world import timeout_seconds
 from qkov_dist.layout.resolve import resolve
+
+LEAST_BYTES = 1024  # of what goes to disk
 
 
 def plain(model, _folder):
@@ -151,15 +156,19 @@ def torch_parallel_fully_sharded(model, _folder):
     return sharded_over(_gathered(model, mesh["columns"]), mesh["rows"])
 
 
+def engine_settings(stage: int, aio=None, **of_stage):
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage, **of_stage}}
+    settings["zero_force_ds_cpu_optimizer"] = False
+    settings["zero_allow_untested_optimizer"] = True
+    return settings | ({"aio": aio} if aio else {})
+
+
 def engine(model, stage: int, *, learns: bool, **of_stage):
     import deepspeed
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if learns else None
     model.requires_grad_(learns)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage, **of_stage}}
-    settings["zero_force_ds_cpu_optimizer"] = False
-    settings["zero_allow_untested_optimizer"] = True
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=engine_settings(stage, **of_stage))[0]
 
 
 def zero1(model, _folder):
@@ -190,6 +199,47 @@ def _with_leaves(model):
 def zero3_offloaded(model, _folder):
     where = {"device": "cpu"}
     return engine(_with_leaves(model), 3, learns=True, offload_param=where, offload_optimizer=where)
+
+
+def zero3_on_nvme(_model, folder):
+    return _written_as_read(folder, learns=False)
+
+
+def zero3_on_nvme_learning(_model, folder):
+    return _written_as_read(folder, learns=True, offload_optimizer={"device": "cpu"})
+
+
+def zero3_moved_to_nvme(model, folder):
+    with _small_tensors_too():
+        return engine(_with_leaves(model), 3, learns=False, **on_nvme(folder))
+
+
+def _written_as_read(folder, **of_engine):
+    """Each weight is written to disk as soon as it is read."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    with _small_tensors_too():
+        partition = HfDeepSpeedConfig(engine_settings(3, **on_nvme(folder)))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        del partition
+        return engine(_with_leaves(model), 3, **on_nvme(folder), **of_engine)
+
+
+def on_nvme(folder):
+    """Weights are in files, and read for each module: none is kept, none is read ahead."""
+    where = {"device": "nvme", "nvme_path": f"{folder}/swapped", "buffer_size": 2**16, "max_in_cpu": 0}
+    kept = ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
+    return {"offload_param": where, "aio": {"block_size": LEAST_BYTES}} | {f"stage3_{name}": 0 for name in kept}
+
+
+@contextlib.contextmanager
+def _small_tensors_too():
+    """DeepSpeed leaves tensors below a megabyte in memory."""
+    from deepspeed.runtime.swap_tensor import partitioned_param_swapper
+
+    with mock.patch.object(partitioned_param_swapper, "MIN_AIO_BYTES", LEAST_BYTES), locks_end(timeout_seconds()):
+        yield
 
 
 def staged(_model, folder):
