@@ -117,7 +117,7 @@ def _exit_code(options: argparse.Namespace) -> int:
     except QkovError as error:
         if options.debug:
             traceback.print_exc()
-        print(f"qkov: {_this_rank()}{error}", file=sys.stderr)
+        print(f"qkov: {_from_this_rank(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("qkov: interrupted; the same command goes on from the layers on disk", file=sys.stderr)
@@ -127,15 +127,14 @@ def _exit_code(options: argparse.Namespace) -> int:
     except Exception as error:  # ours: say so, and how to see more
         if options.debug:
             raise
-        print(
-            f"qkov: {_this_rank()}internal error: {type(error).__name__}: {error}. Run again with --debug.",
-            file=sys.stderr,
-        )
+        said = f"internal error: {type(error).__name__}: {error}. Run again with --debug."
+        print(f"qkov: {_from_this_rank(said)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _this_rank() -> str:
-    """Which rank speaks, where several were started and the error does not say so itself."""
+def _from_this_rank(message: str) -> str:
+    """The message with the rank that speaks, where several were started and it does not begin with that rank itself."""
     rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "1")
-    return f"rank {rank}: " if rank.isdecimal() and size.isdecimal() and size != "1" else ""
+    speaker = f"rank {rank}: " if rank.isdecimal() and size.isdecimal() and size != "1" else ""
+    return message if message.startswith(speaker) else speaker + message

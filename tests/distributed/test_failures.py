@@ -88,5 +88,6 @@ def test_an_error_on_one_rank_ends_the_job_and_is_named(config, tmp_path):
     for told in without_launcher(2, exit_as_qkov, "run", config, "--quiet", f"output.dir={tmp_path}"):
         assert told.returncode == 2
         assert "rank 1" in told.stderr, told.stderr[-2000:]
+        assert "rank 1: rank 1: " not in told.stderr
         assert blocked.name in told.stderr
     assert blocked.read_text() == "in the way"
