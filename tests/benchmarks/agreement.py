@@ -11,6 +11,7 @@ from typing import Any
 
 import peers
 import torch
+from dense_scores import dense_scores
 from gradients import Gradients, autograd_loop, from_factors, gathered, projections, vmap_of_grad
 from material import Subject
 from pair_loop import RIDGE, heads_of, kept_gradients, mean_fisher, per_pair_loop
@@ -47,6 +48,13 @@ def kronfluence_deviation(subject: Subject) -> float:
     return largest_deviation({name: found[name] for name in expected}, expected)
 
 
+def dattri_deviation(subject: Subject) -> float:
+    """How far dattri-LLM's scores, over all layers, are from those of one backward pass a sample."""
+    gradients = torch.stack([torch.cat([g.flatten() for g in of.values()]) for of in kept_gradients(subject)])
+    expected = gradients[: subject.samples] @ gradients[subject.samples :].T
+    return largest_deviation({"": peers.dattri_scores(subject)}, {"": expected})
+
+
 def same_metric(config: RunConfig) -> RunConfig:
     """The configuration under which the product's scores are those of the per-pair loop."""
     ridge = RidgeConfig(epsilon=0.0, absolute=RIDGE, relative=0.0)
@@ -64,6 +72,16 @@ def loop_deviation(subject: Subject, heatmap: Heatmap) -> float:
         found.setdefault(block, []).append(score)
         expected.setdefault(block, []).append(_score(heatmap, block, layer, head, i, j))
     return largest_deviation(*({block: torch.tensor(v) for block, v in side.items()} for side in (found, expected)))
+
+
+def dense_deviation(subject: Subject, heatmap: Heatmap) -> float:
+    """How far scores from vmap's gradients are from those of a run under :func:`same_metric`."""
+    found, expected = {}, {}
+    for (layer, block, head), scores in dense_scores(subject, vmap_of_grad(subject)).items():
+        cross: Any = heatmap.cross
+        found[f"{layer} {block} {head}"] = scores[: subject.samples, subject.samples :].cpu()
+        expected[f"{layer} {block} {head}"] = torch.as_tensor(cross[block][heatmap.layers.index(layer), head])
+    return largest_deviation(found, expected)
 
 
 def largest_deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

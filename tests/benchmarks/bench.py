@@ -23,7 +23,7 @@ from typing import Any
 
 import peers
 import torch
-from cases import PEERS, Result, Setup, main_table, ranks_table, samples_table, spill_table
+from cases import LIBRARIES, Result, Setup, main_table, ranks_table, samples_table, spill_table
 from device import on_gpu
 from growth import growth_table
 from orders import Order
@@ -36,7 +36,7 @@ MANY = 100
 def versions() -> dict[str, Any]:
     """What the numbers depend on."""
     peers.find_peers()
-    found = {name: _version(name) for name in ("torch", "transformers", *PEERS)}
+    found = {name: _version(name) for name in ("torch", "transformers", *LIBRARIES)}
     cores = os.cpu_count()
     return {
         "python": platform.python_version(),

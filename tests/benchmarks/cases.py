@@ -21,7 +21,8 @@ from tabulate import tabulate
 
 Say = Callable[[str], object]
 MIB = 2**20
-PEERS = ("opacus", "kronfluence", "bergson")
+PEERS = ("opacus", "opacus_scores", "kronfluence", "bergson", "bergson_store", "dattri")
+LIBRARIES = ("opacus", "kronfluence", "bergson", "dattri-llm")  # that they are of
 TITLES = {
     "bare": "bare passes: forward with all logits, backward through activations",
     "bare_masked": "bare passes, prompts masked (all logits all the same)",
@@ -31,6 +32,10 @@ TITLES = {
     "vmap": "per-sample gradients: torch.func vmap(grad)",
     "opacus": "per-sample gradients: Opacus",
     "bergson": "per-sample gradients: Bergson, no projection, no index",
+    "vmap_scores": "vmap(grad), and all pairs and heads scored from its gradients",
+    "opacus_scores": "Opacus, and all pairs and heads scored from its gradients",
+    "bergson_store": "Bergson, no projection, its index of gradients on disk",
+    "dattri": "dattri-LLM: A x B inner products, one number a pair",
     "kronfluence": "Kronfluence: diagonal factors, A x B scores per module",
     "pair_loop": "loop over A x B, heads and blocks, gradients given",
 }
@@ -182,7 +187,7 @@ def check_agreement(setup: Setup) -> dict[str, float]:
         AssertionError: for one that computes something else.
     """
     deviations = {}
-    names = (*METHODS, "kronfluence", "pair_loop")
+    names = (*METHODS, "dense_scores", "kronfluence", "dattri", "pair_loop")
     orders = [order(setup.base, "agreement", of=name, output=f"agreement-{name}") for name in names]
     with ThreadPoolExecutor(setup.at_once) as pool:
         reports = list(pool.map(setup.perform, orders))

@@ -22,7 +22,16 @@ from pathlib import Path
 
 import peers
 import torch
-from agreement import METHODS, gradient_deviation, kronfluence_deviation, loop_deviation, same_metric
+from agreement import (
+    METHODS,
+    dattri_deviation,
+    dense_deviation,
+    gradient_deviation,
+    kronfluence_deviation,
+    loop_deviation,
+    same_metric,
+)
+from dense_scores import dense_scores
 from device import finish, gpu_peak
 from gradients import Gradients, bare_passes, exhaust
 from machine import measure_machine
@@ -154,9 +163,24 @@ def per_sample(method: Callable[[Subject], Gradients]) -> Callable[[Subject, Ord
     return lambda subject, order: _silent(lambda read: exhaust(method(read)), subject)
 
 
+def scored(method: Callable[[Subject], Gradients]) -> Callable[[Subject, Order], Work]:
+    """A contestant that forms them, keeps all, and scores all pairs at every head."""
+    return lambda subject, order: _silent(lambda read: dense_scores(read, method(read)), subject)
+
+
 def bergson(subject: Subject, order: Order) -> Work:
     """Bergson's gradient collection."""
     return _silent(peers.bergson_collection, subject)
+
+
+def bergson_store(subject: Subject, order: Order) -> Work:
+    """The same with its index on disk."""
+    return _silent(lambda read: peers.bergson_collection(read, store=True), subject)
+
+
+def dattri(subject: Subject, order: Order) -> Work:
+    """dattri-LLM's inner products of the gradients of A x B."""
+    return _silent(peers.dattri_scores, subject)
 
 
 def kronfluence(subject: Subject, order: Order) -> Work:
@@ -175,6 +199,8 @@ def agreement(subject: Subject, order: Order) -> Work:
     few = subject.few(FEW)
     if order.of in METHODS:
         return lambda: {"deviation": gradient_deviation(few, order.of)}
+    if order.of == "dattri":
+        return lambda: {"deviation": dattri_deviation(few)}
     if order.of == "kronfluence":
         return lambda: {"deviation": kronfluence_deviation(few)}
     config = same_metric(_product_config(few, order, 0))
@@ -182,7 +208,8 @@ def agreement(subject: Subject, order: Order) -> Work:
     def work() -> Found:
         heatmap = run(config)
         assert isinstance(heatmap, Heatmap)
-        return {"deviation": loop_deviation(few, heatmap)}
+        deviation = dense_deviation if order.of == "dense_scores" else loop_deviation
+        return {"deviation": deviation(few, heatmap)}
 
     return work
 
@@ -195,8 +222,12 @@ CONTESTANTS: dict[str, Callable[[Subject, Order], Work]] = {
     "autograd_loop": per_sample(METHODS["autograd_loop"]),
     "vmap": per_sample(METHODS["vmap"]),
     "opacus": per_sample(METHODS["opacus"]),
+    "vmap_scores": scored(METHODS["vmap"]),
+    "opacus_scores": scored(METHODS["opacus"]),
     "kronfluence": kronfluence,
     "bergson": bergson,
+    "bergson_store": bergson_store,
+    "dattri": dattri,
     "machine": machine,
     "agreement": agreement,
 }

@@ -61,9 +61,28 @@ def bergson_gradients(subject: Subject) -> Gradients:
         yield numbers, {name: gradients[inner[name]].view(-1, *shape) for name, shape in shapes.items()}
 
 
-def bergson_collection(subject: Subject) -> None:
-    """The same, keeping nothing."""
-    _bergson(subject, lambda numbers, gradients: None)
+def bergson_collection(subject: Subject, *, store: bool = False) -> None:
+    """The same, keeping nothing, or its index on disk."""
+    _bergson(subject, lambda numbers, gradients: None, store=store)
+
+
+def dattri_scores(subject: Subject) -> Tensor:
+    """dattri-LLM's inner products of gradients, over all projections together, [A, B]."""
+    find_peers()
+    from dattri_llm import AttributionArguments, AttributionTask, HookManagerConfig, TracInAttributor
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return losses(model(input_ids=batch["input_ids"], use_cache=False).logits, batch["targets"]).sum()
+
+    model, names = subject.loaded.model, projections(subject)
+    size = max(BATCH_TOKENS // subject.tokens, 1)
+    with TemporaryDirectory() as folder, trainable(model, names):
+        settings = AttributionArguments(folder, per_device_train_batch_size=size, per_device_eval_batch_size=size)
+        attributor = TracInAttributor(settings, task=AttributionTask(loss, model))
+        hooks = HookManagerConfig(hook_types=dict.fromkeys(names, "linear_io"))
+        found = attributor.attribute(_Tokens(subject, [0]), _Tokens(subject, [1]), hook_config=hooks)
+        _, scores = found.agnostic_matrix()
+    return scores
 
 
 def kronfluence_analysis(subject: Subject) -> Callable[[], dict[str, Tensor]]:
@@ -139,7 +158,9 @@ def _tracked(subject: Subject) -> tuple[nn.Module, Any]:
     return model if wrapped else prepare_model(model, task), task
 
 
-def _bergson(subject: Subject, take: Callable[[list[int], Mapping[str, Tensor]], object]) -> None:
+def _bergson(
+    subject: Subject, take: Callable[[list[int], Mapping[str, Tensor]], object], *, store: bool = False
+) -> None:
     """Collect the gradients of all samples, batch by batch, as Bergson's own worker does."""
     find_peers()
     from bergson import CollectorComputer, GradientCollector, GradientProcessor, IndexConfig
@@ -164,7 +185,7 @@ def _bergson(subject: Subject, take: Callable[[list[int], Mapping[str, Tensor]],
             cfg=config,
             processor=GradientProcessor(),
             target_modules=set(_inner_names(subject).values()),
-            skip_index=True,
+            skip_index=not store,
         )
         groups = [list(batch.samples) for batch in batches(subject)]
         CollectorComputer(model, data, collector=collector, batches=groups, cfg=config).run_with_collector_hooks()

@@ -11,14 +11,14 @@ import bench
 import machine
 import pytest
 import torch
-from cases import Setup, check_agreement, main_table, prepare, samples_table, spill_table
+from cases import PEERS, Setup, check_agreement, main_table, prepare, samples_table, spill_table
 from contestants import perform
 from growth import exponent, growth_table
 from orders import Order, Report
 from rounds import Entry, in_a_process, in_this_process, play, ratio
 from stopwatch import PHASES, REST, Stopwatch, timed_phases
 
-PEERS = ("opacus", "kronfluence", "bergson")
+LIBRARIES = ("opacus", "kronfluence", "bergson", "dattri_llm")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def setup(tmp_path, monkeypatch) -> Setup:
     monkeypatch.setattr(machine, "SQUARE", 32)
     monkeypatch.setattr(machine, "COPY_BYTES", 2**12)
     monkeypatch.setattr(machine, "LEAST_SECONDS", 0.001)
-    for peer in PEERS:
+    for peer in LIBRARIES:
         monkeypatch.setitem(sys.modules, peer, None)  # as if it were not installed
     base = Order("", str(tmp_path), model="tiny", samples=4, tokens=12, threads=1, permutations=19)
     return Setup(base, 1, in_this_process, lambda line: None)
@@ -37,9 +37,9 @@ def test_the_main_table_has_every_contestant_or_says_why_not(setup, tmp_path):
     result = main_table(setup)
     (reports,) = result.data["rounds"]
     assert set(reports) == {*("bare", "bare_masked", "product", "product_masked"), *(
-        "autograd_loop", "vmap", "pair_loop", "machine")}  # fmt: skip
+        "autograd_loop", "vmap", "vmap_scores", "pair_loop", "machine")}  # fmt: skip
     assert result.page.count("did not run: ") == len(PEERS)
-    assert set(result.data["deviations"]) == {"autograd_loop", "vmap", "pair_loop"}
+    assert set(result.data["deviations"]) == {"autograd_loop", "vmap", "dense_scores", "pair_loop"}
     found = reports["product"]["found"]
     assert min(found[name] for name in PHASES) > 0
     assert sum(found[name] for name in (*PHASES, REST) if name != "loading") == pytest.approx(
