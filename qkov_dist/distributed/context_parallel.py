@@ -1,0 +1,122 @@
+"""Attention over tokens that lie on several ranks: a sample's keys and values are gathered, its queries stay.
+
+Of N ranks each has one N-th of a batch's positions, in order, so that the rank at place r holds those from r S to
+(r + 1) S. A layer's keys and values are all-gathered up to the rank's last position, and its queries attend to them by
+the model's own attention function (sdpa, or the eager one of its class); in the backward pass their gradients are
+summed back to the ranks that they came from. All else of a decoder looks at one token at a time.
+
+This asks nothing of the number of heads, or of the widths of keys and values. Masks are transformers' own, made for
+these queries and keys: sliding windows and chunks are what they are in one process. Both functions are registered with
+transformers under ``NAME``, for as long as the context lasts. What moves tokens in another way (convolutions, states,
+attention beside transformers' interface) is found out by ``capture.spans.check_shared_tokens``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qkov_dist.errors import QkovError
+from qkov_dist.layout.modules import text_config
+
+from .world import TorchWorld
+
+NAME = "qkov_context_parallel"
+KERNELS = ("sdpa", "eager")
+_CHOSEN = "_attn_implementation_internal"  # set past the property, which would set those of parts as well
+
+
+@contextmanager
+def shared_tokens(model: nn.Module, group: TorchWorld) -> Iterator[None]:
+    """Let a model's attention see the tokens of all ranks of a group, each of which passes its own.
+
+    Raises:
+        QkovError: for an attention function that has not been made to.
+    """
+    kernel = text_config(model)._attn_implementation
+    if kernel not in KERNELS:
+        raise QkovError(
+            "parallel.cp",
+            expected=f"a model whose attention is {' or '.join(KERNELS)}",
+            got=str(kernel),
+            remedy="Set model.attn_implementation=sdpa, or parallel.cp=1.",
+        )
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), _CHOSEN)}
+    with ExitStack() as stack:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[kernel], kernel, group))
+        stack.callback(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop, NAME)
+        ALL_ATTENTION_FUNCTIONS.register(NAME, partial(_attention, kernel, group))
+        stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.pop, NAME)
+        for config in configs.values():
+            stack.callback(setattr, config, _CHOSEN, getattr(config, _CHOSEN))
+            setattr(config, _CHOSEN, NAME)
+        yield
+
+
+def _mask(
+    make: Callable[..., Any],
+    kernel: str,
+    group: TorchWorld,
+    *,
+    q_length: int,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = False,
+    **others: Any,
+) -> Any:
+    """The mask of this rank's queries over all keys up to the last of them; None where sdpa knows it as causal.
+
+    What is padded lies behind all that counts: an ``attention_mask`` has nothing to say.
+    """
+    kv_length = (group.rank + 1) * q_length
+    if kernel == "sdpa" and allow_is_causal_skip and (local_size is None or kv_length < local_size):
+        return None
+    places = {"q_length": q_length, "q_offset": group.rank * q_length, "kv_length": kv_length, "kv_offset": 0}
+    return make(**{**others, **places, "attention_mask": None, "allow_is_causal_skip": False})
+
+
+def _attention(
+    kernel: str,
+    group: TorchWorld,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,
+) -> tuple[Tensor, Any]:
+    """Attention of this rank's queries [N, heads, S, width] to keys and values of all ranks up to itself."""
+    widths = key.shape[-1], value.shape[-1]
+    gathered = all_gather(torch.cat([key, value], dim=-1), group.group)
+    key, value = torch.cat(gathered[: group.rank + 1], dim=2).split(widths, dim=-1)
+    if attention_mask is not None or kernel != "sdpa" or settings.get("position_bias") is not None:
+        found: tuple[Tensor, Any] = _function(kernel, module)(module, query, key, value, attention_mask, **settings)
+        return found
+    output = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=causal_lower_right(query.shape[2], key.shape[2]),  # type: ignore[arg-type]
+        dropout_p=settings.get("dropout", 0.0),
+        scale=settings.get("scaling"),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _function(kernel: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function that a module would use in one process."""
+    if kernel != "eager":
+        return ALL_ATTENTION_FUNCTIONS[kernel]
+    homes = (vars(sys.modules[cls.__module__]) for cls in type(module).__mro__)
+    return next(home["eager_attention_forward"] for home in homes if "eager_attention_forward" in home)
