@@ -82,7 +82,7 @@ class ParallelConfig(_Section):
     )
     ep: int = _key(COUNT, "number of ranks that the experts of a mixture are spread over", 1, identity=False)
     cp: int = _key(
-        COUNT, "number of ranks that share each sample's tokens, for samples too long for one of them", 1, identity=False
+        COUNT, "number of ranks that share each sample's tokens, where one has no memory for them", 1, identity=False
     )
 
 

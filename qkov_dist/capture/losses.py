@@ -25,8 +25,8 @@ CHUNK_BYTES = 8 << 20  # of logits that are exponentiated at a time: what caches
 def sample_losses(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
     """Each sample's cross-entropy over its own labelled tokens, float32 or better, [N].
 
-    The output projection is handed only the positions that carry a label: no logits are formed elsewhere. Of a span of a
-    batch it is what this span adds to them.
+    The output projection is handed only the positions that carry a label: no logits are formed elsewhere. Of a span of
+    a batch it is what this span adds to them.
     """
     logits, labelled = labelled_logits(model, batch), batch.targets != IGNORED
     losses = cross_entropy(logits, batch.targets[labelled])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
 from qkov_dist.data.batches import Batch, Objective, Sequenced, make_batch
 from qkov_dist.data.samples import IGNORED
+from qkov_dist.distributed.shared_errors import SharedError, together
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.modules import text_config
 from qkov_dist.modes import evaluating, explained_pass, input_device, plain_outputs, without_graph
@@ -45,8 +48,10 @@ def check_shared_tokens(model: nn.Module, ids: Tensor, spans: Spans, objective: 
     """
     if objective == "causal" and takes(model, "position_ids"):
         batch = batch_of_rows(ids, ids, "row")
-        if not _differ(_logits(model, batch), _logits(model, batch, spans), _dtype(model)):
-            return
+        whole = _logits(model, batch)
+        with suppress(SharedError):  # of a model that fails on its part of the tokens, on all ranks
+            if not _differ(whole, _logits(model, batch, spans), _dtype(model)):
+                return
     raise QkovError(
         f"parallel.cp: model type {getattr(text_config(model), 'model_type', type(model).__name__)!r}",
         expected="a causal decoder whose tokens meet in attention alone, by transformers' attention interface",
@@ -92,14 +97,20 @@ def batch_of_rows(ids: Tensor, targets: Tensor, name: str) -> Batch:
 def _logits(model: nn.Module, batch: Batch, spans: Spans | None = None) -> Tensor:
     """Logits at the labelled positions, row after row [labelled, vocabulary], on the CPU."""
     device = input_device(model)
-    with evaluating(model), plain_outputs(model), without_graph(), explained_pass(model):
+    with evaluating(model), plain_outputs(model), without_graph():
         if spans is None:
-            return labelled_logits(model, batch.to(device)).cpu()
+            return _explained_logits(model, batch.to(device))
         with spans.attention(model):
-            mine = labelled_logits(model, spans.of(batch).to(device)).cpu()
+            span = spans.of(batch).to(device)
+            mine = together(spans.group, lambda: _explained_logits(model, span))
     whole = mine.new_zeros(int(batch.num_targets.sum()), mine.shape[1]).double()
     whole[spans.places(batch, batch.targets != IGNORED)[spans.group.rank]] = mine.double()
     return spans.summed(whole)
+
+
+def _explained_logits(model: nn.Module, batch: Batch) -> Tensor:
+    with explained_pass(model):
+        return labelled_logits(model, batch).cpu()
 
 
 def _differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

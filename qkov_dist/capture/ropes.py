@@ -58,8 +58,9 @@ def whole_ropes(model: nn.Module, span: SpanBatch) -> Iterator[None]:
         return (args[0], whole, *args[2:]), kwargs
 
     def cut(_rope: nn.Module, _args: Any, output: Any) -> Any:
-        parts = [part[:, span.start : span.start + size] for part in (output if isinstance(output, tuple) else [output])]
-        return tuple(parts) if isinstance(output, tuple) else parts[0]
+        if isinstance(output, tuple):
+            return tuple(part[:, span.start : span.start + size] for part in output)
+        return output[:, span.start : span.start + size]
 
     with ExitStack() as stack:
         for rope in ropes_by_length(model):

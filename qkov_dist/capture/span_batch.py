@@ -31,9 +31,9 @@ class SpanBatch(Batch):
 
     def to(self, device: torch.device) -> SpanBatch:
         """The same on another device."""
-        moved = super().to(device)
-        of_whole = self.targets_of_whole.to(device)
-        return SpanBatch(self.samples, self.names, *moved._tensors, self.start, self.length, of_whole)
+        tensors = (tensor.to(device) for tensor in (*self._tensors, self.targets_of_whole))
+        ids, mask, targets, kept, of_whole = tensors
+        return SpanBatch(self.samples, self.names, ids, mask, targets, kept, self.start, self.length, of_whole)
 
     @property
     def positions(self) -> Tensor:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -96,9 +95,9 @@ def _attention(
     **settings: Any,
 ) -> tuple[Tensor, Any]:
     """Attention of this rank's queries [N, heads, S, width] to keys and values of all ranks up to itself."""
-    widths = key.shape[-1], value.shape[-1]
-    gathered = all_gather(torch.cat([key, value], dim=-1), group.group)
-    key, value = torch.cat(gathered[: group.rank + 1], dim=2).split(widths, dim=-1)
+    widths = [key.shape[-1], value.shape[-1]]
+    gathered: Tensor = _AllGather.apply(torch.cat([key, value], dim=-1), group)  # type: ignore[no-untyped-call]
+    key, value = torch.split(torch.cat([*gathered[: group.rank + 1]], dim=2), widths, dim=-1)
     if attention_mask is not None or kernel != "sdpa" or settings.get("position_bias") is not None:
         found: tuple[Tensor, Any] = _function(kernel, module)(module, query, key, value, attention_mask, **settings)
         return found
@@ -106,7 +105,7 @@ def _attention(
         query,
         key,
         value,
-        attn_mask=causal_lower_right(query.shape[2], key.shape[2]),  # type: ignore[arg-type]
+        attn_mask=causal_lower_right(query.shape[2], key.shape[2]),
         dropout_p=settings.get("dropout", 0.0),
         scale=settings.get("scaling"),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -114,9 +113,30 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+class _AllGather(torch.autograd.Function):
+    """What every rank has, by rank; its gradient here is the sum of all ranks'.
+
+    That of ``torch.distributed.nn`` names the wrong ranks where gloo's group is not that of all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: TorchWorld) -> Tensor:
+        ctx.group = group
+        gathered = mine.new_empty(group.size * mine.shape[0], *mine.shape[1:])
+        torch.distributed.all_gather_into_tensor(gathered, mine.contiguous(), group=group.group)
+        return gathered.view(group.size, *mine.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        summed = grad.new_empty(grad.shape[1:])
+        torch.distributed.reduce_scatter_tensor(summed, grad.flatten(0, 1).contiguous(), group=ctx.group.group)
+        return summed, None
+
+
 def _function(kernel: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function that a module would use in one process."""
-    if kernel != "eager":
-        return ALL_ATTENTION_FUNCTIONS[kernel]
     homes = (vars(sys.modules[cls.__module__]) for cls in type(module).__mro__)
-    return next(home["eager_attention_forward"] for home in homes if "eager_attention_forward" in home)
+    eager = (home["eager_attention_forward"] for home in homes if "eager_attention_forward" in home)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[kernel] if kernel != "eager" else next(eager)
+    return found

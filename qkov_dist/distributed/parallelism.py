@@ -185,7 +185,7 @@ def _with_experts(plain: Parallelism, experts: int) -> Parallelism:
 def _as_launched(config: ParallelConfig, environment: Mapping[str, str]) -> ParallelConfig:
     """What `accelerate launch` was configured for; unchanged under any other launcher.
 
-    Either of its sizes for ranks that share a sample's tokens (``cp_size``, ``sp_size``) is ``cp``: results are the same.
+    Either of its sizes for ranks that share tokens (``cp_size``, ``sp_size``) is ``cp``: results are the same.
     """
     sizes = _parallelism_config(environment)
     config = replace(config, cp=sizes["CP"] * sizes["SP"]) if config.cp == 1 else config

@@ -59,7 +59,7 @@ class Topology:
 
     @property
     def passes_wait(self) -> bool:
-        """Whether a pass of one rank needs one of others that run other samples: none may leave one out, or halve it."""
+        """Whether a pass of one rank needs one of others that run other samples: no rank can halve one by itself."""
         return self.gathers_weights or self.cp_group.size > 1
 
     @property

@@ -167,7 +167,7 @@ class Dealt:
 
     def passes_on(self, rank: int) -> list[Pass]:
         """The batches of one rank."""
-        return [_shape(batch) for of_task in self._passes for batch, _ in of_task.on(rank)]
+        return [_shape(a_pass.batch) for of_task in self._passes for a_pass in of_task.on(rank)]
 
     @cached_property
     def _passes(self) -> list[TaskPasses]:

@@ -114,6 +114,12 @@ CUTS = {
     "`ep: 4, tp: 2, shard: fsdp`": _configured((4,), ep=4, tp=2, shard="fsdp"),
     "`ep: 2, shard: fsdp, replicate: 2`": _configured((4,), ep=2, shard="fsdp", replicate=2),
     "`ep: 2, shard: ddp`": _configured((4,), ep=2, shard="ddp"),
+    "`cp: N, shard: ddp`": _configured(ALL, cp="N", shard="ddp"),
+    "`cp: N, shard: fsdp`": _configured(ALL, cp="N", shard="fsdp"),
+    "`cp: 2, shard: ddp`": _configured((4,), cp=2, shard="ddp"),
+    "`cp: 2, shard: fsdp`": _configured((4,), cp=2, shard="fsdp"),
+    "`cp: 2, shard: fsdp, replicate: 2`": _configured((4,), cp=2, shard="fsdp", replicate=2),
+    "`cp: N, shard: zero3`": _configured(ALL, cp="N", shard="zero3"),
     "`shard: device_map`": _configured(ALL, shard="device_map"),
     "`DistributedDataParallel`": Cut(ALL, prepare="distributed_data_parallel"),
     "accelerate, data parallel": Cut(ALL, prepare="accelerated"),
@@ -183,14 +189,14 @@ def meet(cut_name: str, family_name: str, folder: str, expected: dict[str, np.nd
 def _met(cut: Cut, family: Family, folder: str, expected: dict[str, np.ndarray]) -> Met:
     with contextlib.ExitStack() as stack:
         try:
-            kept, model = _cut(cut, family, folder)
+            kept, model, context = _cut(cut, family, folder)
             if cut.within:
                 stack.enter_context(getattr(prepared, cut.within)(model))
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             if cut.parallel is not None:
                 raise
             return Met(refusal=f"The library that cuts cannot cut this model: {type(error).__name__}: {error}.")
-        collector = collected(model, job_of(family))
+        collector = collected(model, job_of(family), cp=context)
         metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector, ridge_relative=0.01)
         right = metric.compute_heatmap("math", "code", pairs="cross").cross
         with mock.patch("qkov_dist.metric.add_over_ranks", counted_twice):
@@ -199,15 +205,16 @@ def _met(cut: Cut, family: Family, folder: str, expected: dict[str, np.ndarray])
     return Met(_deviation(right, expected), _deviation(wrong, expected))
 
 
-def _cut(cut: Cut, family: Family, folder: str) -> tuple[Any, Any]:
-    """What keeps a model's parts together, and the model."""
+def _cut(cut: Cut, family: Family, folder: str) -> tuple[Any, Any, int]:
+    """What keeps a model's parts together, the model, and how many ranks share a sample's tokens."""
     if cut.parallel is None:
         model = getattr(prepared, cut.prepare)(family.build(), folder)
-        return model, model
+        return model, model, 1
     world = current()
     parallel = ParallelConfig(**{key: world.size if value == "N" else value for key, value in cut.parallel.items()})
-    loaded = load_parallel(ModelConfig(folder), resolve_parallelism(parallel, world.size, os.environ), world)
-    return loaded, loaded.model
+    parallelism = resolve_parallelism(parallel, world.size, os.environ)
+    loaded = load_parallel(ModelConfig(folder), parallelism, world)
+    return loaded, loaded.model, parallelism.context
 
 
 def counted_twice(mine, axes, shape, world):
