@@ -1,7 +1,8 @@
 """Every way to cut a model, met by one model of each kind: equal to dense float64 autograd, or refused by name.
 
 A way is a `parallel` section of a configuration, or a function of `prepared` that leaves a model as its user would.
-Scores are compared on every rank; then once more with one rank's part counted twice, which must not pass.
+Scores are compared on every rank; then once more with one rank's part counted twice, which must not pass. Where ranks
+share a sample's tokens, samples of which each rank has its own tokens alone must not pass either.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jobs import Job, job_for
 from zoo import TINY, Tiny
 
 from qkov_dist import QKOVConfig, QkovError, QKOVInterferenceMetric
+from qkov_dist.capture.spans import GatheredFactors
 from qkov_dist.config import ModelConfig, ParallelConfig
 from qkov_dist.distributed.connect import current
 from qkov_dist.distributed.parallelism import load_parallel, resolve_parallelism
@@ -31,6 +33,7 @@ from qkov_dist.results.reduce import add_layers, add_over_ranks
 from qkov_dist.scoring.settings import ScoreSettings
 
 EQUAL, EQUAL_IN_HALF = 1e-5, 0.3  # of a block's largest score, in float32; where bfloat16 decides which experts run
+GATHERED = GatheredFactors._gathered
 SEEN = 100 * EQUAL  # what a part that is counted twice deviates by, at least
 ALL, PAIRS = (2, 3, 4), (2, 4)
 
@@ -148,17 +151,19 @@ CUTS = {
 class Met:
     """What came of a cut: how far scores are off, and how far they would be with a part counted twice; or a refusal.
 
+    Where ranks share tokens, ``early`` is how far they would be, were gradients squared before all tokens are there.
     Where torch, transformers, accelerate or DeepSpeed cannot cut a model as its user asks, that is the refusal.
     """
 
     deviation: float = float("nan")
     twice: float = float("nan")
     refusal: str = ""
+    early: float = float("inf")
 
     def is_right(self, cut: Cut) -> bool:
         if self.refusal:
             return True
-        return self.deviation < (EQUAL_IN_HALF if cut.half else EQUAL) and self.twice > SEEN
+        return self.deviation < (EQUAL_IN_HALF if cut.half else EQUAL) and min(self.twice, self.early) > SEEN
 
 
 def job_of(family: Family) -> Job:
@@ -201,8 +206,15 @@ def _met(cut: Cut, family: Family, folder: str, expected: dict[str, np.ndarray])
         right = metric.compute_heatmap("math", "code", pairs="cross").cross
         with mock.patch("qkov_dist.metric.add_over_ranks", counted_twice):
             wrong = metric.compute_heatmap("math", "code", pairs="cross").cross
+        met = Met(_deviation(right, expected), _deviation(wrong, expected))
+        if context > 1:
+            with mock.patch.object(GatheredFactors, "_gathered", own_tokens_alone):
+                collector = collected(model, job_of(family), cp=context)
+            metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector, ridge_relative=0.01)
+            early = metric.compute_heatmap("math", "code", pairs="cross").cross
+            met = replace(met, early=_deviation(early, expected))
     del kept
-    return Met(_deviation(right, expected), _deviation(wrong, expected))
+    return met
 
 
 def _cut(cut: Cut, family: Family, folder: str) -> tuple[Any, Any, int]:
@@ -220,6 +232,15 @@ def _cut(cut: Cut, family: Family, folder: str) -> tuple[Any, Any, int]:
 def counted_twice(mine, axes, shape, world):
     """The sums over ranks, with the last rank's part counted twice."""
     return add_over_ranks(add_layers([mine, mine]) if world.rank == world.size - 1 else mine, axes, shape, world)
+
+
+def own_tokens_alone(self, parts):
+    """Factors as they would be, were they used before those of other ranks' tokens have come."""
+    whole = GATHERED(self, parts)
+    for rank, rows in enumerate(self._rows):
+        for values in whole if rank != self._owner else ():
+            values[rows] = 0
+    return whole
 
 
 def _deviation(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
