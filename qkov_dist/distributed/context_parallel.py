@@ -122,15 +122,15 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mine: Tensor, group: TorchWorld) -> Tensor:
         ctx.group = group
-        gathered = mine.new_empty(group.size * mine.shape[0], *mine.shape[1:])
-        torch.distributed.all_gather_into_tensor(gathered, mine.contiguous(), group=group.group)
-        return gathered.view(group.size, *mine.shape)
+        gathered = mine.new_empty(group.size, *mine.shape)
+        torch.distributed.all_gather([*gathered.unbind(0)], mine.contiguous(), group=group.group)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         summed = grad.new_empty(grad.shape[1:])
-        torch.distributed.reduce_scatter_tensor(summed, grad.flatten(0, 1).contiguous(), group=ctx.group.group)
+        torch.distributed.reduce_scatter(summed, [*grad.contiguous().unbind(0)], group=ctx.group.group)
         return summed, None
 
 
