@@ -23,7 +23,7 @@ LONGROPE = {
     "long_factor": [4.0] * 4,
     "original_max_position_embeddings": 8,
 }
-RIGHT = ["llama", "gpt2", "gpt_oss", "gemma3_text", "deepseek_v3", "mixtral", "phi3", "gpt_bigcode_mqa"]
+RIGHT = ["llama", "gpt2", "gpt_oss", "gemma2", "gemma3_text", "deepseek_v3", "mixtral", "phi3", "gpt_bigcode_mqa"]
 REFUSED = ["falcon_mqa", "mpt", "qwen3_next", "bert_masked"]
 
 
