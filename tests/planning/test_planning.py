@@ -67,6 +67,7 @@ CASES = [
     ("llama", (4, {"shard": "fsdp", "replicate": 2})),
     ("qwen3_moe", (2, {"ep": 2})),  # attention runs whole on both ranks
     ("qwen3_moe", (4, {"tp": 2, "ep": 4, "shard": "fsdp"})),
+    ("llama", (4, {"cp": 2, "shard": "fsdp"})),
 ]
 
 

@@ -75,6 +75,7 @@ MORE_FAMILIES = {
     "idle experts": Family("mixtral", {"num_experts_per_tok": 1}, idle_experts),
     "gpt_oss": Family("gpt_oss"),
     "qwen3_moe": Family("qwen3_moe"),
+    "multi-query (gpt_bigcode)": Family("gpt_bigcode_mqa"),
 }
 
 
