@@ -1,7 +1,7 @@
 """Refusing models that others have prepared to share a sample's tokens among ranks: context and sequence parallelism.
 
-A gradient is complete only with all tokens of its sample, before anything is squared; ``context_parallel`` sees to that.
-What else cuts samples shows in what it puts around attention:
+A gradient is complete only with all tokens of its sample, before anything is squared: ``context_parallel`` and
+``capture.spans`` see to that. What else cuts samples shows in what it puts around attention:
 
     torch's context_parallel    its own function in the place of scaled_dot_product_attention, or hooks on modules
     DeepSpeed-Ulysses           its own function among those that transformers chooses attention from
@@ -29,8 +29,8 @@ def refuse_cut_samples(model: nn.Module) -> None:
             found,
             expected="all tokens of a sample on the rank that runs it",
             got="attention over tokens that lie on several ranks",
-            remedy="Collect outside of it. Where one rank has no memory for a sample's tokens, let N ranks share them by "
-            "parallel.cp=N of qkov run, or FisherCollector(cp=N); else shard the model with fsdp, and use small batches.",
+            remedy="Collect outside of it. Where one rank has no memory for a sample's tokens, let N ranks share them "
+            "(parallel.cp=N of qkov run, FisherCollector(cp=N)); else use fsdp (fully_shard) and small batches.",
         )
 
 

@@ -23,7 +23,9 @@ LONGROPE = {
     "long_factor": [4.0] * 4,
     "original_max_position_embeddings": 8,
 }
-RIGHT = ["llama", "gpt2", "gpt_oss", "gemma2", "gemma3_text", "deepseek_v3", "mixtral", "phi3", "gpt_bigcode_mqa"]
+SINGLE = {name for name, entry in TINY.items() if not entry.float64} | {"gemma2"}  # its padding is NaN in float64
+NEAR_IN_SINGLE = 1e-4
+RIGHT = ["llama", "gpt2", "gpt_oss", "gemma3_text", "deepseek_v3", "mixtral", "phi3", "gpt_bigcode_mqa"]
 REFUSED = ["falcon_mqa", "mpt", "qwen3_next", "bert_masked"]
 
 
@@ -49,7 +51,7 @@ def deviation(name: str, overrides: dict, context: int, reduction: str) -> float
     """How far this rank's factors and losses are off those of one process, of the largest; or why it is refused."""
     entry, world, samples = TINY[name], current(), few_samples()
     model = entry.build(**overrides)
-    model = model.double() if entry.float64 else model
+    model = model if name in SINGLE else model.double()
     objective = "causal" if entry.causal else "masked"
     first = world.rank // context * context
     group = world.subgroup([range(n, n + context) for n in range(0, world.size, context)])
@@ -103,5 +105,5 @@ def test_what_moves_tokens_in_another_way_is_refused_by_name_on_all_ranks(name, 
 @pytest.mark.parametrize("name", [name for name in TINY if name not in (*RIGHT, *REFUSED)])
 def test_every_other_architecture_is_right_or_refused_by_name(name, ranks):
     for said in ranks(2).run(deviation, name, {}, 2, "mean"):
-        near = NEAR if TINY[name].float64 else 1e-4
+        near = NEAR_IN_SINGLE if name in SINGLE else NEAR
         assert said.startswith("parallel.cp: model type") if isinstance(said, str) else said < near
