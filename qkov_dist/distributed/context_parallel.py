@@ -53,7 +53,7 @@ def shared_tokens(model: nn.Module, group: TorchWorld) -> Iterator[None]:
         )
     configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), _CHOSEN)}
     with ExitStack() as stack:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[kernel], kernel, group))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, partial(_mask, kernel, group))
         stack.callback(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop, NAME)
         ALL_ATTENTION_FUNCTIONS.register(NAME, partial(_attention, kernel, group))
         stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.pop, NAME)
@@ -64,24 +64,27 @@ def shared_tokens(model: nn.Module, group: TorchWorld) -> Iterator[None]:
 
 
 def _mask(
-    make: Callable[..., Any],
     kernel: str,
     group: TorchWorld,
     *,
     q_length: int,
+    device: torch.device,
     local_size: int | None = None,
     allow_is_causal_skip: bool = False,
     **others: Any,
 ) -> Any:
-    """The mask of this rank's queries over all keys up to the last of them; None where sdpa knows it as causal.
+    """The mask of this rank's queries over all keys up to the last of them; None where a GPU's sdpa knows it as causal.
 
-    What is padded lies behind all that counts: an ``attention_mask`` has nothing to say.
+    What is padded lies behind all that counts: an ``attention_mask`` has nothing to say. On a CPU it is a sum: of a
+    boolean one each layer would keep a sum of its own for the backward pass.
     """
-    kv_length = (group.rank + 1) * q_length
-    if kernel == "sdpa" and allow_is_causal_skip and (local_size is None or kv_length < local_size):
+    kv_length, on_cpu = (group.rank + 1) * q_length, device.type == "cpu"
+    is_causal = allow_is_causal_skip and (local_size is None or kv_length < local_size)
+    if kernel == "sdpa" and is_causal and not on_cpu:
         return None
+    make = ALL_MASK_ATTENTION_FUNCTIONS["eager" if on_cpu else kernel]
     places = {"q_length": q_length, "q_offset": group.rank * q_length, "kv_length": kv_length, "kv_offset": 0}
-    return make(**{**others, **places, "attention_mask": None, "allow_is_causal_skip": False})
+    return make(**{**others, **places, "device": device, "attention_mask": None, "allow_is_causal_skip": False})
 
 
 def _attention(
@@ -98,14 +101,15 @@ def _attention(
     widths = [key.shape[-1], value.shape[-1]]
     gathered: Tensor = _AllGather.apply(torch.cat([key, value], dim=-1), group)  # type: ignore[no-untyped-call]
     key, value = torch.split(torch.cat([*gathered[: group.rank + 1]], dim=2), widths, dim=-1)
-    if attention_mask is not None or kernel != "sdpa" or settings.get("position_bias") is not None:
+    masked_on_gpu = attention_mask is not None and query.device.type != "cpu"
+    if masked_on_gpu or kernel != "sdpa" or settings.get("position_bias") is not None:
         found: tuple[Tensor, Any] = _function(kernel, module)(module, query, key, value, attention_mask, **settings)
         return found
     output = scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=causal_lower_right(query.shape[2], key.shape[2]),
+        attn_mask=causal_lower_right(query.shape[2], key.shape[2]) if attention_mask is None else attention_mask,
         dropout_p=settings.get("dropout", 0.0),
         scale=settings.get("scaling"),
         enable_gqa=query.shape[1] != key.shape[1],
