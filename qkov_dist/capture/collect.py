@@ -254,8 +254,8 @@ class Collection:
         )
 
     def _too_long(self, name: str, num_tokens: int) -> QkovError:
-        remedy = "Cut it with the task's max_tokens, spread the model over more ranks or a GPU with more memory, or "
-        remedy += "use model.dtype=bfloat16."
+        remedy = "Cut it with the task's max_tokens, let ranks share its tokens (parallel.cp, FisherCollector(cp=N)), "
+        remedy += "spread the model over more ranks or a GPU with more memory, or use model.dtype=bfloat16."
         if self.store.bytes_on_gpu:
             remedy = f"Set compute.factor_gpu_mb=0: factors take {self.store.bytes_on_gpu >> 20} MiB there. {remedy}"
         return QkovError(

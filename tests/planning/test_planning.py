@@ -427,6 +427,20 @@ def test_what_ranks_hold_of_a_cut_weight_adds_up_to_it(parallelism):
         assert (held == weight.numel) == (parallelism.tp == 1 or weight.style is not None)
 
 
+def test_ranks_that_share_tokens_leave_less_each_and_compute_the_same_together():
+    work = work_of(TINY["llama"].build(), "llama", num=4, tokens=33, compute={"batch_tokens": 64})
+    plans = {n: plan_simulated(work, Parallelism(1, "ddp", 4, context=n)) for n in (1, 2, 4)}
+    alone = plans[1]
+    others = 32 * sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in work.layout.layers) * 4
+    for context, plan in plans.items():
+        own = max(cost.activations for cost in plan.costs) - (others if context > 1 else 0)
+        assert own == alone.costs[0].activations // context
+        for name in ("flops_forward", "flops_backward"):
+            assert sum(getattr(c, name) for c in plan.costs) == sum(getattr(c, name) for c in alone.costs), name
+        assert {cost.batches for cost in plan.costs} == {context * alone.costs[0].batches}
+        assert all((cost.moved_tokens > 0) == (context > 1) for cost in plan.costs)
+
+
 def test_more_ranks_hold_less_each_and_compute_the_same_together():
     work = work_of(TINY["llama"].build(), "llama", num=24)
     plans = {n: plan_simulated(work, Parallelism(1, "fsdp" if n > 1 else "none", n)) for n in (1, 2, 4, 8)}
