@@ -8,7 +8,7 @@ summed back to the ranks that they came from. All else of a decoder looks at one
 This asks nothing of the number of heads, or of the widths of keys and values. Masks are transformers' own, made for
 these queries and keys: sliding windows and chunks are what they are in one process. Both functions are registered with
 transformers under ``NAME``, for as long as the context lasts. What moves tokens in another way (convolutions, states,
-attention beside transformers' interface) is found out by ``capture.spans.check_shared_tokens``.
+attention beside transformers' interface) is found out by ``capture.outputs.check_shared_tokens``.
 """
 
 from __future__ import annotations
