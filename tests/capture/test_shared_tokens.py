@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from samples import mixed_samples
 from sites import sites_of
 from zoo import TINY, VOCAB
@@ -24,7 +25,7 @@ LONGROPE = {
     "original_max_position_embeddings": 8,
 }
 SINGLE = {name for name, entry in TINY.items() if not entry.float64} | {"gemma2"}  # its padding is NaN in float64
-NEAR_IN_SINGLE = 1e-4
+NEAR_IN_SINGLE, NEAR_IN_HALF = 1e-4, 1e-2
 RIGHT = ["llama", "gpt2", "gpt_oss", "gemma3_text", "deepseek_v3", "mixtral", "phi3", "gpt_bigcode_mqa"]
 REFUSED = ["falcon_mqa", "mpt", "qwen3_next", "bert_masked"]
 
@@ -47,11 +48,11 @@ def collection_of(model, objective, reduction: str, topology: Topology | None) -
     return Collection(store, tuple(sites_of(model)), objective, reduction, batch_tokens=40, **options)
 
 
-def deviation(name: str, overrides: dict, context: int, reduction: str) -> float | str:
+def deviation(name: str, overrides: dict, context: int, reduction: str, dtype: str = "float64") -> float | str:
     """How far this rank's factors and losses are off those of one process, of the largest; or why it is refused."""
     entry, world, samples = TINY[name], current(), few_samples()
     model = entry.build(**overrides)
-    model = model if name in SINGLE else model.double()
+    model = model if name in SINGLE else model.to(getattr(torch, dtype))
     objective = "causal" if entry.causal else "masked"
     first = world.rank // context * context
     group = world.subgroup([range(n, n + context) for n in range(0, world.size, context)])
@@ -87,6 +88,11 @@ def test_each_rank_has_the_whole_factors_of_its_samples(name, ranks):
 @pytest.mark.parametrize(("size", "context"), [(4, 2), (3, 3)])
 def test_losses_are_summed_over_spans(size, context, ranks):
     assert max(ranks(size).run(deviation, "llama", {}, context, "sum")) < NEAR
+
+
+def test_factors_of_float16_come_free_of_the_loss_scale(ranks):
+    """They wait for the end of the backward pass before they are sent."""
+    assert max(ranks(2).run(deviation, "llama", {}, 2, "mean", "float16")) < NEAR_IN_HALF
 
 
 def test_a_rope_sees_how_long_the_whole_sample_is(ranks):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from zoo import TINY
 
+from qkov_dist import FisherCollector
 from qkov_dist.distributed import context_parallel
 from qkov_dist.distributed.connect import current
 from qkov_dist.distributed.context_parallel import shared_tokens
@@ -43,6 +44,11 @@ def test_other_attention_than_is_made_for_it_is_refused_and_left():
     with pytest.raises(QkovError, match=r"sdpa or eager, got flex_attention\. Set model\.attn_implementation=sdpa"):
         shared_tokens(model, None).__enter__()
     assert model.config._attn_implementation == "flex_attention"
+
+
+def test_no_fewer_than_one_rank_shares_tokens():
+    with pytest.raises(QkovError, match="cp: expected at least 1, got 0"):
+        FisherCollector(cp=0)
 
 
 def test_ranks_that_are_not_there_share_no_tokens():
