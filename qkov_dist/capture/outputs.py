@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from qkov_dist.data.batches import Batch, Objective, Sequenced, make_batch
 from qkov_dist.data.samples import IGNORED
-from qkov_dist.distributed.shared_errors import SharedError, together
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.modules import text_config
-from qkov_dist.modes import evaluating, explained_pass, input_device, plain_outputs, without_graph
+from qkov_dist.modes import ModelError, evaluating, explained_pass, input_device, plain_outputs, without_graph
 
 from .losses import labelled_logits, takes
 from .numerics import moved_by_order
@@ -50,7 +49,8 @@ def check_shared_tokens(model: nn.Module, ids: Tensor, spans: Spans, objective: 
         batch = batch_of_rows(ids, ids, "row")
         whole = _logits(model, batch)
         coarse = torch.float32 if _dtype(model) == torch.float64 else _dtype(model)  # in which some attend all the same
-        with suppress(SharedError):  # of a model that fails on its part of the tokens, on all ranks
+        with suppress(ModelError):  # of a model that cannot take a part of the tokens: in a rehearsal, on all ranks
+            _span_logits(model, batch, spans, rehearsed=True)
             if not _differ(whole, _logits(model, batch, spans), coarse):
                 return
     raise QkovError(
@@ -97,21 +97,23 @@ def batch_of_rows(ids: Tensor, targets: Tensor, name: str) -> Batch:
 
 def _logits(model: nn.Module, batch: Batch, spans: Spans | None = None) -> Tensor:
     """Logits at the labelled positions, row after row [labelled, vocabulary], on the CPU."""
-    device = input_device(model)
-    with evaluating(model), plain_outputs(model), without_graph():
-        if spans is None:
-            return _explained_logits(model, batch.to(device))
-        with spans.attention(model):
-            span = spans.of(batch).to(device)
-            mine = together(spans.group, lambda: _explained_logits(model, span))
+    if spans is None:
+        return _evaluated(model, batch)
+    mine = _span_logits(model, batch, spans)
     whole = mine.new_zeros(int(batch.num_targets.sum()), mine.shape[1]).double()
     whole[spans.places(batch, batch.targets != IGNORED)[spans.group.rank]] = mine.double()
     return spans.summed(whole)
 
 
-def _explained_logits(model: nn.Module, batch: Batch) -> Tensor:
-    with explained_pass(model):
-        return labelled_logits(model, batch).cpu()
+def _span_logits(model: nn.Module, batch: Batch, spans: Spans, *, rehearsed: bool = False) -> Tensor:
+    """Those of this rank's span."""
+    with spans.attention(model, rehearsed=rehearsed):
+        return _evaluated(model, spans.of(batch))
+
+
+def _evaluated(model: nn.Module, batch: Batch) -> Tensor:
+    with evaluating(model), plain_outputs(model), without_graph(), explained_pass(model):
+        return labelled_logits(model, batch.to(input_device(model))).cpu()
 
 
 def _differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

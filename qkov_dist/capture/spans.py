@@ -38,10 +38,10 @@ class Spans:
     group: World
 
     @contextmanager
-    def attention(self, model: nn.Module) -> Iterator[None]:
-        """Let the model's attention see all of them."""
+    def attention(self, model: nn.Module, *, rehearsed: bool = False) -> Iterator[None]:
+        """Let the model's attention see all of them, or pretend that it does."""
         assert isinstance(self.group, TorchWorld)
-        with shared_tokens(model, self.group):
+        with shared_tokens(model, self.group, rehearsed=rehearsed):
             yield
 
     def size(self, batch: Batch) -> int:

@@ -37,8 +37,14 @@ _CHOSEN = "_attn_implementation_internal"  # set past the property, which would 
 
 
 @contextmanager
-def shared_tokens(model: nn.Module, group: TorchWorld) -> Iterator[None]:
+def shared_tokens(model: nn.Module, group: TorchWorld, *, rehearsed: bool = False) -> Iterator[None]:
     """Let a model's attention see the tokens of all ranks of a group, each of which passes its own.
+
+    Args:
+        model: The model.
+        group: The ranks.
+        rehearsed: Take each rank for the last, with its own keys and values in place of all others': shapes, and what
+            fails for them, are those of a pass, alike on all ranks, and none waits for another.
 
     Raises:
         QkovError: for an attention function that has not been made to.
@@ -53,9 +59,11 @@ def shared_tokens(model: nn.Module, group: TorchWorld) -> Iterator[None]:
         )
     configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), _CHOSEN)}
     with ExitStack() as stack:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, partial(_mask, kernel, group))
+        rank = group.size - 1 if rehearsed else group.rank
+        gather = partial(_repeated, size=group.size) if rehearsed else partial(_AllGather.apply, group)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, partial(_mask, kernel, rank))
         stack.callback(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop, NAME)
-        ALL_ATTENTION_FUNCTIONS.register(NAME, partial(_attention, kernel, group))
+        ALL_ATTENTION_FUNCTIONS.register(NAME, partial(_attention, kernel, rank, gather))
         stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.pop, NAME)
         for config in configs.values():
             stack.callback(setattr, config, _CHOSEN, getattr(config, _CHOSEN))
@@ -65,7 +73,7 @@ def shared_tokens(model: nn.Module, group: TorchWorld) -> Iterator[None]:
 
 def _mask(
     kernel: str,
-    group: TorchWorld,
+    rank: int,
     *,
     q_length: int,
     device: torch.device,
@@ -78,18 +86,19 @@ def _mask(
     What is padded lies behind all that counts: an ``attention_mask`` has nothing to say. On a CPU it is a sum: of a
     boolean one each layer would keep a sum of its own for the backward pass.
     """
-    kv_length, on_cpu = (group.rank + 1) * q_length, device.type == "cpu"
+    kv_length, on_cpu = (rank + 1) * q_length, device.type == "cpu"
     is_causal = allow_is_causal_skip and (local_size is None or kv_length < local_size)
     if kernel == "sdpa" and is_causal and not on_cpu:
         return None
     make = ALL_MASK_ATTENTION_FUNCTIONS["eager" if on_cpu else kernel]
-    places = {"q_length": q_length, "q_offset": group.rank * q_length, "kv_length": kv_length, "kv_offset": 0}
+    places = {"q_length": q_length, "q_offset": rank * q_length, "kv_length": kv_length, "kv_offset": 0}
     return make(**{**others, **places, "device": device, "attention_mask": None, "allow_is_causal_skip": False})
 
 
 def _attention(
     kernel: str,
-    group: TorchWorld,
+    rank: int,
+    gather: Callable[[Tensor], Tensor],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -99,8 +108,8 @@ def _attention(
 ) -> tuple[Tensor, Any]:
     """Attention of this rank's queries [N, heads, S, width] to keys and values of all ranks up to itself."""
     widths = [key.shape[-1], value.shape[-1]]
-    gathered: Tensor = _AllGather.apply(torch.cat([key, value], dim=-1), group)  # type: ignore[no-untyped-call]
-    key, value = torch.split(torch.cat([*gathered[: group.rank + 1]], dim=2), widths, dim=-1)
+    gathered = gather(torch.cat([key, value], dim=-1))[: rank + 1]
+    key, value = torch.split(torch.cat([*gathered], dim=2), widths, dim=-1)
     masked_on_gpu = attention_mask is not None and query.device.type != "cpu"
     if masked_on_gpu or kernel != "sdpa" or settings.get("position_bias") is not None:
         found: tuple[Tensor, Any] = _function(kernel, module)(module, query, key, value, attention_mask, **settings)
@@ -124,18 +133,22 @@ class _AllGather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, group: TorchWorld) -> Tensor:
+    def forward(ctx: Any, group: TorchWorld, mine: Tensor) -> Tensor:
         ctx.group = group
         gathered = mine.new_empty(group.size, *mine.shape)
         torch.distributed.all_gather([*gathered.unbind(0)], mine.contiguous(), group=group.group)
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (grad,) = grads
         summed = grad.new_empty(grad.shape[1:])
         torch.distributed.reduce_scatter(summed, [*grad.contiguous().unbind(0)], group=ctx.group.group)
-        return summed, None
+        return None, summed
+
+
+def _repeated(mine: Tensor, size: int) -> Tensor:
+    return mine.unsqueeze(0).expand(size, *mine.shape)
 
 
 def _function(kernel: str, module: nn.Module) -> Callable[..., Any]:
