@@ -7,7 +7,7 @@ import pytest
 import torch
 from samples import mixed_samples
 from sites import sites_of
-from zoo import TINY, VOCAB
+from zoo import RELATIVES, TINY, VOCAB
 
 from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.store import FactorStore
@@ -24,10 +24,11 @@ LONGROPE = {
     "long_factor": [4.0] * 4,
     "original_max_position_embeddings": 8,
 }
-SINGLE = {name for name, entry in TINY.items() if not entry.float64} | {"gemma2"}  # its padding is NaN in float64
+ZOO = TINY | RELATIVES
+SINGLE = {name for name, entry in ZOO.items() if not entry.float64} | {"gemma2"}  # its padding is NaN in float64
 NEAR_IN_SINGLE, NEAR_IN_HALF = 1e-4, 1e-2
-RIGHT = ["llama", "gpt2", "gpt_oss", "gemma3_text", "deepseek_v3", "mixtral", "phi3", "gpt_bigcode_mqa"]
-REFUSED = ["falcon_mqa", "mpt", "qwen3_next", "bert_masked"]
+RIGHT = ["llama", "gpt2", "gpt_oss", "gemma3_text", "deepseek_v3", "mixtral", "phi3", "gpt_bigcode_mqa", "llama4_text"]
+REFUSED = ["falcon_mqa", "mpt", "qwen3_next", "bert_masked", "deepseek_v32"]
 
 
 def few_samples() -> list[Sample]:
@@ -50,7 +51,7 @@ def collection_of(model, objective, reduction: str, topology: Topology | None) -
 
 def deviation(name: str, overrides: dict, context: int, reduction: str, dtype: str = "float64") -> float | str:
     """How far this rank's factors and losses are off those of one process, of the largest; or why it is refused."""
-    entry, world, samples = TINY[name], current(), few_samples()
+    entry, world, samples = ZOO[name], current(), few_samples()
     model = entry.build(**overrides)
     model = model if name in SINGLE else model.to(getattr(torch, dtype))
     objective = "causal" if entry.causal else "masked"
@@ -104,7 +105,7 @@ def test_a_rope_sees_how_long_the_whole_sample_is(ranks):
 def test_what_moves_tokens_in_another_way_is_refused_by_name_on_all_ranks(name, ranks):
     said = ranks(2).run(deviation, name, {}, 2, "mean")
     assert len(set(said)) == 1
-    assert said[0].startswith(f"parallel.cp: model type {TINY[name].model_type!r}")
+    assert said[0].startswith(f"parallel.cp: model type {ZOO[name].model_type!r}")
 
 
 @pytest.mark.long
