@@ -100,6 +100,7 @@ class FisherCollector:
         spill_dir: Folder for factors beyond the memory; the system's temporary folder by default.
         group: The process group of torch.distributed whose ranks have the model and make these calls, and those of the
             metric; None is all ranks.
+        cp: Neighbouring ranks that share each sample's tokens, where samples are too long for one of them.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class FisherCollector:
         batch_tokens: int | None = None,
         spill_dir: str | Path | None = None,
         group: Any = None,
+        cp: int = 1,
     ) -> None:
         choose("reduction", reduction, ("param",))
         choose("loss_reduction", loss_reduction, ("mean", "sum"))
@@ -123,7 +125,9 @@ class FisherCollector:
             raise wrong_argument("gradient_memory_mb", "at least 0", gradient_memory_mb)
         if batch_tokens is not None and batch_tokens < 1:
             raise wrong_argument("batch_tokens", "at least 1", batch_tokens)
-        self.enabled, self.group = enable_cross_task_analysis, group
+        if cp < 1:
+            raise wrong_argument("cp", "at least 1", cp)
+        self.enabled, self.group, self._context = enable_cross_task_analysis, group, cp
         self.decay = decay
         self.steps: list[Step] = []
         self._selection = Selection(None if layers is None else tuple(layers))
@@ -255,8 +259,9 @@ class FisherCollector:
             tile_plan = together(
                 world, lambda: make_tile_plan(config.layout, self._selection, include_bias=False, num_samples=1)
             )
-            topology = make_topology(world, model, config.layout, [layer.layer for layer in tile_plan.layers])
             layers = [config.layout.layer(layer.layer) for layer in tile_plan.layers]
+            indexes = [layer.index for layer in layers]
+            topology = make_topology(world, model, config.layout, indexes, context=self._context)
             first = next(model.parameters())
             self._device = torch.device(first.device if first.device.type == "cuda" else "cpu")
             self._collection = Collection(

@@ -81,6 +81,9 @@ class ParallelConfig(_Section):
         COUNT, "copies of the weights that fsdp shards, each over its part of the ranks", 1, identity=False
     )
     ep: int = _key(COUNT, "number of ranks that the experts of a mixture are spread over", 1, identity=False)
+    cp: int = _key(
+        COUNT, "number of ranks that share each sample's tokens, where one has no memory for them", 1, identity=False
+    )
 
 
 @dataclass(frozen=True)

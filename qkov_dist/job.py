@@ -183,9 +183,8 @@ def prepare(config: RunConfig, world: World, console: Console = SILENT) -> Job:
     tasks = _tasks(config, loaded)
     copies = _copies(config, tasks, cast(Objective, loaded.objective))
     scoring = _scoring(config, tasks, loaded.model)
-    topology = make_topology(
-        world, loaded.model, layout, [layer.index for layer in scoring.selection.layers_of(layout)]
-    )
+    layers = [layer.index for layer in scoring.selection.layers_of(layout)]
+    topology = make_topology(world, loaded.model, layout, layers, context=parallelism.context)
     tile_plan = scoring.tile_plan(layout, topology.owned())
     model = fingerprint(loaded.model, world)
     run_id = _run_id(config, model, tasks)

@@ -71,7 +71,7 @@ def test_defaults_are_those_of_the_specification(minimal: Path) -> None:
             "attn_implementation": None,
             "trust_remote_code": False,
         },
-        "parallel": {"tp": 1, "shard": "auto", "replicate": 1, "ep": 1},
+        "parallel": {"tp": 1, "shard": "auto", "replicate": 1, "ep": 1, "cp": 1},
         "tasks": [
             {"name": "math", "path": "math.jsonl", **limits},
             {"name": "code", "path": "code.jsonl", **limits},
@@ -403,6 +403,7 @@ def test_identity_leaves_out_where_and_how(minimal: Path) -> None:
         "parallel.shard=fsdp",
         "parallel.replicate=2",
         "parallel.ep=2",
+        "parallel.cp=2",
         "statistics.allow_shared_samples=true",
     ]
     assert canonical_json(load_config(minimal, neutral)) == canonical_json(base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from qkov_dist.memory import is_shortage
 from qkov_dist.modes import ModelError, input_device
 
 from .hooks import Capture, capture
-from .passes import DealtTask, TaskPasses
+from .passes import DealtTask, Pass, TaskPasses
 from .sinks import Nowhere
 from .soundness import Soundness, richest
+from .spans import GatheredFactors, Spans
 from .store import FactorStore
 
 
@@ -75,6 +76,11 @@ class Collection:
     console: Console = field(default_factory=Console)
     soundness: Soundness = field(default_factory=Soundness)
 
+    @property
+    def spans(self) -> Spans | None:
+        """The ranks that share the tokens of each pass; None where a pass has whole samples."""
+        return Spans(self.topology.cp_group) if self.topology.cp_group.size > 1 else None
+
     def run(
         self,
         model: nn.Module,
@@ -107,7 +113,7 @@ class Collection:
         else:
             together(topology.world, lambda: self._look_at(model, task, samples))
         passes = self._passes(task, samples)
-        if topology.gathers_weights:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
+        if topology.passes_wait:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
             here = self._run_here(model, passes, on_samples)
         else:
             here = together(topology.dp_group, lambda: self._run_here(model, passes, on_samples))
@@ -126,8 +132,8 @@ class Collection:
         try:
             first = richest(samples)
             with self._plan_named(model):
-                self.soundness.prove(model, self.sites, self.objective, first, _named(task, first))
-                self.soundness.see(model, samples, self.objective)
+                self.soundness.prove(model, self.sites, self.objective, first, _named(task, first), self.spans)
+                self.soundness.see(model, samples, self.objective, self.spans)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
@@ -138,8 +144,8 @@ class Collection:
                 "outputs depend on the length of a batch: samples run uncut, each beside those of its length"
             )
 
-    def _passes(self, task: str, samples: Sequence[Sample]) -> list[tuple[Batch, bool]]:
-        """This rank's batches, each counted; then, where passes need all ranks, idle ones up to the longest list."""
+    def _passes(self, task: str, samples: Sequence[Sample]) -> list[Pass]:
+        """This rank's passes; then, where passes need all ranks, idle ones up to the longest list."""
         passes = TaskPasses(
             DealtTask(samples, self.objective, self.topology.dp_group.size),
             self.batch_tokens,
@@ -147,16 +153,18 @@ class Collection:
             [_named(task, sample) for sample in samples],
             first=len(self.records),
             alone=self.soundness.alone,
+            context=self.topology.cp_group.size,
         )
         return passes.on(self.topology.dp_group.rank)
 
     def _run_here(
-        self, model: nn.Module, passes: Sequence[tuple[Batch, bool]], on_samples: Callable[[int], object]
+        self, model: nn.Module, passes: Sequence[Pass], on_samples: Callable[[int], object]
     ) -> list[tuple[int, int, float]]:
-        """Make this rank's passes; returns each sample's number, labelled tokens and loss."""
+        """Make this rank's passes; returns the number, labelled tokens and loss of each of its own samples."""
         losses: list[tuple[int, int, float]] = []
         with (
             self._plan_named(model),
+            nullcontext() if self.spans is None else self.spans.attention(model),
             capture(
                 model,
                 self.sites,
@@ -166,14 +174,38 @@ class Collection:
                 any_rank=lambda here: any(self.topology.pass_group.all_gather(here)),
             ) as session,
         ):
-            for batch, counts in passes:
-                if not counts:
-                    session.run(batch, Nowhere())
-                    continue
-                for part, found in self._pass(session, batch):
+            for one in passes:
+                for part, found in self._pass(session, one):
                     losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
                     on_samples(len(part.samples))
         return losses
+
+    def _pass(self, session: Capture, one: Pass) -> Iterator[tuple[Batch, Tensor]]:
+        """Make one pass; yields the batches of this rank that were run, with their samples' losses."""
+        spans = self.spans
+        if not one.counts:
+            session.run(one.batch if spans is None else spans.of(one.batch), Nowhere())
+        elif spans is None:
+            yield from self._run_batch(session, one.batch)
+        elif (found := self._run_span(session, one, spans)) is not None:
+            yield one.batch, found
+
+    def _run_span(self, session: Capture, one: Pass, spans: Spans) -> Tensor | None:
+        """Run this rank's tokens of a batch; the factors and losses go to the rank whose samples they are.
+
+        Raises:
+            QkovError: where the batch does not fit into memory: the others wait in the pass.
+        """
+        mine = one.owner == self.topology.cp_group.rank
+        try:
+            with self.store.batch(one.batch) if mine else nullcontext(Nowhere()) as sink:
+                gathered = GatheredFactors(spans, one.batch, one.owner, self.sites, sink)
+                found = spans.summed(session.run(spans.of(one.batch), gathered))
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            raise self._too_large(one.batch) from error
+        return found if mine else None
 
     @contextmanager
     def _plan_named(self, model: nn.Module) -> Iterator[None]:
@@ -185,7 +217,7 @@ class Collection:
                 raise
             raise _plan_fails(model, error) from error
 
-    def _pass(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
+    def _run_batch(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Run one batch; where it does not fit into memory, its halves.
 
         Yields:
@@ -208,7 +240,7 @@ class Collection:
             return
         self.console.warn(f"out of memory with {len(batch.samples)} samples in a batch: going on with half of them")
         for half in batch.halves():
-            yield from self._pass(session, half)
+            yield from self._run_batch(session, half)
 
     def _too_large(self, batch: Batch) -> QkovError:
         longest = max(batch.lengths)
@@ -216,14 +248,14 @@ class Collection:
             return self._too_long(batch.names[0], longest)
         return QkovError(
             f"a batch of {len(batch.samples)} samples of up to {longest} tokens",
-            expected="memory for it on every rank (sharded weights are gathered by all ranks together)",
+            expected="memory for it on every rank (passes are made by several of them together)",
             got="too little",
             remedy=f"Set compute.batch_tokens to {len(batch.samples) * longest // 2} or less.",
         )
 
     def _too_long(self, name: str, num_tokens: int) -> QkovError:
-        remedy = "Cut it with the task's max_tokens, spread the model over more ranks or a GPU with more memory, or "
-        remedy += "use model.dtype=bfloat16."
+        remedy = "Cut it with the task's max_tokens, let ranks share its tokens (parallel.cp, FisherCollector(cp=N)), "
+        remedy += "spread the model over more ranks or a GPU with more memory, or use model.dtype=bfloat16."
         if self.store.bytes_on_gpu:
             remedy = f"Set compute.factor_gpu_mb=0: factors take {self.store.bytes_on_gpu >> 20} MiB there. {remedy}"
         return QkovError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from qkov_dist.data.samples import IGNORED
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.modules import text_config
 
-from .ropes import fresh_ropes
+from .ropes import fresh_ropes, whole_ropes
+from .span_batch import SpanBatch
 
 CHUNK_BYTES = 8 << 20  # of logits that are exponentiated at a time: what caches hold
 
@@ -24,7 +25,8 @@ CHUNK_BYTES = 8 << 20  # of logits that are exponentiated at a time: what caches
 def sample_losses(model: nn.Module, batch: Batch, reduction: str) -> Tensor:
     """Each sample's cross-entropy over its own labelled tokens, float32 or better, [N].
 
-    The output projection is handed only the positions that carry a label: no logits are formed elsewhere.
+    The output projection is handed only the positions that carry a label: no logits are formed elsewhere. Of a span of
+    a batch it is what this span adds to them.
     """
     logits, labelled = labelled_logits(model, batch), batch.targets != IGNORED
     losses = cross_entropy(logits, batch.targets[labelled])
@@ -83,11 +85,13 @@ def _few_rows(values: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The model's logits for a batch [N, T, vocabulary] (or where the output projection was handed less), uncached."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
-    if not bool(batch.attention_mask.all()):
+    if isinstance(batch, SpanBatch):  # padding is on the right, where no causal model sees it
+        inputs |= {"position_ids": batch.positions, "attention_mask": torch.ones_like(batch.input_ids)}
+    elif not bool(batch.attention_mask.all()):
         inputs["attention_mask"] = batch.attention_mask
-    if _takes(model, "use_cache"):
+    if takes(model, "use_cache"):
         inputs["use_cache"] = False
-    with fresh_ropes(model):
+    with fresh_ropes(model), whole_ropes(model, batch) if isinstance(batch, SpanBatch) else nullcontext():
         return _logits_of(model, model(**inputs), batch)
 
 
@@ -117,7 +121,7 @@ def _logits_of(model: nn.Module, output: Any, batch: Batch) -> Tensor:
     )
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
+def takes(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward, or that of the model inside a wrapper, names this argument."""
     return any(
         argument in inspect.signature(m.forward).parameters

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
-from qkov_dist.data.batches import Batch, Sequenced, make_batch
+from qkov_dist.data.batches import Batch, Objective, Sequenced, make_batch
+from qkov_dist.data.samples import IGNORED
 from qkov_dist.errors import QkovError
-from qkov_dist.modes import evaluating, explained_pass, input_device, plain_outputs, without_graph
+from qkov_dist.layout.modules import text_config
+from qkov_dist.modes import ModelError, evaluating, explained_pass, input_device, plain_outputs, without_graph
 
-from .losses import labelled_logits
+from .losses import labelled_logits, takes
 from .numerics import moved_by_order
 from .ropes import ropes_by_length
+from .spans import Spans
 
 
 def check_causal(model: nn.Module, ids: Tensor) -> None:
@@ -34,13 +39,36 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def depends_on_length(model: nn.Module, shortest: Sequenced, longest: int) -> bool:
+def check_shared_tokens(model: nn.Module, ids: Tensor, spans: Spans, objective: Objective) -> None:
+    """Raise where a few tokens [1, T] on several ranks are predicted otherwise than all of them on one.
+
+    Raises:
+        QkovError: names the model.
+    """
+    if objective == "causal" and takes(model, "position_ids"):
+        batch = batch_of_rows(ids, ids, "row")
+        whole = _logits(model, batch)
+        coarse = torch.float32 if _dtype(model) == torch.float64 else _dtype(model)  # in which some attend all the same
+        with suppress(ModelError):  # of a model that cannot take a part of the tokens: in a rehearsal, on all ranks
+            _span_logits(model, batch, spans, rehearsed=True)
+            if not _differ(whole, _logits(model, batch, spans), coarse):
+                return
+    raise QkovError(
+        f"parallel.cp: model type {getattr(text_config(model), 'model_type', type(model).__name__)!r}",
+        expected="a causal decoder whose tokens meet in attention alone, by transformers' attention interface",
+        got="masked prediction" if objective == "masked" else "outputs that change where ranks share a sample's tokens",
+        remedy="Use parallel.cp=1, with parallel.shard=fsdp and a small compute.batch_tokens.",
+    )
+
+
+def depends_on_length(model: nn.Module, shortest: Sequenced, longest: int, spans: Spans | None = None) -> bool:
     """Whether a sample's outputs change when it is padded to the length of the longest.
 
     Args:
         model: The model; all ranks of a pass call this alike.
         shortest: The sample of fewest tokens, cut where batches would cut it.
         longest: Tokens of the longest sample, uncut.
+        spans: The ranks that share its tokens; None where one has them all.
     """
     if len(shortest.input_ids) == longest:
         return False
@@ -48,7 +76,7 @@ def depends_on_length(model: nn.Module, shortest: Sequenced, longest: int) -> bo
         return True
     alone = make_batch([shortest], [0], [""])
     padded = make_batch([shortest], [0], [""], length=longest)
-    return _differ(_logits(model, alone), _logits(model, padded), _dtype(model))
+    return _differ(_logits(model, alone, spans), _logits(model, padded, spans), _dtype(model))
 
 
 def _threshold(rope: nn.Module) -> int:
@@ -67,11 +95,25 @@ def batch_of_rows(ids: Tensor, targets: Tensor, name: str) -> Batch:
     return Batch(tuple(range(len(ids))), (name,) * len(ids), ids, ones, targets, ones)
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def _logits(model: nn.Module, batch: Batch, spans: Spans | None = None) -> Tensor:
     """Logits at the labelled positions, row after row [labelled, vocabulary], on the CPU."""
-    batch = batch.to(input_device(model))
+    if spans is None:
+        return _evaluated(model, batch)
+    mine = _span_logits(model, batch, spans)
+    whole = mine.new_zeros(int(batch.num_targets.sum()), mine.shape[1]).double()
+    whole[spans.places(batch, batch.targets != IGNORED)[spans.group.rank]] = mine.double()
+    return spans.summed(whole)
+
+
+def _span_logits(model: nn.Module, batch: Batch, spans: Spans, *, rehearsed: bool = False) -> Tensor:
+    """Those of this rank's span."""
+    with spans.attention(model, rehearsed=rehearsed):
+        return _evaluated(model, spans.of(batch))
+
+
+def _evaluated(model: nn.Module, batch: Batch) -> Tensor:
     with evaluating(model), plain_outputs(model), without_graph(), explained_pass(model):
-        return labelled_logits(model, batch).cpu()
+        return labelled_logits(model, batch.to(input_device(model))).cpu()
 
 
 def _differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

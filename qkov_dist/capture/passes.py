@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 from qkov_dist.data.batches import Batch, Objective, make_batches, sequence
 from qkov_dist.data.samples import Sample
@@ -41,6 +42,21 @@ class DealtTask:
 
 
 @dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass of a rank.
+
+    Attributes:
+        batch: What is run; of a context-parallel group each rank runs its part of the tokens.
+        counts: Whether it is of use to some rank, and not only made because others wait.
+        owner: The place in its context-parallel group of the rank whose samples they are.
+    """
+
+    batch: Batch
+    counts: bool = True
+    owner: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class TaskPasses:
     """The batches in which ranks run a task's samples.
 
@@ -51,6 +67,7 @@ class TaskPasses:
         names: What messages call each of the samples.
         first: The pooled number of the first sample.
         alone: Whether samples run uncut, beside those of their own length only.
+        context: Neighbouring ranks that share the tokens of each other's samples.
     """
 
     dealt: DealtTask
@@ -59,25 +76,35 @@ class TaskPasses:
     names: Sequence[str]
     first: int = 0
     alone: bool = False
+    context: int = 1
 
-    def on(self, rank: int) -> list[tuple[Batch, bool]]:
-        """A rank's batches, each counted; then, where passes need all ranks, idle ones up to the longest list."""
-        mine = self._of_all[rank] if self.gathers_weights else self._batches(self.dealt.numbers[rank])
-        passes = [(batch, True) for batch in mine]
-        if self.gathers_weights:
-            (idle, *_) = mine or self._first
-            passes += [(idle, False)] * (self._most - len(mine))
-        return passes
+    def on(self, rank: int) -> list[Pass]:
+        """A rank's passes; then, where passes need all ranks, idle ones up to the longest list.
+
+        The ranks of a context-parallel group make the passes of all of its members, step by step: each member's first
+        batch, then each one's second.
+        """
+        mine = self._of_groups[rank // self.context] if self.gathers_weights else self._of_group(rank // self.context)
+        if not self.gathers_weights:
+            return mine
+        (idle, *_) = [a_pass.batch for a_pass in mine] or self._first
+        return mine + [Pass(idle, counts=False)] * (self._most - len(mine))
+
+    def _of_group(self, group: int) -> list[Pass]:
+        """The passes of the ranks that share tokens; of a rank alone its own batches."""
+        members = self.dealt.numbers[group * self.context : (group + 1) * self.context]
+        steps = zip_longest(*([Pass(batch, owner=n) for batch in self._batches(m)] for n, m in enumerate(members)))
+        return [a_pass for step in steps for a_pass in step if a_pass is not None]
 
     @cached_property
-    def _of_all(self) -> list[list[Batch]]:
-        """Every rank's batches: how many the others have decides how often this one passes."""
-        return [self._batches(numbers) for numbers in self.dealt.numbers]
+    def _of_groups(self) -> list[list[Pass]]:
+        """Every group's passes: how many the others have decides how often this one passes."""
+        return [self._of_group(group) for group in range(len(self.dealt.numbers) // self.context)]
 
     @cached_property
     def _most(self) -> int:
-        """Batches of the rank that has most."""
-        return max(map(len, self._of_all))
+        """Passes of the group that has most."""
+        return max(map(len, self._of_groups))
 
     @cached_property
     def _first(self) -> list[Batch]:

@@ -7,10 +7,13 @@ has its own gradient only if it is run as if it were the first, and beside none 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from .span_batch import SpanBatch
 
 BY_LENGTH = ("dynamic", "longrope")
 CACHED, FREQUENCIES, ORIGINAL = "max_seq_len_cached", "inv_freq", "original_inv_freq"
@@ -40,6 +43,30 @@ def fresh_ropes(model: nn.Module) -> Iterator[None]:
         for rope, state in before:
             for name, value in state.items():
                 setattr(rope, name, value)
+
+
+@contextmanager
+def whole_ropes(model: nn.Module, span: SpanBatch) -> Iterator[None]:
+    """Have them see how long the whole batch is, of which a span is run; what they make is cut to the span."""
+    size = span.input_ids.shape[1]
+    ends = torch.arange(span.start + size, device=span.input_ids.device).clamp(max=span.length - 1)
+    whole = torch.cat([ends, ends.new_full((1,), span.length - 1)]).unsqueeze(0)
+
+    def lengthen(_rope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": whole}
+        return (args[0], whole, *args[2:]), kwargs
+
+    def cut(_rope: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(part[:, span.start : span.start + size] for part in output)
+        return output[:, span.start : span.start + size]
+
+    with ExitStack() as stack:
+        for rope in ropes_by_length(model):
+            stack.callback(rope.register_forward_pre_hook(lengthen, with_kwargs=True).remove)
+            stack.callback(rope.register_forward_hook(cut).remove)
+        yield
 
 
 def _state(rope: nn.Module) -> dict[str, Any]:

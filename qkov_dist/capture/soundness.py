@@ -4,9 +4,11 @@ r"""Whether what a pass leaves is what scores are made of, asked of the model it
     causal      changing the last token changes no earlier output (``outputs``): samples are cut at their last label
     linear      each projection is Y = X W^T + b (``layout.linear_map``)
     gradient    D^T X equals autograd's dL/dW, where weights lie dense and whole in this process (``gradient_proof``)
+    tokens      where ranks share a sample's tokens, outputs are those of one rank that has them all (``outputs``)
     length      the outputs of a sample do not depend on how long its batch is; where they do, samples run alone
 
-The first tokens of a sample are enough for all but the last, which takes two forward passes of one sample.
+The first tokens of a sample are enough for all but the last, which takes two forward passes of one sample: whole on
+each rank, as a few tokens are no burden, but for the last, whose tokens ranks share as they do in a run.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from qkov_dist.data.samples import IGNORED, Sample
 from qkov_dist.layout.heads import Site
 
 from .gradient_proof import check_gradients
-from .outputs import batch_of_rows, check_causal, depends_on_length
+from .outputs import batch_of_rows, check_causal, check_shared_tokens, depends_on_length
 from .own_weights import check_weights
+from .spans import Spans
 
 NUM_TOKENS = 16  # of a sample, which are enough for all but lengths
 LEAST_TOKENS = 4  # of these a labelled one has earlier ones to attend to
@@ -45,7 +48,15 @@ class Soundness:
     lengths: tuple[int, int] | None = None
     alone: bool = False
 
-    def prove(self, model: nn.Module, sites: Sequence[Site], objective: Objective, sample: Sample, name: str) -> None:
+    def prove(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        objective: Objective,
+        sample: Sample,
+        name: str,
+        spans: Spans | None = None,
+    ) -> None:
         """Check the sites that were not checked before, on the first tokens of a sample that messages call ``name``.
 
         Raises:
@@ -58,10 +69,14 @@ class Soundness:
         ids = torch.from_numpy(_first_tokens(sample)).unsqueeze(0)
         if not self.proved and objective == "causal":
             check_causal(model, ids)
+        if not self.proved and spans is not None:
+            check_shared_tokens(model, ids, spans, objective)
         check_gradients(model, new, _labelled(ids, objective, f"{name} (its first tokens)"))
         self.proved.update(new)
 
-    def see(self, model: nn.Module, samples: Sequence[Sample], objective: Objective) -> None:
+    def see(
+        self, model: nn.Module, samples: Sequence[Sample], objective: Objective, spans: Spans | None = None
+    ) -> None:
         """Find out whether samples of these lengths have to run alone; once they do, they always do."""
         cut = [sequence(sample, objective) for sample in samples]
         longest = max(sample.num_tokens for sample in samples)
@@ -69,7 +84,7 @@ class Soundness:
         known = self.lengths or (longest + 1, 0)
         if self.alone or (known[0] <= len(shortest.input_ids) and longest <= known[1]):
             return
-        self.alone = depends_on_length(model, shortest, longest)
+        self.alone = depends_on_length(model, shortest, longest, spans)
         self.lengths = min(known[0], len(shortest.input_ids)), max(known[1], longest)
 
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size",
         type=positive,
         metavar="N",
-        help="ranks (default: what tp, ep, replicate take)",
+        help="ranks (default: what tp, ep, cp, replicate take)",
     )
     parser.add_argument(
         "--hardware", metavar="NAME", help="A100-40, A100-80, H100, H200, MI300X, L40S or cpu (measured)"

@@ -1,7 +1,7 @@
-"""Refusing passes in which a rank has some of a sample's tokens: context and sequence parallelism.
+"""Refusing models that others have prepared to share a sample's tokens among ranks: context and sequence parallelism.
 
-A gradient is complete only with all tokens of its sample, before anything is squared. What cuts samples shows in what
-it puts around attention:
+A gradient is complete only with all tokens of its sample, before anything is squared: ``context_parallel`` and
+``capture.spans`` see to that. What else cuts samples shows in what it puts around attention:
 
     torch's context_parallel    its own function in the place of scaled_dot_product_attention, or hooks on modules
     DeepSpeed-Ulysses           its own function among those that transformers chooses attention from
@@ -29,8 +29,8 @@ def refuse_cut_samples(model: nn.Module) -> None:
             found,
             expected="all tokens of a sample on the rank that runs it",
             got="attention over tokens that lie on several ranks",
-            remedy="Collect outside of it, with fsdp (fully_shard, or DistributedConfig(fsdp_size=N)) or tensor "
-            "parallelism, which leave samples whole, and small batches (batch_tokens).",
+            remedy="Collect outside of it. Where one rank has no memory for a sample's tokens, let N ranks share them "
+            "(parallel.cp=N of qkov run, FisherCollector(cp=N)); else use fsdp (fully_shard) and small batches.",
         )
 
 

@@ -9,6 +9,8 @@
     zero1, 2    as ddp: what these stages shard, optimizer states and gradients of weights, does not exist here
     zero3       DeepSpeed partitions the weights while they are read
     device_map  one process, layers over its devices
+    cp          neighbouring ranks share the tokens of each sample (``context_parallel``); beside ddp, fsdp or ZeRO,
+                which load the model as they do without it
 
 What cannot work is refused before weights are read.
 """
@@ -47,6 +49,7 @@ class Parallelism:
         copies: Of weights that are sharded: each is spread over ``replicas / copies`` groups.
         experts: Ranks that own distinct experts.
         whole: Whether nothing but experts is cut between the ``tp`` ranks of a pass.
+        context: Of the replicas, neighbours that share the tokens of each sample.
     """
 
     tp: int
@@ -55,6 +58,7 @@ class Parallelism:
     copies: int = 1
     experts: int = 1
     whole: bool = False
+    context: int = 1
 
     @property
     def shards(self) -> int:
@@ -76,11 +80,13 @@ class Parallelism:
     def words(self) -> str:
         """In a few words, for the terminal."""
         copies = f", {self.copies} copies" if self.copies > 1 else ""
-        return f"tp {self.tp}, {self.data}{copies}" + (f", experts over {self.experts}" if self.experts > 1 else "")
+        experts = f", experts over {self.experts}" if self.experts > 1 else ""
+        tokens = f", a sample's tokens over {self.context}" if self.context > 1 else ""
+        return f"tp {self.tp}, {self.data}{copies}{experts}{tokens}"
 
     def batch_tokens(self, compute: ComputeConfig, *, on_gpu: bool, num_parameters: int) -> int:
         """Padded tokens in one batch, as asked for, or as suits a model that is cut so."""
-        moves = self.tp > 1 or self.data in ("fsdp", "zero3", "device_map")
+        moves = self.tp * self.context > 1 or self.data in ("fsdp", "zero3", "device_map")
         return compute.batch_tokens or default_batch_tokens(
             on_cpu=not on_gpu, moves=moves, num_parameters=num_parameters
         )
@@ -93,6 +99,8 @@ def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Ma
         QkovError: where the ranks cannot be arranged so.
     """
     config = _as_launched(config, environment) if config.shard == "auto" else config
+    if config.cp > 1:
+        _check_context(config, world_size)
     if world_size % config.tp:
         raise QkovError(
             "parallel.tp",
@@ -117,7 +125,25 @@ def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Ma
             remedy="Use parallel.shard=fsdp with them.",
         )
     plain = Parallelism(config.tp, data if replicas > 1 or data == "device_map" else "none", replicas)
-    return _with_experts(_with_copies(plain, config.replicate), config.ep)
+    return replace(_with_experts(_with_copies(plain, config.replicate), config.ep), context=config.cp)
+
+
+def _check_context(config: ParallelConfig, world_size: int) -> None:
+    """Refuse context parallelism beside what it is not made for, or of ranks that are not there."""
+    if config.tp * config.ep > 1 or config.shard in ("none", "device_map"):
+        raise QkovError(
+            "parallel.cp",
+            expected="1, or ranks that share a sample's tokens with shard: ddp, fsdp or zero3, tp: 1 and ep: 1",
+            got=f"cp: {config.cp} with shard: {config.shard}, tp: {config.tp}, ep: {config.ep}",
+            remedy="Use parallel.shard=fsdp, which spreads any model, with parallel.tp=1 and parallel.ep=1.",
+        )
+    if world_size % config.cp:
+        raise QkovError(
+            "parallel.cp",
+            expected=f"a divisor of the {world_size} ranks",
+            got=str(config.cp),
+            remedy="Start a multiple of parallel.cp ranks, or change parallel.cp.",
+        )
 
 
 def _with_copies(plain: Parallelism, copies: int) -> Parallelism:
@@ -159,20 +185,13 @@ def _with_experts(plain: Parallelism, experts: int) -> Parallelism:
 def _as_launched(config: ParallelConfig, environment: Mapping[str, str]) -> ParallelConfig:
     """What `accelerate launch` was configured for; unchanged under any other launcher.
 
-    Raises:
-        QkovError: for parallelism that cuts samples.
+    Either of its sizes for ranks that share tokens (``cp_size``, ``sp_size``) is ``cp``: results are the same.
     """
+    sizes = _parallelism_config(environment)
+    config = replace(config, cp=sizes["CP"] * sizes["SP"]) if config.cp == 1 else config
     if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
         return replace(config, shard=f"zero{stage}" if stage in "123" else "ddp")
-    sizes = _parallelism_config(environment)
-    if sizes["CP"] * sizes["SP"] > 1:
-        raise QkovError(
-            "accelerate's ParallelismConfig",
-            expected="parallelism that leaves samples whole",
-            got=f"cp_size {sizes['CP']}, sp_size {sizes['SP']}",
-            remedy="Use dp_shard_size (FSDP2) and tp_size in their place: both spread what a long sample needs.",
-        )
     if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" or sizes["DP_SHARD"] > 1:
         config = replace(config, shard="fsdp")
         config = replace(config, replicate=sizes["DP_REPLICATE"]) if config.replicate == 1 else config

@@ -38,6 +38,7 @@ class Topology:
         tp_rects: The tensor-parallel shard of each projection that this rank sees, [out, in].
         gathers_weights: Whether weights are gathered for each pass, so that a pass of one rank needs one of all others.
         tp_group: This rank and those whose tensor-parallel shards make a pass together with its own.
+        cp_group: This rank and those that share the tokens of each other's samples: neighbours in ``dp_group``.
     """
 
     world: World = field(default_factory=Alone)
@@ -47,16 +48,24 @@ class Topology:
     tp_rects: Mapping[Site, Rect] = field(default_factory=dict)
     gathers_weights: bool = False
     tp_group: World = field(default_factory=Alone)
+    cp_group: World = field(default_factory=Alone)
 
     @property
     def pass_group(self) -> World:
         """This rank and those that take part in each pass of it."""
-        return self.world if self.gathers_weights else self.tp_group
+        if self.gathers_weights:
+            return self.world
+        return self.cp_group if self.cp_group.size > 1 else self.tp_group
+
+    @property
+    def passes_wait(self) -> bool:
+        """Whether a pass of one rank needs one of others that run other samples: no rank can halve one by itself."""
+        return self.gathers_weights or self.cp_group.size > 1
 
     @property
     def passes_alone(self) -> bool:
         """Whether no other rank takes part in a pass of this one: weights are whole here, and nothing is summed."""
-        return not self.gathers_weights and self.dp_group.size == self.world.size
+        return not self.passes_wait and self.dp_group.size == self.world.size
 
     def owned(self) -> Owned | None:
         """What this rank owns, as the plan asks for it."""
@@ -88,7 +97,9 @@ def deal_samples(lengths: Sequence[int], dp_size: int) -> list[list[int]]:
     return [sorted(numbers) for numbers in dealt]
 
 
-def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequence[int]) -> Topology:
+def make_topology(
+    world: World, model: nn.Module, layout: Layout, layers: Sequence[int], *, context: int = 1
+) -> Topology:
     """Find out how the ranks hold a model, and prove that they own every element of it exactly once.
 
     Args:
@@ -96,9 +107,11 @@ def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequen
         model: The model, before its first pass.
         layout: Its projections.
         layers: The layers that will be scored.
+        context: Neighbouring ranks that share the tokens of each sample.
 
     Raises:
-        QkovError: for tensor-parallel groups that do not fit together, or an element with no owner or two.
+        QkovError: for tensor-parallel groups that do not fit together, an element with no owner or two, or ranks that
+            cannot share tokens.
     """
     together(world, lambda: _refuse_routed(model))
     together(world, lambda: _refuse_rounded(model))
@@ -111,6 +124,7 @@ def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequen
     tp_group: World = Alone()
     if isinstance(world, TorchWorld) and len(distinct[0]) > 1:
         tp_group = world.subgroup(distinct)
+    cp_group = _sharing_tokens(world, context, len(distinct[0]))
     return Topology(
         world=world,
         dp_group=world.subgroup(columns) if isinstance(world, TorchWorld) else world,
@@ -124,7 +138,26 @@ def make_topology(world: World, model: nn.Module, layout: Layout, layers: Sequen
         },
         gathers_weights=gathers_weights,
         tp_group=tp_group,
+        cp_group=cp_group,
     )
+
+
+def _sharing_tokens(world: World, context: int, tp: int) -> World:
+    """This rank's group of ``context`` neighbours, which share the tokens of each sample.
+
+    Raises:
+        QkovError: where ranks cannot be grouped so.
+    """
+    if context == 1:
+        return Alone()
+    if not isinstance(world, TorchWorld) or world.size % context or tp > 1:
+        raise QkovError(
+            "context parallelism",
+            expected=f"a multiple of {context} ranks, each of which runs passes by itself",
+            got=f"{world.size}" + (f", of which {tp} make a pass together (tensor or expert parallel)" * (tp > 1)),
+            remedy="Start such a number of ranks, and shard the model with fsdp.",
+        )
+    return world.subgroup([range(first, first + context) for first in range(0, world.size, context)])
 
 
 def _ranks_of_passes(world: World, model: nn.Module, gathered: Gathered) -> list[int]:

@@ -7,6 +7,8 @@ lowest layer's Q, K and V. Every sweep of layers runs all samples once.
                 one, the largest weight outside of layers; or that alone where it is larger. ZeRO-3: all weights, but no
                 more elements than DeepSpeed lets live, and the largest module.
     logits      two numbers for each labelled token and entry of the vocabulary: the logits and their gradient
+    tokens      of a batch that ``cp`` ranks share each runs one part (labelled tokens are taken to lie evenly), beside
+                keys and values of all
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from qkov_dist.capture.forms import shared_inputs
 from qkov_dist.distributed.parallelism import Parallelism
 from qkov_dist.distributed.plans import SHARDED_BY_HOOKS
 
@@ -39,6 +42,7 @@ class Passes:
     activations: int
     moved_weights: int
     moved_sums: int
+    moved_tokens: int
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,8 @@ class CaptureCost:
 
     def passes(self, batches: Sequence[Pass], lowest: int) -> Passes:
         """All batches of a rank once, with a backward pass down to layer ``lowest``."""
-        tokens, labelled = sum(batch.tokens for batch in batches), sum(batch.labelled for batch in batches)
-        squares = sum(batch.tokens * batch.length for batch in batches)
+        tokens, labelled = sum(map(self._tokens, batches)), sum(map(self._labelled, batches))
+        squares = sum(self._tokens(batch) * batch.length for batch in batches)
         rates, kept = self._rates(lowest), {*batches}
         again = 5 if self.work.model_sizes.recomputes else 4  # halves of the forward pass's operations
         return Passes(
@@ -116,7 +120,15 @@ class CaptureCost:
             activations=max((self._activations(batch, lowest, rates.kept) for batch in kept), default=0),
             moved_weights=len(batches) * rates.moved_weights // self.parallelism.shards,
             moved_sums=self._moved_sums(tokens, labelled, lowest),
+            moved_tokens=self._moved_tokens(tokens, lowest),
         )
+
+    def _tokens(self, batch: Pass) -> int:
+        """Tokens of a batch that this rank runs, padding included."""
+        return batch.samples * -(-batch.length // self.parallelism.context)
+
+    def _labelled(self, batch: Pass) -> int:
+        return -(-batch.labelled // self.parallelism.context)
 
     def _rates(self, lowest: int) -> _Rates:
         """What passes cost, with a backward pass down to layer ``lowest``: the same for all ranks."""
@@ -183,7 +195,8 @@ class CaptureCost:
     def _activations(self, batch: Pass, lowest: int, kept: int) -> int:
         model_sizes, tp = self.work.model_sizes, self.parallelism.tp
         logits = LOGIT_COPIES * model_sizes.itemsize * model_sizes.vocabulary
-        eager = 0
+        context, eager = self.parallelism.context, 0
+        others = batch.tokens * self._keys_and_values(lowest) if context > 1 else 0
         if not model_sizes.recomputes:
             heads = sum(layer.num_heads for layer in self.work.layout.layers if layer.index >= lowest)
             own = heads // (tp if self._heads_are_cut else 1)
@@ -192,7 +205,22 @@ class CaptureCost:
                 * batch.length
                 * (SOFTMAX_BYTES + (model_sizes.itemsize if model_sizes.itemsize < SOFTMAX_BYTES else 0))
             )
-        return batch.tokens * (kept + eager) + batch.labelled * logits
+        return self._tokens(batch) * (kept + eager) + self._labelled(batch) * logits + others
+
+    def _keys_and_values(self, lowest: int) -> int:
+        """Bytes of a token's keys and values in layers from ``lowest`` on."""
+        layers = [layer for layer in self.work.layout.layers if layer.index >= lowest]
+        return self.work.model_sizes.itemsize * sum(n.num_kv_heads * (n.head_dim + n.v_head_dim) for n in layers)
+
+    def _moved_tokens(self, tokens: int, lowest: int) -> int:
+        """Bytes of the other ranks' keys and values, forward and as gradients backward, and of factors on their way to
+        the rank whose sample they are of.
+        """
+        context, layers = self.parallelism.context, self.work.layout.layers
+        inputs = (group for layer in layers if layer.index >= lowest for group in shared_inputs(layer))
+        factors = sum(group[0][1].shape[1] + sum(rect.shape[0] for _, rect in group) for group in inputs)
+        gathered = self._keys_and_values(0) + self._keys_and_values(lowest)
+        return (context - 1) * tokens * (gathered + factors * self.work.model_sizes.itemsize // context)
 
     def _moved_weights(self, lowest: int) -> int:
         """Bytes of weights that come from other ranks, times the number of shards: all of them forward, and layers

@@ -55,7 +55,7 @@ def plan_run(config: RunConfig, machines: Machines, *, as_numbers: bool = False)
     chosen = _hardware(machines)
     limits = _limits(machines, chosen)
     on_gpu = limits.gpu is not None
-    least = max(config.parallel.tp, config.parallel.ep) * config.parallel.replicate
+    least = max(config.parallel.tp, config.parallel.ep, config.parallel.cp) * config.parallel.replicate
     setting = Setting(config, machines.world_size or least)
     planner = Planner(config, machines.samples, machines.tokens, gpu_memory=limits.gpu)
     plan = planner.plan(setting)

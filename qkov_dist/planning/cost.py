@@ -29,6 +29,7 @@ class Cost:
         sent_scores: Bytes of partial scores sent to other ranks.
         moved_weights: Bytes that come over this rank's link while weights are gathered for its passes.
         moved_sums: Bytes that pass its link while tensor-parallel parts are summed.
+        moved_tokens: Bytes that pass its link where ranks share samples' tokens: keys, values, factors on their way.
         written: Bytes of its partial file, and on rank 0 of the heatmap.
         flops_forward: Operations of all forward passes.
         flops_backward: Operations of all backward passes, down to the lowest layer of each.
@@ -57,6 +58,7 @@ class Cost:
     sent_scores: int = 0
     moved_weights: int = 0
     moved_sums: int = 0
+    moved_tokens: int = 0
     written: int = 0
     flops_forward: int = 0
     flops_backward: int = 0

@@ -29,7 +29,7 @@ class Setting:
         """How to turn this setting into another, as arguments of ``qkov plan``."""
         mine, theirs = self.config, other.config
         words = [f"--world-size {other.num_ranks}"] if self.num_ranks != other.num_ranks else []
-        for key in ("model.dtype", "parallel.shard", "compute.batch_tokens", "compute.factor_memory_mb"):
+        for key in ("model.dtype", "parallel.shard", "parallel.cp", "compute.batch_tokens", "compute.factor_memory_mb"):
             section, name = key.split(".")
             value = getattr(getattr(theirs, section), name)
             if value != getattr(getattr(mine, section), name):

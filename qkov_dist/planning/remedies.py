@@ -1,8 +1,8 @@
 """Whether a planned run fits into the memory there is, and what would make it fit: tried out, not guessed.
 
 Changes are tried in the order of what they cost: fewer factors in memory, a type of half the size, smaller batches,
-weights sharded over the ranks there are, and over more of them. A change is proposed only after the whole plan was made
-with it and fits.
+weights sharded over the ranks there are, and over more of them; where one sample is too long for all of that, its
+tokens too. A change is proposed only after the whole plan was made with it and fits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def limits_in_words(limits: Limits, *, on_gpu: bool) -> str:
 
 
 def remedies(setting: Setting, limits: Limits, planner: Planner) -> list[str]:
-    """Changes with each of which the run fits; where no single one is enough, half the size and more ranks together."""
+    """Changes with each of which the run fits; where no single one is enough, half the size and more ranks together, or
+    ranks that share the tokens of samples.
+    """
     search = _Search(limits, planner)
     half = _half(setting)
     smaller, more = search.smaller_batches(setting), search.more_ranks(setting)
@@ -64,6 +66,8 @@ def remedies(setting: Setting, limits: Limits, planner: Planner) -> list[str]:
     found = [way for way in ways if way is not None]
     if not found and half and (both := search.more_ranks(half)):
         found = [both]
+    if not found and (shared := search.shared_tokens(setting)):
+        found = [shared]
     return [setting.changes(way) for way in found]
 
 
@@ -122,6 +126,16 @@ class _Search:
             num_ranks *= 2
         return None
 
+    def shared_tokens(self, setting: Setting) -> Setting | None:
+        """A part of each sample's tokens, and of every weight, on each of ever more ranks: the fewest that fit."""
+        wider, context = setting if setting.config.parallel.shard in SHARDED else _fsdp(setting), 2
+        while context <= MOST_RANKS:
+            num_ranks = -(-setting.num_ranks // context) * context
+            if self.fits(way := replace(_with_context(wider, context), num_ranks=num_ranks)):
+                return way
+            context *= 2
+        return None
+
 
 def _half(setting: Setting) -> Setting | None:
     config = setting.config
@@ -133,6 +147,11 @@ def _half(setting: Setting) -> Setting | None:
 def _fsdp(setting: Setting) -> Setting:
     config = setting.config
     return replace(setting, config=replace(config, parallel=replace(config.parallel, shard="fsdp")))
+
+
+def _with_context(setting: Setting, context: int) -> Setting:
+    config = setting.config
+    return replace(setting, config=replace(config, parallel=replace(config.parallel, cp=context)))
 
 
 def _with_batches(setting: Setting, size: int) -> Setting:

@@ -102,7 +102,7 @@ def plan_simulated(work: Workload, parallelism: Parallelism) -> RunPlan:
 def least_peak(work: Workload, parallelism: Parallelism) -> int:
     """Bytes that the first rank holds at least, on its GPU or else in the host's memory, while it runs its samples."""
     capture = CaptureCost(work, parallelism)
-    batches = Dealt(work, parallelism.replicas, gathers_weights=False).passes_on(0)
+    batches = Dealt(work, parallelism.replicas, False, parallelism.context).passes_on(0)
     return capture.weights(0) + capture.gathered + capture.passes(batches, work.layers[0]).activations
 
 
@@ -161,7 +161,8 @@ def parallelism_of(job: Job) -> Parallelism:
         data = "device_map"
     asked = job.parallelism
     copies = asked.copies if data == "fsdp" else 1
-    return Parallelism(topology.world.size // replicas, data, replicas, copies, asked.experts, asked.whole)
+    tp = topology.world.size // replicas
+    return Parallelism(tp, data, replicas, copies, asked.experts, asked.whole, asked.context)
 
 
 def _room(limit_mb: int | None, folder: Path) -> int:
@@ -212,7 +213,7 @@ class _Scene:
     @staticmethod
     def of(work: Workload, parallelism: Parallelism, topology: Topology) -> _Scene:
         """The scene of a topology's ranks."""
-        dealt = Dealt(work, topology.dp_group.size, topology.gathers_weights)
+        dealt = Dealt(work, topology.dp_group.size, topology.gathers_weights, parallelism.context)
         by_rank = layer_work(work.layout, work.layers, topology, work.scoring)
         scoring = ScoringCost(work, dealt, by_rank)
         capture, exchange, statistics = CaptureCost(work, parallelism), ExchangeCost(scoring), StatisticsCost(scoring)
@@ -295,6 +296,7 @@ class _Scene:
             sent_scores=self.scoring.sent_scores(rank),
             moved_weights=sum(one.moved_weights for one in passes),
             moved_sums=sum(one.moved_sums for one in passes),
+            moved_tokens=sum(one.moved_tokens for one in passes),
             written=self.scoring.partials(rank) + (0 if rank else self.scoring.heatmap()),
             flops_forward=sum(one.forward for one in passes),
             flops_backward=sum(one.backward for one in passes),

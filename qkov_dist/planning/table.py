@@ -28,6 +28,7 @@ BYTES = {
     "sent_scores": "network: scores",
     "moved_weights": "network: weights gathered",
     "moved_sums": "network: tensor-parallel sums",
+    "moved_tokens": "network: keys, values, factors of shared samples",
     "written": "files written",
 }
 FLOPS = {

@@ -96,6 +96,7 @@ class _Clock:
         products += cost.flops_kept / self._rate(max(model_sizes.itemsize, 4))
         reading = 2 * cost.batches * cost.weights * parallelism.shards / (self.hardware.bandwidth * BANDWIDTH)
         moving = cost.moved_weights / self._link(self.plan.num_ranks) + cost.moved_sums / self._link(parallelism.tp)
+        moving += cost.moved_tokens / self._link(parallelism.context)
         together = {"products": products, "reading weights": reading, "moving weights and sums": moving}
         longest = max(together, key=lambda name: together[name])
         return {longest: together[longest], "factors to host and disk": self._factors(cost)}

@@ -149,11 +149,19 @@ class Workload:
 
 @dataclass(frozen=True, eq=False)
 class Dealt:
-    """A workload's samples as data-parallel ranks run them; ``gathers_weights``: every pass of one needs one of all."""
+    """A workload's samples as data-parallel ranks run them.
+
+    Attributes:
+        work: The workload.
+        dp_size: How many ranks share them.
+        gathers_weights: Whether every pass of one needs one of all.
+        context: Ranks that share the tokens of each pass.
+    """
 
     work: Workload
     dp_size: int
     gathers_weights: bool
+    context: int = 1
 
     @cached_property
     def lengths(self) -> list[tuple[int, ...]]:
@@ -166,13 +174,19 @@ class Dealt:
         return [self.passes_on(rank) for rank in range(self.dp_size)]
 
     def passes_on(self, rank: int) -> list[Pass]:
-        """The batches of one rank."""
-        return [_shape(batch) for of_task in self._passes for batch, _ in of_task.on(rank)]
+        """The batches of one rank; of a context-parallel group those of all members, whose tokens they share."""
+        return [_shape(a_pass.batch) for of_task in self._passes for a_pass in of_task.on(rank)]
 
     @cached_property
     def _passes(self) -> list[TaskPasses]:
         return [
-            TaskPasses(dealt, self.work.batch_tokens, self.gathers_weights, [sample.id for sample in dealt.samples])
+            TaskPasses(
+                dealt,
+                self.work.batch_tokens,
+                self.gathers_weights,
+                [sample.id for sample in dealt.samples],
+                context=self.context,
+            )
             for dealt in self._tasks
         ]
 

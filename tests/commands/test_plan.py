@@ -176,3 +176,14 @@ def test_hardware_is_found_by_name_and_the_cpu_is_measured():
     for gpu in GPUS.values():
         assert gpu.rates["bfloat16"] > gpu.rates["float32"] > gpu.rates["float64"]
         assert gpu.rate(2) == gpu.rates["bfloat16"]
+
+
+def test_a_sample_too_long_for_any_rank_is_shared_among_ranks(config, capsys):
+    arguments = [f"model.path={llama('8b')}", "--samples", 4, "--tokens", 40_000, "--world-size", 4]
+    arguments += ["parallel.shard=fsdp", "--gpu-memory", 80]
+    assert qkov_plan(config, *arguments) == 2
+    (way,) = re.findall(r"It fits with (.*)\.$", capsys.readouterr().err, flags=re.MULTILINE)
+    assert way == "parallel.cp=4"
+    assert qkov_plan(config, *arguments, way) == 0
+    assert "a sample's tokens over 4" in capsys.readouterr().out
+    assert qkov_plan(config, *arguments, "parallel.cp=2") == 2

@@ -40,6 +40,8 @@ CASES = [
     ("deepseek_v3", 4, {"ep": 2}),  # attention runs whole on each of two ranks, which share their samples
     ("mixtral", 2, {"tp": 2, "ep": 2}),
     ("mixtral", 4, {"tp": 2, "ep": 4, "shard": "fsdp"}),
+    ("gpt2", 2, {"cp": 2, "shard": "ddp"}),  # learned positions
+    ("llama", 4, {"cp": 2, "shard": "fsdp"}),  # two groups, which make as many passes
 ]
 
 

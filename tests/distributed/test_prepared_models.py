@@ -146,9 +146,12 @@ def refusal_of(prepare: str, folder: str) -> str:
 REFUSED = {
     "staged": ("expected the modules that rank 0 has", "fsdp"),
     "schedule": ("ScheduleGPipe: expected a transformers language model", "fsdp"),
-    "in_context_parallel": ("torch's context_parallel: expected all tokens of a sample", "fsdp"),
-    "attention_in_context_parallel": ("torch's context parallelism of model.layers.0.self_attn: expected", "fsdp"),
-    "in_ulysses": ("DeepSpeed-Ulysses sequence parallelism: expected all tokens", "fsdp"),
+    "in_context_parallel": ("torch's context_parallel: expected all tokens of a sample", "FisherCollector(cp=N)"),
+    "attention_in_context_parallel": (
+        "torch's context parallelism of model.layers.0.self_attn: expected",
+        "FisherCollector(cp=N)",
+    ),
+    "in_ulysses": ("DeepSpeed-Ulysses sequence parallelism: expected all tokens", "FisherCollector(cp=N)"),
     "zero3_with_experts": ("ZeRO-3: DbrxExperts: ", 'set_z3_leaf_modules(model, ["DbrxExperts"])'),
 }
 

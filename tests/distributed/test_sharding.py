@@ -175,6 +175,8 @@ HYBRID = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
     **{f"PARALLELISM_CONFIG_{name}_SIZE": "2" for name in ("DP_REPLICATE", "DP_SHARD", "TP")},
 }
+TOKENS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
 @pytest.mark.parametrize(
@@ -186,12 +188,7 @@ HYBRID = {
         ({"tp": 4}, 4, {}, Parallelism(4, "none", 1)),
         ({"tp": 2, "shard": "fsdp"}, 4, {}, Parallelism(2, "fsdp", 2)),
         ({}, 2, {"ACCELERATE_USE_FSDP": "true"}, Parallelism(1, "fsdp", 2)),
-        (
-            {},
-            2,
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-            Parallelism(1, "zero3", 2),
-        ),
+        ({}, 2, ZERO3, Parallelism(1, "zero3", 2)),
         ({"shard": "ddp"}, 2, {"ACCELERATE_USE_FSDP": "true"}, Parallelism(1, "ddp", 2)),
         ({"shard": "device_map"}, 1, {}, Parallelism(1, "device_map", 1)),
         ({"shard": "zero3"}, 1, {}, Parallelism(1, "none", 1)),
@@ -203,6 +200,11 @@ HYBRID = {
         ({"ep": 2, "tp": 2}, 2, {}, Parallelism(2, "none", 1, experts=2)),
         ({"ep": 4, "tp": 2, "shard": "fsdp"}, 4, {}, Parallelism(2, "fsdp", 2, experts=4)),
         ({"ep": 2, "shard": "fsdp", "replicate": 2}, 4, {}, Parallelism(1, "fsdp", 4, copies=2, experts=2)),
+        ({"cp": 2}, 4, {}, Parallelism(1, "ddp", 4, context=2)),
+        ({"cp": 2, "shard": "fsdp", "replicate": 2}, 4, {}, Parallelism(1, "fsdp", 4, copies=2, context=2)),
+        ({}, 4, TOKENS | {"PARALLELISM_CONFIG_CP_SIZE": "2"}, Parallelism(1, "fsdp", 4, context=2)),
+        ({"cp": 4}, 4, TOKENS | {"PARALLELISM_CONFIG_CP_SIZE": "2"}, Parallelism(1, "fsdp", 4, context=4)),
+        ({}, 4, TOKENS | ZERO3 | {"PARALLELISM_CONFIG_SP_SIZE": "4"}, Parallelism(1, "zero3", 4, context=4)),
     ],
 )
 def test_the_launcher_decides_where_nothing_is_set(config, world_size, environment, expected):
@@ -223,14 +225,12 @@ def test_the_launcher_decides_where_nothing_is_set(config, world_size, environme
         ({"ep": 4, "tp": 2, "shard": "ddp"}, 4, "parallel.ep: expected a multiple of parallel.tp"),
         ({"ep": 4, "shard": "fsdp", "replicate": 2}, 4, "parallel.ep: expected a multiple of parallel.tp"),
         ({"ep": 2, "shard": "none"}, 4, "parallel.ep: expected a multiple of parallel.tp"),
+        ({"cp": 3}, 4, "parallel.cp: expected a divisor of the 4 ranks, got 3"),
+        ({"cp": 2, "tp": 2}, 4, "parallel.cp: expected 1, or .* got cp: 2 with shard: auto, tp: 2, ep: 1"),
+        ({"cp": 2, "ep": 2}, 4, "parallel.cp: expected 1, or .* got cp: 2 with shard: auto, tp: 1, ep: 2"),
+        ({"cp": 2, "shard": "device_map"}, 2, "parallel.cp: expected 1, or ranks"),
     ],
 )
 def test_what_cannot_be_arranged_is_refused(config, world_size, message):
     with pytest.raises(QkovError, match=message):
         resolve_parallelism(ParallelConfig(**config), world_size, {})
-
-
-@pytest.mark.parametrize("name", ["CP", "SP"])
-def test_a_launcher_that_cuts_samples_is_refused_and_fsdp_named(name):
-    with pytest.raises(QkovError, match=r"ParallelismConfig: expected .* whole, got .* Use dp_shard_size \(FSDP2\)"):
-        resolve_parallelism(ParallelConfig(), 2, {**HYBRID, f"PARALLELISM_CONFIG_{name}_SIZE": "2"})

@@ -46,6 +46,7 @@ CUTS = {
     "zero3": Cut(("parallel.shard=zero3",)),
     "hybrid": Cut(("parallel.shard=fsdp", "parallel.replicate=2"), 4, 2),  # two copies, each on half of the ranks
     "ep": Cut(("parallel.shard=ddp", "parallel.ep=2"), 2, 4, "mixtral"),  # of four experts two on each
+    "cp": Cut(("parallel.shard=fsdp", "parallel.cp=2"), 2, 4),  # a pass of one rank is one of both
 }
 
 

@@ -51,7 +51,7 @@ def scene(tmp_path_factory) -> Scene:
 def campaign(scene) -> Iterator[Future[dict[str, Tally]]]:
     """Some kills with each cut, played beside other tests: who is left waits for seconds."""
     with ThreadPoolExecutor(1) as thread:
-        yield thread.submit(play_campaign, scene, 0, CUTS, 6, lambda line: None)
+        yield thread.submit(play_campaign, scene, 0, CUTS, len(CUTS), lambda line: None)
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ CASES = [
     ("llama", (4, {"shard": "fsdp", "replicate": 2})),
     ("qwen3_moe", (2, {"ep": 2})),  # attention runs whole on both ranks
     ("qwen3_moe", (4, {"tp": 2, "ep": 4, "shard": "fsdp"})),
+    ("llama", (4, {"cp": 2, "shard": "fsdp"})),
 ]
 
 
@@ -424,6 +425,20 @@ def test_what_ranks_hold_of_a_cut_weight_adds_up_to_it(parallelism):
         held = sum(math.prod(local_shape(weight, parallelism, rank)) for rank in range(num_ranks))
         assert held in (weight.numel, weight.numel * parallelism.tp), weight  # norms are copied to all tp ranks
         assert (held == weight.numel) == (parallelism.tp == 1 or weight.style is not None)
+
+
+def test_ranks_that_share_tokens_leave_less_each_and_compute_the_same_together():
+    work = work_of(TINY["llama"].build(), "llama", num=4, tokens=33, compute={"batch_tokens": 64})
+    plans = {n: plan_simulated(work, Parallelism(1, "ddp", 4, context=n)) for n in (1, 2, 4)}
+    alone = plans[1]
+    others = 32 * sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in work.layout.layers) * 4
+    for context, plan in plans.items():
+        own = max(cost.activations for cost in plan.costs) - (others if context > 1 else 0)
+        assert own == alone.costs[0].activations // context
+        for name in ("flops_forward", "flops_backward"):
+            assert sum(getattr(c, name) for c in plan.costs) == sum(getattr(c, name) for c in alone.costs), name
+        assert {cost.batches for cost in plan.costs} == {context * alone.costs[0].batches}
+        assert all((cost.moved_tokens > 0) == (context > 1) for cost in plan.costs)
 
 
 def test_more_ranks_hold_less_each_and_compute_the_same_together():

@@ -18,6 +18,8 @@ CELLS = {
     ("DeepSpeed ZeRO-3, experts as leaf modules", MLA, 2): "",
     ("DeepSpeed ZeRO-3", MLA, 2): 'set_z3_leaf_modules(model, ["DeepseekV3Experts"])',  # else ranks wait for each other
     ("`fully_shard`, mixed precision (bfloat16)", "dense (llama)", 2): "",
+    ("`cp: N, shard: ddp`", "multi-query (gpt_bigcode)", 3): "",  # more ranks than kv heads
+    ("`cp: N, shard: zero3`", "dense (llama)", 2): "",
     ("accelerate, `cp_size=N`, outside of its context", "dense (llama)", 2): "",
     ("DeepSpeed ZeRO-3, loaded to NVMe", "dense (llama)", 2): "",
     ("DeepSpeed ZeRO-3, moved to NVMe", "dense (llama)", 2): "deepspeed.initialize has rounded them",
@@ -73,6 +75,7 @@ def test_the_table_has_the_worst_and_says_what_was_refused_why():
 
 def test_a_part_that_is_counted_twice_unseen_is_wrong():
     fine, unseen, far = Met(1e-6, 1.0), Met(1e-6, 1e-5), Met(1e-3, 1.0)
+    early = Met(1e-6, 1.0, early=1e-5)  # as if it made no difference whether all tokens are there
     assert agreed([fine, fine], "`shard: ddp`") == fine
-    assert all(isinstance(agreed([fine, wrong], "`shard: ddp`"), str) for wrong in (unseen, far))
+    assert all(isinstance(agreed([fine, wrong], "`shard: ddp`"), str) for wrong in (unseen, far, early))
     assert isinstance(agreed([fine, Met(refusal="no")], "`shard: ddp`"), str)

@@ -1,7 +1,8 @@
 """Every way to cut a model, met by one model of each kind: equal to dense float64 autograd, or refused by name.
 
 A way is a `parallel` section of a configuration, or a function of `prepared` that leaves a model as its user would.
-Scores are compared on every rank; then once more with one rank's part counted twice, which must not pass.
+Scores are compared on every rank; then once more with one rank's part counted twice, which must not pass. Where ranks
+share a sample's tokens, samples of which each rank has its own tokens alone must not pass either.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from zoo import TINY, Tiny
 
 from qkov_dist import QKOVConfig, QkovError, QKOVInterferenceMetric
+from qkov_dist.capture.spans import GatheredFactors
 from qkov_dist.config import ModelConfig, ParallelConfig
 from qkov_dist.distributed.connect import current
 from qkov_dist.distributed.parallelism import load_parallel, resolve_parallelism
@@ -35,6 +37,7 @@ from qkov_dist.results.reduce import add_layers, add_over_ranks
 from qkov_dist.scoring.settings import ScoreSettings
 
 EQUAL, EQUAL_IN_HALF = 1e-5, 0.3  # of a block's largest score, in float32; where bfloat16 decides which experts run
+GATHERED = GatheredFactors._gathered
 SEEN = 100 * EQUAL  # what a part that is counted twice deviates by, at least
 ALL, PAIRS = (2, 3, 4), (2, 4)
 NVME = ("pin_memory", "async_io")
@@ -79,6 +82,7 @@ MORE_FAMILIES = {
     "idle experts": Family("mixtral", {"num_experts_per_tok": 1}, idle_experts),
     "gpt_oss": Family("gpt_oss"),
     "qwen3_moe": Family("qwen3_moe"),
+    "multi-query (gpt_bigcode)": Family("gpt_bigcode_mqa"),
 }
 
 
@@ -138,6 +142,12 @@ CUTS = {
     "`ep: 4, tp: 2, shard: fsdp`": _configured((4,), ep=4, tp=2, shard="fsdp"),
     "`ep: 2, shard: fsdp, replicate: 2`": _configured((4,), ep=2, shard="fsdp", replicate=2),
     "`ep: 2, shard: ddp`": _configured((4,), ep=2, shard="ddp"),
+    "`cp: N, shard: ddp`": _configured(ALL, cp="N", shard="ddp"),
+    "`cp: N, shard: fsdp`": _configured(ALL, cp="N", shard="fsdp"),
+    "`cp: 2, shard: ddp`": _configured((4,), cp=2, shard="ddp"),
+    "`cp: 2, shard: fsdp`": _configured((4,), cp=2, shard="fsdp"),
+    "`cp: 2, shard: fsdp, replicate: 2`": _configured((4,), cp=2, shard="fsdp", replicate=2),
+    "`cp: N, shard: zero3`": _configured(ALL, cp="N", shard="zero3"),
     "`shard: device_map`": _configured(ALL, shard="device_map"),
     "`DistributedDataParallel`": Cut(ALL, prepare="distributed_data_parallel"),
     "accelerate, data parallel": Cut(ALL, prepare="accelerated"),
@@ -169,17 +179,19 @@ CUTS = {
 class Met:
     """What came of a cut: how far scores are off, and how far they would be with a part counted twice; or a refusal.
 
+    Where ranks share tokens, ``early`` is how far they would be, were gradients squared before all tokens are there.
     Where torch, transformers, accelerate or DeepSpeed cannot cut a model as its user asks, that is the refusal.
     """
 
     deviation: float = float("nan")
     twice: float = float("nan")
     refusal: str = ""
+    early: float = float("inf")
 
     def is_right(self, cut: Cut) -> bool:
         if self.refusal:
             return True
-        return self.deviation < (EQUAL_IN_HALF if cut.half else EQUAL) and self.twice > SEEN
+        return self.deviation < (EQUAL_IN_HALF if cut.half else EQUAL) and min(self.twice, self.early) > SEEN
 
 
 def job_of(family: Family) -> Job:
@@ -210,36 +222,53 @@ def meet(cut_name: str, family_name: str, folder: str, expected: dict[str, np.nd
 def _met(cut: Cut, family: Family, folder: str, expected: dict[str, np.ndarray]) -> Met:
     with contextlib.ExitStack() as stack:
         try:
-            kept, model = _cut(cut, family, folder)
+            kept, model, context = _cut(cut, family, folder)
             if cut.within:
                 stack.enter_context(getattr(prepared, cut.within)(model))
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             if cut.parallel is not None:
                 raise
             return Met(refusal=f"The library that cuts cannot cut this model: {type(error).__name__}: {error}.")
-        collector = collected(model, job_of(family))
+        collector = collected(model, job_of(family), cp=context)
         metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector, ridge_relative=0.01)
         right = metric.compute_heatmap("math", "code", pairs="cross").cross
         with mock.patch("qkov_dist.metric.add_over_ranks", counted_twice):
             wrong = metric.compute_heatmap("math", "code", pairs="cross").cross
+        met = Met(_deviation(right, expected), _deviation(wrong, expected))
+        if context > 1:
+            with mock.patch.object(GatheredFactors, "_gathered", own_tokens_alone):
+                collector = collected(model, job_of(family), cp=context)
+            metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector, ridge_relative=0.01)
+            early = metric.compute_heatmap("math", "code", pairs="cross").cross
+            met = replace(met, early=_deviation(early, expected))
     del kept
-    return Met(_deviation(right, expected), _deviation(wrong, expected))
+    return met
 
 
-def _cut(cut: Cut, family: Family, folder: str) -> tuple[Any, Any]:
-    """What keeps a model's parts together, and the model."""
+def _cut(cut: Cut, family: Family, folder: str) -> tuple[Any, Any, int]:
+    """What keeps a model's parts together, the model, and how many ranks share a sample's tokens."""
     if cut.parallel is None:
         model = getattr(prepared, cut.prepare)(family.build(), folder)
-        return model, model
+        return model, model, 1
     world = current()
     parallel = ParallelConfig(**{key: world.size if value == "N" else value for key, value in cut.parallel.items()})
-    loaded = load_parallel(ModelConfig(folder), resolve_parallelism(parallel, world.size, os.environ), world)
-    return loaded, loaded.model
+    parallelism = resolve_parallelism(parallel, world.size, os.environ)
+    loaded = load_parallel(ModelConfig(folder), parallelism, world)
+    return loaded, loaded.model, parallelism.context
 
 
 def counted_twice(mine, axes, shape, world):
     """The sums over ranks, with the last rank's part counted twice."""
     return add_over_ranks(add_layers([mine, mine]) if world.rank == world.size - 1 else mine, axes, shape, world)
+
+
+def own_tokens_alone(self, parts):
+    """Factors as they would be, were they used before those of other ranks' tokens have come."""
+    whole = GATHERED(self, parts)
+    for rank, rows in enumerate(self._rows):
+        for values in whole if rank != self._owner else ():
+            values[rows] = 0
+    return whole
 
 
 def _deviation(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
