@@ -23,7 +23,7 @@ from typing import Any
 
 import peers
 import torch
-from cases import LIBRARIES, Result, Setup, main_table, ranks_table, samples_table, spill_table
+from cases import LIBRARIES, TITLES, Result, Setup, main_table, ranks_table, samples_table, spill_table
 from device import on_gpu
 from growth import growth_table
 from orders import Order
@@ -31,6 +31,7 @@ from rounds import in_a_process
 
 RESULTS = Path(__file__).parent / "results"
 MANY = 100
+ALWAYS = {"bare", "bare_masked", "product", "product_masked"}  # to whom all others are compared
 
 
 def versions() -> dict[str, Any]:
@@ -71,7 +72,7 @@ def play_case(options: argparse.Namespace, folder: Path) -> Result:
     setup = Setup(base, options.rounds, in_a_process, lambda line: print(line, file=sys.stderr, flush=True), at_once)
     if options.case is not None:
         return {"ranks": ranks_table, "spill": spill_table, "growth": growth_table}[options.case](setup)
-    return samples_table(setup) if options.samples >= MANY else main_table(setup)
+    return samples_table(setup) if options.samples >= MANY else main_table(setup, options.leave_out)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=3, help="how often everybody plays (3)")
     made.add_argument("--repeats", type=int, default=1, help="timings of a process, of which it reports the median (1)")
     made.add_argument("--permutations", type=int, default=1000, help="relabellings of a run's tests (1000)")
+    made.add_argument(
+        "--leave-out", nargs="*", default=(), choices=sorted({*TITLES} - ALWAYS), help="of the main table"
+    )
     made.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
     return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,19 +69,21 @@ class Result:
     page: str
 
 
-def main_table(setup: Setup) -> Result:
-    """Everybody against the bare passes."""
+def main_table(setup: Setup, left_out: Collection[str] = ()) -> Result:
+    """Everybody against the bare passes, but for those left out."""
     facts = prepare(setup)
     deviations = check_agreement(setup)
     entries = [
         Entry(key, title, order(setup.base, key.removesuffix("_masked"), masked="masked" in key), key in PEERS)
         for key, title in TITLES.items()
+        if key not in left_out
     ]
     rounds = play(
         [*entries, Entry("machine", "", order(setup.base, "machine"))], setup.rounds, setup.perform, setup.say
     )
     rows = [against_bare(rounds, entry.key, entry.title) for entry in entries]
-    rows.append(loop_with_gradients(rounds))
+    if not {"pair_loop", "autograd_loop"} & {*left_out}:
+        rows.append(loop_with_gradients(rounds))
     parts = [
         f"# {setup.base.samples} + {setup.base.samples} samples of {setup.base.tokens} tokens",
         _preamble(setup, facts),
