@@ -28,7 +28,8 @@ def test_overlap_is_covered_as_promised_whatever_the_spread_of_norms():
 @pytest.mark.parametrize("world", [WORLDS_STUDIED[0], WORLDS_STUDIED[2]], ids=lambda world: world.title)
 def test_the_truth_is_that_of_many_samples(world: World):
     """With a wrong truth no interval would be worth a word: means over 400 + 400 samples come close to it."""
-    scores, truth = draw(world, 400, 0.0, 1, (1, 2, 3))
+    gradients, fisher, truth = draw(world, 400, 0.0, 1, (1, 2, 3))
+    scores = scores_of(gradients, fisher)
     first, second = slice(0, 400), slice(400, None)
     ab, ba = scores[0, first, second].mean(), scores[0, second, first].mean()
     others = ~np.eye(400, dtype=bool)

@@ -12,6 +12,7 @@ from qkov_dist.results.influences import changes
 from qkov_dist.scoring.engine import BlockScores
 from qkov_dist.scoring.fisher_sums import no_sums
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
+from qkov_dist.scoring.own_shares import no_shares
 
 
 def closeness(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -40,6 +41,7 @@ def as_blocks(heatmap):
                 torch.from_numpy(heatmap.cross[block][place].copy()),
                 no_sums(len(heads)),
                 no_influences(len(heads)),
+                no_shares(len(heads)),
             )
             for block in heatmap.blocks
         }
