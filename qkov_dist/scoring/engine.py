@@ -109,7 +109,7 @@ class _HeadScorer:
         effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
 
         def add_band(band: Sequence[Tile]) -> Tensor:
-            gradients, of_own = _gradients(band, site, buffers), own and self._with_elements(own, band)
+            gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band)
             return fisher_sums(add_tile(scores, gradients, members.weights, rule, buffers, effects, of_own), least)
 
         fisher = reduce(added_fisher_sums, map(add_band, batch.bands))
@@ -137,8 +137,10 @@ class _HeadScorer:
             return None
         return OwnShares(members.shares, len(batch.heads), rule.score, (rule.epsilon, rule.ridge))
 
-    def _with_elements(self, own: OwnShares, band: Sequence[Tile]) -> tuple[OwnShares, Chosen] | None:
+    def _with_elements(self, own: OwnShares | None, band: Sequence[Tile]) -> tuple[OwnShares, Chosen] | None:
         """With the elements looked at of the tiles of some heads; None where there are none."""
+        if own is None:
+            return None
         tile = band[0]
         stride = self.strides[tile.site.layer, tile.block]
         elements = chosen([one.rect for one in band], stride, self.settings.device)

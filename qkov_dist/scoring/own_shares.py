@@ -113,7 +113,7 @@ def stride_of(layer_tiles: LayerTiles, block: str) -> int:
     return -(-layer_tiles.block_sizes[block] // (len(heads) * CHOSEN))
 
 
-def chosen(rects: Sequence[Rect], stride: int, device: torch.device) -> Chosen | None:
+def chosen(rects: Sequence[Rect], stride: int, device: torch.device | str) -> Chosen | None:
     """The elements looked at of tiles of one shape, as gradients lie; None where there are none."""
     turned, (rows, cols) = joined(rects)[1], rects[0].shape
     starts = tuple((rect.row % stride, rect.col % (RUN * stride)) for rect in rects)

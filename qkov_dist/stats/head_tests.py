@@ -35,6 +35,7 @@ from qkov_dist.capture.finite import refuse_not_finite
 from qkov_dist.errors import QkovError
 from qkov_dist.memory import is_shortage, moved
 from qkov_dist.stats import jackknife, permutation
+from qkov_dist.stats.without_own_shares import has_copies
 
 from .permutation import Alternative, Standardised
 
@@ -293,10 +294,12 @@ class LayerTests:
     Attributes:
         layers: Layer number -> block -> the tests of its heads.
         max_z: The largest z of all these heads.
+        freed: Whether all their intervals of overlap are freed of what samples' own shares of the Fisher do.
     """
 
     layers: Mapping[int, Mapping[str, BlockTests]]
     max_z: MaxZ
+    freed: bool = True
 
     @staticmethod
     def joined(parts: Iterable[LayerTests]) -> LayerTests:
@@ -314,7 +317,7 @@ class LayerTests:
                     known[block] = (
                         _both(f"layer {layer}, block {block}", known[block], tests) if block in known else tests
                     )
-        return LayerTests(layers, largest(part.max_z for part in kept))
+        return LayerTests(layers, largest(part.max_z for part in kept), all(part.freed for part in kept))
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -325,7 +328,8 @@ class LayerTests:
             }
             for layer, blocks in self.layers.items()
         }
-        return {"layers": layers, "max_z": {name: max_z.tolist() for name, max_z in self.max_z.items()}}
+        max_z = {name: max_z.tolist() for name, max_z in self.max_z.items()}
+        return {"layers": layers, "max_z": max_z, "freed": self.freed}
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> LayerTests:
@@ -334,7 +338,8 @@ class LayerTests:
             int(layer): {block: _block_from_json(of) for block, of in blocks.items()}
             for layer, blocks in raw["layers"].items()
         }
-        return LayerTests(layers, {name: np.array(max_z, np.float64) for name, max_z in raw["max_z"].items()})
+        max_z = {name: np.array(max_z, np.float64) for name, max_z in raw["max_z"].items()}
+        return LayerTests(layers, max_z, bool(raw["freed"]))
 
 
 def _both(where: str, first: BlockTests, second: BlockTests) -> BlockTests:
@@ -381,6 +386,7 @@ def layer_tests(
 
     def found() -> LayerTests:
         tests, max_z = wait()
-        return LayerTests({layer: {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}}, max_z)
+        of_blocks = {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}
+        return LayerTests({layer: of_blocks}, max_z, not there or (ratios is not None and not has_copies(design.pairs)))
 
     return found

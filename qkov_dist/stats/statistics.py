@@ -213,7 +213,9 @@ class QKOVStatistics:
         result["undefined"] = {block: without_overlap(heatmap, block, result) for block in blocks}
         result["settings"] = self._settings(heatmap, design, deciding)
         without_pairs = not bool(design.counts.log.isfinite().all())
-        result["notes"] = notes_on(result, str(heatmap.attributes["scope"]), without_pairs=without_pairs)
+        result["notes"] = notes_on(
+            result, str(heatmap.attributes["scope"]), without_pairs=without_pairs, knows_own_shares=tests.freed
+        )
         return result
 
     def _settings(self, heatmap: Heatmap, design: Design, deciding: Statistic) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def without_own_shares(scores: Tensor, ratios: Tensor, pairs: Tensor, num_a: int
         pairs: Which pairs are of different samples, bool [N, N].
         num_a: Samples of A.
     """
-    if bool((~pairs).sum() > len(pairs)):
+    if has_copies(pairs):
         return scores
     counted, ratios = counted_pairs(scores, pairs), ratios.to(scores.device, torch.float64)
     tasks = slice(0, num_a), slice(num_a, len(pairs))
@@ -45,6 +45,11 @@ def without_own_shares(scores: Tensor, ratios: Tensor, pairs: Tensor, num_a: int
             of_rows, of_columns = ratios[:, 0, other, rows], ratios[:, 1, task, columns]
             part.copy_(_adding_up(part.contiguous(), part.sum(2) * of_rows, part.sum(1) * of_columns))
     return counted
+
+
+def has_copies(pairs: Tensor) -> bool:
+    """Whether pairs of different samples [N, N] are not all but those of a sample with itself."""
+    return bool((~pairs).sum() > len(pairs))
 
 
 def _adding_up(part: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ REAL = "Real gradients, Fisher of the pool"
 def draw(
     world: World, size: int, spread: float, draws: int, seed: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Gradients [draws, 2 size, weights] of one head with their Fisher, and the true values of overlap and cross_mean."""
+    """Gradients [draws, 2 size, weights] of one head, their Fisher, and the true values of overlap and cross_mean."""
     rng = np.random.default_rng(seed)
     first = np.exp(rng.normal(size=world.num_weights))
     second = first * np.exp(world.difference * rng.normal(size=world.num_weights))
@@ -106,7 +106,7 @@ def scores_of(gradients: np.ndarray, fisher: np.ndarray) -> np.ndarray:
 
 
 def ratios_of(gradients: np.ndarray, fisher: np.ndarray, size: int, ridge: float = 0.0) -> np.ndarray:
-    """What own shares do, [draws, 2, 2, N], as a run finds it of gradients [draws, N, weights] under their own Fisher."""
+    """What own shares do, [draws, 2, 2, N], as a run finds it, of gradients [draws, N, weights] and their Fisher."""
     draws, num, weights = gradients.shape
     shares = Shares.of(torch.eye(2, dtype=torch.float64).repeat_interleave(size, 1) / num, (size, size))
     sums = OwnShares(shares, draws, "interference", (0.0, ridge))
@@ -183,7 +183,7 @@ def draw_of(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def real_intervals(gradients: np.ndarray, chosen: np.ndarray, size: int) -> Iterator[tuple[float, float]]:
-    """Of one head, given the Fisher, without own shares of that of the draw, and with them: coverage, and how far off."""
+    """Of one head, given the Fisher, without own shares of the draw's, and with them: coverage, and how far off."""
 
     def ridged(fisher: np.ndarray) -> np.ndarray:
         return fisher + RIDGE * fisher.mean()

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from intervals import LEAST, MOST, SIZES, SPREADS, WORLDS_STUDIED, World, covered, draw
+from intervals import LEAST, MOST, SIZES, SPREADS, WORLDS_STUDIED, World, covered, draw, scores_of
 from pool import RESULTS
 
 from qkov_dist.stats import jackknife, loud_samples
