@@ -36,7 +36,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from qkov_dist.stats import loud_samples, pair_sums
-from qkov_dist.stats.without_own_shares import without_own_shares
+from qkov_dist.stats.without_own_shares import has_copies, without_own_shares
 
 from .permutation import Labels, PairCounts, mean_of_all_pairs, mean_of_pairs, overlap_of_pairs
 
@@ -136,7 +136,7 @@ def _left_out(
         found[name] = values[:, 0], left_out[..., 0], effects
     if "overlap" in found:
         value, left_out, effects = found["overlap"]
-        if ratios is not None:
+        if ratios is not None and not has_copies(shared.pairs):
             scores = without_own_shares(scores, ratios, shared.pairs, shared.n_a)
             value, left_out = shared.overlap(scores)
         shift = loud_samples.shift(scores, shared.pairs, shared.n_a)

@@ -13,7 +13,10 @@ The matrix closest to M that adds up so is
     M'_ij = r_i M_ij c_j     in each of the four parts AA, AB, BA and BB,
 
 which a few rounds of setting rows, then columns, find. It has the means of M' exactly, and its leave-one-out values but
-for what a single pair has of its own. Where samples have copies nothing is done.
+for what a single pair has of its own.
+
+Of samples that have copies it is not known: a copy's share would have to be taken out too, and sums have its pairs.
+Intervals then take the Fisher as given.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ ROUNDS = 8
 
 
 def without_own_shares(scores: Tensor, ratios: Tensor, pairs: Tensor, num_a: int) -> Tensor:
-    """M' [heads, N, N] of different samples; M itself where samples have copies.
+    """M' [heads, N, N] of different samples, where none has a copy (``has_copies``).
 
     Args:
         scores: M, [heads, N, N], A's samples first; NaN for an absent head.
@@ -35,8 +38,6 @@ def without_own_shares(scores: Tensor, ratios: Tensor, pairs: Tensor, num_a: int
         pairs: Which pairs are of different samples, bool [N, N].
         num_a: Samples of A.
     """
-    if has_copies(pairs):
-        return scores
     counted, ratios = counted_pairs(scores, pairs), ratios.to(scores.device, torch.float64)
     tasks = slice(0, num_a), slice(num_a, len(pairs))
     for task, rows in enumerate(tasks):

