@@ -36,7 +36,8 @@ from .score_kinds import KINDS, ElementMap, Score
 from .tile_gradients import joined
 from .tiles import LayerTiles
 
-CHOSEN = 4096  # elements of a head; all of one that has fewer
+CHOSEN = 1024  # elements of a head; all of one that has fewer
+AT_ONCE = 1024  # elements of all heads that are worked on together at least
 RUN = 8  # of these lie side by side: they share a line of memory
 
 Records = npt.NDArray[np.float64]
@@ -152,6 +153,7 @@ class OwnShares:
     def __init__(self, shares: Shares, num_heads: int, score: Score, floors: tuple[float, float]) -> None:
         self._shares, self._kind, self._floors = shares, KINDS[score], floors
         self._sums = shares.of_tasks.new_zeros(4, num_heads, *reversed(shares.of_tasks.shape))
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # elements of tiles: few are nearly as much work as many
 
     def kept(self, gradients: Tensor, elements: Chosen) -> Tensor:
         """What has to be kept of tiles' gradients [members, heads * p], before these are used up: [n, heads * k]."""
@@ -160,21 +162,41 @@ class OwnShares:
 
     def add(self, kept: Tensor, fisher: Tensor) -> None:
         """Add elements' gradients [n, heads * k], with I there [heads * k]."""
+        heads = self._sums.shape[1]
+        self._waiting.append((kept.view(len(kept), heads, -1), fisher.view(heads, -1)))
+        if sum(of.numel() for _, of in self._waiting) >= AT_ONCE:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            kept, fisher = (torch.cat(parts, -1) for parts in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            self._add_elements(kept.flatten(1), fisher.flatten())
+
+    def _add_elements(self, kept: Tensor, fisher: Tensor) -> None:
         shares, squares = self._shares, kept.square()
         left, right = (_map(which, kept, squares) for which in (self._kind.left, self._kind.right))
-        without = (fisher - shares.weights * squares).mul_(shares.rest)
+        inverse = self._regularised(fisher.clone()).reciprocal_()
+        without = torch.addcmul(fisher, shares.weights, squares, value=-1)
+        without = left / self._regularised(without.mul_(shares.rest))
+        if max(self._floors) == 0:  # where no sample, or no other one, has a gradient
+            inverse.masked_fill_(inverse.isinf(), 0.0)
+            without.masked_fill_(~without.isfinite(), 0.0)
         of_right = self._by_task(right)
-        for place, of_fisher in ((0, without), (2, fisher)):
-            weighted = left * power_of(self._inverse(of_fisher), self._kind.power)
-            own = self._by_head(weighted * right).sum(-1).unsqueeze(-1) * shares.of_tasks.T
-            self._sums[place] += torch.bmm(self._by_head(weighted), of_right.mT) - own
-            self._sums[place + 1] += torch.bmm(self._by_head(right), self._by_task(weighted).mT) - own
+        self._add(0, without, right, self._by_task(without), of_right, without * right)
+        of_left, of_right = (of * inverse.view(len(of), 1, -1) for of in (self._by_task(left), of_right))
+        self._add(2, left, right, of_left, of_right, left * right * inverse)
 
-    def _inverse(self, fisher: Tensor) -> Tensor:
-        """1 / R, finite: 0 where no sample has a gradient."""
+    def _add(self, place: int, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor, own: Tensor) -> None:
+        """Rows and columns of one matrix: of both maps [n, heads * k] and their tasks' sums [heads, T, k]."""
+        of_own = self._by_head(own).sum(-1).unsqueeze(-1) * self._shares.of_tasks.T
+        self._sums[place] += torch.bmm(self._by_head(left), of_right.mT) - of_own
+        self._sums[place + 1] += torch.bmm(self._by_head(right), of_left.mT) - of_own
+
+    def _regularised(self, fisher: Tensor) -> Tensor:
+        """R^power, in place of I."""
         epsilon, ridge = self._floors
-        inverse = fisher.clamp_min(epsilon).add_(ridge).reciprocal_()
-        return inverse if max(epsilon, ridge) > 0 else inverse.masked_fill_(inverse.isinf(), 0.0)
+        return power_of(fisher.clamp_min_(epsilon).add_(ridge), self._kind.power)
 
     def _by_head(self, values: Tensor) -> Tensor:
         """[n, heads * k] -> [heads, n, k]."""
@@ -186,6 +208,7 @@ class OwnShares:
 
     def records(self) -> Tensor:
         """float64 [heads, 4 T n] in the order of the gradients, where these are."""
+        self._add_waiting()
         sums = self._sums.double()
         if self._kind.is_symmetric:
             sums = (sums + sums[[1, 0, 3, 2]]) / 2

@@ -43,7 +43,7 @@ from tabulate import tabulate
 
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring.own_shares import Chosen, OwnShares, Shares, ratios
+from qkov_dist.scoring.own_shares import CHOSEN, Chosen, OwnShares, Shares, chosen, ratios
 from qkov_dist.scoring.score import sample_gradients
 from qkov_dist.stats.head_tests import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
@@ -101,18 +101,23 @@ def draw(
 
 def scores_of(gradients: np.ndarray, fisher: np.ndarray) -> np.ndarray:
     """Of ``interference``, [draws, N, N]."""
-    scores: np.ndarray = (gradients**2 / fisher) @ np.abs(gradients).swapaxes(1, 2)
+    scores: np.ndarray = (gradients**2 / fisher) @ np.abs(gradients).swapaxes(-1, -2)
     return scores
 
 
-def ratios_of(gradients: np.ndarray, fisher: np.ndarray, size: int, ridge: float = 0.0) -> np.ndarray:
-    """What own shares do, [draws, 2, 2, N], as a run finds it, of gradients [draws, N, weights] and their Fisher."""
+def ratios_of(
+    gradients: np.ndarray, fisher: np.ndarray, size: int, ridge: float = 0.0, elements: Chosen | None = None
+) -> np.ndarray:
+    """What own shares do, [draws, 2, 2, N], as a run finds it, of gradients [draws, N, weights] and their Fisher.
+
+    It looks at all elements, or at those that are chosen of one draw.
+    """
     draws, num, weights = gradients.shape
     shares = Shares.of(torch.eye(2, dtype=torch.float64).repeat_interleave(size, 1) / num, (size, size))
     sums = OwnShares(shares, draws, "interference", (0.0, ridge))
     in_a_row = torch.from_numpy(gradients).transpose(0, 1).reshape(num, -1)
-    every = Chosen(torch.arange(draws * weights), None)
-    sums.add(sums.kept(in_a_row, every), torch.from_numpy(fisher).flatten())
+    looked_at = elements or Chosen(torch.arange(draws * weights), None)
+    sums.add(sums.kept(in_a_row, looked_at), torch.from_numpy(fisher).flatten()[looked_at.places])
     return ratios(sums.records().numpy())
 
 
@@ -152,7 +157,7 @@ def real_study() -> Iterator[dict[str, Any]]:
     loaded, kinds = small_real_model(), ("Fisher given", "Fisher of the pool", "shares left in")
     samples = [s for task in ("python", "arithmetic") for s in task_samples(loaded, task, POPULATION, 48)]
     rng = np.random.default_rng((*SEED, 7))
-    chosen = {
+    drawn = {
         size: np.stack([np.r_[draw_of(rng, size), POPULATION + draw_of(rng, size)] for _ in range(REAL_DRAWS)])
         for size in SIZES
     }
@@ -166,8 +171,10 @@ def real_study() -> Iterator[dict[str, Any]]:
                 for piece in projection.slices[::3]:
                     of_head = sample_gradients(x.features(piece.rect.cols), d.features(piece.rect.rows), spans)
                     gradients = of_head.double().numpy().reshape(len(samples), -1)
+                    elements = chosen([piece.rect], -(-piece.rect.area // CHOSEN), "cpu")
                     for size in SIZES:
-                        for kind, one in zip(kinds, real_intervals(gradients, chosen[size], size), strict=True):
+                        of_size = real_intervals(gradients, drawn[size], size, elements)
+                        for kind, one in zip(kinds, of_size, strict=True):
                             found[size][kind].append(one)
     for size, of_size in found.items():
         rates = {kind: np.array(of_kind) for kind, of_kind in of_size.items()}
@@ -182,7 +189,9 @@ def draw_of(rng: np.random.Generator, size: int) -> np.ndarray:
     return rng.permutation(POPULATION)[:size]
 
 
-def real_intervals(gradients: np.ndarray, chosen: np.ndarray, size: int) -> Iterator[tuple[float, float]]:
+def real_intervals(
+    gradients: np.ndarray, draws: np.ndarray, size: int, elements: Chosen | None
+) -> Iterator[tuple[float, float]]:
     """Of one head, given the Fisher, without own shares of the draw's, and with them: coverage, and how far off."""
 
     def ridged(fisher: np.ndarray) -> np.ndarray:
@@ -197,13 +206,13 @@ def real_intervals(gradients: np.ndarray, chosen: np.ndarray, size: int) -> Iter
     )
     truth = 0.5 * np.log(ab * ba / (aa * bb)) + np.log((POPULATION - 1) / POPULATION)
     own, under_given, shares = [], [], []
-    for of_draw in chosen:
+    for of_draw in draws:
         drawn = gradients[of_draw]
         fisher = (drawn**2).mean(0)
         under_given.append(scores_of(drawn, given))
         own.append(scores_of(drawn, ridged(fisher)))
         ridge = RIDGE * float(fisher.mean())
-        shares.append(ratios_of(drawn[None], fisher[None, None], size, ridge)[0])
+        shares.append(ratios_of(drawn[None], fisher[None, None], size, ridge, elements)[0])
     of_shares = {"Q": torch.from_numpy(np.stack(shares))}
     for scores, known in ((under_given, None), (own, of_shares), (own, None)):
         tests, _ = head_tests({"Q": torch.from_numpy(np.stack(scores))}, design, known)
