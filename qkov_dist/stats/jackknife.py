@@ -22,7 +22,9 @@ do: V_2 is large where samples are loud and variances least certain, and too few
 For ``interference`` overlap can also be 0 between tasks that differ; V_1 is not 0 there, and intervals hold such a 0 a
 little less often than they should.
 
-Intervals take the Fisher as given. How often they cover is in tests/studies/results/coverage.md.
+The Fisher is the mean over the very samples that are scored. Where sums are known by which their own shares of it are
+taken out (``without_own_shares``), theta and theta_-i of overlap are without them. All else takes the Fisher as given.
+How often intervals cover is in tests/studies/results/coverage.md.
 """
 
 from __future__ import annotations

@@ -90,6 +90,8 @@ def assert_identical(one, other) -> None:
         np.testing.assert_array_equal(one.cross[block], other.cross[block])
         np.testing.assert_array_equal(one.mean[block], other.mean[block])
         np.testing.assert_array_equal(one.influences[block], other.influences[block])
+        if one.own_shares is not None:
+            np.testing.assert_array_equal(one.own_shares[block], other.own_shares[block])
         for optimizer, arrays in one.effects[block].items():
             for key, values in arrays.items():
                 np.testing.assert_array_equal(values, other.effects[block][optimizer][key])
