@@ -74,12 +74,14 @@ class ScoringCost:
         """Bytes of what a rank has of one head: scores, what is known of I, effects, what own shares of I do."""
         num, num_tasks = sum(self.work.num_samples), len(self.work.tasks)
         sums = num_columns(num_tasks) + no_influences(1, num, num_tasks).size
-        return self.matrix + 8 * (sums + (no_shares(1, num, num_tasks).size if self.with_own_shares else 0))
+        return self.matrix + 8 * sums + self.own_shares
 
     @cached_property
-    def with_own_shares(self) -> bool:
-        """Whether sums are formed for what samples' own shares of the Fisher do to overlap."""
-        return self.work.config.pooled and not may_be_negative(self.work.config.metric.score)
+    def own_shares(self) -> int:
+        """Bytes of sums for what samples' own shares of the Fisher do to one head's overlap; 0 where none are formed."""
+        if not self.work.config.pooled or may_be_negative(self.work.config.metric.score):
+            return 0
+        return 8 * no_shares(1, sum(self.work.num_samples), len(self.work.tasks)).size
 
     @cached_property
     def cells(self) -> dict[str, int]:
@@ -198,7 +200,7 @@ class ScoringCost:
     def partials(self, rank: int) -> int:
         """Bytes of a rank's partial file."""
         layer_works = self._counted(rank, [*self.by_rank[rank]])
-        datasets = (3 + self.with_own_shares) * sum(times * len(layer_work.heads) for layer_work, times in layer_works)
+        datasets = (3 + bool(self.own_shares)) * sum(times * len(layer_work.heads) for layer_work, times in layer_works)
         scores = sum(times * _num(layer_work.heads) for layer_work, times in layer_works) * self.a_head
         return scores + datasets * DATASET_BYTES + FILE_BYTES
 
@@ -210,7 +212,7 @@ class ScoringCost:
             a_head = TABLE_BYTES + 8 * len(OPTIMIZERS) * (num_a + num_b)
             a_head += sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in matrices[config.output.pairs])
             a_head += RECORD_BYTES if config.statistics.enabled else 0
-            a_head += 8 * len(SHARES) * (num_a + num_b) if config.output.pairs == "all" and self.with_own_shares else 0
+            a_head += 8 * len(SHARES) * (num_a + num_b) if config.output.pairs == "all" and self.own_shares else 0
             total += sum(self.cells.values()) * a_head + TABLES_BYTES
         return total
 
@@ -224,7 +226,7 @@ class ScoringCost:
             return 0
         config, kept = self.work.config, self.matrix
         if config.output.pairs != "all" and not config.has_many_tasks:
-            kept = prod(self.work.num_samples) * self.work.scoring.itemsize
+            kept = prod(self.work.num_samples) * self.work.scoring.itemsize - self.own_shares
         sent = 0
         for heads, dealt, times in self._added(rank):
             others = sum(len(set(found) - set(dealt[rank].get(block, ()))) for block, found in heads.items())
