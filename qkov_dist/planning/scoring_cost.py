@@ -78,7 +78,7 @@ class ScoringCost:
 
     @cached_property
     def own_shares(self) -> int:
-        """Bytes of sums for what samples' own shares of the Fisher do to one head's overlap; 0 where none are formed."""
+        """Bytes of a head's sums for what samples' own shares of the Fisher do to overlap; 0 where none are formed."""
         if not self.work.config.pooled or may_be_negative(self.work.config.metric.score):
             return 0
         return 8 * no_shares(1, sum(self.work.num_samples), len(self.work.tasks)).size
