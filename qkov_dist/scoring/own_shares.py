@@ -117,17 +117,17 @@ def stride_of(layer_tiles: LayerTiles, block: str) -> int:
 def chosen(rects: Sequence[Rect], stride: int, device: torch.device | str) -> Chosen | None:
     """The elements looked at of tiles of one shape, as gradients lie; None where there are none."""
     turned, (rows, cols) = joined(rects)[1], rects[0].shape
-    starts = tuple((rect.row % stride, rect.col % (RUN * stride)) for rect in rects)
+    starts = tuple(((rect.row + rect.col // RUN) % stride, rect.col % RUN) for rect in rects)  # alike: looked up once
     return _chosen(starts, rows, cols, stride, turned, str(device))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _chosen(
     starts: tuple[tuple[int, int], ...], rows: int, cols: int, stride: int, turned: bool, device: str
 ) -> Chosen | None:
     found = []
-    for row, col in starts:
-        runs = (torch.arange(row, row + rows).unsqueeze(1) + torch.arange(col, col + cols) // RUN) % stride == 0
+    for run, col in starts:
+        runs = (torch.arange(run, run + rows).unsqueeze(1) + torch.arange(col, col + cols) // RUN) % stride == 0
         found.append((runs.T if turned else runs).flatten().nonzero().flatten())
     most = max(map(len, found))
     if not most:
