@@ -32,6 +32,7 @@ from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first
 from .results.task_matrix import TaskMatrix
 from .results.task_pairs import of_pair
+from .scoring.own_shares import no_shares
 from .stats.effect_tests import effect_tests, notes_on_effects
 from .stats.families import note_on_families, over_all_pairs
 from .stats.head_tests import CPU
@@ -254,5 +255,8 @@ def _between_tasks(part: LayerPartial, metadata: HeatmapMetadata) -> LayerPartia
     if not metadata.pooled:
         return part
     num_a = len(metadata.samples[0])
-    blocks = {block: found._replace(scores=found.scores[:, :num_a, num_a:]) for block, found in part.blocks.items()}
+    blocks = {
+        block: found._replace(scores=found.scores[:, :num_a, num_a:], own_shares=no_shares(len(found.heads)))
+        for block, found in part.blocks.items()
+    }
     return LayerPartial(blocks, {name: scores[:num_a, num_a:] for name, scores in part.shared.items()})

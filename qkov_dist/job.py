@@ -36,7 +36,7 @@ from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.influence_records import mean_weights
 from .scoring.score import MEANING, compiled, worth_compiling
-from .scoring.score_kinds import Score
+from .scoring.score_kinds import Score, may_be_negative
 from .scoring.settings import DTYPES, Roles, ScoreSettings
 from .scoring.tiles import TilePlan
 
@@ -159,7 +159,8 @@ class Job:
         weights = by_task(weights, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
         left, right = sides(sizes, pooled=self.config.pooled)
         means = mean_weights(in_one_task(self._contents), sizes)
-        return Roles(tuple(range(num)), weights, left, right, means, sizes)
+        with_overlap = self.config.pooled and not may_be_negative(self.config.metric.score)
+        return Roles(tuple(range(num)), weights, left, right, means, sizes, own_shares=with_overlap)
 
     @cached_property
     def _contents(self) -> tuple[list[str], ...]:

@@ -24,6 +24,7 @@ from qkov_dist.distributed.plans import SHARDED_BY_HOOKS
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
 from qkov_dist.layout.rects import Rect
+from qkov_dist.results.heatmap_data import SHARES
 from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.fisher_sums import num_columns
@@ -31,8 +32,9 @@ from qkov_dist.scoring.gram_norms import norm_flops
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products
+from qkov_dist.scoring.own_shares import no_shares
 from qkov_dist.scoring.score import worth_compiling
-from qkov_dist.scoring.score_kinds import KINDS
+from qkov_dist.scoring.score_kinds import KINDS, may_be_negative
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
 from .rank_work import LayerWork, SiteWork
@@ -69,9 +71,17 @@ class ScoringCost:
 
     @cached_property
     def a_head(self) -> int:
-        """Bytes of what a rank has of one head: scores, what is known of I, effects."""
+        """Bytes of what a rank has of one head: scores, what is known of I, effects, what own shares of I do."""
         num, num_tasks = sum(self.work.num_samples), len(self.work.tasks)
-        return self.matrix + 8 * num_columns(num_tasks) + 8 * no_influences(1, num, num_tasks).size
+        sums = num_columns(num_tasks) + no_influences(1, num, num_tasks).size
+        return self.matrix + 8 * sums + self.own_shares
+
+    @cached_property
+    def own_shares(self) -> int:
+        """Bytes of a head's sums for what samples' own shares of the Fisher do to overlap; 0 where none are formed."""
+        if not self.work.config.pooled or may_be_negative(self.work.config.metric.score):
+            return 0
+        return 8 * no_shares(1, sum(self.work.num_samples), len(self.work.tasks)).size
 
     @cached_property
     def cells(self) -> dict[str, int]:
@@ -190,7 +200,7 @@ class ScoringCost:
     def partials(self, rank: int) -> int:
         """Bytes of a rank's partial file."""
         layer_works = self._counted(rank, [*self.by_rank[rank]])
-        datasets = 3 * sum(times * len(layer_work.heads) for layer_work, times in layer_works)
+        datasets = (3 + bool(self.own_shares)) * sum(times * len(layer_work.heads) for layer_work, times in layer_works)
         scores = sum(times * _num(layer_work.heads) for layer_work, times in layer_works) * self.a_head
         return scores + datasets * DATASET_BYTES + FILE_BYTES
 
@@ -202,6 +212,7 @@ class ScoringCost:
             a_head = TABLE_BYTES + 8 * len(OPTIMIZERS) * (num_a + num_b)
             a_head += sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in matrices[config.output.pairs])
             a_head += RECORD_BYTES if config.statistics.enabled else 0
+            a_head += 8 * len(SHARES) * (num_a + num_b) if config.output.pairs == "all" and self.own_shares else 0
             total += sum(self.cells.values()) * a_head + TABLES_BYTES
         return total
 
@@ -215,7 +226,7 @@ class ScoringCost:
             return 0
         config, kept = self.work.config, self.matrix
         if config.output.pairs != "all" and not config.has_many_tasks:
-            kept = prod(self.work.num_samples) * self.work.scoring.itemsize
+            kept = prod(self.work.num_samples) * self.work.scoring.itemsize - self.own_shares
         sent = 0
         for heads, dealt, times in self._added(rank):
             others = sum(len(set(found) - set(dealt[rank].get(block, ()))) for block, found in heads.items())

@@ -19,6 +19,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.memory import scratch_array
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums, column
 from qkov_dist.scoring.influence_records import of_samples
+from qkov_dist.scoring.own_shares import ratios
 from qkov_dist.scoring.tiles import SHARED_O_BIAS
 
 from .effects import untested_effects
@@ -30,8 +31,8 @@ from .partial_schema import BlockPartial, Floats, LayerPartial
 
 
 class _Block:
-    """Scores [layer, head, left, right], Fisher sums [layer, head, columns] and influences of one block; NaN where no
-    head is.
+    """Scores [layer, head, left, right], Fisher sums [layer, head, columns], influences and what own shares do of one
+    block; NaN where no head is.
     """
 
     def __init__(self, shape: tuple[int, int], some: BlockPartial, folder: Path | None, *, keeps_scores: bool) -> None:
@@ -40,7 +41,9 @@ class _Block:
             self.scores = scratch_array((*shape, *some.scores.shape[1:]), some.scores.dtype, folder)
         self.means = np.full(shape, np.nan)  # of scores that are not kept
         self.sums = np.full((*shape, len(FISHER_COLUMNS)), np.nan)
-        self.influences = np.full((*shape, *some.influences.shape[1:]), np.nan)
+        self.influences, self.own_shares = (
+            np.full((*shape, *of_heads.shape[1:]), np.nan) for of_heads in (some.influences, some.own_shares)
+        )
 
     def filled(self) -> Floats | None:
         """The scores, when all layers are there; None where they are not kept."""
@@ -103,6 +106,10 @@ class Assembly:
         else:
             of_block.means[place, at] = self._mean({block: found.scores[None]})[block][0]
         of_block.sums[place, at], of_block.influences[place, at] = found.fisher_sums, found.influences
+        if found.own_shares.shape[1] == of_block.own_shares.shape[2]:
+            of_block.own_shares[place, at] = found.own_shares
+        else:  # a layer of a file of before
+            of_block.own_shares = of_block.own_shares[..., :0]
         return found
 
     def _mean(self, scores: Mapping[str, Floats]) -> dict[str, np.ndarray]:
@@ -146,6 +153,7 @@ class Assembly:
             shared=shared,
             attributes={**metadata.attributes, "warnings": _warnings(metadata, fisher, self._without)},
             influences=None if records is None else {b: of_samples(found) for b, found in records.items()},
+            own_shares=_own_shares(self._blocks) if pooled and scores else None,
             effects=None if records is None else {b: untested_effects(found, counted) for b, found in records.items()},
         )
 
@@ -178,6 +186,12 @@ def _records(blocks: Mapping[str, _Block]) -> dict[str, np.ndarray] | None:
     """Block -> records [layer, head, optimizer, sums and N]; None where effects were left out."""
     found = {block: of_block.influences for block, of_block in blocks.items()}
     return found if all(array.shape[-1] for array in found.values()) else None
+
+
+def _own_shares(blocks: Mapping[str, _Block]) -> dict[str, np.ndarray] | None:
+    """Block -> what own shares of the Fisher do, [layer, head, 2, 2, N]; None where that was left out."""
+    found = {block: of_block.own_shares for block, of_block in blocks.items()}
+    return {block: ratios(of) for block, of in found.items()} if all(of.shape[-1] for of in found.values()) else None
 
 
 def _warnings(

@@ -25,6 +25,7 @@ from .influences import Samples
 
 Pairs = Literal["none", "cross", "all"]
 FISHER_KEYS = ("mean", "min", "ridge_share", "share_a")
+SHARES = {"rows_a": (0, 0), "rows_b": (0, 1), "columns_a": (1, 0), "columns_b": (1, 1)}  # of ``own_shares``, and where
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class HeatmapData:
             [layer, native head, optimizer, N], A's samples first; None in files that do not know.
         effects: Block -> optimizer -> name (``effects.EFFECT_KEYS``) -> float64 [layer, native head]; None where there
             are no influences. Before a test they lack what tests add.
+        own_shares: Block -> what samples' own shares of the Fisher do to their scores (``scoring.own_shares``), float64
+            [layer, native head, rows or columns, task of the other sample, N]; None without ``pooled`` and in files
+            that do not know.
         attributes: run_id, score, tasks (of a run of more than two), config (JSON), versions, seeds, warnings, notes,
             ...: strings, numbers, JSON values.
     """
@@ -111,6 +115,7 @@ class HeatmapData:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     influences: Mapping[str, Floats64] | None = None
     effects: Effects | None = None
+    own_shares: Mapping[str, Floats64] | None = None
 
     def __post_init__(self) -> None:
         _check("heatmap: groups", (len(self.layers),), np.shape(self.groups))
@@ -119,6 +124,7 @@ class HeatmapData:
             "cross": (self.cross, (n_a, n_b)),
             "pooled": (self.pooled, (n_a + n_b, n_a + n_b)),
             "influences": (self.influences, (len(OPTIMIZERS), n_a + n_b)),
+            "own_shares": (self.own_shares, (2, 2, n_a + n_b)),
         }
         for name, arrays in {
             "present": self.present,
@@ -127,6 +133,7 @@ class HeatmapData:
             "pooled": self.pooled,
             "influences": self.influences,
             "effects": self.effects,
+            "own_shares": self.own_shares,
         }.items():
             if arrays is not None and set(arrays) != set(self.mean):
                 raise _wrong(f"heatmap: {name}", f"blocks {sorted(self.mean)}", f"{sorted(arrays)}")

@@ -9,6 +9,7 @@
     /shared/O_bias/{scores,heatmap}                     [layer, a, b], [layer]: O's bias belongs to no head
     /effects/{B}/{sgd,adam}/{change,standard_error,...} [layer, head] float64: what a step does (``effects``)
     /influences/{B}/{sgd,adam}                          [layer, head, sample]: what each sample has to do with it
+    /own_shares/{B}/{rows,columns}_{a,b}                [layer, head, sample] float64, with scores_all (``own_shares``)
     /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
     /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
     /samples/{a,b}/gradient_norm                        [a] or [b] float64, with ``metric.sample_scale: unit`` alone
@@ -37,7 +38,7 @@ from .disk import DAMAGED
 from .hdf5_read import Reader, reading
 from .heatmap import Heatmap
 from .heatmap_checks import check_stored
-from .heatmap_data import FISHER_KEYS, SampleTable
+from .heatmap_data import FISHER_KEYS, SHARES, SampleTable
 from .matrix_data import checked_pair, pair_group
 
 HEATMAP_FILE = "heatmap.h5"
@@ -132,6 +133,7 @@ def _heatmap(reader: Reader, attributes: dict[str, Any], *, with_scores: bool) -
         {name: value for name, value in attributes.items() if name not in ("schema", "task_a", "task_b")},
         _influences(reader, shapes, n_a + n_b),
         _effects(reader, shapes),
+        _own_shares(reader, shapes, n_a + n_b) if with_scores else None,
     )
 
 
@@ -144,6 +146,17 @@ def _influences(reader: Reader, shapes: Mapping[str, tuple[int, int]], num: int)
         found[block] = np.empty((*shape, len(OPTIMIZERS), num))
         for place, optimizer in enumerate(OPTIMIZERS):
             found[block][:, :, place] = reader.array(f"influences/{block}/{optimizer}", (*shape, num))
+    return found
+
+
+def _own_shares(reader: Reader, shapes: Mapping[str, tuple[int, int]], num: int) -> dict[str, Any] | None:
+    """Block -> [layer, head, 2, 2, sample]; None in a file that does not know."""
+    if not reader.has("own_shares"):
+        return None
+    found = {block: np.empty((*shape, 2, 2, num)) for block, shape in shapes.items()}
+    for block, shape in shapes.items():
+        for name, at in SHARES.items():
+            found[block][(..., *at, slice(None))] = reader.array(f"own_shares/{block}/{name}", (*shape, num))
     return found
 
 

@@ -121,6 +121,10 @@ class Labels:
                 return self._of_block(block, *_EFFECTS[key])
             case "influences", [block]:
                 return self._of_block(block, "influence on the change", "step", "what each sample has to do with it")
+            case "own_shares", [block, key]:
+                side = "row" if key.startswith("rows") else "column"
+                what = f"sum of a sample's {side} without its own share of the Fisher, as a multiple"
+                return self._of_block(block, what, NONE, f"over the other samples of {self._task(key[-1])}")
             case "scores", [block]:
                 return self._of_block(block, self._score, "score", "sample of A (i) against sample of B (j)")
             case "scores_all", [block]:

@@ -3,6 +3,7 @@
     /partial/{Q,K,V,O}/layer_0003   [heads touched, left, right]   attribute ``heads``; float32 (or float64 on request)
     /fisher/{Q,K,V,O}/layer_0003    [heads touched, columns] float64       ``scoring.fisher_sums``
     /influences/{Q,K,V,O}/layer_0003  [heads touched, optimizer, sums and influences] float64  ``influence_records``
+    /own_shares/{Q,K,V,O}/layer_0003  [heads touched, sums] float64        ``scoring.own_shares``, of pooled samples
     /shared/O_bias/layer_0003       [left, right]                  what no head owns
     /layer, /complete               [layer]                        which layers are in this file
 
@@ -26,6 +27,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.fisher_sums import FisherSums, num_columns
 from qkov_dist.scoring.influence_records import Influences, no_influences
+from qkov_dist.scoring.own_shares import Records, no_shares
 from qkov_dist.values import FLAG, as_it_is, whole
 
 from .hdf5_read import Reader, check_values
@@ -82,15 +84,17 @@ class PartialHeader:
 
 
 class BlockPartial(NamedTuple):
-    """One block of one layer: heads [h], scores [h, left, right], what is known of I [h, columns], influences.
+    """One block of one layer: heads [h], scores [h, left, right], what is known of I [h, columns], influences, shares.
 
-    Influences are [h, optimizer, sums and N], A's samples first; nothing at all where effects were left out.
+    Influences are [h, optimizer, sums and N], A's samples first, and what own shares of the Fisher do [h, sums];
+    nothing at all where they were left out.
     """
 
     heads: Ints
     scores: Floats
     fisher_sums: FisherSums
     influences: Influences
+    own_shares: Records
 
 
 class LayerPartial(NamedTuple):
@@ -169,6 +173,8 @@ def write_layer(writer: Writer, layer: int, content: LayerPartial) -> None:
         writer.array(f"fisher/{block}/{name}", arrays.fisher_sums)
         if arrays.influences.size:
             writer.array(f"influences/{block}/{name}", arrays.influences)
+        if arrays.own_shares.size:
+            writer.array(f"own_shares/{block}/{name}", arrays.own_shares)
     for parameter, scores in content.shared.items():
         writer.array(f"shared/{parameter}/{name}", scores)
 
@@ -183,7 +189,9 @@ def read_layer(reader: Reader, layer: int, header: PartialHeader) -> LayerPartia
             heads = np.asarray(reader.attribute(path, "heads"), np.int64)
             scores = reader.array(path, (*heads.shape, *pairs))
             sums = reader.array(f"fisher/{block}/{name}", (len(heads), num_columns(header.num_tasks)))
-            blocks[block] = BlockPartial(heads, scores, sums, _read_influences(reader, block, name, len(heads), header))
+            influences = _read_influences(reader, block, name, len(heads), header)
+            shares = _read_shares(reader, block, name, len(heads), header)
+            blocks[block] = BlockPartial(heads, scores, sums, influences, shares)
     paths = {parameter: f"shared/{parameter}/{name}" for parameter in reader.names("shared")}
     return LayerPartial(blocks, {key: reader.array(path, pairs) for key, path in paths.items() if reader.has(path)})
 
@@ -195,16 +203,23 @@ def _read_influences(reader: Reader, block: str, name: str, num_heads: int, head
     return reader.array(path, no_influences(num_heads, header.num_samples, header.num_tasks).shape)
 
 
+def _read_shares(reader: Reader, block: str, name: str, num_heads: int, header: PartialHeader) -> Records:
+    path = f"own_shares/{block}/{name}"
+    if not reader.has(path):
+        return no_shares(num_heads)
+    return reader.array(path, no_shares(num_heads, header.num_samples, header.num_tasks).shape)
+
+
 def copy_layer(reader: Reader, writer: Writer, layer: int) -> None:
     """Copy one layer's datasets from one file, in which they were read before or just written, into another."""
-    for kind in ("partial", "fisher", "influences", "shared"):
+    for kind in ("partial", "fisher", "influences", "own_shares", "shared"):
         for part in reader.names(kind):
             if reader.has(path := f"{kind}/{part}/{layer_name(layer)}"):
                 writer.copy(reader, path)
 
 
 def _checked(layer: int, block: str, arrays: BlockPartial, header: PartialHeader) -> BlockPartial:
-    heads, scores, fisher_sums, influences = (np.asarray(array) for array in arrays)
+    heads, scores, fisher_sums, influences, shares = (np.asarray(array) for array in arrays)
     where = f"layer {layer}, block {block}"
     if block not in BLOCKS or heads.ndim != 1 or len(set(heads.tolist())) != len(heads):
         raise _wrong(where, f"one of {BLOCKS} with different heads", f"heads {heads.tolist()}")
@@ -215,8 +230,12 @@ def _checked(layer: int, block: str, arrays: BlockPartial, header: PartialHeader
     known = no_influences(len(heads)).shape, every.shape
     if influences.shape not in known:
         raise _wrong(where, f"influences {list(known[1])}", f"{list(influences.shape)}")
+    of_shares = no_shares(len(heads)).shape, no_shares(len(heads), header.num_samples, header.num_tasks).shape
+    if shares.shape not in of_shares:
+        raise _wrong(where, f"own shares {list(of_shares[1])}", f"{list(shares.shape)}")
     scores = _scores(where, arrays.scores, (len(heads), header.n_left, header.n_right))
-    return BlockPartial(heads.astype(np.int64), scores, fisher_sums.astype(np.float64), influences.astype(np.float64))
+    others = (array.astype(np.float64) for array in (fisher_sums, influences, shares))
+    return BlockPartial(heads.astype(np.int64), scores, *others)
 
 
 def _checked_shared(layer: int, name: str, scores: Floats, header: PartialHeader) -> Floats:

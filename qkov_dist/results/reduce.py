@@ -38,7 +38,8 @@ def layer_partial(blocks: Mapping[str, BlockScores]) -> LayerPartial:
 
 def _block_partial(scored: BlockScores, touched: list[int]) -> BlockPartial:
     heads = np.array([scored.heads[place] for place in touched], np.int64)
-    return BlockPartial(heads, scored.scores[touched].cpu().numpy(), scored.fisher[touched], scored.influences[touched])
+    others = (of_heads[touched] for of_heads in (scored.fisher, scored.influences, scored.own_shares))
+    return BlockPartial(heads, scored.scores[touched].cpu().numpy(), *others)
 
 
 def add_layers(parts: Iterable[LayerPartial]) -> LayerPartial:
@@ -82,8 +83,7 @@ class _BlockSum:
         heads = sorted(self._rows)
         rows = [self._rows[head] for head in heads]
         at = slice(len(rows)) if rows == sorted(rows) else rows
-        found = self._sums
-        return BlockPartial(np.array(heads, np.int64), found.scores[at], found.fisher_sums[at], found.influences[at])
+        return BlockPartial._make([np.array(heads, np.int64), *(array[at] for array in self._sums[1:])])
 
     def _add(self, part: BlockPartial) -> None:
         for head in part.heads.tolist():
@@ -92,6 +92,10 @@ class _BlockSum:
         at = np.array([self._rows[head] for head in part.heads.tolist()], np.int64)
         total.scores[at] += part.scores
         total.influences[at] += part.influences
+        if part.own_shares.shape[1] == total.own_shares.shape[1]:
+            total.own_shares[at] += part.own_shares
+        else:  # one of the parts is of a run of before, that formed none
+            self._sums = total._replace(own_shares=total.own_shares[:, :0])
         add(total.fisher_sums, part.fisher_sums, at)
 
     def _with_room(self, like: BlockPartial) -> BlockPartial:
@@ -109,8 +113,9 @@ class _BlockSum:
 def _no_heads(num: int, like: BlockPartial) -> BlockPartial:
     """What changes nothing when it is added, for so many heads."""
     scores = np.zeros((num, *like.scores.shape[1:]), like.scores.dtype)
-    influences = np.zeros((num, *like.influences.shape[1:]))
-    return BlockPartial(np.zeros(num, np.int64), scores, no_sums(num, num_tasks_of(like.fisher_sums)), influences)
+    influences, shares = (np.zeros((num, *of.shape[1:])) for of in (like.influences, like.own_shares))
+    sums = no_sums(num, num_tasks_of(like.fisher_sums))
+    return BlockPartial(np.zeros(num, np.int64), scores, sums, influences, shares)
 
 
 def add_over_ranks(part: LayerPartial, layer: LayerAxes, shape: tuple[int, int], world: World) -> LayerPartial:
@@ -141,13 +146,16 @@ def _block_over_ranks(
     wide = any(world.all_gather(part is not None and part.scores.dtype == np.float64))
     scores = np.zeros((len(heads), *shape), np.float64 if wide else np.float32)
     size = max(world.all_gather(0 if part is None else part.influences.shape[-1]))
+    of_shares = max(world.all_gather(0 if part is None else part.own_shares.shape[-1]))
     num_tasks = max(world.all_gather(2 if part is None else num_tasks_of(part.fisher_sums)))
     sums, influences = no_sums(len(heads), num_tasks), np.zeros((len(heads), len(OPTIMIZERS), size))
+    shares = np.zeros((len(heads), of_shares))
     if part is not None:
         at = np.searchsorted(heads, part.heads)
-        scores[at], sums[at], influences[at] = part.scores, part.fisher_sums, part.influences
+        scores[at], sums[at], influences[at], shares[at] = part[1:]
     total = sums_over_ranks(sums, world)
-    return BlockPartial(np.array(heads, np.int64), world.all_reduce(scores), total, world.all_reduce(influences))
+    others = (world.all_reduce(array) for array in (influences, shares))
+    return BlockPartial(np.array(heads, np.int64), world.all_reduce(scores), total, *others)
 
 
 def deal_heads(layer: LayerAxes, num_ranks: int) -> list[dict[str, tuple[int, ...]]]:

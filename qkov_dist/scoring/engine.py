@@ -30,6 +30,8 @@ from .head_batches import HeadBatch
 from .influence_records import Influences, no_influences
 from .influence_sums import InfluenceSums
 from .kernel import Rule, add_tile, pair_products, tile_flops
+from .own_shares import Chosen, OwnShares, chosen, no_shares, stride_of
+from .own_shares import Records as ShareRecords
 from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, added_fisher_sums, compiled, fisher_sums
@@ -52,6 +54,8 @@ class BlockScores:
         fisher: What is known of I over each head's elements, [h, columns].
         influences: What they add to effects (``influence_records``), [h, optimizer, sums and influences];
             nothing where effects are left out.
+        own_shares: What samples' own shares of the Fisher do to scores (``own_shares``), [h, sums]; nothing where that
+            is left out.
         flops: Floating-point operations of its matrix products.
     """
 
@@ -59,6 +63,7 @@ class BlockScores:
     scores: Tensor
     fisher: FisherSums
     influences: Influences
+    own_shares: ShareRecords
     flops: int = 0
 
 
@@ -72,6 +77,7 @@ class _HeadPart:
     scores: Tensor
     fisher: FisherSums
     influences: Influences
+    own_shares: ShareRecords
     flops: int
 
 
@@ -83,12 +89,14 @@ class _HeadScorer:
         roles: The samples.
         settings: The metric.
         ridges: Lambda by layer and block; that of a layer is there before its heads are.
+        strides: Likewise, which elements are looked at for own shares.
         fused: The elementwise part, compiled; None maps in place.
     """
 
     roles: Roles
     settings: ScoreSettings
     ridges: Mapping[tuple[int, str], float]
+    strides: Mapping[tuple[int, str], int]
     fused: Fused | None
 
     def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> Found[_HeadPart]:
@@ -98,22 +106,24 @@ class _HeadScorer:
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, self.fused)
         least = max(settings.epsilon, ridge)
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
-        effects = self._effects(batch, members)
+        effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
 
         def add_band(band: Sequence[Tile]) -> Tensor:
-            gradients = _gradients(band, site, buffers)
-            return fisher_sums(add_tile(scores, gradients, members.weights, rule, buffers, effects), least)
+            gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band)
+            return fisher_sums(add_tile(scores, gradients, members.weights, rule, buffers, effects, of_own), least)
 
         fisher = reduce(added_fisher_sums, map(add_band, batch.bands))
         found = [members.in_order_of_roles(scores), fisher]
         if effects is not None:
             found.append(members.records_in_order_of_roles(effects.records()))
+        if own is not None:
+            found.append(members.shares_in_order_of_roles(own.records()))
         pairs = pair_products(
             *roles.shape, in_half=rule.in_cache(len(batch.heads), scores.device) and rule.is_symmetric
         )
         tiles = ((tile.rect.area, tile.bias) for tile in batch.heads[0])
         flops = sum(tile_flops(site.padded, size, pairs, bias=bias, effects=effects) for size, bias in tiles)
-        return partial(_parts, OnItsWay.of(*found), flops)
+        return partial(_parts, OnItsWay.of(*found), flops, with_effects=effects is not None)
 
     def _effects(self, batch: HeadBatch, members: Members) -> InfluenceSums | None:
         """Where influences of a batch are added up; None of what belongs to no head, and where they are left out."""
@@ -121,17 +131,33 @@ class _HeadScorer:
             return None
         return InfluenceSums(members.means, len(batch.heads))
 
+    def _own_shares(self, batch: HeadBatch, members: Members, rule: Rule) -> OwnShares | None:
+        """The same of what samples' own shares of the Fisher do."""
+        if members.shares is None or batch.first.block not in BLOCKS:
+            return None
+        return OwnShares(members.shares, len(batch.heads), rule.score, (rule.epsilon, rule.ridge))
+
+    def _with_elements(self, own: OwnShares | None, band: Sequence[Tile]) -> tuple[OwnShares, Chosen] | None:
+        """With the elements looked at of the tiles of some heads; None where there are none."""
+        if own is None:
+            return None
+        tile = band[0]
+        stride = self.strides[tile.site.layer, tile.block]
+        elements = chosen([one.rect for one in band], stride, self.settings.device)
+        return None if elements is None else (own, elements)
+
 
 def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Tensor:
     dtype, rects = site.members.dtype, [tile.rect for tile in band]
     return tile_gradients(site.padded, rects, bias=band[0].bias, dtype=dtype, buffers=buffers)
 
 
-def _parts(found: OnItsWay, flops: int) -> list[_HeadPart]:
+def _parts(found: OnItsWay, flops: int, *, with_effects: bool) -> list[_HeadPart]:
     """What the heads of a batch contribute, once it is there."""
-    scores, fisher, *influences = found.there()
-    of_heads = influences[0].numpy() if influences else no_influences(len(scores))
-    return [_HeadPart(*of_head, flops) for of_head in zip(scores, fisher.numpy(), of_heads, strict=True)]
+    scores, fisher, *others = found.there()
+    influences = others.pop(0).numpy() if with_effects else no_influences(len(scores))
+    shares = others.pop().numpy() if others else no_shares(len(scores))
+    return [_HeadPart(*of_head, flops) for of_head in zip(scores, fisher.numpy(), influences, shares, strict=True)]
 
 
 def score_layers(
@@ -160,6 +186,7 @@ def score_layers(
             memory does not suffice.
     """
     ridges: dict[tuple[int, str], float] = {}
+    strides: dict[tuple[int, str], int] = {}
 
     def begun() -> Iterator[Turn | None]:
         for layer in layers:
@@ -169,11 +196,12 @@ def score_layers(
             layer_tiles, source = layer
             of_blocks = _ridges(layer_tiles, settings, (totals or {}).get(layer_tiles.layer, {}))
             ridges.update({(layer_tiles.layer, block): ridge for block, ridge in of_blocks.items()})
+            strides.update({(layer_tiles.layer, block): stride_of(layer_tiles, block) for block in of_blocks})
             yield Turn(layer_tiles, layer_tiles.tiles, source)
 
     fused = compiled(torch.device(settings.device).type) if settings.compile else None
     blocks: dict[str, BlockScores] | None = None
-    for done in through_workers(begun(), roles, settings, _HeadScorer(roles, settings, ridges, fused)):
+    for done in through_workers(begun(), roles, settings, _HeadScorer(roles, settings, ridges, strides, fused)):
         if blocks is None:
             blocks = {block: _no_scores(heads, roles, settings) for block, heads in done.layer_tiles.heads.items()}
         for tile, part in done.results:
@@ -183,6 +211,8 @@ def score_layers(
             add(block.fisher, part.fisher, at)
             if part.influences.size:
                 block.influences[at] += part.influences
+            if part.own_shares.size:
+                block.own_shares[at] += part.own_shares
             block.flops += part.flops
         if done.is_last:
             yield done.layer_tiles, blocks
@@ -218,7 +248,8 @@ def _no_scores(heads: tuple[int, ...], roles: Roles, settings: ScoreSettings) ->
     zeros = scratch_array((len(heads), *roles.shape), dtype, settings.scratch)
     num, num_samples = len(roles.weights), None if roles.means is None else roles.num_scored
     influences = no_influences(len(heads), num_samples, num)
-    return BlockScores(heads, torch.from_numpy(zeros), no_sums(len(heads), num), influences)
+    shares = no_shares(len(heads), roles.num_scored if roles.own_shares else None, num)
+    return BlockScores(heads, torch.from_numpy(zeros), no_sums(len(heads), num), influences, shares)
 
 
 def rounds_of(

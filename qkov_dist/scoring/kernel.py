@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .influence_sums import InfluenceSums, effect_products, num_vectors
+from .own_shares import Chosen, OwnShares
 from .score import Fused, maps, power_of
 from .score_kinds import KINDS, ElementMap, Score
 from .tile_gradients import Buffers, Padded
@@ -66,6 +67,7 @@ def add_tile(
     rule: Rule,
     buffers: Buffers,
     effects: InfluenceSums | None = None,
+    own: tuple[OwnShares, Chosen] | None = None,
 ) -> Tensor:
     """Add the contribution of a tile, or of the tiles of several heads, to the scores of all pairs.
 
@@ -76,6 +78,7 @@ def add_tile(
         rule: The score.
         buffers: The worker's.
         effects: What samples have to do with effects, added to; None leaves them out.
+        own: What their own shares of the Fisher do, added to, and the elements looked at; None leaves it out.
 
     Returns:
         What each task adds to the Fisher, [T, heads, P].
@@ -86,6 +89,7 @@ def add_tile(
     in_cache = rule.in_cache(heads, flat.device)
     if rule.may_vanish(flat.dtype):
         rule = replace(rule, fused=None)
+    kept = None if own is None else own[0].kept(flat, own[1])  # gradients are used up
     step = max(CHUNK_BYTES // (num * flat.element_size()), 1) if in_cache else heads * size
     for start in range(0, heads * size, step):
         chunk = slice(start, start + step)
@@ -96,6 +100,8 @@ def add_tile(
             _add_pairs(scores, of_i[rule.left], of_j[rule.right])
     if in_cache and rule.is_symmetric:
         _mirror(scores[0])
+    if own is not None and kept is not None:
+        own[0].add(kept, by_task[:, own[1].places].sum(0))
     return by_task.view(len(weights), heads, size)
 
 

@@ -53,6 +53,7 @@ class Roles:
             [num_scored]; 0 of those that count in neither. None leaves effects out.
         sizes: How many members with a role each task has, one task behind another from the first member on.
         scales: What each member's gradient is multiplied by (``sample_norms``), float64 [N]; None leaves them alone.
+        own_shares: Whether sums are formed for what samples' own shares of the Fisher do to ``overlap``: of all pairs.
     """
 
     members: tuple[int, ...]
@@ -62,6 +63,7 @@ class Roles:
     means: np.ndarray | None = None
     sizes: tuple[int, ...] = (0, 0)
     scales: np.ndarray | None = None
+    own_shares: bool = False
 
     @property
     def num_scored(self) -> int:

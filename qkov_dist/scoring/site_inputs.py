@@ -20,6 +20,7 @@ from qkov_dist.memory import is_shortage, moved
 
 from .influence_records import num_sums
 from .influence_sums import MeanWeights
+from .own_shares import Shares
 from .padded_groups import Ordering, order_samples
 from .settings import Roles, ScoreSettings
 from .tile_gradients import Padded, product_dtype
@@ -76,6 +77,13 @@ class Members:
         return MeanWeights.of(scored, roles.sizes, self._weights).to(self.device, self.dtype)
 
     @cached_property
+    def shares(self) -> Shares | None:
+        """Their shares of the Fisher, in this order; None where nobody asks what these do."""
+        if not self.roles.own_shares:
+            return None
+        return Shares.of(self._weights, self.roles.sizes).to(self.device, self.dtype)
+
+    @cached_property
     def scales(self) -> list[Tensor | None]:
         """What gradients of each group's samples are multiplied by, [n, 1, 1]; None where they are left alone."""
         if self.roles.scales is None:
@@ -88,6 +96,10 @@ class Members:
         sums = num_sums(len(self.roles.sizes))
         influences = records[..., sums:].reshape(*records.shape[:-1], -1, self.roles.num_scored)
         return torch.cat([records[..., :sums], influences[..., self._scored].flatten(-2)], dim=-1)
+
+    def shares_in_order_of_roles(self, records: Tensor) -> Tensor:
+        """Records of own shares [heads, ... of N] in this order, as those in the order of the roles."""
+        return records.view(len(records), -1, self.roles.num_scored)[..., self._scored].flatten(1)
 
     def in_order_of_roles(self, scores: Tensor) -> Tensor:
         """Scores [heads, left, right] of pairs of members in this order, as pairs in the order of the roles."""

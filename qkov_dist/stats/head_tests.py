@@ -35,6 +35,7 @@ from qkov_dist.capture.finite import refuse_not_finite
 from qkov_dist.errors import QkovError
 from qkov_dist.memory import is_shortage, moved
 from qkov_dist.stats import jackknife, permutation
+from qkov_dist.stats.without_own_shares import has_copies
 
 from .permutation import Alternative, Standardised
 
@@ -111,21 +112,25 @@ class HeadTests:
 Tested = tuple[dict[str, dict[Statistic, HeadTests]], MaxZ]
 
 
-def head_tests(scores: Mapping[str, Tensor], design: Design) -> Tested:
+def head_tests(scores: Mapping[str, Tensor], design: Design, ratios: Mapping[str, Tensor] | None = None) -> Tested:
     """Test heads, each by itself, on as many cores as torch has threads.
 
     Args:
         scores: Name of a group (a block) -> [heads, N, N], at least one head, all NaN where a head is absent.
         design: The same for all heads.
+        ratios: Group -> what own shares of the Fisher do (``without_own_shares``), [heads, 2, 2, N]; None where that is
+            not known.
 
     Returns:
         Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
     """
     with threads_that_test(design.device) as submit:
-        return _begin(submit, scores, design)()
+        return _begin(submit, scores, design, ratios)()
 
 
-def _begin(submit: Submit, scores: Mapping[str, Tensor], design: Design) -> Callable[[], Tested]:
+def _begin(
+    submit: Submit, scores: Mapping[str, Tensor], design: Design, ratios: Mapping[str, Tensor] | None
+) -> Callable[[], Tested]:
     """Have heads tested, some by each thread; returns what waits for all of them."""
     chunk_bytes = _CHUNK_BYTES if design.device.type == "cpu" else _GPU_CHUNK_BYTES
     chunk = max(chunk_bytes // (8 * design.labels.a.shape[1]), 1)
@@ -135,7 +140,10 @@ def _begin(submit: Submit, scores: Mapping[str, Tensor], design: Design) -> Call
         return lambda: ({}, {})
     size = -(-num_heads // -(-num_heads // chunk))  # parts of nearly one size
     parts = torch.split(torch.cat(list(scores.values())), size)
-    waiting = [submit(_chunk_tests, part, design) for part in parts]
+    of_parts: Sequence[Tensor | None] = [None] * len(parts)
+    if ratios is not None:
+        of_parts = torch.split(torch.cat([ratios[group] for group in scores]), size)
+    waiting = [submit(_chunk_tests, *part, design) for part in zip(parts, of_parts, strict=True)]
     sizes = {group: len(of_group) for group, of_group in scores.items()}
     return lambda: _joined([wait() for wait in waiting], sizes)
 
@@ -177,23 +185,23 @@ def threads_that_test(device: torch.device = CPU) -> Iterator[Submit]:
         torch.set_num_threads(num_threads)
 
 
-def _chunk_tests(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
+def _chunk_tests(scores: Tensor, ratios: Tensor | None, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
     try:
-        return _tests_of(moved(scores, design.device), design)
+        return _tests_of(moved(scores, design.device), ratios, design)
     except RuntimeError as error:
         if design.device.type == "cpu" or not is_shortage(error):
             raise
-    return _tests_of(scores, design)
+    return _tests_of(scores, ratios, design)
 
 
-def _tests_of(scores: Tensor, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
+def _tests_of(scores: Tensor, ratios: Tensor | None, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
     """The tests of heads where their scores are."""
     with_overlap, labels = "overlap" in design.names, design.labels
     nulls = permutation.head_nulls(scores, labels, design.pairs, design.counts, with_overlap=with_overlap)
     standardised = {name: permutation.standardise(nulls[name]) for name in design.names}
     effects = {name: permutation.effect_size(nulls[name], labels.exhaustive) for name in design.names}
     found = jackknife.intervals(
-        scores, design.left_out, {name: effect for name, (effect, _) in effects.items()}, design.confidence
+        scores, design.left_out, {name: effect for name, (effect, _) in effects.items()}, design.confidence, ratios
     )
     tests = {
         name: _statistic_tests(nulls[name], standardised[name], effects[name], found[name], design)
@@ -286,10 +294,12 @@ class LayerTests:
     Attributes:
         layers: Layer number -> block -> the tests of its heads.
         max_z: The largest z of all these heads.
+        freed: Whether all their intervals of overlap are freed of what samples' own shares of the Fisher do.
     """
 
     layers: Mapping[int, Mapping[str, BlockTests]]
     max_z: MaxZ
+    freed: bool = True
 
     @staticmethod
     def joined(parts: Iterable[LayerTests]) -> LayerTests:
@@ -307,7 +317,7 @@ class LayerTests:
                     known[block] = (
                         _both(f"layer {layer}, block {block}", known[block], tests) if block in known else tests
                     )
-        return LayerTests(layers, largest(part.max_z for part in kept))
+        return LayerTests(layers, largest(part.max_z for part in kept), all(part.freed for part in kept))
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -318,7 +328,8 @@ class LayerTests:
             }
             for layer, blocks in self.layers.items()
         }
-        return {"layers": layers, "max_z": {name: max_z.tolist() for name, max_z in self.max_z.items()}}
+        max_z = {name: max_z.tolist() for name, max_z in self.max_z.items()}
+        return {"layers": layers, "max_z": max_z, "freed": self.freed}
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> LayerTests:
@@ -327,7 +338,8 @@ class LayerTests:
             int(layer): {block: _block_from_json(of) for block, of in blocks.items()}
             for layer, blocks in raw["layers"].items()
         }
-        return LayerTests(layers, {name: np.array(max_z, np.float64) for name, max_z in raw["max_z"].items()})
+        max_z = {name: np.array(max_z, np.float64) for name, max_z in raw["max_z"].items()}
+        return LayerTests(layers, max_z, bool(raw["freed"]))
 
 
 def _both(where: str, first: BlockTests, second: BlockTests) -> BlockTests:
@@ -350,6 +362,7 @@ def layer_tests(
     scores: Mapping[str, Tensor],
     heads: Mapping[str, Sequence[int]],
     sample_ids: Sequence[str],
+    ratios: Mapping[str, Tensor] | None = None,
 ) -> Callable[[], LayerTests]:
     """Have the heads of one layer tested; returns what waits for their tests.
 
@@ -360,6 +373,7 @@ def layer_tests(
         scores: Block -> [heads, N, N] among all samples, A's first; all NaN for an absent head. Left alone.
         heads: Block -> the numbers of these heads; there may be none.
         sample_ids: Ids of the N samples, for errors.
+        ratios: Block -> what own shares of the Fisher do, as in ``head_tests``.
 
     Raises:
         QkovError: for a score of a present head that is not finite.
@@ -368,10 +382,11 @@ def layer_tests(
     for block, of_block in there.items():
         where = f"layer {layer}, block {block}"
         refuse_not_finite(of_block, where, heads[block], sample_ids, sample_ids, with_absent=True)
-    wait = _begin(submit, there, design)
+    wait = _begin(submit, there, design, ratios)
 
     def found() -> LayerTests:
         tests, max_z = wait()
-        return LayerTests({layer: {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}}, max_z)
+        of_blocks = {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}
+        return LayerTests({layer: of_blocks}, max_z, not there or (ratios is not None and not has_copies(design.pairs)))
 
     return found

@@ -22,7 +22,9 @@ do: V_2 is large where samples are loud and variances least certain, and too few
 For ``interference`` overlap can also be 0 between tasks that differ; V_1 is not 0 there, and intervals hold such a 0 a
 little less often than they should.
 
-Intervals take the Fisher as given. How often they cover is in tests/studies/results/coverage.md.
+The Fisher is the mean over the very samples that are scored. Where sums are known by which their own shares of it are
+taken out (``without_own_shares``), theta and theta_-i of overlap are without them. All else takes the Fisher as given.
+How often intervals cover is in tests/studies/results/coverage.md.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from qkov_dist.stats import loud_samples, pair_sums
+from qkov_dist.stats.without_own_shares import has_copies, without_own_shares
 
 from .permutation import Labels, PairCounts, mean_of_all_pairs, mean_of_pairs, overlap_of_pairs
 
@@ -76,9 +79,20 @@ class LeftOut:
         whole, left_out = map(PairCounts.of, sums)
         return LeftOut(a, pairs, (whole, left_out), labels.n_a)
 
+    def overlap(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """That of scores [heads, N, N] as they are labelled [heads], and without each sample [heads, N]."""
+        sums = pair_sums.left_out_sums(scores, self.a[:, :1].to(scores.device), self.pairs)
+        counts = (PairCounts._make(of[..., :1] for of in part) for part in self.counts)
+        value, left_out = (overlap_of_pairs(*part)[..., 0] for part in zip(sums, counts, strict=True))
+        return value, left_out
+
 
 def intervals(
-    scores: Tensor, shared: LeftOut, effects: Mapping[Any, Tensor], confidence: float
+    scores: Tensor,
+    shared: LeftOut,
+    effects: Mapping[Any, Tensor],
+    confidence: float,
+    ratios: Tensor | None = None,
 ) -> dict[Any, tuple[Interval, Interval]]:
     """By statistic, the interval of its value and that of its effect size.
 
@@ -87,10 +101,15 @@ def intervals(
         shared: Labellings and pairs.
         effects: Statistic -> the effect size of each head [heads]; these are the statistics looked at.
         confidence: Of the intervals.
+        ratios: What own shares of the Fisher do (``without_own_shares``), [heads, 2, 2, N]; None where it is not known.
     """
     at_once = _CACHED_BYTES if scores.device.type == "cpu" else pair_sums.GPU_BYTES
     step = max(at_once // (8 * shared.a.numel()), 1)
-    looked_at = [_left_out(heads, shared, effects) for heads in torch.split(scores, step)]
+    parts_of_ratios = [None] * len(scores) if ratios is None else torch.split(ratios, step)
+    looked_at = [
+        _left_out(heads, shared, effects, of_heads)
+        for heads, of_heads in zip(torch.split(scores, step), parts_of_ratios, strict=False)
+    ]
     found = {}
     for name, effect in effects.items():
         value, values, of_effects = (torch.cat(parts) for parts in zip(*(of[name] for of in looked_at), strict=True))
@@ -102,11 +121,13 @@ def intervals(
     return found
 
 
-def _left_out(scores: Tensor, shared: LeftOut, names: Iterable[Any]) -> dict[Any, tuple[Tensor, Tensor, Tensor]]:
+def _left_out(
+    scores: Tensor, shared: LeftOut, names: Iterable[Any], ratios: Tensor | None
+) -> dict[Any, tuple[Tensor, Tensor, Tensor]]:
     """By statistic, each head's value [heads], and its values and effect sizes without each sample [heads, N].
 
     An effect size without a sample is the distance from the null's mean, in sd about it, all without that sample. An
-    overlap is freed of what unequal norms do to it.
+    overlap is freed of what unequal norms do to it, and of what own shares of the Fisher do.
     """
     sums, found = pair_sums.left_out_sums(scores, shared.a.to(scores.device), shared.pairs), {}
     for name in names:
@@ -116,7 +137,11 @@ def _left_out(scores: Tensor, shared: LeftOut, names: Iterable[Any]) -> dict[Any
         effects = (left_out[..., 0] - mean) / (null - mean.unsqueeze(-1)).square().mean(-1).sqrt()
         found[name] = values[:, 0], left_out[..., 0], effects
     if "overlap" in found:
-        (value, left_out, effects), shift = found["overlap"], loud_samples.shift(scores, shared.pairs, shared.n_a)
+        value, left_out, effects = found["overlap"]
+        if ratios is not None and not has_copies(shared.pairs):
+            scores = without_own_shares(scores, ratios, shared.pairs, shared.n_a)
+            value, left_out = shared.overlap(scores)
+        shift = loud_samples.shift(scores, shared.pairs, shared.n_a)
         found["overlap"] = value + shift.whole, left_out + shift.left_out, effects
     return found
 

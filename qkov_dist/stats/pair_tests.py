@@ -19,6 +19,7 @@ from qkov_dist.distributed.world import World
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes
 from qkov_dist.results.partial_schema import LayerPartial
 from qkov_dist.results.task_pairs import of_pair
+from qkov_dist.scoring.own_shares import ratios
 
 from .head_tests import CPU, Design, LayerTests, layer_tests, threads_that_test
 from .statistics import QKOVStatistics
@@ -72,7 +73,10 @@ class PairTests:
         ids = [sample for table in self._of_pairs[both].samples for sample in table.ids]
         scores = {block: torch.from_numpy(np.ascontiguousarray(found.scores)) for block, found in of_two.blocks.items()}
         heads = {block: tuple(found.heads.tolist()) for block, found in of_two.blocks.items()}
-        wait = layer_tests(self._submit, self.designs[both], layer.layer, scores, heads, ids)
+        of_blocks, shares = of_two.blocks, None
+        if all(found.own_shares.size for found in of_blocks.values()):
+            shares = {block: torch.from_numpy(ratios(found.own_shares)) for block, found in of_blocks.items()}
+        wait = layer_tests(self._submit, self.designs[both], layer.layer, scores, heads, ids, shares)
         self._waiting.append((both, sum(of_block.nbytes for of_block in scores.values()), wait))
 
     def _wait(self, left: int) -> None:

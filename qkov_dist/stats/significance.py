@@ -104,13 +104,16 @@ def without_overlap(heatmap: Heatmap, block: str, result: StatisticsResult) -> l
     return [(heatmap.layers[layer], heatmap.natives(block)[head]) for layer, head in np.argwhere(without)]
 
 
-def notes_on(result: StatisticsResult, scope: str, *, without_pairs: bool = False) -> tuple[str, ...]:
+def notes_on(
+    result: StatisticsResult, scope: str, *, without_pairs: bool = False, knows_own_shares: bool = False
+) -> tuple[str, ...]:
     """What a reader of the p-values should know.
 
     Args:
         result: The tests.
         scope: The Fisher's.
         without_pairs: Whether copies of a sample leave some group of some labelling without a pair.
+        knows_own_shares: Whether intervals of overlap are freed of what samples' own shares of the Fisher do.
     """
     settings, notes = result["settings"], []
     if not settings["exactly_exchangeable"]:
@@ -128,16 +131,23 @@ def notes_on(result: StatisticsResult, scope: str, *, without_pairs: bool = Fals
         of_copies, of_zero = "some labelling makes a task of copies alone", "a mean score of theirs is zero"
         why = of_copies if without_pairs else of_zero
         notes.append(f"{missing} heads have no overlap, as {why}; they are not tested for it.")
-    return (*notes, _intervals_take_the_fisher_as_given(result))
+    return (*notes, _what_intervals_know(result, knows_own_shares))
 
 
-def _intervals_take_the_fisher_as_given(result: StatisticsResult) -> str:
-    """Figures: tests/studies/results/coverage.md, the last two tables."""
+def _what_intervals_know(result: StatisticsResult, knows_own_shares: bool) -> str:
+    """Figures: tests/studies/results/coverage.md, Fisher of the pool."""
     if "overlap" not in result:
         return "Intervals take the Fisher as given, which the samples themselves move."
+    if knows_own_shares:
+        return (
+            "Intervals of overlap are freed of what samples of unequal gradient norms do to it, and of what each "
+            "sample's own share of the Fisher does, and need not hold its value. Those of cross_mean and of effect "
+            "sizes take the Fisher as given."
+        )
     num = result["settings"]["n_a"] + result["settings"]["n_b"]
     return (
         f"Intervals take the Fisher as given. That of the {num} samples themselves moves overlap (by 0.01 to 0.07 with "
-        "16 to 64 samples in a study), which narrow intervals do not show. Overlap's are freed of what samples of "
-        "unequal gradient norms do to it, and need not hold its value."
+        "16 to 64 samples in a study), which narrow intervals do not show: the scores are of a run that did not form "
+        "the sums by which intervals are freed of it, or tasks hold copies of samples. Overlap's are freed of what "
+        "samples of unequal gradient norms do to it, and need not hold its value."
     )

@@ -160,10 +160,18 @@ class QKOVStatistics:
         ids_a, ids_b = heatmap.samples_a.ids, heatmap.samples_b.ids
         contents = (*heatmap.samples_a.contents, *heatmap.samples_b.contents)
         design = self.design(len(ids_a), len(ids_b), names, contents)
-        heads = {block: heatmap.natives(block) for block in pooled}
+        heads, shares = {block: heatmap.natives(block) for block in pooled}, heatmap.own_shares
         with threads_that_test() as submit:
             tests = LayerTests.joined(
-                layer_tests(submit, design, layer, _layer_scores(pooled, place), heads, (*ids_a, *ids_b))()
+                layer_tests(
+                    submit,
+                    design,
+                    layer,
+                    _layer_scores(pooled, place),
+                    heads,
+                    (*ids_a, *ids_b),
+                    None if shares is None else _layer_scores(shares, place),
+                )()
                 for place, layer in enumerate(heatmap.layers)
             )
         return self.results(heatmap, design, tests)
@@ -205,7 +213,9 @@ class QKOVStatistics:
         result["undefined"] = {block: without_overlap(heatmap, block, result) for block in blocks}
         result["settings"] = self._settings(heatmap, design, deciding)
         without_pairs = not bool(design.counts.log.isfinite().all())
-        result["notes"] = notes_on(result, str(heatmap.attributes["scope"]), without_pairs=without_pairs)
+        result["notes"] = notes_on(
+            result, str(heatmap.attributes["scope"]), without_pairs=without_pairs, knows_own_shares=tests.freed
+        )
         return result
 
     def _settings(self, heatmap: Heatmap, design: Design, deciding: Statistic) -> dict[str, Any]:

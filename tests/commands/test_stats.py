@@ -21,6 +21,7 @@ from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
 from qkov_dist.run import run
 from qkov_dist.scoring.influence_records import no_influences
+from qkov_dist.scoring.own_shares import no_shares
 from qkov_dist.stats.statistics import QKOVStatistics
 
 CONFIG = {"statistics": {"permutations": 30, "fdr_alpha": 0.1, "seed": 4}}
@@ -70,7 +71,9 @@ def write_partials(folder: Path, made: Heatmap, *, world_size: int = 2, run_id: 
                     at = [made.natives(block).index(head) for head in owned]
                     sums = np.tile([1.0, 2.0, 0.1, 0.0, 0.5], (len(at), 1))
                     scores = stored[block][place, at] * np.float32(share)
-                    blocks[block] = BlockPartial(np.array(owned), scores, sums, no_influences(len(at)))
+                    blocks[block] = BlockPartial(
+                        np.array(owned), scores, sums, no_influences(len(at)), no_shares(len(at))
+                    )
                 writer.write_layer(layer.layer, blocks)
 
 

@@ -23,6 +23,7 @@ from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 from qkov_dist.scoring.influence_records import no_influences
+from qkov_dist.scoring.own_shares import no_shares
 
 LAYERS = (1, 4)
 HEADS = {"Q": (0, 1), "K": (0,), "V": (0,), "O": (0, 1)}
@@ -94,6 +95,7 @@ def _layer(layer: int, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
             rng.gamma(1.0, size=(len(heads), num, num)).astype(np.float32),
             rng.uniform(1, 2, (len(heads), len(FISHER_COLUMNS))),
             rng.normal(size=no_influences(len(heads), num).shape),
+            rng.uniform(1, 2, size=no_shares(len(heads), num).shape),
         )
         for block, heads in HEADS.items()
     }

@@ -49,6 +49,7 @@ from qkov_dist.scoring.engine import rounds_of, score_rounds
 from qkov_dist.scoring.exchange import Exchange
 from qkov_dist.scoring.head_batches import head_batches
 from qkov_dist.scoring.influence_records import no_influences
+from qkov_dist.scoring.own_shares import no_shares
 from qkov_dist.scoring.schedule import layers_of, make_sweeps
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.scoring.tiles import LayerTiles, Selection, make_tile_plan
@@ -380,7 +381,11 @@ def test_partial_scores_are_sent_as_planned(data):
         for layer, work_here in work_by_rank[rank].items():
             blocks = {
                 b: BlockPartial(
-                    np.array(h), np.zeros((len(h), 60, 60), "f4"), np.zeros((len(h), 5)), no_influences(len(h), 60)
+                    np.array(h),
+                    np.zeros((len(h), 60, 60), "f4"),
+                    np.zeros((len(h), 5)),
+                    no_influences(len(h), 60),
+                    no_shares(len(h), 60),
                 )
                 for b, h in work_here.heads.items()
             }

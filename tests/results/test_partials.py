@@ -25,6 +25,7 @@ from qkov_dist.results.partial_schema import BlockPartial, PartialHeader, checke
 from qkov_dist.results.partials import Partial, PartialWriter, list_partials, partial_path, read_partial
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 from qkov_dist.scoring.influence_records import no_influences
+from qkov_dist.scoring.own_shares import no_shares
 
 HEADER = PartialHeader("run-1", 0, 2, 3, 4, (1, 4, 12), extra={"ids": ["é", "b"], "losses": [0.5, float("inf")]})
 
@@ -39,6 +40,7 @@ def make_layer(layer: int, header: PartialHeader = HEADER, heads: int = 3) -> tu
             rng.random((count, *pairs)).astype(np.float32),
             rng.random((count, len(FISHER_COLUMNS))),
             rng.random(no_influences(count, header.num_samples).shape),
+            rng.random(no_shares(count, header.num_samples).shape),
         )
         for block, count in {"Q": heads, "K": 1, "O": 2}.items()
     }
@@ -109,11 +111,11 @@ def test_file_has_the_names_types_and_checksums_of_the_specification(path: Path)
 
 
 def test_float64_on_request_and_float32_otherwise(path: Path) -> None:
-    heads, fisher = np.array([0]), np.zeros((1, len(FISHER_COLUMNS)))
+    heads, fisher, others = np.array([0]), np.zeros((1, len(FISHER_COLUMNS))), (no_influences(1), no_shares(1))
     with PartialWriter(path, HEADER) as writer:
-        writer.write_layer(1, {"Q": BlockPartial(heads, np.full((1, 3, 4), 1 / 3), fisher, no_influences(1))})
+        writer.write_layer(1, {"Q": BlockPartial(heads, np.full((1, 3, 4), 1 / 3), fisher, *others)})
         half = np.full((1, 3, 4), 0.5, np.float16)
-        writer.write_layer(4, {"Q": BlockPartial(heads, half, fisher, no_influences(1))})
+        writer.write_layer(4, {"Q": BlockPartial(heads, half, fisher, *others)})
     partial = read_partial(path)
     assert partial.read_layer(1).blocks["Q"].scores[0, 0, 0] == 1 / 3
     assert partial.read_layer(4).blocks["Q"].scores.dtype == np.float32
@@ -122,7 +124,8 @@ def test_float64_on_request_and_float32_otherwise(path: Path) -> None:
 
 
 def test_a_rank_that_owns_nothing_of_a_block_or_layer_completes_it_all_the_same(path: Path) -> None:
-    nothing = BlockPartial(np.zeros(0, int), np.zeros((0, 3, 4), np.float32), np.zeros((0, 4)), no_influences(0))
+    others = np.zeros((0, 4)), no_influences(0), no_shares(0)
+    nothing = BlockPartial(np.zeros(0, int), np.zeros((0, 3, 4), np.float32), *others)
     with PartialWriter(path, HEADER) as writer:
         writer.write_layer(1, {"V": nothing})
         writer.write_layer(4, {})
@@ -239,7 +242,8 @@ def test_reading_what_is_not_there_says_so(path: Path) -> None:
 def block_of(num_heads: int = 1) -> BlockPartial:
     """What fits the header."""
     sums = np.zeros((num_heads, len(FISHER_COLUMNS)))
-    return BlockPartial(np.arange(num_heads), np.zeros((num_heads, 3, 4)), sums, no_influences(num_heads, 7))
+    others = no_influences(num_heads, 7), no_shares(num_heads)
+    return BlockPartial(np.arange(num_heads), np.zeros((num_heads, 3, 4)), sums, *others)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from qkov_dist.distributed.world import Alone
 from qkov_dist.results.partial_schema import BlockPartial, LayerPartial
 from qkov_dist.scoring.fisher_sums import no_sums
 from qkov_dist.scoring.influence_records import no_influences
+from qkov_dist.scoring.own_shares import no_shares
 from qkov_dist.stats import pair_tests
 from qkov_dist.stats.head_tests import layer_tests
 from qkov_dist.stats.statistics import QKOVStatistics
@@ -22,7 +23,7 @@ PAIRS = {(0, 1): (4, 5), (0, 2): (4, 4), (1, 2): (5, 4)}
 def layers() -> list[LayerPartial]:
     gradients = np.random.default_rng(0).normal(size=(NUM_LAYERS, HEADS, sum(SIZES), 6)) ** 2
     of_layers = gradients @ gradients.swapaxes(-1, -2)
-    others = no_sums(HEADS, len(SIZES)), no_influences(HEADS)
+    others = no_sums(HEADS, len(SIZES)), no_influences(HEADS), no_shares(HEADS)
     return [LayerPartial({"Q": BlockPartial(np.arange(HEADS), scores, *others)}, {}) for scores in of_layers]
 
 

@@ -55,6 +55,7 @@ class FakeHeatmap:
     samples_a: Samples = field(default_factory=lambda: Samples(tuple(f"a{i}" for i in range(5))))
     samples_b: Samples = field(default_factory=lambda: Samples(tuple(f"b{i}" for i in range(6))))
     attributes: dict = field(default_factory=lambda: {"score": "interference", "estimator": "mean", "scope": "pooled"})
+    own_shares: dict | None = None
 
     @property
     def present(self):

@@ -12,9 +12,15 @@ overlap) is the mean over draws of as many samples, since an effect size grows w
                                    second order in the samples, whose variance the jackknife doubles: near 0 intervals
                                    of overlap go by half of it (with all of it they held 98.7 to 99.9%)
     tasks nearly alike             between the two: the true overlap is about -0.04
-    Fisher of the pool             I is the mean over the very samples that are scored, as in a run
-    ... many weights               the same with 1024 weights: each sample's own share of I moves overlap off the value
-                                   that it has under the Fisher of the tasks; intervals do not know of that
+    Fisher of the pool             I is the mean over the very samples that are scored, as in a run: each sample's own
+                                   share of I moves overlap off the value that it has under the Fisher of the tasks.
+                                   Intervals are freed of that by the sums that a run forms beside scores
+    ... many weights               the same with 1024 weights
+    ... tasks alike                the same with 1024 weights, where the true overlap is 0
+
+Real gradients: heads of SmolLM2 (every third of three layers), and as many samples drawn from 192 + 192 of 48 tokens.
+The true overlap is that of all 384 samples under their Fisher. "Fisher given" has intervals under that Fisher; "shares
+left in" has those under the Fisher of the drawn samples as intervals were before.
 
 "Off" is how far the middles of overlap's intervals lie from the truth, on average over draws. Intervals are shorter on
 the side of 0, which moves their middles away from it.
@@ -32,15 +38,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from pool import RESULTS
+from pool import RESULTS, pooled, small_real_model, task_samples
 from tabulate import tabulate
 
+from qkov_dist.layout.heads import Site
+from qkov_dist.layout.resolve import resolve
+from qkov_dist.scoring.own_shares import CHOSEN, Chosen, OwnShares, Shares, chosen, ratios
+from qkov_dist.scoring.score import sample_gradients
 from qkov_dist.stats.head_tests import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
 
 SPREADS, SIZES = (0.0, 0.6, 1.0), (8, 16, 32)
 WORLDS, DRAWS, PERMUTATIONS = 10, 100, 200  # heads with weights of their own; draws of samples for each
+SEED: tuple[int, ...] = ()  # before that of every draw
 LEAST, MOST = 0.92, 0.98  # of the coverage of overlap, with the Fisher given
+POPULATION, LAYERS, REAL_DRAWS, RIDGE = 192, (4, 14, 24), 60, 1e-3  # of real gradients
 ENDS = {"overlap": ("ci_low", "ci_high"), "cross_mean": ("ci_low", "ci_high"), "effect": ("effect_low", "effect_high")}
 
 
@@ -61,13 +73,15 @@ WORLDS_STUDIED = (
     World("tasks nearly alike", difference=0.2),
     World("Fisher of the pool", pooled_fisher=True),
     World("Fisher of the pool, many weights", num_weights=1024, pooled_fisher=True),
+    World("Fisher of the pool, many weights, tasks alike", num_weights=1024, difference=0.0, pooled_fisher=True),
 )
+REAL = "Real gradients, Fisher of the pool"
 
 
 def draw(
     world: World, size: int, spread: float, draws: int, seed: Sequence[int]
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Scores [draws, 2 size, 2 size] of one head, and the true values of overlap and cross_mean."""
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Gradients [draws, 2 size, weights] of one head, their Fisher, and the true values of overlap and cross_mean."""
     rng = np.random.default_rng(seed)
     first = np.exp(rng.normal(size=world.num_weights))
     second = first * np.exp(world.difference * rng.normal(size=world.num_weights))
@@ -78,12 +92,33 @@ def draw(
     of_a, of_b = squares * first**2, squares * second**2
     given = (of_a + of_b) / 2
     fisher = (gradients**2).mean(1, keepdims=True) if world.pooled_fisher else given
-    scores = (gradients**2 / fisher) @ np.abs(gradients).swapaxes(1, 2)
     ab, ba, aa, bb = (
         float((left / given * sides * right).sum())
         for left, right in ((of_a, second), (of_b, first), (of_a, first), (of_b, second))
     )
-    return scores, {"overlap": 0.5 * np.log(ab * ba / (aa * bb)), "cross_mean": ab}
+    return gradients, fisher, {"overlap": 0.5 * np.log(ab * ba / (aa * bb)), "cross_mean": ab}
+
+
+def scores_of(gradients: np.ndarray, fisher: np.ndarray) -> np.ndarray:
+    """Of ``interference``, [draws, N, N]."""
+    scores: np.ndarray = (gradients**2 / fisher) @ np.abs(gradients).swapaxes(-1, -2)
+    return scores
+
+
+def ratios_of(
+    gradients: np.ndarray, fisher: np.ndarray, size: int, ridge: float = 0.0, elements: Chosen | None = None
+) -> np.ndarray:
+    """What own shares do, [draws, 2, 2, N], as a run finds it, of gradients [draws, N, weights] and their Fisher.
+
+    It looks at all elements, or at those that are chosen of one draw.
+    """
+    draws, num, weights = gradients.shape
+    shares = Shares.of(torch.eye(2, dtype=torch.float64).repeat_interleave(size, 1) / num, (size, size))
+    sums = OwnShares(shares, draws, "interference", (0.0, ridge))
+    in_a_row = torch.from_numpy(gradients).transpose(0, 1).reshape(num, -1)
+    looked_at = elements or Chosen(torch.arange(draws * weights), None)
+    sums.add(sums.kept(in_a_row, looked_at), torch.from_numpy(fisher).flatten()[looked_at.places])
+    return ratios(sums.records().numpy())
 
 
 def covered(world: World, size: int, spread: float, worlds: int = WORLDS, draws: int = DRAWS) -> dict[str, np.ndarray]:
@@ -91,8 +126,10 @@ def covered(world: World, size: int, spread: float, worlds: int = WORLDS, draws:
     design = QKOVStatistics(n_permutations=PERMUTATIONS).design(size, size)
     hits: dict[str, list[np.ndarray]] = {name: [] for name in (*ENDS, "off")}
     for number in range(worlds):
-        scores, truth = draw(world, size, spread, draws, (number, size, round(10 * spread), world.num_weights))
-        tests, _ = head_tests({"Q": torch.from_numpy(scores)}, design)
+        seed = (*SEED, number, size, round(10 * spread), world.num_weights)
+        gradients, fisher, truth = draw(world, size, spread, draws, seed)
+        shares = {"Q": torch.from_numpy(ratios_of(gradients, fisher, size))} if world.pooled_fisher else None
+        tests, _ = head_tests({"Q": torch.from_numpy(scores_of(gradients, fisher))}, design, shares)
         truth["effect"] = float(tests["Q"]["overlap"].arrays["effect_size"].mean())
         for name, (low, high) in ENDS.items():
             arrays = tests["Q"]["overlap" if name == "effect" else name].arrays
@@ -115,6 +152,74 @@ def study() -> Iterator[dict[str, Any]]:
                 yield {**asdict(world), "spread": spread, "size": size, "coverage": rates, "error": error, "off": off}
 
 
+def real_study() -> Iterator[dict[str, Any]]:
+    """Heads of a real model: coverage of overlap by the number of samples and by what intervals know."""
+    loaded, kinds = small_real_model(), ("Fisher given", "Fisher of the pool", "shares left in")
+    samples = [s for task in ("python", "arithmetic") for s in task_samples(loaded, task, POPULATION, 48)]
+    rng = np.random.default_rng((*SEED, 7))
+    drawn = {
+        size: np.stack([np.r_[draw_of(rng, size), POPULATION + draw_of(rng, size)] for _ in range(REAL_DRAWS)])
+        for size in SIZES
+    }
+    found: dict[int, dict[str, list[tuple[float, float]]]] = {size: {kind: [] for kind in kinds} for size in SIZES}
+    with pooled(loaded.model, samples, LAYERS) as pool, torch.no_grad():
+        spans = [pool.store.spans[n] for n in range(len(samples))]
+        for number in LAYERS:
+            for projection in resolve(loaded.model).layer(number).projections:
+                site = Site(number, projection.module)
+                x, d = pool.store.x(site), pool.store.d(site)
+                for piece in projection.slices[::3]:
+                    of_head = sample_gradients(x.features(piece.rect.cols), d.features(piece.rect.rows), spans)
+                    gradients = of_head.double().numpy().reshape(len(samples), -1)
+                    elements = chosen([piece.rect], -(-piece.rect.area // CHOSEN), "cpu")
+                    for size in SIZES:
+                        of_size = real_intervals(gradients, drawn[size], size, elements)
+                        for kind, one in zip(kinds, of_size, strict=True):
+                            found[size][kind].append(one)
+    for size, of_size in found.items():
+        rates = {kind: np.array(of_kind) for kind, of_kind in of_size.items()}
+        coverage = {kind: float(of[:, 0].mean()) for kind, of in rates.items()}
+        off = {kind: float(of[:, 1].mean()) for kind, of in rates.items()}
+        print(REAL, size, coverage, off, flush=True)
+        yield {"title": REAL, "size": size, "heads": len(rates[kinds[0]]), "coverage": coverage, "off": off}
+
+
+def draw_of(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Some of a task's samples."""
+    return rng.permutation(POPULATION)[:size]
+
+
+def real_intervals(
+    gradients: np.ndarray, draws: np.ndarray, size: int, elements: Chosen | None
+) -> Iterator[tuple[float, float]]:
+    """Of one head, given the Fisher, without own shares of the draw's, and with them: coverage, and how far off."""
+
+    def ridged(fisher: np.ndarray) -> np.ndarray:
+        return fisher + RIDGE * fisher.mean()
+
+    design = QKOVStatistics(n_permutations=PERMUTATIONS).design(size, size)
+    given = ridged((gradients**2).mean(0))
+    population = scores_of(gradients, given)
+    parts = slice(0, POPULATION), slice(POPULATION, None)
+    (aa, ab), (ba, bb) = (
+        [(population[p, q].sum() - (population[p, q].trace() if p == q else 0.0)) for q in parts] for p in parts
+    )
+    truth = 0.5 * np.log(ab * ba / (aa * bb)) + np.log((POPULATION - 1) / POPULATION)
+    own, under_given, shares = [], [], []
+    for of_draw in draws:
+        drawn = gradients[of_draw]
+        fisher = (drawn**2).mean(0)
+        under_given.append(scores_of(drawn, given))
+        own.append(scores_of(drawn, ridged(fisher)))
+        ridge = RIDGE * float(fisher.mean())
+        shares.append(ratios_of(drawn[None], fisher[None, None], size, ridge, elements)[0])
+    of_shares = {"Q": torch.from_numpy(np.stack(shares))}
+    for scores, known in ((under_given, None), (own, of_shares), (own, None)):
+        tests, _ = head_tests({"Q": torch.from_numpy(np.stack(scores))}, design, known)
+        low, high = (tests["Q"]["overlap"].arrays[name] for name in ENDS["overlap"])
+        yield float(((low <= truth) & (truth <= high)).mean()), float(((low + high) / 2 - truth).mean())
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The results as a page."""
     parts = ["# Coverage of 95% intervals", "", (__doc__ or "").split("\n\n", 1)[1]]
@@ -132,6 +237,16 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             tabulate(table, headers="keys", tablefmt="github", disable_numparse=True),
             "",
         ]
+    real = [row for row in rows if row["title"] == REAL]
+    if real:
+        table = [
+            {"samples a task": row["size"]}
+            | {kind: f"{rate:.1%}, off {row['off'][kind]:+.3f}" for kind, rate in row["coverage"].items()}
+            for row in real
+        ]
+        words = f"Overlap; means over {real[0]['heads']} heads, {REAL_DRAWS} draws that all heads share: ± 2%."
+        tabled = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+        parts += [f"## {REAL}", "", tabled, "", words, ""]
     parts.append(f"±: standard error over {WORLDS} heads with weights of their own, {DRAWS} draws of samples each.")
     return "\n".join([*parts, ""])
 
@@ -139,7 +254,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     torch.set_num_threads(1)
-    rows = list(study())
+    rows = [*study(), *real_study()]
     (RESULTS / "coverage.json").write_text(json.dumps(rows, indent=1) + "\n")
     (RESULTS / "coverage.md").write_text(markdown(rows))
     print(markdown(rows))

@@ -12,6 +12,7 @@ from qkov_dist.results.influences import changes
 from qkov_dist.scoring.engine import BlockScores
 from qkov_dist.scoring.fisher_sums import no_sums
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
+from qkov_dist.scoring.own_shares import no_shares
 
 
 def closeness(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -40,6 +41,7 @@ def as_blocks(heatmap):
                 torch.from_numpy(heatmap.cross[block][place].copy()),
                 no_sums(len(heads)),
                 no_influences(len(heads)),
+                no_shares(len(heads)),
             )
             for block in heatmap.blocks
         }
@@ -88,6 +90,8 @@ def assert_identical(one, other) -> None:
         np.testing.assert_array_equal(one.cross[block], other.cross[block])
         np.testing.assert_array_equal(one.mean[block], other.mean[block])
         np.testing.assert_array_equal(one.influences[block], other.influences[block])
+        if one.own_shares is not None:
+            np.testing.assert_array_equal(one.own_shares[block], other.own_shares[block])
         for optimizer, arrays in one.effects[block].items():
             for key, values in arrays.items():
                 np.testing.assert_array_equal(values, other.effects[block][optimizer][key])

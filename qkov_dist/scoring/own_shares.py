@@ -1,0 +1,221 @@
+r"""How much a sample's own share of the Fisher damps its scores: sums over some elements of each head, for intervals.
+
+In a run I is the mean over the very samples that are scored. Beside M this forms M', where sample i's own square is
+taken out of the I by which it is divided:
+
+    M_ij  = sum_p left_i right_j / R^power        R    = max(I, epsilon) + ridge
+    M'_ij = sum_p left_i right_j / R_-i^power     R_-i = max((I - w_i g_i^2) W / (W - w_i), epsilon) + ridge
+
+with w_i the sample's weight in I and W that of all samples. Wanted of both are sums of rows by the task of the column,
+and of columns by the task of the row, without any sample's pair with itself: O(N) products of an element, where scores
+take O(N^2). Of a kind of scores with the same map on both sides M' is (M' + M'^T) / 2.
+
+A record is float64 [heads, 4 T N]: rows and columns of M', rows and columns of M, each [T, N]. Records add up over
+tiles, ranks and files. Only the quotients of M' and M are used (``ratios``), which take few elements: about ``CHOSEN``
+a head, in short runs of a row, by their place in the whole weight alone, so that they are the same however it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qkov_dist.layout.rects import Rect
+from qkov_dist.memory import moved
+
+from .influence_sums import parts_of
+from .score import power_of
+from .score_kinds import KINDS, ElementMap, Score
+from .tile_gradients import joined
+from .tiles import LayerTiles
+
+CHOSEN = 1024  # elements of a head; all of one that has fewer
+AT_ONCE = 1024  # elements of all heads that are worked on together at least
+RUN = 8  # of these lie side by side: they share a line of memory
+
+Records = npt.NDArray[np.float64]
+
+
+def no_shares(num_heads: int, num_samples: int | None = None, num_tasks: int = 2) -> Records:
+    """Records of heads without any element; with None those of a run that forms none, of nothing at all."""
+    return np.zeros((num_heads, 0 if num_samples is None else 4 * num_tasks * num_samples))
+
+
+def of_pair(records: Records, sizes: Sequence[int], a: int, b: int) -> Records:
+    """The record of two of many tasks, [..., 4 * 2 * (n_a + n_b)]; b is the later one."""
+    starts = [0, *accumulate(sizes)]
+    samples = np.r_[starts[a] : starts[a + 1], starts[b] : starts[b + 1]]
+    by_task = records.reshape(*records.shape[:-1], 4, len(sizes), starts[-1])
+    found: Records = by_task[..., [a, b], :][..., samples].reshape(*records.shape[:-1], -1)
+    return found
+
+
+def ratios(records: Records, num_tasks: int = 2) -> Records:
+    """Sums of M' as multiples of those of M, [..., rows or columns, T, N]; 1 where there is nothing."""
+    both = records.reshape(*records.shape[:-1], 2, 2, num_tasks, -1)
+    without, given = both[..., 0, :, :, :], both[..., 1, :, :, :]
+    return np.divide(without, given, out=np.where(np.isnan(given), np.nan, 1.0), where=given > 0)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The samples that are scored, in the order of their gradients.
+
+    Attributes:
+        weights: Each one's weight in the Fisher, [n, 1].
+        rest: W / (W - w) of each, [n, 1].
+        of_tasks: Which task each is of, [T, n] of 0 and 1.
+    """
+
+    weights: Tensor
+    rest: Tensor
+    of_tasks: Tensor
+
+    @staticmethod
+    def of(weights: Tensor, sizes: Sequence[int]) -> Shares:
+        """From weights in the Fisher by task [T, members], of which the scored come first, and each task's number."""
+        num, total = sum(sizes), weights.sum()
+        own = weights.sum(0)[:num].unsqueeze(1)
+        own = torch.where(own < total, own, 0.0)  # without the only sample there is no Fisher: it is left in
+        of_tasks = weights.new_zeros(len(sizes), num)
+        for task, part in enumerate(parts_of(sizes)):
+            of_tasks[task, part] = 1.0
+        return Shares(own, total / (total - own), of_tasks)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Shares:
+        """The same where gradients are, and in their type."""
+        tensors = (moved(values, device, dtype) for values in (self.weights, self.rest, self.of_tasks))
+        return Shares(*tensors)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which elements of tiles that are worked on together are looked at.
+
+    Attributes:
+        places: Of each tile's, among the elements of all, [heads * k].
+        counts: 1; 0 of a place that makes up for a tile with fewer, [heads * k]. None where there is none.
+    """
+
+    places: Tensor
+    counts: Tensor | None
+
+
+def stride_of(layer_tiles: LayerTiles, block: str) -> int:
+    """One run of so many is looked at."""
+    heads = {tile.head for tile in layer_tiles.slices if tile.block == block}
+    return -(-layer_tiles.block_sizes[block] // (len(heads) * CHOSEN))
+
+
+def chosen(rects: Sequence[Rect], stride: int, device: torch.device | str) -> Chosen | None:
+    """The elements looked at of tiles of one shape, as gradients lie; None where there are none."""
+    turned, (rows, cols) = joined(rects)[1], rects[0].shape
+    starts = tuple(((rect.row + rect.col // RUN) % stride, rect.col % RUN) for rect in rects)  # alike: looked up once
+    return _chosen(starts, rows, cols, stride, turned, str(device))
+
+
+@lru_cache(maxsize=1024)
+def _chosen(
+    starts: tuple[tuple[int, int], ...], rows: int, cols: int, stride: int, turned: bool, device: str
+) -> Chosen | None:
+    found = []
+    for run, col in starts:
+        runs = (torch.arange(run, run + rows).unsqueeze(1) + torch.arange(col, col + cols) // RUN) % stride == 0
+        found.append((runs.T if turned else runs).flatten().nonzero().flatten())
+    most = max(map(len, found))
+    if not most:
+        return None
+    places, counts = torch.zeros(len(found), most, dtype=torch.int64), torch.zeros(len(found), most)
+    for number, of_tile in enumerate(found):
+        places[number, : len(of_tile)] = of_tile
+        counts[number, : len(of_tile)] = 1.0
+    places += torch.arange(len(found)).unsqueeze(1) * (rows * cols)
+    return Chosen(places.flatten().to(device), None if counts.all() else counts.flatten().to(device))
+
+
+class OwnShares:
+    """The sums of some heads, tile by tile.
+
+    Args:
+        shares: The samples.
+        num_heads: Heads that are worked on together.
+        score: Which score.
+        floors: epsilon and ridge.
+    """
+
+    def __init__(self, shares: Shares, num_heads: int, score: Score, floors: tuple[float, float]) -> None:
+        self._shares, self._kind, self._floors = shares, KINDS[score], floors
+        self._sums = shares.of_tasks.new_zeros(4, num_heads, *reversed(shares.of_tasks.shape))
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # elements of tiles: few are nearly as much work as many
+
+    def kept(self, gradients: Tensor, elements: Chosen) -> Tensor:
+        """What has to be kept of tiles' gradients [members, heads * p], before these are used up: [n, heads * k]."""
+        found = gradients[: len(self._shares.weights)].index_select(1, elements.places)
+        return found if elements.counts is None else found.mul_(elements.counts)
+
+    def add(self, kept: Tensor, fisher: Tensor) -> None:
+        """Add elements' gradients [n, heads * k], with I there [heads * k]."""
+        heads = self._sums.shape[1]
+        self._waiting.append((kept.view(len(kept), heads, -1), fisher.view(heads, -1)))
+        if sum(of.numel() for _, of in self._waiting) >= AT_ONCE:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            kept, fisher = (torch.cat(parts, -1) for parts in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            self._add_elements(kept.flatten(1), fisher.flatten())
+
+    def _add_elements(self, kept: Tensor, fisher: Tensor) -> None:
+        shares, squares = self._shares, kept.square()
+        left, right = (_map(which, kept, squares) for which in (self._kind.left, self._kind.right))
+        inverse = self._regularised(fisher.clone()).reciprocal_()
+        without = torch.addcmul(fisher, shares.weights, squares, value=-1)
+        without = left / self._regularised(without.mul_(shares.rest))
+        if max(self._floors) == 0:  # where no sample, or no other one, has a gradient
+            inverse.masked_fill_(inverse.isinf(), 0.0)
+            without.masked_fill_(~without.isfinite(), 0.0)
+        of_right = self._by_task(right)
+        self._add(0, without, right, self._by_task(without), of_right, without * right)
+        of_left, of_right = (of * inverse.view(len(of), 1, -1) for of in (self._by_task(left), of_right))
+        self._add(2, left, right, of_left, of_right, left * right * inverse)
+
+    def _add(self, place: int, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor, own: Tensor) -> None:
+        """Rows and columns of one matrix: of both maps [n, heads * k] and their tasks' sums [heads, T, k]."""
+        of_own = self._by_head(own).sum(-1).unsqueeze(-1) * self._shares.of_tasks.T
+        self._sums[place] += torch.bmm(self._by_head(left), of_right.mT) - of_own
+        self._sums[place + 1] += torch.bmm(self._by_head(right), of_left.mT) - of_own
+
+    def _regularised(self, fisher: Tensor) -> Tensor:
+        """R^power, in place of I."""
+        epsilon, ridge = self._floors
+        return power_of(fisher.clamp_min_(epsilon).add_(ridge), self._kind.power)
+
+    def _by_head(self, values: Tensor) -> Tensor:
+        """[n, heads * k] -> [heads, n, k]."""
+        return values.view(len(values), self._sums.shape[1], -1).transpose(0, 1)
+
+    def _by_task(self, values: Tensor) -> Tensor:
+        """Sums over each task's samples, [heads, T, k]."""
+        return self._by_head(self._shares.of_tasks @ values)
+
+    def records(self) -> Tensor:
+        """float64 [heads, 4 T n] in the order of the gradients, where these are."""
+        self._add_waiting()
+        sums = self._sums.double()
+        if self._kind.is_symmetric:
+            sums = (sums + sums[[1, 0, 3, 2]]) / 2
+        return sums.permute(1, 0, 3, 2).flatten(1)
+
+
+def _map(which: ElementMap, gradients: Tensor, squares: Tensor) -> Tensor:
+    if which == "square":
+        return squares
+    return gradients.abs() if which == "magnitude" else gradients
