@@ -12,8 +12,8 @@ The matrix closest to M that adds up so is
 
     M'_ij = r_i M_ij c_j     in each of the four parts AA, AB, BA and BB,
 
-which a few rounds of setting rows, then columns, find. It has the means of M' exactly, and its leave-one-out values but
-for what a single pair has of its own.
+which a few rounds of setting rows, then columns, find (iterative proportional fitting). It has the means of M' exactly,
+and its leave-one-out values but for what a single pair has of its own.
 
 Of samples that have copies it is not known: a copy's share would have to be taken out too, and sums have its pairs.
 Intervals then take the Fisher as given.
