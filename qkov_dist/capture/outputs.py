@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qkov_dist.data.batches import Batch, Objective, Sequenced, make_batch
 from qkov_dist.data.samples import IGNORED
@@ -39,26 +42,89 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def check_shared_tokens(model: nn.Module, ids: Tensor, spans: Spans, objective: Objective) -> None:
+def check_shared_tokens(
+    model: nn.Module, ids: Tensor, spans: Spans, objective: Objective, attention: Sequence[nn.Module]
+) -> None:
     """Raise where a few tokens [1, T] on several ranks are predicted otherwise than all of them on one.
+
+    Few tokens do not show what begins beyond some length. Attention that counts tokens by itself (as Llama 4's scale of
+    queries, by their number in the span) or chooses among keys by itself (an indexer's) is refused for it.
+
+    Args:
+        model: The model; all ranks of a group call this alike.
+        ids: The tokens.
+        spans: The ranks.
+        objective: What is predicted.
+        attention: The layers that projections are in.
 
     Raises:
         QkovError: names the model.
     """
-    if objective == "causal" and takes(model, "position_ids"):
-        batch = batch_of_rows(ids, ids, "row")
-        whole = _logits(model, batch)
-        coarse = torch.float32 if _dtype(model) == torch.float64 else _dtype(model)  # in which some attend all the same
-        with suppress(ModelError):  # of a model that cannot take a part of the tokens: in a rehearsal, on all ranks
-            _span_logits(model, batch, spans, rehearsed=True)
-            if not _differ(whole, _logits(model, batch, spans), coarse):
-                return
+    got = _cannot_share(model, ids, spans, objective, attention)
+    if got is None:
+        return
     raise QkovError(
         f"parallel.cp: model type {getattr(text_config(model), 'model_type', type(model).__name__)!r}",
         expected="a causal decoder whose tokens meet in attention alone, by transformers' attention interface",
-        got="masked prediction" if objective == "masked" else "outputs that change where ranks share a sample's tokens",
+        got=got,
         remedy="Use parallel.cp=1, with parallel.shard=fsdp and a small compute.batch_tokens.",
     )
+
+
+def _cannot_share(
+    model: nn.Module, ids: Tensor, spans: Spans, objective: Objective, attention: Sequence[nn.Module]
+) -> str | None:
+    """Why tokens cannot lie on several ranks; None where they can."""
+    if objective == "masked":
+        return "masked prediction"
+    inside = {type(module).__name__ for layer in attention for module in layer.modules()}
+    if choosing := sorted(name for name in inside if "Indexer" in name):
+        return f"attention that chooses among a rank's own keys ({choosing[0]})"
+    changed = "outputs that change where ranks share a sample's tokens"
+    if not takes(model, "position_ids"):
+        return changed
+    batch = batch_of_rows(ids, ids, "row")
+    whole = _logits(model, batch)
+    coarse = torch.float32 if _dtype(model) == torch.float64 else _dtype(model)  # in which some attend all the same
+    try:
+        _span_logits(model, batch, spans, rehearsed=True)
+        with _Counting.within(attention) as counting:
+            shared = _logits(model, batch, spans)
+    except ModelError:  # of a model that cannot take a part of the tokens: in a rehearsal, on all ranks
+        return changed
+    if counting.found:
+        return "attention that counts its tokens from the first one of each rank (torch.arange)"
+    return changed if _differ(whole, shared, coarse) else None
+
+
+class _Counting(TorchFunctionMode):
+    """Sees whether ``torch.arange`` is called inside some modules: of tokens on several ranks it begins at each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self._depth = False, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= self._depth > 0 and func is torch.arange
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    @contextmanager
+    def within(cls, modules: Sequence[nn.Module]) -> Iterator[_Counting]:
+        """Look on for as long as the block lasts."""
+        mode = cls()
+
+        def enter(*_: Any) -> None:
+            mode._depth += 1
+
+        def leave(*_: Any) -> None:
+            mode._depth -= 1
+
+        with ExitStack() as stack:
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            yield stack.enter_context(mode)
 
 
 def depends_on_length(model: nn.Module, shortest: Sequenced, longest: int, spans: Spans | None = None) -> bool:

@@ -70,7 +70,7 @@ class Soundness:
         if not self.proved and objective == "causal":
             check_causal(model, ids)
         if not self.proved and spans is not None:
-            check_shared_tokens(model, ids, spans, objective)
+            check_shared_tokens(model, ids, spans, objective, _attention(model, new))
         check_gradients(model, new, _labelled(ids, objective, f"{name} (its first tokens)"))
         self.proved.update(new)
 
@@ -91,6 +91,12 @@ class Soundness:
 def richest(samples: Sequence[Sample]) -> Sample:
     """The sample to check a model on: where all tokens are alike, no gradient reaches a query or a key."""
     return max(samples, key=lambda sample: len({*sample.input_ids[:NUM_TOKENS].tolist()}))
+
+
+def _attention(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
+    """All modules of the kinds that these projections are in, of layers that are captured at another time too."""
+    kinds = {type(model.get_submodule(site.module.rpartition(".")[0])) for site in sites}
+    return [module for module in model.modules() if type(module) in kinds]
 
 
 def _first_tokens(sample: Sample) -> npt.NDArray[np.int64]:

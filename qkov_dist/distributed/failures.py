@@ -29,6 +29,7 @@ from .failure_notes import ROOT, Cause, Notes
 GRACE_S = 5.0  # for a note to turn up
 LINGER_S = 10.0  # for others to read the store of a process that ends, and for a process to end by itself
 STDERR = 2  # the descriptor
+NAME = "qkov-failures"  # of the thread
 POLL_S, LOOK_S = 0.05, 0.5  # between two looks at the notes, of a rank that waits for one and of one that is at work
 
 
@@ -59,6 +60,7 @@ class Watch:
         self._error: BaseException | None = None
         self._found: Cause | tuple[int, ...] | None = None  # whose fault it is: by its own error, or lost ranks
         self._closed = threading.Event()
+        self._looking: threading.Thread | None = None
 
     @contextmanager
     def failures_named(self) -> Iterator[None]:
@@ -66,7 +68,8 @@ class Watch:
         try:
             if self._ends_process:
                 arguments = (self._notes.clone(), _copy_of_stderr())
-                threading.Thread(target=self._look_out, args=arguments, name="qkov-failures", daemon=True).start()
+                self._looking = threading.Thread(target=self._look_out, args=arguments, name=NAME, daemon=True)
+                self._looking.start()
             yield
         except BaseException as error:
             self._error = error
@@ -76,13 +79,18 @@ class Watch:
             raise
 
     def close(self) -> None:
-        """Take leave, once the connections are closed: whoever holds the store waits until the others have read it."""
+        """Take leave, once the connections are closed: whoever holds the store waits until the others have read it.
+
+        The thread is waited for: where Python ends while it is in a call of the store, the process is aborted.
+        """
         if self._error and self._store_is_of_rank_0 and self._notes.rank == 0:
             lost = self._found if isinstance(self._found, tuple) else ()
             alive = self._notes.alive(lost)
             staying = [rank for rank in self._notes.ranks if rank and (rank not in lost or rank in alive)]
             _until(lambda: self._notes.read_by(staying), LINGER_S)
         self._closed.set()
+        if self._looking is not None:
+            self._looking.join(GRACE_S)
 
     def _explained(self, error: RuntimeError) -> QkovError:
         """The error that says whose fault a broken call is."""

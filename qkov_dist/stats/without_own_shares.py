@@ -40,11 +40,20 @@ def without_own_shares(scores: Tensor, ratios: Tensor, pairs: Tensor, num_a: int
     """
     counted, ratios = counted_pairs(scores, pairs), ratios.to(scores.device, torch.float64)
     tasks = slice(0, num_a), slice(num_a, len(pairs))
-    for task, rows in enumerate(tasks):
-        for other, columns in enumerate(tasks):
-            part = counted[:, rows, columns]
-            of_rows, of_columns = ratios[:, 0, other, rows], ratios[:, 1, task, columns]
-            part.copy_(_adding_up(part.contiguous(), part.sum(2) * of_rows, part.sum(1) * of_columns))
+    most = max(num_a, len(pairs) - num_a)
+    parts = counted.new_zeros(4, len(counted), most, most)  # together, as each is little work; zeros change nothing
+    of_rows, of_columns = (parts.new_ones(4, len(counted), most) for _ in range(2))
+    places = [(rows, columns, task, other) for task, rows in enumerate(tasks) for other, columns in enumerate(tasks)]
+    for place, (rows, columns, task, other) in enumerate(places):
+        part = counted[:, rows, columns]
+        parts[place, :, : part.shape[1], : part.shape[2]] = part
+        of_rows[place, :, : part.shape[1]] = ratios[:, 0, other, rows]
+        of_columns[place, :, : part.shape[2]] = ratios[:, 1, task, columns]
+    flat = parts.flatten(0, 1)
+    fitted = _adding_up(flat, flat.sum(2).mul_(of_rows.flatten(0, 1)), flat.sum(1).mul_(of_columns.flatten(0, 1)))
+    for found, (rows, columns, *_) in zip(fitted.view_as(parts), places, strict=True):
+        part = counted[:, rows, columns]
+        part.copy_(found[:, : part.shape[1], : part.shape[2]])
     return counted
 
 

@@ -108,6 +108,22 @@ def test_what_moves_tokens_in_another_way_is_refused_by_name_on_all_ranks(name, 
     assert said[0].startswith(f"parallel.cp: model type {ZOO[name].model_type!r}")
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "why"),
+    [
+        (
+            "llama4_text",
+            {"attn_temperature_tuning": True, "no_rope_layers": [1, 0]},
+            "counts its tokens from",
+        ),
+        ("deepseek_v32", {}, "chooses among a rank's own keys"),
+    ],
+)
+def test_what_shows_only_in_longer_samples_is_refused_too(name, overrides, why, ranks):
+    """Scales that begin at a number of tokens, keys that are chosen where there are many."""
+    assert all(why in said for said in ranks(2).run(deviation, name, overrides, 2, "mean"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in TINY if name not in (*RIGHT, *REFUSED)])
 def test_every_other_architecture_is_right_or_refused_by_name(name, ranks):

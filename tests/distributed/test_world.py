@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +26,8 @@ from torch.distributed import distributed_c10d
 
 from qkov_dist.distributed import connect as comm
 from qkov_dist.distributed.connect import connected, connected_by_mpi, current
+from qkov_dist.distributed.failure_notes import Notes
+from qkov_dist.distributed.failures import LOOK_S
 from qkov_dist.distributed.shared_errors import SharedError, same_on_all, together
 from qkov_dist.distributed.world import Alone, TorchWorld, World
 from qkov_dist.errors import QkovError
@@ -397,6 +401,24 @@ def test_the_others_are_told_which_rank_failed_and_why(how, who, message):
             assert told(process).startswith(f"rank {who}: " + message.format(seen=rank)), process.stdout
     if how == "error":
         assert told(done[who]) == "model: expected a, got b. c."
+
+
+def leave_in_the_middle_of_a_look() -> None:
+    trouble = Notes.trouble
+
+    def slowly(notes: Notes) -> bool:
+        time.sleep(1.0)
+        return trouble(notes)
+
+    with mock.patch.object(Notes, "trouble", slowly), connected():
+        time.sleep(2 * LOOK_S)
+    print([thread.name for thread in threading.enumerate()])
+
+
+def test_no_thread_is_in_a_call_of_the_store_where_python_ends():
+    """It would abort the process, whatever its exit code is."""
+    for process in without_launcher(2, leave_in_the_middle_of_a_look):
+        assert "qkov-failures" not in process.stdout.splitlines()[-1], process.stderr
 
 
 @pytest.mark.long
