@@ -43,8 +43,8 @@ Floats = NDArray[np.float64]
 Statistic = Literal["cross_mean", "overlap"]
 Submit = Callable[..., Callable[[], Any]]  # has work done by a thread; returns what waits for it
 MaxZ = Mapping[Statistic, Floats]  # statistic -> [P], the largest directed z of any head under each labelling
-# Of an array [heads, P]: few heads, so that cores have equal shares, but not too few for Python, of whose lock each call
-# has its part; of a GPU, a layer's.
+# Of an array [heads, P]: few heads, so that cores have equal shares, but not too few for Python, whose lock threads share;
+# of a GPU, a layer's.
 _CHUNK_BYTES, _GPU_CHUNK_BYTES = 192 << 10, 16 << 20
 CPU = torch.device("cpu")
 
