@@ -43,7 +43,7 @@ Floats = NDArray[np.float64]
 Statistic = Literal["cross_mean", "overlap"]
 Submit = Callable[..., Callable[[], Any]]  # has work done by a thread; returns what waits for it
 MaxZ = Mapping[Statistic, Floats]  # statistic -> [P], the largest directed z of any head under each labelling
-# Of an array [heads, P]: few heads, so that cores have equal shares, but not too few for Python, whose lock threads share;
+# Of an array [heads, P]: few heads, so that cores have equal shares, but not too few for Python, whose lock is shared;
 # of a GPU, a layer's.
 _CHUNK_BYTES, _GPU_CHUNK_BYTES = 192 << 10, 16 << 20
 CPU = torch.device("cpu")
