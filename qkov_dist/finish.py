@@ -32,7 +32,7 @@ from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first
 from .results.task_matrix import TaskMatrix
 from .results.task_pairs import of_pair
-from .scoring.own_shares import no_shares
+from .scoring.own_share_records import no_shares
 from .stats.effect_tests import effect_tests, notes_on_effects
 from .stats.families import note_on_families, over_all_pairs
 from .stats.head_tests import CPU

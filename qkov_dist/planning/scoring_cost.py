@@ -32,7 +32,7 @@ from qkov_dist.scoring.gram_norms import norm_flops
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products
-from qkov_dist.scoring.own_shares import no_shares
+from qkov_dist.scoring.own_share_records import no_shares
 from qkov_dist.scoring.score import worth_compiling
 from qkov_dist.scoring.score_kinds import KINDS, may_be_negative
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES

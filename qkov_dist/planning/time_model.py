@@ -31,6 +31,7 @@ HOST_LINK = 25e9  # bytes a second between a GPU and its host
 DISK = 2e9  # bytes a second
 ELEMENT_TRAFFIC = 8  # times that an element of a gradient passes the memory: formed, squared, mapped, multiplied
 COMBINING, A_HEAD, A_PAIRS_HEAD = 0.2, 0.1e-3, 0.4e-3  # seconds on a CPU: once, a head, and one of each of many pairs
+WORTH_TIMING = 10**11  # operations of a run, about a second: parts of a smaller one would take as long as all of it
 PHASES = ("capture", "scoring", "combining")
 
 
@@ -54,11 +55,16 @@ class Phase:
 
 def expected(plan: RunPlan, hardware: Hardware, ranks_per_node: int) -> list[Phase]:
     """Each phase of the rank that takes longest."""
-    clock = _Clock(plan, hardware, ranks_per_node, None if hardware.is_gpu else probed(plan.work))
+    times = not hardware.is_gpu and max(map(_operations, plan.costs)) >= WORTH_TIMING
+    clock = _Clock(plan, hardware, ranks_per_node, probed(plan.work) if times else None)
     found = []
     for name, terms in zip(PHASES, (clock.capture, clock.scoring, clock.combining), strict=True):
         found.append(max((Phase(name, terms(cost)) for cost in plan.costs), key=lambda phase: phase.seconds))
     return found
+
+
+def _operations(cost: Cost) -> int:
+    return cost.flops_forward + cost.flops_backward + cost.flops_scoring
 
 
 def assumptions(hardware: Hardware) -> list[str]:

@@ -19,7 +19,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.memory import scratch_array
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums, column
 from qkov_dist.scoring.influence_records import of_samples
-from qkov_dist.scoring.own_shares import ratios
+from qkov_dist.scoring.own_share_records import ratios
 from qkov_dist.scoring.tiles import SHARED_O_BIAS
 
 from .effects import untested_effects

@@ -27,7 +27,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.fisher_sums import FisherSums, num_columns
 from qkov_dist.scoring.influence_records import Influences, no_influences
-from qkov_dist.scoring.own_shares import Records, no_shares
+from qkov_dist.scoring.own_share_records import Records, no_shares
 from qkov_dist.values import FLAG, as_it_is, whole
 
 from .hdf5_read import Reader, check_values

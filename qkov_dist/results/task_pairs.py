@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qkov_dist.scoring import fisher_sums, influence_records, own_shares
+from qkov_dist.scoring import fisher_sums, influence_records, own_share_records
 from qkov_dist.scoring.influence_sums import parts_of
 
 from .partial_schema import BlockPartial, Floats, LayerPartial
@@ -40,5 +40,5 @@ def _block(found: BlockPartial, scores: Floats, sizes: Sequence[int], a: int, b:
         influences = influence_records.of_pair(influences, sizes, a, b)
     shares = found.own_shares
     if shares.shape[-1]:
-        shares = own_shares.of_pair(shares, sizes, a, b)
+        shares = own_share_records.of_pair(shares, sizes, a, b)
     return BlockPartial(found.heads, scores, fisher_sums.of_pair(found.fisher_sums, a, b), influences, shares)

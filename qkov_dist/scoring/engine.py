@@ -30,8 +30,9 @@ from .head_batches import HeadBatch
 from .influence_records import Influences, no_influences
 from .influence_sums import InfluenceSums
 from .kernel import Rule, add_tile, pair_products, tile_flops
-from .own_shares import Chosen, OwnShares, chosen, no_shares, stride_of
-from .own_shares import Records as ShareRecords
+from .own_share_records import Records as ShareRecords
+from .own_share_records import no_shares
+from .own_shares import Chosen, OwnShares, chosen, stride_of
 from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, added_fisher_sums, compiled, fisher_sums

@@ -10,9 +10,9 @@ with w_i the sample's weight in I and W that of all samples. Wanted of both are 
 and of columns by the task of the row, without any sample's pair with itself: O(N) products of an element, where scores
 take O(N^2). Of a kind of scores with the same map on both sides M' is (M' + M'^T) / 2.
 
-A record is float64 [heads, 4 T N]: rows and columns of M', rows and columns of M, each [T, N]. Records add up over
-tiles, ranks and files. Only the quotients of M' and M are used (``ratios``), which take few elements: about ``CHOSEN``
-a head, in short runs of a row, by their place in the whole weight alone, so that they are the same however it is cut.
+Their records are those of ``own_share_records``. Only quotients of M' and M are used, which take few elements: about
+``CHOSEN`` a head, in short runs of a row, by their place in the whole weight alone, so that they are the same however
+it is cut.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,29 +36,6 @@ from .tiles import LayerTiles
 CHOSEN = 1024  # elements of a head; all of one that has fewer
 AT_ONCE = 1024  # elements of all heads that are worked on together at least
 RUN = 8  # of these lie side by side: they share a line of memory
-
-Records = npt.NDArray[np.float64]
-
-
-def no_shares(num_heads: int, num_samples: int | None = None, num_tasks: int = 2) -> Records:
-    """Records of heads without any element; with None those of a run that forms none, of nothing at all."""
-    return np.zeros((num_heads, 0 if num_samples is None else 4 * num_tasks * num_samples))
-
-
-def of_pair(records: Records, sizes: Sequence[int], a: int, b: int) -> Records:
-    """The record of two of many tasks, [..., 4 * 2 * (n_a + n_b)]; b is the later one."""
-    starts = [0, *accumulate(sizes)]
-    samples = np.r_[starts[a] : starts[a + 1], starts[b] : starts[b + 1]]
-    by_task = records.reshape(*records.shape[:-1], 4, len(sizes), starts[-1])
-    found: Records = by_task[..., [a, b], :][..., samples].reshape(*records.shape[:-1], -1)
-    return found
-
-
-def ratios(records: Records, num_tasks: int = 2) -> Records:
-    """Sums of M' as multiples of those of M, [..., rows or columns, T, N]; 1 where there is nothing."""
-    both = records.reshape(*records.shape[:-1], 2, 2, num_tasks, -1)
-    without, given = both[..., 0, :, :, :], both[..., 1, :, :, :]
-    return np.divide(without, given, out=np.where(np.isnan(given), np.nan, 1.0), where=given > 0)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from qkov_dist.distributed.world import World
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes
 from qkov_dist.results.partial_schema import LayerPartial
 from qkov_dist.results.task_pairs import of_pair
-from qkov_dist.scoring.own_shares import ratios
+from qkov_dist.scoring.own_share_records import ratios
 
 from .head_tests import CPU, Design, LayerTests, layer_tests, threads_that_test
 from .statistics import QKOVStatistics

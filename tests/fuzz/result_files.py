@@ -23,7 +23,7 @@ from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 from qkov_dist.scoring.influence_records import no_influences
-from qkov_dist.scoring.own_shares import no_shares
+from qkov_dist.scoring.own_share_records import no_shares
 
 LAYERS = (1, 4)
 HEADS = {"Q": (0, 1), "K": (0,), "V": (0,), "O": (0, 1)}

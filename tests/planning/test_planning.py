@@ -49,7 +49,7 @@ from qkov_dist.scoring.engine import rounds_of, score_rounds
 from qkov_dist.scoring.exchange import Exchange
 from qkov_dist.scoring.head_batches import head_batches
 from qkov_dist.scoring.influence_records import no_influences
-from qkov_dist.scoring.own_shares import no_shares
+from qkov_dist.scoring.own_share_records import no_shares
 from qkov_dist.scoring.schedule import layers_of, make_sweeps
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.scoring.tiles import LayerTiles, Selection, make_tile_plan

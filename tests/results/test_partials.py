@@ -25,7 +25,7 @@ from qkov_dist.results.partial_schema import BlockPartial, PartialHeader, checke
 from qkov_dist.results.partials import Partial, PartialWriter, list_partials, partial_path, read_partial
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS
 from qkov_dist.scoring.influence_records import no_influences
-from qkov_dist.scoring.own_shares import no_shares
+from qkov_dist.scoring.own_share_records import no_shares
 
 HEADER = PartialHeader("run-1", 0, 2, 3, 4, (1, 4, 12), extra={"ids": ["é", "b"], "losses": [0.5, float("inf")]})
 

@@ -14,7 +14,8 @@ from zoo import TINY
 
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring import own_shares
-from qkov_dist.scoring.own_shares import CHOSEN, RUN, chosen, of_pair, ratios
+from qkov_dist.scoring.own_share_records import of_pair, ratios
+from qkov_dist.scoring.own_shares import CHOSEN, RUN, chosen
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import ScoreSettings
 

@@ -11,7 +11,7 @@ from qkov_dist.distributed.world import Alone
 from qkov_dist.results.partial_schema import BlockPartial, LayerPartial
 from qkov_dist.scoring.fisher_sums import no_sums
 from qkov_dist.scoring.influence_records import no_influences
-from qkov_dist.scoring.own_shares import no_shares
+from qkov_dist.scoring.own_share_records import no_shares
 from qkov_dist.stats import pair_tests
 from qkov_dist.stats.head_tests import layer_tests
 from qkov_dist.stats.statistics import QKOVStatistics

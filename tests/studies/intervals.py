@@ -43,7 +43,8 @@ from tabulate import tabulate
 
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring.own_shares import CHOSEN, Chosen, OwnShares, Shares, chosen, ratios
+from qkov_dist.scoring.own_share_records import ratios
+from qkov_dist.scoring.own_shares import CHOSEN, Chosen, OwnShares, Shares, chosen
 from qkov_dist.scoring.score import sample_gradients
 from qkov_dist.stats.head_tests import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics

@@ -12,7 +12,7 @@ from qkov_dist.results.influences import changes
 from qkov_dist.scoring.engine import BlockScores
 from qkov_dist.scoring.fisher_sums import no_sums
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
-from qkov_dist.scoring.own_shares import no_shares
+from qkov_dist.scoring.own_share_records import no_shares
 
 
 def closeness(got: torch.Tensor, expected: torch.Tensor) -> float:

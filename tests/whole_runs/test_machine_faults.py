@@ -92,7 +92,7 @@ def has_no_room_for_factors(disk: Path, config: Path) -> None:
     ("room", "failed", "kept"),
     [
         ("4k", "partial_rank00000.layers/layer_0000.h5", set()),
-        ("60k", "partial_rank00000.h5", {"layer_0000.h5", "layer_0001.h5"}),
+        ("72k", "partial_rank00000.h5", {"layer_0000.h5", "layer_0001.h5"}),
         ("120k", "heatmap.h5", {"partial_rank00000.h5"}),
     ],
 )
