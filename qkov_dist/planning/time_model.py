@@ -80,8 +80,8 @@ def assumptions(hardware: Hardware) -> list[str]:
             f"time: {HOST_LINK / 1e9:.0f} GB/s between GPU and host",
         ]
     return [
-        f"time: passes reach {OF_PASSES:.0%} of the rate measured on a product of theirs; scoring and tests are timed "
-        f"on a few heads now; {links}"
+        f"time: passes reach {OF_PASSES:.0%} of the rate measured on a product of theirs, and scoring and tests are "
+        f"timed on a few heads, now (of runs that take more than about a second); {links}"
     ]
 
 
