@@ -21,7 +21,7 @@ from qkov_dist.results.partial_schema import BlockPartial, PartialHeader
 from qkov_dist.results.partials import PartialWriter, partial_path
 from qkov_dist.run import run
 from qkov_dist.scoring.influence_records import no_influences
-from qkov_dist.scoring.own_shares import no_shares
+from qkov_dist.scoring.own_share_records import no_shares
 from qkov_dist.stats.statistics import QKOVStatistics
 
 CONFIG = {"statistics": {"permutations": 30, "fdr_alpha": 0.1, "seed": 4}}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkov_dist.scoring.own_shares import Chosen, OwnShares, Shares, ratios
+from qkov_dist.scoring.own_share_records import ratios
+from qkov_dist.scoring.own_shares import Chosen, OwnShares, Shares
 from qkov_dist.stats.head_tests import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
 from qkov_dist.stats.without_own_shares import has_copies, without_own_shares
