@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -35,9 +35,9 @@ from .loading.models import LoadedModel
 from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.influence_records import mean_weights
+from .scoring.own_share_records import formed_with
 from .scoring.score import MEANING, compiled, worth_compiling
-from .scoring.score_kinds import Score, may_be_negative
-from .scoring.settings import DTYPES, Roles, ScoreSettings
+from .scoring.settings import Roles, ScoreSettings
 from .scoring.tiles import TilePlan
 
 
@@ -124,22 +124,12 @@ class Job:
             scratch: The folder for scores too large for memory.
             console: Is told where memory ran out.
         """
-        metric, ridge = self.config.metric, self.config.ridge
-        dtype, fuses = DTYPES[self.config.compute.score_dtype], self.config.compute.compile
+        fuses = self.config.compute.compile
         if fuses == "auto":
             elements = self.num_samples * sum(tile.rect.area for layer in self.tile_plan.layers for tile in layer.tiles)
             fuses = worth_compiling(elements, on_gpu=self.device.type == "cuda") and self._can_compile(console)
-        return ScoreSettings(
-            cast(Score, metric.score),
-            ridge.epsilon,
-            ridge.absolute,
-            ridge.relative,
-            dtype,
-            self.config.compute.matmul_precision,
-            self.device,
-            bool(fuses),
-            scratch,
-            console.warn,
+        return replace(
+            ScoreSettings.of(self.config), device=self.device, compile=bool(fuses), scratch=scratch, warn=console.warn
         )
 
     def _can_compile(self, console: Console) -> bool:
@@ -159,8 +149,8 @@ class Job:
         weights = by_task(weights, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
         left, right = sides(sizes, pooled=self.config.pooled)
         means = mean_weights(in_one_task(self._contents), sizes)
-        with_overlap = self.config.pooled and not may_be_negative(self.config.metric.score)
-        return Roles(tuple(range(num)), weights, left, right, means, sizes, own_shares=with_overlap)
+        with_shares = formed_with(self.config.metric.score, pooled=self.config.pooled)
+        return Roles(tuple(range(num)), weights, left, right, means, sizes, own_shares=with_shares)
 
     @cached_property
     def _contents(self) -> tuple[list[str], ...]:

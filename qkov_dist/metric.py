@@ -37,8 +37,9 @@ from .scoring.collected import CollectedTasks
 from .scoring.engine import rounds_of, score_rounds
 from .scoring.exchange import Exchange
 from .scoring.fisher import Scope
+from .scoring.own_share_records import formed_with
 from .scoring.sample_norms import norms_of, summed_squares, unit_scales
-from .scoring.score_kinds import Score, may_be_negative
+from .scoring.score_kinds import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
 from .scoring.tiles import Selection, TilePlan, make_tile_plan, tile_bytes
 
@@ -245,7 +246,7 @@ class QKOVInterferenceMetric:
             chosen = self._chosen(tasks, tuple(self.collector.samples_of(task)[:max_samples] for task in tasks))
             attributes = self._attributes(chosen, chosen.copies(allowed=allowed))
             roles = chosen.roles(self.scope, pooled=pooled)
-            roles = replace(roles, own_shares=pooled and not may_be_negative(self.score))
+            roles = replace(roles, own_shares=formed_with(self.score, pooled=pooled))
             tile_plan, layout = self._tile_plan(layers, heads, len(roles.members)), self.config.layout
             metadata = make_metadata(tile_plan, layout, tasks, chosen.by_task, pooled=pooled, attributes=attributes)
             return tile_plan, roles, metadata

@@ -101,13 +101,7 @@ def resolve_parallelism(config: ParallelConfig, world_size: int, environment: Ma
     config = _as_launched(config, environment) if config.shard == "auto" else config
     if config.cp > 1:
         _check_context(config, world_size)
-    if world_size % config.tp:
-        raise QkovError(
-            "parallel.tp",
-            expected=f"a divisor of the {world_size} ranks",
-            got=str(config.tp),
-            remedy="Start a multiple of parallel.tp ranks, or change parallel.tp.",
-        )
+    _check_divides("parallel.tp", config.tp, world_size)
     replicas = world_size // config.tp
     data = config.shard if config.shard != "auto" else "ddp" if replicas > 1 else "none"
     if data in ("none", "device_map") and replicas > 1 and config.ep == 1:
@@ -137,12 +131,17 @@ def _check_context(config: ParallelConfig, world_size: int) -> None:
             got=f"cp: {config.cp} with shard: {config.shard}, tp: {config.tp}, ep: {config.ep}",
             remedy="Use parallel.shard=fsdp, which spreads any model, with parallel.tp=1 and parallel.ep=1.",
         )
-    if world_size % config.cp:
+    _check_divides("parallel.cp", config.cp, world_size)
+
+
+def _check_divides(key: str, number: int, world_size: int) -> None:
+    """Refuse groups of so many ranks where the last would lack some."""
+    if world_size % number:
         raise QkovError(
-            "parallel.cp",
+            key,
             expected=f"a divisor of the {world_size} ranks",
-            got=str(config.cp),
-            remedy="Start a multiple of parallel.cp ranks, or change parallel.cp.",
+            got=str(number),
+            remedy=f"Start a multiple of {key} ranks, or change {key}.",
         )
 
 

@@ -99,7 +99,7 @@ def measured_cpu() -> Hardware:
     rates = {name: _product_rate(getattr(torch, name)) for name in ("bfloat16", "float32", "float64")}
     source = torch.ones(COPIED_BYTES // 4)
     target = torch.empty_like(source)
-    seconds = _shortest(lambda: target.copy_(source))
+    seconds = shortest(lambda: target.copy_(source))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     bandwidth = 2 * COPIED_BYTES / seconds
     return Hardware("cpu", memory, rates, bandwidth, link=bandwidth / 2, is_gpu=False)
@@ -107,10 +107,10 @@ def measured_cpu() -> Hardware:
 
 def _product_rate(dtype: torch.dtype) -> float:
     left = torch.ones(SIDE, SIDE, dtype=dtype)
-    return 2 * SIDE**3 / _shortest(lambda: left @ left)
+    return 2 * SIDE**3 / shortest(lambda: left @ left)
 
 
-def _shortest(work: Callable[[], object]) -> float:
+def shortest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of a few repetitions; the first warms up."""
     work()
     found = []

@@ -9,8 +9,7 @@ All cores work on each, as in a run. Parts are so small that all of it takes a f
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,15 +23,16 @@ from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.extent import sides
 from qkov_dist.scoring.influence_records import mean_weights
-from qkov_dist.scoring.settings import DTYPES, Roles, ScoreSettings
+from qkov_dist.scoring.own_share_records import formed_with
+from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import LayerTiles, Tile, cut
 from qkov_dist.stats.head_tests import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
 
+from .hardware import shortest
 from .statistics_cost import flops_of_a_head
 from .workload import Workload
 
-REPEATS = 2  # of what is timed; the fastest counts
 OPERATIONS = 1.5e9  # of a part, about
 MOST_BYTES = 96 * 2**20  # of a part's factors
 DRAWN = 4096  # rows of factors that are random; others are these again
@@ -64,17 +64,6 @@ def probed(work: Workload) -> Probes:
     return Probes(product_rate(work), element_seconds(work), tests)
 
 
-def shortest(part: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few repetitions; the first warms up."""
-    part()
-    found = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        part()
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
 def product_rate(work: Workload) -> float:
     """Operations a second of a batch's tokens times a matrix."""
     sizes, dtype = work.model_sizes, FLOATS[work.model_sizes.itemsize]
@@ -104,16 +93,16 @@ def element_seconds(work: Workload) -> float | None:
     layer_tiles = LayerTiles(0, (SITE,), heads, {"Q": heads}, tiles, slices, {"Q": area})
     by_task = np.repeat(np.arange(len(work.tasks)), work.num_samples) == np.arange(len(work.tasks))[:, None]
     means = mean_weights(np.ones(num, bool), work.num_samples)
-    roles = Roles(tuple(range(num)), by_task / num, left, right, means, work.num_samples)
-    metric, ridge = config.metric, config.ridge
-    settings = ScoreSettings(
-        metric.score,  # type: ignore[arg-type]
-        ridge.epsilon,
-        ridge.absolute,
-        ridge.relative,
-        DTYPES[config.compute.score_dtype],
-        config.compute.matmul_precision,
+    roles = Roles(
+        tuple(range(num)),
+        by_task / num,
+        left,
+        right,
+        means,
+        work.num_samples,
+        own_shares=formed_with(config.metric.score, pooled=config.pooled),
     )
+    settings = ScoreSettings.of(config)
     source = MadeFactors.of(work, above, (len(heads) * rows, columns))
     return shortest(lambda: score_layer(layer_tiles, source, roles, settings)) / (num * area)
 

@@ -32,9 +32,9 @@ from qkov_dist.scoring.gram_norms import norm_flops
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products
-from qkov_dist.scoring.own_share_records import no_shares
+from qkov_dist.scoring.own_share_records import formed_with, no_shares
 from qkov_dist.scoring.score import worth_compiling
-from qkov_dist.scoring.score_kinds import KINDS, may_be_negative
+from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
 from .rank_work import LayerWork, SiteWork
@@ -79,7 +79,7 @@ class ScoringCost:
     @cached_property
     def own_shares(self) -> int:
         """Bytes of a head's sums for what samples' own shares of the Fisher do to overlap; 0 where none are formed."""
-        if not self.work.config.pooled or may_be_negative(self.work.config.metric.score):
+        if not formed_with(self.work.config.metric.score, pooled=self.work.config.pooled):
             return 0
         return 8 * no_shares(1, sum(self.work.num_samples), len(self.work.tasks)).size
 

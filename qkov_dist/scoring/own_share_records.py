@@ -12,7 +12,14 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
+from .score_kinds import may_be_negative
+
 Records = npt.NDArray[np.float64]
+
+
+def formed_with(score: str, *, pooled: bool) -> bool:
+    """Whether a run forms them: with scores of all pairs that have an overlap."""
+    return pooled and not may_be_negative(score)
 
 
 def no_shares(num_heads: int, num_samples: int | None = None, num_tasks: int = 2) -> Records:

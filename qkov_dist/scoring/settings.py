@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+
+from qkov_dist.config import RunConfig
 
 from .score_kinds import Score
 from .tiles import GPU_TILE_BYTES
@@ -32,6 +35,19 @@ class ScoreSettings:
     head_batch_bytes: int | None = (
         None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
     )
+
+    @staticmethod
+    def of(config: RunConfig) -> ScoreSettings:
+        """What a configuration says of them; where, and how else, is the run's business."""
+        ridge, compute = config.ridge, config.compute
+        return ScoreSettings(
+            cast(Score, config.metric.score),
+            ridge.epsilon,
+            ridge.absolute,
+            ridge.relative,
+            DTYPES[compute.score_dtype],
+            compute.matmul_precision,
+        )
 
     def max_elements(self, num_samples: int) -> int:
         """Elements that the heads which are worked on together may have in a tile."""

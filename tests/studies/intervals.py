@@ -38,14 +38,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pool import RESULTS, pooled, small_real_model, task_samples
+from pool import RESULTS, head_gradients, small_real_model, task_samples
 from tabulate import tabulate
 
-from qkov_dist.layout.heads import Site
-from qkov_dist.layout.resolve import resolve
 from qkov_dist.scoring.own_share_records import ratios
 from qkov_dist.scoring.own_shares import CHOSEN, Chosen, OwnShares, Shares, chosen
-from qkov_dist.scoring.score import sample_gradients
 from qkov_dist.stats.head_tests import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
 
@@ -163,20 +160,12 @@ def real_study() -> Iterator[dict[str, Any]]:
         for size in SIZES
     }
     found: dict[int, dict[str, list[tuple[float, float]]]] = {size: {kind: [] for kind in kinds} for size in SIZES}
-    with pooled(loaded.model, samples, LAYERS) as pool, torch.no_grad():
-        spans = [pool.store.spans[n] for n in range(len(samples))]
-        for number in LAYERS:
-            for projection in resolve(loaded.model).layer(number).projections:
-                site = Site(number, projection.module)
-                x, d = pool.store.x(site), pool.store.d(site)
-                for piece in projection.slices[::3]:
-                    of_head = sample_gradients(x.features(piece.rect.cols), d.features(piece.rect.rows), spans)
-                    gradients = of_head.double().numpy().reshape(len(samples), -1)
-                    elements = chosen([piece.rect], -(-piece.rect.area // CHOSEN), "cpu")
-                    for size in SIZES:
-                        of_size = real_intervals(gradients, drawn[size], size, elements)
-                        for kind, one in zip(kinds, of_size, strict=True):
-                            found[size][kind].append(one)
+    for rect, of_head in head_gradients(loaded.model, samples, LAYERS, every=3):
+        gradients, elements = of_head.double().numpy(), chosen([rect], -(-rect.area // CHOSEN), "cpu")
+        for size in SIZES:
+            of_size = real_intervals(gradients, drawn[size], size, elements)
+            for kind, one in zip(kinds, of_size, strict=True):
+                found[size][kind].append(one)
     for size, of_size in found.items():
         rates = {kind: np.array(of_kind) for kind, of_kind in of_size.items()}
         coverage = {kind: float(of[:, 0].mean()) for kind, of in rates.items()}

@@ -18,11 +18,13 @@ from qkov_dist.capture.store import FactorStore
 from qkov_dist.config import TaskConfig
 from qkov_dist.data.samples import Sample
 from qkov_dist.data.tasks import load_task
-from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.layout.heads import BLOCKS, Site
+from qkov_dist.layout.rects import Rect
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.loading.models import LoadedModel
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
+from qkov_dist.scoring.score import sample_gradients
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import Selection, TilePlan, make_tile_plan
 from qkov_dist.stats.head_tests import Design, correct, head_tests
@@ -75,6 +77,20 @@ def pooled(model: Any, samples: Sequence[Sample], layers: tuple[int, ...] | None
     with closing(FactorStore(BUDGET)) as store:
         Collection(store, tile_plan.sites).run(model, "pool", samples)
         yield Pool(store, tile_plan, len(samples))
+
+
+def head_gradients(
+    model: Any, samples: Sequence[Sample], layers: tuple[int, ...], every: int = 1
+) -> Iterator[tuple[Rect, Tensor]]:
+    """Of every n-th head of each projection: where it lies, and all samples' gradients [N, rows * cols]."""
+    with pooled(model, samples, layers) as pool, torch.no_grad():
+        spans = [pool.store.spans[n] for n in range(len(samples))]
+        for number in layers:
+            for projection in resolve(model).layer(number).projections:
+                site = Site(number, projection.module)
+                x, d = pool.store.x(site), pool.store.d(site)
+                for rect in (piece.rect for piece in projection.slices[::every]):
+                    yield rect, sample_gradients(x.features(rect.cols), d.features(rect.rows), spans)
 
 
 def task_samples(loaded: LoadedModel, name: str, num: int, max_tokens: int = 64) -> tuple[Sample, ...]:

@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from pool import pooled, task_samples
+from pool import head_gradients, task_samples
 from torch import Tensor
 
-from qkov_dist.layout.heads import Site
-from qkov_dist.layout.resolve import resolve
 from qkov_dist.loading.models import LoadedModel
-from qkov_dist.scoring.score import sample_gradients
 
 LAYERS, POOL, MAX_TOKENS = (4, 14, 24), 64, 48
 RIDGE = 1e-3  # relative, the default
@@ -26,17 +22,7 @@ DrawOf = Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 def pair_products(loaded: LoadedModel, layers: tuple[int, ...] = LAYERS, num: int = POOL) -> np.ndarray:
     """S of every head [head, optimizer, 2 num, 2 num]: Python's samples first, then arithmetic's."""
     samples = [s for task in ("python", "arithmetic") for s in task_samples(loaded, task, num, MAX_TOKENS)]
-    found = []
-    with pooled(loaded.model, samples, layers) as pool, torch.no_grad():
-        spans = [pool.store.spans[n] for n in range(len(samples))]
-        for number in layers:
-            for projection in resolve(loaded.model).layer(number).projections:
-                site = Site(number, projection.module)
-                x, d = pool.store.x(site), pool.store.d(site)
-                for piece in projection.slices:
-                    rect = piece.rect
-                    found.append(_products(sample_gradients(x.features(rect.cols), d.features(rect.rows), spans)))
-    return np.stack(found)
+    return np.stack([_products(gradients) for _, gradients in head_gradients(loaded.model, samples, layers)])
 
 
 def _products(gradients: Tensor) -> np.ndarray:
