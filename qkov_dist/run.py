@@ -248,6 +248,7 @@ def _score_sweep(sweeps: _Sweeps, sweep: Sequence[Round], writer: PartialWriter,
             roles = dataclasses.replace(roles, scales=unit_scales(norms))
         extra = to_json(metadata if norms is None else with_norms(metadata, norms))
         writer.header = dataclasses.replace(writer.header, extra=extra)
+        _record_what_others_score(job, writer)  # or no other number of ranks could take over what these finish
         bar = sweeps.console.bar("scoring", len(sweep), "layer")
         scores = score_rounds(tile_plan, sweep, exchange, roles, sweeps.settings(), job.topology, sweeps.may_stop)
         with measured.phase("scoring"), bar as advance, kept_heap(job.device), closing(scores) as scored:
@@ -288,7 +289,7 @@ def _store(job: Job, folder: Path, gpu_room: int) -> FactorStore:
 def _record_what_others_score(job: Job, writer: PartialWriter) -> None:
     """A layer of which this rank owns nothing is complete without scores."""
     for layer in job.tile_plan.layers:
-        if layer.layer not in writer.completed:
+        if not layer.tiles and layer.layer not in writer.completed:
             writer.write_layer(layer.layer, {})
 
 
