@@ -3,7 +3,7 @@
 Kills are of one rank or of the whole job, by SIGKILL or SIGTERM, at moments drawn uniformly over the time of a run, or
 over the steps of one of its phases. After each, what is on disk must be readable, whole or absent, and no less than
 before; no finished layer may be scored again; the ranks that are left must end and name the dead one. In the end the
-heatmap must be bit for bit that of an undisturbed run on one process, within 1e-6 of a block's largest score under
+heatmap must be bit for bit that of an undisturbed run on one process, but for rounding (``rounding.passes``) under
 ranks, with nothing left over.
 
     bash launch/kills.sh                                       # at least 120 kills, as many with each cut

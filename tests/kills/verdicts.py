@@ -13,6 +13,8 @@ from typing import Any
 import h5py
 import numpy as np
 from attempts import Kill, Outcome
+from rounding import passes
+from scene import LAYERS
 
 from qkov_dist import Heatmap, load_heatmap
 from qkov_dist.distributed.preemption import EXIT_CODE
@@ -21,7 +23,7 @@ from qkov_dist.results.heatmap_file import HEATMAP_FILE
 from qkov_dist.results.partials import layer_folder, list_partials, read_partial
 from qkov_dist.results.resume import CARRIED
 
-TOLERANCE = 1e-6  # of a block's largest score: sums of float32 in another order
+TOLERANCE = passes(layers=len(LAYERS))  # of a block's largest score: sums of float32 in another order
 ORDINARY_TOLERANCE = 1e-4  # of other numbers, where ranks sum in another order
 P_TOLERANCE = 0.1  # a sum in another order may turn the comparison with a few labellings
 NAMES_THE_RUN = "config"  # the one attribute that may differ between runs of one process: it has the folder's name
