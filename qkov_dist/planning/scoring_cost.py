@@ -24,7 +24,6 @@ from qkov_dist.distributed.plans import SHARDED_BY_HOOKS
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS, Projection, Site
 from qkov_dist.layout.rects import Rect
-from qkov_dist.results.heatmap_data import SHARES
 from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.fisher_sums import num_columns
@@ -32,7 +31,7 @@ from qkov_dist.scoring.gram_norms import norm_flops
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products
-from qkov_dist.scoring.own_share_records import formed_with, no_shares
+from qkov_dist.scoring.own_share_records import KNOWN, formed_with, no_shares
 from qkov_dist.scoring.score import worth_compiling
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
@@ -212,7 +211,7 @@ class ScoringCost:
             a_head = TABLE_BYTES + 8 * len(OPTIMIZERS) * (num_a + num_b)
             a_head += sum(size * self.work.scoring.itemsize + MATRIX_BYTES for size in matrices[config.output.pairs])
             a_head += RECORD_BYTES if config.statistics.enabled else 0
-            a_head += 8 * len(SHARES) * (num_a + num_b) if config.output.pairs == "all" and self.own_shares else 0
+            a_head += 8 * len(KNOWN) * (num_a + num_b) if config.output.pairs == "all" and self.own_shares else 0
             total += sum(self.cells.values()) * a_head + TABLES_BYTES
         return total
 

@@ -19,7 +19,7 @@ from qkov_dist.errors import QkovError
 from qkov_dist.memory import scratch_array
 from qkov_dist.scoring.fisher_sums import FISHER_COLUMNS, FisherSums, column
 from qkov_dist.scoring.influence_records import of_samples
-from qkov_dist.scoring.own_share_records import ratios
+from qkov_dist.scoring.own_share_records import known
 from qkov_dist.scoring.tiles import SHARED_O_BIAS
 
 from .effects import untested_effects
@@ -153,7 +153,7 @@ class Assembly:
             shared=shared,
             attributes={**metadata.attributes, "warnings": _warnings(metadata, fisher, self._without)},
             influences=None if records is None else {b: of_samples(found) for b, found in records.items()},
-            own_shares=_own_shares(self._blocks) if pooled and scores else None,
+            own_shares=_own_shares(self._blocks, num_a) if pooled and scores else None,
             effects=None if records is None else {b: untested_effects(found, counted) for b, found in records.items()},
         )
 
@@ -188,10 +188,12 @@ def _records(blocks: Mapping[str, _Block]) -> dict[str, np.ndarray] | None:
     return found if all(array.shape[-1] for array in found.values()) else None
 
 
-def _own_shares(blocks: Mapping[str, _Block]) -> dict[str, np.ndarray] | None:
-    """Block -> what own shares of the Fisher do, [layer, head, 2, 2, N]; None where that was left out."""
+def _own_shares(blocks: Mapping[str, _Block], num_a: int) -> dict[str, np.ndarray] | None:
+    """Block -> what samples do through the Fisher, [layer, head, KNOWN, N]; None where that was left out."""
     found = {block: of_block.own_shares for block, of_block in blocks.items()}
-    return {block: ratios(of) for block, of in found.items()} if all(of.shape[-1] for of in found.values()) else None
+    return (
+        {block: known(of, num_a) for block, of in found.items()} if all(of.shape[-1] for of in found.values()) else None
+    )
 
 
 def _warnings(

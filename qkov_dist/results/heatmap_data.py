@@ -17,6 +17,7 @@ from qkov_dist.data.copies import different
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.influence_records import OPTIMIZERS
+from qkov_dist.scoring.own_share_records import KNOWN
 
 from .block_view import HEAD_DIM, Floats, Ints
 from .effects import Effects, counted_samples
@@ -25,7 +26,6 @@ from .influences import Samples
 
 Pairs = Literal["none", "cross", "all"]
 FISHER_KEYS = ("mean", "min", "ridge_share", "share_a")
-SHARES = {"rows_a": (0, 0), "rows_b": (0, 1), "columns_a": (1, 0), "columns_b": (1, 1)}  # of ``own_shares``, and where
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,8 @@ class HeatmapData:
             [layer, native head, optimizer, N], A's samples first; None in files that do not know.
         effects: Block -> optimizer -> name (``effects.EFFECT_KEYS``) -> float64 [layer, native head]; None where there
             are no influences. Before a test they lack what tests add.
-        own_shares: Block -> what samples' own shares of the Fisher do to their scores (``scoring.own_shares``), float64
-            [layer, native head, rows or columns, task of the other sample, N]; None without ``pooled`` and in files
-            that do not know.
+        own_shares: Block -> what samples do through the Fisher (``scoring.own_share_records``), float64 [layer, native
+            head, KNOWN, N]; None without ``pooled`` and in files that do not know.
         attributes: run_id, score, tasks (of a run of more than two), config (JSON), versions, seeds, warnings, notes,
             ...: strings, numbers, JSON values.
     """
@@ -124,7 +123,7 @@ class HeatmapData:
             "cross": (self.cross, (n_a, n_b)),
             "pooled": (self.pooled, (n_a + n_b, n_a + n_b)),
             "influences": (self.influences, (len(OPTIMIZERS), n_a + n_b)),
-            "own_shares": (self.own_shares, (2, 2, n_a + n_b)),
+            "own_shares": (self.own_shares, (len(KNOWN), n_a + n_b)),
         }
         for name, arrays in {
             "present": self.present,

@@ -9,7 +9,7 @@
     /shared/O_bias/{scores,heatmap}                     [layer, a, b], [layer]: O's bias belongs to no head
     /effects/{B}/{sgd,adam}/{change,standard_error,...} [layer, head] float64: what a step does (``effects``)
     /influences/{B}/{sgd,adam}                          [layer, head, sample]: what each sample has to do with it
-    /own_shares/{B}/{rows,columns}_{a,b}                [layer, head, sample] float64, with scores_all (``own_shares``)
+    /own_shares/{B}/{rows_a,...,overlap}                [layer, head, sample] float64, with scores_all (``KNOWN``)
     /statistics/{cross_mean,overlap}/{B}/...            [layer, head], the rest in attribute ``statistics``
     /samples/{a,b}/{id,num_tokens,loss,text,content}    [a] or [b]; content: a hash, by which copies are known
     /samples/{a,b}/gradient_norm                        [a] or [b] float64, with ``metric.sample_scale: unit`` alone
@@ -32,13 +32,14 @@ import numpy as np
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.scoring.influence_records import OPTIMIZERS
+from qkov_dist.scoring.own_share_records import KNOWN
 
 from .block_view import HEAD_DIM
 from .disk import DAMAGED
 from .hdf5_read import Reader, reading
 from .heatmap import Heatmap
 from .heatmap_checks import check_stored
-from .heatmap_data import FISHER_KEYS, SHARES, SampleTable
+from .heatmap_data import FISHER_KEYS, SampleTable
 from .matrix_data import checked_pair, pair_group
 
 HEATMAP_FILE = "heatmap.h5"
@@ -150,14 +151,13 @@ def _influences(reader: Reader, shapes: Mapping[str, tuple[int, int]], num: int)
 
 
 def _own_shares(reader: Reader, shapes: Mapping[str, tuple[int, int]], num: int) -> dict[str, Any] | None:
-    """Block -> [layer, head, 2, 2, sample]; None in a file that does not know."""
-    if not reader.has("own_shares"):
+    """Block -> [layer, head, KNOWN, sample]; None in a file that does not know all of it."""
+    if not all(reader.has(f"own_shares/{block}/{name}") for block in shapes for name in KNOWN):
         return None
-    found = {block: np.empty((*shape, 2, 2, num)) for block, shape in shapes.items()}
-    for block, shape in shapes.items():
-        for name, at in SHARES.items():
-            found[block][(..., *at, slice(None))] = reader.array(f"own_shares/{block}/{name}", (*shape, num))
-    return found
+    return {
+        block: np.stack([reader.array(f"own_shares/{block}/{name}", (*shape, num)) for name in KNOWN], axis=2)
+        for block, shape in shapes.items()
+    }
 
 
 def _effects(reader: Reader, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qkov_dist.scoring.influence_records import OPTIMIZERS
+from qkov_dist.scoring.own_share_records import KNOWN
 
 from .block_view import HEAD_DIM
 from .effects import EFFECT_KEYS
 from .export import LabelledArrays, Variable, split_arrays
-from .heatmap_data import FISHER_KEYS, SHARES, HeatmapData, Pairs, SampleTable
+from .heatmap_data import FISHER_KEYS, HeatmapData, Pairs, SampleTable
 
 
 def labelled(heatmap: HeatmapData, pairs: Pairs = "all") -> LabelledArrays:
@@ -89,9 +90,8 @@ def _pair_scores(heatmap: HeatmapData, pairs: Pairs) -> Iterator[Variable]:
         if pairs == "all" and heatmap.pooled is not None:
             yield Variable(f"scores_all/{block}", (*dims, "sample", "sample_right"), heatmap.pooled[block])
             if heatmap.own_shares is not None:
-                for name, at in SHARES.items():
-                    values = heatmap.own_shares[block][(..., *at, slice(None))]
-                    yield Variable(f"own_shares/{block}/{name}", (*dims, "sample"), values)
+                for at, name in enumerate(KNOWN):
+                    yield Variable(f"own_shares/{block}/{name}", (*dims, "sample"), heatmap.own_shares[block][:, :, at])
     for name, arrays in heatmap.shared.items():
         if pairs != "none" and "cross" in arrays:
             yield Variable(f"shared/{name}/scores", ("layer", *cross), arrays["cross"])

@@ -1,4 +1,4 @@
-r"""How much a sample's own share of the Fisher damps its scores: sums over some elements of each head, for intervals.
+r"""What single samples do to scores through the Fisher: sums over some elements of each head, for intervals.
 
 In a run I is the mean over the very samples that are scored. Beside M this forms M', where sample i's own square is
 taken out of the I by which it is divided:
@@ -10,7 +10,15 @@ with w_i the sample's weight in I and W that of all samples. Wanted of both are 
 and of columns by the task of the row, without any sample's pair with itself: O(N) products of an element, where scores
 take O(N^2). Of a kind of scores with the same map on both sides M' is (M' + M'^T) / 2.
 
-Their records are those of ``own_share_records``. Only quotients of M' and M are used, which take few elements: about
+Wanted, too, is by how much the sums of M' over the pairs of two tasks would be larger were sample k no part of I: over
+all pairs ij of these tasks without k,
+
+    V_k  = sum_ij sum_p M'_ij,p ((R / R_-k)^power - 1)_p
+
+for the pairs of its own task with another, of the other with its own, and of the other among itself; that is
+O(N) products of an element again.
+
+Their records are those of ``own_share_records``. Only quotients of these sums are used, which take few elements: about
 ``CHOSEN`` a head, in short runs of a row, by their place in the whole weight alone, so that they are the same however
 it is cut.
 """
@@ -28,6 +36,7 @@ from qkov_dist.layout.rects import Rect
 from qkov_dist.memory import moved
 
 from .influence_sums import parts_of
+from .own_share_records import SUMS
 from .score import power_of
 from .score_kinds import KINDS, ElementMap, Score
 from .tile_gradients import joined
@@ -46,11 +55,13 @@ class Shares:
         weights: Each one's weight in the Fisher, [n, 1].
         rest: W / (W - w) of each, [n, 1].
         of_tasks: Which task each is of, [T, n] of 0 and 1.
+        parts: Where the samples of each task are.
     """
 
     weights: Tensor
     rest: Tensor
     of_tasks: Tensor
+    parts: Sequence[slice]
 
     @staticmethod
     def of(weights: Tensor, sizes: Sequence[int]) -> Shares:
@@ -58,15 +69,15 @@ class Shares:
         num, total = sum(sizes), weights.sum()
         own = weights.sum(0)[:num].unsqueeze(1)
         own = torch.where(own < total, own, 0.0)  # without the only sample there is no Fisher: it is left in
-        of_tasks = weights.new_zeros(len(sizes), num)
-        for task, part in enumerate(parts_of(sizes)):
+        of_tasks, parts = weights.new_zeros(len(sizes), num), parts_of(sizes)
+        for task, part in enumerate(parts):
             of_tasks[task, part] = 1.0
-        return Shares(own, total / (total - own), of_tasks)
+        return Shares(own, total / (total - own), of_tasks, parts)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Shares:
         """The same where gradients are, and in their type."""
-        tensors = (moved(values, device, dtype) for values in (self.weights, self.rest, self.of_tasks))
-        return Shares(*tensors)
+        weights, rest, of_tasks = (moved(of, device, dtype) for of in (self.weights, self.rest, self.of_tasks))
+        return Shares(weights, rest, of_tasks, self.parts)
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class OwnShares:
 
     def __init__(self, shares: Shares, num_heads: int, score: Score, floors: tuple[float, float]) -> None:
         self._shares, self._kind, self._floors = shares, KINDS[score], floors
-        self._sums = shares.of_tasks.new_zeros(4, num_heads, *reversed(shares.of_tasks.shape))
+        self._sums = shares.of_tasks.new_zeros(SUMS, num_heads, *reversed(shares.of_tasks.shape))
         self._waiting: list[tuple[Tensor, Tensor]] = []  # elements of tiles: few are nearly as much work as many
 
     def kept(self, gradients: Tensor, elements: Chosen) -> Tensor:
@@ -150,14 +161,18 @@ class OwnShares:
     def _add_elements(self, kept: Tensor, fisher: Tensor) -> None:
         shares, squares = self._shares, kept.square()
         left, right = (_map(which, kept, squares) for which in (self._kind.left, self._kind.right))
-        inverse = self._regularised(fisher.clone()).reciprocal_()
-        without = torch.addcmul(fisher, shares.weights, squares, value=-1)
-        without = left / self._regularised(without.mul_(shares.rest))
+        power = self._kind.power
+        given = self._regularised(fisher.clone())
+        rest = self._regularised(torch.addcmul(fisher, shares.weights, squares, value=-1).mul_(shares.rest))
+        inverse, without = power_of(given, power).reciprocal(), left / power_of(rest, power)
+        lost = power_of(torch.div(given, rest, out=rest), power).sub_(1.0)
         if max(self._floors) == 0:  # where no sample, or no other one, has a gradient
             inverse.masked_fill_(inverse.isinf(), 0.0)
             without.masked_fill_(~without.isfinite(), 0.0)
-        of_right = self._by_task(right)
-        self._add(0, without, right, self._by_task(without), of_right, without * right)
+            lost.masked_fill_(~lost.isfinite(), 0.0)
+        of_without, of_right, both = self._by_task(without), self._by_task(right), without * right
+        self._add(0, without, right, of_without, of_right, both)
+        self._add_lost(lost, without, right, of_without, of_right, both)
         of_left, of_right = (of * inverse.view(len(of), 1, -1) for of in (self._by_task(left), of_right))
         self._add(2, left, right, of_left, of_right, left * right * inverse)
 
@@ -167,10 +182,31 @@ class OwnShares:
         self._sums[place] += torch.bmm(self._by_head(left), of_right.mT) - of_own
         self._sums[place + 1] += torch.bmm(self._by_head(right), of_left.mT) - of_own
 
+    def _add_lost(
+        self, lost: Tensor, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor, own: Tensor
+    ) -> None:
+        """V_k, from (R / R_-k)^power - 1 [n, heads * k], maps and their tasks' sums as in ``_add``.
+
+        Sums over pairs without k are those over all, less k's row and column: (l_X - l_k) r_Y of X's pairs with Y.
+        """
+        by_k, among = self._by_head(lost), of_left * of_right - self._by_task(own)
+        of_rows = torch.bmm(self._by_head(lost * left), of_right.mT)
+        of_columns = torch.bmm(self._by_head(lost * right), of_left.mT)
+        twice = 2 * self._by_head(lost * own).sum(-1)
+        for task, part in enumerate(self._shares.parts):
+            of_part = by_k[:, part]
+            to_others = torch.bmm(of_part, (of_left[:, task, None] * of_right).mT) - of_rows[:, part]
+            from_others = torch.bmm(of_part, (of_left * of_right[:, task, None]).mT) - of_columns[:, part]
+            of_others = torch.bmm(of_part, among.mT)
+            of_task = of_others[..., task] - of_rows[:, part, task] - of_columns[:, part, task] + twice[:, part]
+            for place, found in enumerate((to_others, from_others, of_others), start=4):
+                found[..., task] = of_task
+                self._sums[place, :, part] += found
+
     def _regularised(self, fisher: Tensor) -> Tensor:
-        """R^power, in place of I."""
+        """R, in place of I."""
         epsilon, ridge = self._floors
-        return power_of(fisher.clamp_min_(epsilon).add_(ridge), self._kind.power)
+        return fisher.clamp_min_(epsilon).add_(ridge)
 
     def _by_head(self, values: Tensor) -> Tensor:
         """[n, heads * k] -> [heads, n, k]."""
@@ -181,11 +217,11 @@ class OwnShares:
         return self._by_head(self._shares.of_tasks @ values)
 
     def records(self) -> Tensor:
-        """float64 [heads, 4 T n] in the order of the gradients, where these are."""
+        """float64 [heads, SUMS T n] in the order of the gradients, where these are."""
         self._add_waiting()
         sums = self._sums.double()
         if self._kind.is_symmetric:
-            sums = (sums + sums[[1, 0, 3, 2]]) / 2
+            sums = (sums + sums[[1, 0, 3, 2, 5, 4, 6]]) / 2
         return sums.permute(1, 0, 3, 2).flatten(1)
 
 

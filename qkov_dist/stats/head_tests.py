@@ -113,24 +113,24 @@ class HeadTests:
 Tested = tuple[dict[str, dict[Statistic, HeadTests]], MaxZ]
 
 
-def head_tests(scores: Mapping[str, Tensor], design: Design, ratios: Mapping[str, Tensor] | None = None) -> Tested:
+def head_tests(scores: Mapping[str, Tensor], design: Design, known: Mapping[str, Tensor] | None = None) -> Tested:
     """Test heads, each by itself, on as many cores as torch has threads.
 
     Args:
         scores: Name of a group (a block) -> [heads, N, N], at least one head, all NaN where a head is absent.
         design: The same for all heads.
-        ratios: Group -> what own shares of the Fisher do (``without_own_shares``), [heads, 2, 2, N]; None where that is
-            not known.
+        known: Group -> what samples do through the Fisher (``scoring.own_share_records``), [heads, KNOWN, N]; None
+            where that is not known.
 
     Returns:
         Group -> statistic -> its heads' tests, and the largest z of all groups' heads.
     """
     with threads_that_test(design.device) as submit:
-        return _begin(submit, scores, design, ratios)()
+        return _begin(submit, scores, design, known)()
 
 
 def _begin(
-    submit: Submit, scores: Mapping[str, Tensor], design: Design, ratios: Mapping[str, Tensor] | None
+    submit: Submit, scores: Mapping[str, Tensor], design: Design, known: Mapping[str, Tensor] | None
 ) -> Callable[[], Tested]:
     """Have heads tested, some by each thread; returns what waits for all of them."""
     chunk_bytes = _CHUNK_BYTES if design.device.type == "cpu" else _GPU_CHUNK_BYTES
@@ -142,8 +142,8 @@ def _begin(
     size = -(-num_heads // -(-num_heads // chunk))  # parts of nearly one size
     parts = torch.split(torch.cat(list(scores.values())), size)
     of_parts: Sequence[Tensor | None] = [None] * len(parts)
-    if ratios is not None:
-        of_parts = torch.split(torch.cat([ratios[group] for group in scores]), size)
+    if known is not None:
+        of_parts = torch.split(torch.cat([known[group] for group in scores]), size)
     waiting = [submit(_chunk_tests, *part, design) for part in zip(parts, of_parts, strict=True)]
     sizes = {group: len(of_group) for group, of_group in scores.items()}
     return lambda: _joined([wait() for wait in waiting], sizes)
@@ -186,23 +186,23 @@ def threads_that_test(device: torch.device = CPU) -> Iterator[Submit]:
         torch.set_num_threads(num_threads)
 
 
-def _chunk_tests(scores: Tensor, ratios: Tensor | None, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
+def _chunk_tests(scores: Tensor, known: Tensor | None, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
     try:
-        return _tests_of(moved(scores, design.device), ratios, design)
+        return _tests_of(moved(scores, design.device), known, design)
     except RuntimeError as error:
         if design.device.type == "cpu" or not is_shortage(error):
             raise
-    return _tests_of(scores, ratios, design)
+    return _tests_of(scores, known, design)
 
 
-def _tests_of(scores: Tensor, ratios: Tensor | None, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
+def _tests_of(scores: Tensor, known: Tensor | None, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
     """The tests of heads where their scores are."""
     with_overlap, labels = "overlap" in design.names, design.labels
     nulls = permutation.head_nulls(scores, labels, design.pairs, design.counts, with_overlap=with_overlap)
     standardised = {name: permutation.standardise(nulls[name]) for name in design.names}
     effects = {name: permutation.effect_size(nulls[name], labels.exhaustive) for name in design.names}
     found = jackknife.intervals(
-        scores, design.left_out, {name: effect for name, (effect, _) in effects.items()}, design.confidence, ratios
+        scores, design.left_out, {name: effect for name, (effect, _) in effects.items()}, design.confidence, known
     )
     tests = {
         name: _statistic_tests(nulls[name], standardised[name], effects[name], found[name], design)
@@ -363,7 +363,7 @@ def layer_tests(
     scores: Mapping[str, Tensor],
     heads: Mapping[str, Sequence[int]],
     sample_ids: Sequence[str],
-    ratios: Mapping[str, Tensor] | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Callable[[], LayerTests]:
     """Have the heads of one layer tested; returns what waits for their tests.
 
@@ -374,7 +374,7 @@ def layer_tests(
         scores: Block -> [heads, N, N] among all samples, A's first; all NaN for an absent head. Left alone.
         heads: Block -> the numbers of these heads; there may be none.
         sample_ids: Ids of the N samples, for errors.
-        ratios: Block -> what own shares of the Fisher do, as in ``head_tests``.
+        known: Block -> what samples do through the Fisher, as in ``head_tests``.
 
     Raises:
         QkovError: for a score of a present head that is not finite.
@@ -383,11 +383,11 @@ def layer_tests(
     for block, of_block in there.items():
         where = f"layer {layer}, block {block}"
         refuse_not_finite(of_block, where, heads[block], sample_ids, sample_ids, with_absent=True)
-    wait = _begin(submit, there, design, ratios)
+    wait = _begin(submit, there, design, known)
 
     def found() -> LayerTests:
         tests, max_z = wait()
         of_blocks = {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}
-        return LayerTests({layer: of_blocks}, max_z, not there or (ratios is not None and not has_copies(design.pairs)))
+        return LayerTests({layer: of_blocks}, max_z, not there or (known is not None and not has_copies(design.pairs)))
 
     return found

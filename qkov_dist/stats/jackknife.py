@@ -22,8 +22,10 @@ do: V_2 is large where samples are loud and variances least certain, and too few
 For ``interference`` overlap can also be 0 between tasks that differ; V_1 is not 0 there, and intervals hold such a 0 a
 little less often than they should.
 
-The Fisher is the mean over the very samples that are scored. Where sums are known by which their own shares of it are
-taken out (``without_own_shares``), theta and theta_-i of overlap are without them. All else takes the Fisher as given.
+The Fisher is the mean over the very samples that are scored. Where it is known what single samples do through it,
+theta and theta_-i of overlap are without their own shares (``without_own_shares``), and theta_-i is under a Fisher
+without sample i: a sample that is large where its task is large makes that weight count for less, so that overlap
+varies less than scores under a given Fisher would have it. All else takes the Fisher as given.
 How often intervals cover is in tests/studies/results/coverage.md.
 """
 
@@ -37,6 +39,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from qkov_dist.scoring.own_share_records import KNOWN
 from qkov_dist.stats import loud_samples, pair_sums
 from qkov_dist.stats.without_own_shares import has_copies, without_own_shares
 
@@ -92,7 +95,7 @@ def intervals(
     shared: LeftOut,
     effects: Mapping[Any, Tensor],
     confidence: float,
-    ratios: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> dict[Any, tuple[Interval, Interval]]:
     """By statistic, the interval of its value and that of its effect size.
 
@@ -101,14 +104,15 @@ def intervals(
         shared: Labellings and pairs.
         effects: Statistic -> the effect size of each head [heads]; these are the statistics looked at.
         confidence: Of the intervals.
-        ratios: What own shares of the Fisher do (``without_own_shares``), [heads, 2, 2, N]; None where it is not known.
+        known: What samples do through the Fisher (``scoring.own_share_records``), [heads, KNOWN, N]; None where it is
+            not known.
     """
     at_once = _CACHED_BYTES if scores.device.type == "cpu" else pair_sums.GPU_BYTES
     step = max(at_once // (8 * shared.a.numel()), 1)
-    parts_of_ratios = [None] * len(scores) if ratios is None else torch.split(ratios, step)
+    of_parts = [None] * len(scores) if known is None else torch.split(known, step)
     looked_at = [
         _left_out(heads, shared, effects, of_heads)
-        for heads, of_heads in zip(torch.split(scores, step), parts_of_ratios, strict=False)
+        for heads, of_heads in zip(torch.split(scores, step), of_parts, strict=False)
     ]
     found = {}
     for name, effect in effects.items():
@@ -122,7 +126,7 @@ def intervals(
 
 
 def _left_out(
-    scores: Tensor, shared: LeftOut, names: Iterable[Any], ratios: Tensor | None
+    scores: Tensor, shared: LeftOut, names: Iterable[Any], known: Tensor | None
 ) -> dict[Any, tuple[Tensor, Tensor, Tensor]]:
     """By statistic, each head's value [heads], and its values and effect sizes without each sample [heads, N].
 
@@ -138,9 +142,10 @@ def _left_out(
         found[name] = values[:, 0], left_out[..., 0], effects
     if "overlap" in found:
         value, left_out, effects = found["overlap"]
-        if ratios is not None and not has_copies(shared.pairs):
-            scores = without_own_shares(scores, ratios, shared.pairs, shared.n_a)
+        if known is not None and not has_copies(shared.pairs):
+            scores = without_own_shares(scores, known, shared.pairs, shared.n_a)
             value, left_out = shared.overlap(scores)
+            left_out = left_out + known[:, KNOWN.index("overlap")].to(left_out)
         shift = loud_samples.shift(scores, shared.pairs, shared.n_a)
         found["overlap"] = value + shift.whole, left_out + shift.left_out, effects
     return found

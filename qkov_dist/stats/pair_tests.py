@@ -19,7 +19,7 @@ from qkov_dist.distributed.world import World
 from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes
 from qkov_dist.results.partial_schema import LayerPartial
 from qkov_dist.results.task_pairs import of_pair
-from qkov_dist.scoring.own_share_records import ratios
+from qkov_dist.scoring.own_share_records import known
 
 from .head_tests import CPU, Design, LayerTests, layer_tests, threads_that_test
 from .statistics import QKOVStatistics
@@ -75,7 +75,8 @@ class PairTests:
         heads = {block: tuple(found.heads.tolist()) for block, found in of_two.blocks.items()}
         of_blocks, shares = of_two.blocks, None
         if all(found.own_shares.size for found in of_blocks.values()):
-            shares = {block: torch.from_numpy(ratios(found.own_shares)) for block, found in of_blocks.items()}
+            num_a = sizes[both[0]]
+            shares = {block: torch.from_numpy(known(found.own_shares, num_a)) for block, found in of_blocks.items()}
         wait = layer_tests(self._submit, self.designs[both], layer.layer, scores, heads, ids, shares)
         self._waiting.append((both, sum(of_block.nbytes for of_block in scores.values()), wait))
 

@@ -29,16 +29,16 @@ from .pair_sums import counted_pairs
 ROUNDS = 4  # elements are then at their limit to 1e-3, whatever the spread of norms; rows add up exactly
 
 
-def without_own_shares(scores: Tensor, ratios: Tensor, pairs: Tensor, num_a: int) -> Tensor:
+def without_own_shares(scores: Tensor, known: Tensor, pairs: Tensor, num_a: int) -> Tensor:
     """M' [heads, N, N] of different samples, where none has a copy (``has_copies``).
 
     Args:
         scores: M, [heads, N, N], A's samples first; NaN for an absent head.
-        ratios: Sums of M' over those of M, [heads, rows or columns, task of the other sample, N].
+        known: What single samples do through the Fisher, [heads, KNOWN, N] (``scoring.own_share_records``).
         pairs: Which pairs are of different samples, bool [N, N].
         num_a: Samples of A.
     """
-    counted, ratios = counted_pairs(scores, pairs), ratios.to(scores.device, torch.float64)
+    counted, known = counted_pairs(scores, pairs), known.to(scores.device, torch.float64)
     tasks = slice(0, num_a), slice(num_a, len(pairs))
     most = max(num_a, len(pairs) - num_a)
     parts = counted.new_zeros(4, len(counted), most, most)  # together, as each is little work; zeros change nothing
@@ -47,8 +47,8 @@ def without_own_shares(scores: Tensor, ratios: Tensor, pairs: Tensor, num_a: int
     for place, (rows, columns, task, other) in enumerate(places):
         part = counted[:, rows, columns]
         parts[place, :, : part.shape[1], : part.shape[2]] = part
-        of_rows[place, :, : part.shape[1]] = ratios[:, 0, other, rows]
-        of_columns[place, :, : part.shape[2]] = ratios[:, 1, task, columns]
+        of_rows[place, :, : part.shape[1]] = known[:, other, rows]
+        of_columns[place, :, : part.shape[2]] = known[:, 2 + task, columns]
     flat = parts.flatten(0, 1)
     fitted = _adding_up(flat, flat.sum(2).mul_(of_rows.flatten(0, 1)), flat.sum(1).mul_(of_columns.flatten(0, 1)))
     for found, (rows, columns, *_) in zip(fitted.view_as(parts), places, strict=True):

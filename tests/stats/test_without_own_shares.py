@@ -1,4 +1,4 @@
-"""Scores without samples' own shares of the Fisher, from what their rows and columns add up to."""
+"""Intervals without what samples do through the Fisher, from what rows and columns of scores add up to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkov_dist.scoring.own_share_records import ratios
+from qkov_dist.scoring.own_share_records import KNOWN, known
 from qkov_dist.scoring.own_shares import Chosen, OwnShares, Shares
 from qkov_dist.stats.head_tests import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
@@ -18,7 +18,7 @@ OTHERS = ~torch.eye(NUM, dtype=torch.bool)
 
 
 def matrices(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """M and M' [heads, N, N] of loud and of quiet samples, pair by pair; and the ratios of their sums."""
+    """M and M' [heads, N, N] of loud and of quiet samples, pair by pair; and what is known of their sums."""
     rng = np.random.default_rng(seed)
     g = np.exp(0.6 * rng.normal(size=(HEADS, NUM, 1))) * rng.normal(size=(HEADS, NUM, WEIGHTS))
     fisher = (g**2).mean(1, keepdims=True)
@@ -28,7 +28,7 @@ def matrices(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     sums = OwnShares(Shares.of(tasks / NUM, (NUM_A, NUM - NUM_A)), HEADS, "interference", (0.0, 0.0))
     in_a_row = torch.from_numpy(g).transpose(0, 1).reshape(NUM, -1)
     sums.add(sums.kept(in_a_row, Chosen(torch.arange(HEADS * WEIGHTS), None)), torch.from_numpy(fisher).flatten())
-    return given, without, torch.from_numpy(ratios(sums.records().numpy()))
+    return given, without, torch.from_numpy(known(sums.records().numpy(), NUM_A))
 
 
 def of_parts(scores: Tensor) -> list[Tensor]:
@@ -39,9 +39,9 @@ def of_parts(scores: Tensor) -> list[Tensor]:
 
 
 def test_rows_columns_and_means_are_those_of_the_matrix_that_is_looked_for():
-    given, without, known = matrices()
+    given, without, of_samples = matrices()
     for found, wanted, before in zip(
-        of_parts(without_own_shares(given, known, OTHERS, NUM_A)), of_parts(without), of_parts(given), strict=True
+        of_parts(without_own_shares(given, of_samples, OTHERS, NUM_A)), of_parts(without), of_parts(given), strict=True
     ):
         torch.testing.assert_close(found.sum(2), wanted.sum(2), rtol=1e-10, atol=0)
         torch.testing.assert_close(found.sum(1), wanted.sum(1), rtol=1e-3, atol=0)
@@ -50,29 +50,33 @@ def test_rows_columns_and_means_are_those_of_the_matrix_that_is_looked_for():
 
 
 def test_a_sample_without_gradient_and_an_absent_head_stay_what_they_are():
-    given, _, known = matrices()
-    given[0], known[0] = torch.nan, torch.nan
+    given, _, of_samples = matrices()
+    given[0], of_samples[0] = torch.nan, torch.nan
     given[1, 2], given[1, :, 2] = 0.0, 0.0
-    found = without_own_shares(given, known, OTHERS, NUM_A)
+    found = without_own_shares(given, of_samples, OTHERS, NUM_A)
     assert found[0][OTHERS].isnan().all()
     assert found[1, 2].eq(0).all()
     assert found[1:].isfinite().all()
 
 
-def test_a_heads_interval_is_the_same_beside_any_other_and_moves_with_its_ratios():
-    given, _, known = matrices()
+def test_a_heads_interval_is_the_same_beside_any_other_and_moves_with_what_is_known():
+    given, _, of_samples = matrices()
     design = QKOVStatistics(n_permutations=30).design(NUM_A, NUM - NUM_A)
-    whole, _ = head_tests({"Q": given}, design, {"Q": known})
+    whole, _ = head_tests({"Q": given}, design, {"Q": of_samples})
     for head in range(HEADS):
-        alone, _ = head_tests({"Q": given[[head]]}, design, {"Q": known[[head]]})
+        alone, _ = head_tests({"Q": given[[head]]}, design, {"Q": of_samples[[head]]})
         for key, values in whole["Q"]["overlap"].arrays.items():
             assert alone["Q"]["overlap"].arrays[key] == values[head], key
-    same, _ = head_tests({"Q": given}, design, {"Q": torch.ones_like(known)})
+    nothing, unmoved = torch.ones_like(of_samples), of_samples.clone()
+    nothing[:, KNOWN.index("overlap")] = unmoved[:, KNOWN.index("overlap")] = 0.0
     before, _ = head_tests({"Q": given}, design)
+    same, _ = head_tests({"Q": given}, design, {"Q": nothing})
+    apart, _ = head_tests({"Q": given}, design, {"Q": unmoved})
     for key in ("ci_low", "ci_high"):
-        of_none, of_ones, freed = (of["Q"]["overlap"].arrays[key] for of in (before, same, whole))
-        np.testing.assert_allclose(of_ones, of_none, rtol=1e-10)  # of shares that do nothing
-        assert (np.abs(freed - of_none) > 1e-3).all()
+        of_none, of_nothing, of_shares, freed = (of["Q"]["overlap"].arrays[key] for of in (before, same, apart, whole))
+        np.testing.assert_allclose(of_nothing, of_none, rtol=1e-10)
+        assert (np.abs(of_shares - of_none) > 1e-3).all()
+        assert (np.abs(freed - of_shares) > 1e-4).all()
 
 
 @pytest.mark.parametrize(("of_sample", "has"), [(None, False), (3, True)])

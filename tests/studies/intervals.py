@@ -13,8 +13,9 @@ overlap) is the mean over draws of as many samples, since an effect size grows w
                                    of overlap go by half of it (with all of it they held 98.7 to 99.9%)
     tasks nearly alike             between the two: the true overlap is about -0.04
     Fisher of the pool             I is the mean over the very samples that are scored, as in a run: each sample's own
-                                   share of I moves overlap off the value that it has under the Fisher of the tasks.
-                                   Intervals are freed of that by the sums that a run forms beside scores
+                                   share of I moves overlap off the value that it has under the Fisher of the tasks,
+                                   and each sample moves the scores of all others through it. Intervals know of both
+                                   by the sums that a run forms beside scores
     ... many weights               the same with 1024 weights
     ... tasks alike                the same with 1024 weights, where the true overlap is 0
 
@@ -41,13 +42,13 @@ import torch
 from pool import RESULTS, head_gradients, small_real_model, task_samples
 from tabulate import tabulate
 
-from qkov_dist.scoring.own_share_records import ratios
+from qkov_dist.scoring.own_share_records import known
 from qkov_dist.scoring.own_shares import CHOSEN, Chosen, OwnShares, Shares, chosen
 from qkov_dist.stats.head_tests import head_tests
 from qkov_dist.stats.statistics import QKOVStatistics
 
 SPREADS, SIZES = (0.0, 0.6, 1.0), (8, 16, 32)
-WORLDS, DRAWS, PERMUTATIONS = 10, 100, 200  # heads with weights of their own; draws of samples for each
+WORLDS, DRAWS, PERMUTATIONS = 20, 100, 200  # heads with weights of their own; draws of samples for each
 SEED: tuple[int, ...] = ()  # before that of every draw
 LEAST, MOST = 0.92, 0.98  # of the coverage of overlap, with the Fisher given
 POPULATION, LAYERS, REAL_DRAWS, RIDGE = 192, (4, 14, 24), 60, 1e-3  # of real gradients
@@ -103,10 +104,10 @@ def scores_of(gradients: np.ndarray, fisher: np.ndarray) -> np.ndarray:
     return scores
 
 
-def ratios_of(
+def known_of(
     gradients: np.ndarray, fisher: np.ndarray, size: int, ridge: float = 0.0, elements: Chosen | None = None
 ) -> np.ndarray:
-    """What own shares do, [draws, 2, 2, N], as a run finds it, of gradients [draws, N, weights] and their Fisher.
+    """What samples do through the Fisher, [draws, KNOWN, N], of gradients [draws, N, weights] and it, as in a run.
 
     It looks at all elements, or at those that are chosen of one draw.
     """
@@ -116,7 +117,7 @@ def ratios_of(
     in_a_row = torch.from_numpy(gradients).transpose(0, 1).reshape(num, -1)
     looked_at = elements or Chosen(torch.arange(draws * weights), None)
     sums.add(sums.kept(in_a_row, looked_at), torch.from_numpy(fisher).flatten()[looked_at.places])
-    return ratios(sums.records().numpy())
+    return known(sums.records().numpy(), size)
 
 
 def covered(world: World, size: int, spread: float, worlds: int = WORLDS, draws: int = DRAWS) -> dict[str, np.ndarray]:
@@ -126,7 +127,7 @@ def covered(world: World, size: int, spread: float, worlds: int = WORLDS, draws:
     for number in range(worlds):
         seed = (*SEED, number, size, round(10 * spread), world.num_weights)
         gradients, fisher, truth = draw(world, size, spread, draws, seed)
-        shares = {"Q": torch.from_numpy(ratios_of(gradients, fisher, size))} if world.pooled_fisher else None
+        shares = {"Q": torch.from_numpy(known_of(gradients, fisher, size))} if world.pooled_fisher else None
         tests, _ = head_tests({"Q": torch.from_numpy(scores_of(gradients, fisher))}, design, shares)
         truth["effect"] = float(tests["Q"]["overlap"].arrays["effect_size"].mean())
         for name, (low, high) in ENDS.items():
@@ -202,10 +203,10 @@ def real_intervals(
         under_given.append(scores_of(drawn, given))
         own.append(scores_of(drawn, ridged(fisher)))
         ridge = RIDGE * float(fisher.mean())
-        shares.append(ratios_of(drawn[None], fisher[None, None], size, ridge, elements)[0])
+        shares.append(known_of(drawn[None], fisher[None, None], size, ridge, elements)[0])
     of_shares = {"Q": torch.from_numpy(np.stack(shares))}
-    for scores, known in ((under_given, None), (own, of_shares), (own, None)):
-        tests, _ = head_tests({"Q": torch.from_numpy(np.stack(scores))}, design, known)
+    for scores, of_samples in ((under_given, None), (own, of_shares), (own, None)):
+        tests, _ = head_tests({"Q": torch.from_numpy(np.stack(scores))}, design, of_samples)
         low, high = (tests["Q"]["overlap"].arrays[name] for name in ENDS["overlap"])
         yield float(((low <= truth) & (truth <= high)).mean()), float(((low + high) / 2 - truth).mean())
 

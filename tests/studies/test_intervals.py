@@ -23,9 +23,8 @@ def test_overlap_is_covered_as_promised_whatever_the_spread_of_norms():
     for title in ("tasks differ, Fisher given", "more weights", "tasks alike", pooled[-1]):
         assert len(by_title[title]) == len(SPREADS) * len(SIZES)
         assert LEAST <= min(by_title[title]) <= max(by_title[title]) <= MOST
-    assert LEAST <= min(by_title["tasks nearly alike"]) <= max(by_title["tasks nearly alike"]) <= MOST + 0.005
-    for title in pooled:  # somewhat long where tasks differ: the jackknife leaves the Fisher as it is
-        assert LEAST <= min(by_title[title]) <= max(by_title[title]) <= MOST + 0.015
+    for title in ("tasks nearly alike", *pooled):  # a little long at eight samples: pairs' variance counts twice
+        assert LEAST <= min(by_title[title]) <= max(by_title[title]) <= MOST + 0.006
     for row in rows[-len(SIZES) :]:
         assert row["title"] == REAL
         assert LEAST <= row["coverage"]["Fisher of the pool"] <= MOST
@@ -75,5 +74,6 @@ def test_a_fisher_of_the_pool_is_covered_and_shares_that_are_left_in_are_seen(mo
     torch.set_num_threads(1)
     world, size, spread = WORLDS_STUDIED[5], 8, 0.6
     assert covered(world, size, spread, 3, 60)["overlap"].mean() > 0.92
-    monkeypatch.setattr(intervals, "ratios_of", lambda _g, _fisher, n: np.ones((60, 2, 2, 2 * n)))
+    nothing = np.array([1.0, 1.0, 1.0, 1.0, 0.0]).reshape(-1, 1)
+    monkeypatch.setattr(intervals, "known_of", lambda _g, _fisher, n: np.broadcast_to(nothing, (60, 5, 2 * n)).copy())
     assert covered(world, size, spread, 3, 60)["overlap"].mean() < 0.8
