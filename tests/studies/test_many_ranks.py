@@ -30,11 +30,11 @@ def test_a_plan_of_many_ranks_is_made_or_refused_with_its_numbers(cut, ranks, tm
 @pytest.mark.long
 def test_many_files_are_merged_with_few_of_them_open(tmp_path):
     files = Files(tmp_path, 3)
-    folder = files.write(72)
-    code, _, _ = merged(folder, 64)
+    folder = files.write(40)
+    code, _, _ = merged(folder, 32)
     assert code == 0
     assert files.faults(folder) == []
-    with h5py.File(partial_path(folder, 71), "r+") as file:
+    with h5py.File(partial_path(folder, 39), "r+") as file:
         for scores in file["partial/O"].values():
             scores[...] = 2 * scores[()]
     assert files.faults(folder) == ["O: the heatmap is not the sum of the files"]
