@@ -92,8 +92,8 @@ def has_no_room_for_factors(disk: Path, config: Path) -> None:
     ("room", "failed", "kept"),
     [
         ("4k", "partial_rank00000.layers/layer_0000.h5", set()),
-        ("72k", "partial_rank00000.h5", {"layer_0000.h5", "layer_0001.h5"}),
-        ("120k", "heatmap.h5", {"partial_rank00000.h5"}),
+        ("84k", "partial_rank00000.h5", {"layer_0000.h5", "layer_0001.h5"}),
+        ("144k", "heatmap.h5", {"partial_rank00000.h5"}),
     ],
 )
 def test_a_full_disk_is_named_and_the_same_command_goes_on_once_there_is_room(
