@@ -1,10 +1,10 @@
 """What a small part of a planned run takes on the processor at hand: its own kernels, at its own shapes, timed.
 
     product   tokens of a batch times a matrix as wide as the model, in the model's type
-    element   heads of all samples at their lengths, scored by the engine itself, one a worker
+    element   heads of all samples at their lengths, scored by the engine itself, some a worker
     test      heads among as many samples under as many labellings, tested by all workers
 
-All cores work on each, as in a run. Parts are so small that all of it takes a few tenths of a second.
+All cores work on each, as in a run. Parts are so small that all of it takes half a second.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .workload import Workload
 
 OPERATIONS = 1.5e9  # of a part, about
 MOST_BYTES = 96 * 2**20  # of a part's factors
+SCORED = 4, 1  # heads a worker scores: what a layer takes beside them is half as much again with one, as in no run
 DRAWN = 4096  # rows of factors that are random; others are these again
 LEAST_COLUMNS, MOST_ROWS, MOST_TOKENS = 16, 128, 512
 HEADS, TESTED = 12, 4e8  # that a worker tests at most, and operations of their tests
@@ -75,16 +76,18 @@ def product_rate(work: Workload) -> float:
 
 
 def element_seconds(work: Workload) -> float | None:
-    """Seconds for an element of a sample's gradient: the engine, on as many heads as there are workers."""
+    """Seconds for an element of a sample's gradient: the engine, on some heads for each worker."""
     config, num, layer = work.config, sum(work.num_samples), work.layout.layer(work.layers[0])
     above = max(gradients_above([layer], work.scoring.factor_itemsize).values())
     rows, columns = min(layer.head_dim, MOST_ROWS), work.model_sizes.hidden
     left, right = sides(work.num_samples, pooled=config.pooled)
     operations = 2 * rows * work.workers * (work.padded_tokens(above) + num * (len(work.tasks) + num))
     columns = min(columns, max(int(OPERATIONS / operations), LEAST_COLUMNS))
-    if sum(work.lengths_pooled) * (rows * work.workers + columns) * work.scoring.itemsize > MOST_BYTES:
+    in_all = sum(work.lengths_pooled) * work.scoring.itemsize
+    fitting = [of for of in SCORED if in_all * (rows * work.workers * of + columns) <= MOST_BYTES]
+    if not fitting:
         return None
-    heads = tuple(range(work.workers))
+    heads = tuple(range(work.workers * fitting[0]))
     slices = tuple(Tile(SITE, "Q", head, Rect(head * rows, (head + 1) * rows, 0, columns)) for head in heads)
     tiles = tuple(
         Tile(SITE, "Q", head.head, part) for head in slices for part in cut(head.rect, work.scoring.max_elements)

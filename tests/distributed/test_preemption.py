@@ -48,7 +48,7 @@ def run_of(config: Path, out: Path, ranks: int) -> AbstractContextManager[Starte
 def test_a_run_told_to_stop_records_its_layer_and_goes_on_later(config, num_ranks, ranks):
     out = config.parent / f"out{num_ranks}"
     with run_of(config, out, num_ranks) as process:
-        process.wait_until(lambda: (out / "partial_rank00000.layers" / "layer_0000.h5").exists())
+        process.wait_until((out / "partial_rank00000.layers" / "layer_0000.h5").exists)
         process.send(signal.SIGTERM)
         told = process.ended()
     assert told.returncode not in (0, -signal.SIGTERM) if num_ranks > 1 else told.returncode == 143
