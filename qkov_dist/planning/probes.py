@@ -35,7 +35,7 @@ from .workload import Workload
 
 OPERATIONS = 1.5e9  # of a part, about
 MOST_BYTES = 96 * 2**20  # of a part's factors
-SCORED = 4, 1  # heads a worker scores: what a layer takes beside them is half as much again with one, as in no run
+SCORED = 4, 1  # heads a worker scores; with one alone, what a layer takes beside them is half as much again
 DRAWN = 4096  # rows of factors that are random; others are these again
 LEAST_COLUMNS, MOST_ROWS, MOST_TOKENS = 16, 128, 512
 HEADS, TESTED = 12, 4e8  # that a worker tests at most, and operations of their tests

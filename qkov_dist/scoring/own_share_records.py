@@ -73,6 +73,7 @@ def _moves(without: Records, lost: Records, num_a: int) -> Records:
             [lost[..., which, task, part] for which, task in ((0, other), (1, other), (0, own), (2, other))]
         )
         seen = (left > LEAST_LEFT * sums).all(0)
-        shares = np.log1p(np.divide(of_k, left, out=np.where(np.isnan(left), np.nan, 0.0), where=seen))
-        moves[..., part] = (shares[0] + shares[1] - shares[2] - shares[3]) / 2
+        shares = np.divide(of_k, left, out=np.where(np.isnan(left), np.nan, 0.0), where=seen)
+        ab, ba, aa, bb = np.log1p(np.maximum(shares, -0.5))  # less is rounding: I without k is at most twice I
+        moves[..., part] = (ab + ba - aa - bb) / 2
     return moves

@@ -54,7 +54,7 @@ def test_under_a_mean_fisher_scoring_a_split_anew_only_reorders_the_scores(pool)
 
 @pytest.mark.long
 def test_a_fisher_of_one_task_is_seen_to_break_it(pool):
-    broken = dataclasses.replace(EXACT, rule=FisherRule("mean", "a"), splits=30, rescored=True)
+    broken = dataclasses.replace(EXACT, rule=FisherRule("mean", "a"), splits=16, rescored=True)
     results = run_condition(broken, pool)
     assert results["cross_mean"]["less"]["ks_p"] < 1e-3
     assert results["cross_mean"]["less"]["ks_pooled_distance"] > 0.3

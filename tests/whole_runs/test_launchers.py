@@ -116,10 +116,16 @@ def script(name: str) -> list[object]:
     return ["bash", ROOT / "launch" / name]
 
 
-@pytest.mark.long
-def test_torchrun(job):
-    with started([*script("torchrun.sh"), *arguments(job, "torchrun")]) as (said,):
-        check(job, "torchrun", said)
+def test_torchrun_on_one_machine_has_a_rank_for_each_device(job, tmp_path):
+    """What is started; that ranks of such a torchrun end right is seen where they are killed and started again."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$1" in -m) echo "$@" >&2;; *) exec ' + f'{sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    with started([*script("torchrun.sh"), job / "run.yaml", "output.dir=x"], QKOV_PYTHON=python, RANKS=3) as (said,):
+        command = (
+            f"-m torch.distributed.run --standalone --nproc-per-node 3 -m qkov_dist run {job}/run.yaml output.dir=x"
+        )
+        assert said.splitlines()[-1] == command
 
 
 @pytest.mark.long
