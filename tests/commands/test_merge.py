@@ -18,7 +18,6 @@ from comparing import assert_identical
 from jobs import job_for
 from owners import flat_owner
 from processes import ran
-from ranks import without_launcher
 from rounding import SCORES, assert_same_fisher, assert_same_tests, reordered
 from samples import write_task
 from zoo import TINY
@@ -28,7 +27,7 @@ from qkov_dist import load_heatmap
 from qkov_dist.cli import main
 from qkov_dist.commands.merge import merge_folder
 from qkov_dist.config_file import from_dict
-from qkov_dist.distributed.connect import connected
+from qkov_dist.distributed.connect import current
 from qkov_dist.distributed.world import Alone
 from qkov_dist.errors import QkovError
 from qkov_dist.job import prepare
@@ -192,14 +191,13 @@ def test_processes_of_mpirun_share_the_files_and_say_once_what_is_wrong(finished
 
 
 def merge_on_ranks(folder: str) -> None:
-    with connected() as world:
-        merge_folder(folder, Path(folder) / "shared.h5", world=world)
+    merge_folder(folder, Path(folder) / "shared.h5", world=current())
 
 
 @pytest.mark.long
-def test_four_processes_share_three_files(finished, three):
+def test_four_processes_share_three_files(finished, three, ranks):
     """One has none, whatever the processes speak through."""
-    assert [done.returncode for done in without_launcher(4, merge_on_ranks, str(three))] == [0] * 4
+    ranks(4).run(merge_on_ranks, str(three))
     assert_shared(finished, three)
 
 

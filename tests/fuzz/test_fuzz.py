@@ -19,7 +19,7 @@ from watchdog import Files, Outcome, Watchdog
 
 from qkov_dist.results.metadata import to_json
 
-NUM_INPUTS = 24  # of each reader
+NUM_INPUTS = 18  # of each reader
 FEWER = {"report": 2, "page": 10, "stats": 10, "merge": 14}  # those that draw, test and write
 TASK_OPTIONS = {"tokenizer": "tagged", "objective": "causal", "max_samples": None, "max_tokens": None}
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M's first layers cut over real ranks, tensor parallel, FSDP2 and ZeRO-3: each equals one process."""
+"""SmolLM2-135M's first layers cut over real ranks, tensor parallel and FSDP2: each equals one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ IN_FLOAT64 = reordered(2 * (2 * LAYERS + 1))  # the model's norms still round to
 CUTS = [
     (3, {"tp": 3}, "float64", IN_FLOAT64),
     (2, {"shard": "fsdp"}, "float32", IN_FLOAT32),
-    (2, {"shard": "zero3"}, "float32", IN_FLOAT32),
 ]
 
 
