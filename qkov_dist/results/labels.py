@@ -123,7 +123,7 @@ class Labels:
                 return self._of_block(block, "influence on the change", "step", "what each sample has to do with it")
             case "own_shares", [block, "overlap"]:
                 what = "by how much overlap would be another under a Fisher without the sample"
-                return self._of_block(block, what, NONE, "to first order, own shares taken out")
+                return self._of_block(block, what, NONE, "own shares taken out, and scores with the sample left out")
             case "own_shares", [block, key]:
                 side = "row" if key.startswith("rows") else "column"
                 what = f"sum of a sample's {side} without its own share of the Fisher, as a multiple"
