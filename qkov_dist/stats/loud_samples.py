@@ -10,6 +10,9 @@ still by 0.1 with 32. How loud a sample is, its means with the *other* task say 
 
 and overlap + (c_A + c_B) / 2 is free of norms: exactly where M_ij = u_i v_j k. Both have the same limit with ever more
 samples. The shift without a sample, which the jackknife needs, follows from the same sums in O(N^2).
+
+The same means say how much of its task a sample is, u_i / sum u and v_i / sum v: what a jackknife has to know of
+samples that move a statistic by unequal amounts.
 """
 
 from __future__ import annotations
@@ -43,6 +46,27 @@ def shift(scores: Tensor, pairs: Tensor, num_a: int) -> Shift:
     of_b = torch.cat([of_b[:, :1], of_b[:, 1:].roll(num_a, -1)], -1)  # its columns had B's samples first
     both = 0.5 * (of_a + of_b)
     return Shift(both[:, 0], both[:, 1:])
+
+
+def shares(scores: Tensor, pairs: Tensor, num_a: int) -> tuple[Tensor, Tensor]:
+    """How much of its task each sample is in the role of i, and of j: u_i / sum u and v_i / sum v, [heads, N] each.
+
+    Args:
+        scores: [heads, N, N], A's samples first, of at least 0; NaN for an absent head.
+        pairs: Which pairs are of different samples, bool [N, N].
+        num_a: Samples of A.
+    """
+    counted, pairs = counted_pairs(scores, pairs), pairs.to(scores.device)
+    a, b = slice(0, num_a), slice(num_a, len(pairs))
+    found = []
+    for matrices, num in ((counted, pairs), (counted.mT, pairs.T)):
+        of_tasks = [
+            matrices[:, own, other].sum(-1) / num[own, other].sum(-1).clamp(min=1) for own, other in ((a, b), (b, a))
+        ]
+        sums = (of_task.sum(-1, keepdim=True) for of_task in of_tasks)
+        parts = [torch.where(s == 0, 1 / of.shape[-1], of / s) for of, s in zip(of_tasks, sums, strict=True)]
+        found.append(torch.cat(parts, -1))
+    return found[0], found[1]
 
 
 def _other_first(matrices: Tensor, num_a: int) -> Tensor:

@@ -400,7 +400,7 @@ def slow_shift(M, a, b):
 
 def slow_interval(name, M, n_a, confidence=0.95):
     """The delete-one jackknife by its definition: each sample taken out of the scores."""
-    num = len(M)
+    M, num = np.asarray(M, np.float64), len(M)
 
     def value(kept):
         a, b = ([i for i in kept if (i < n_a) is is_a] for is_a in (True, False))
@@ -409,14 +409,19 @@ def slow_interval(name, M, n_a, confidence=0.95):
 
     theta = value(range(num))
     left_out = np.array([value([i for i in range(num) if i != out]) for out in range(num)])
-    bias = variance = spread = 0.0
-    for part in (left_out[:n_a], left_out[n_a:]):
-        n = len(part)
-        bias += (n - 1) * (part.mean() - theta) if name == "cross_mean" else 0.0
-        of_task = (n - 1) ** 2 / n * part.var(ddof=1)
-        variance += of_task
-        spread += of_task**2 / (n - 1)
-    width = stats.t.ppf(0.5 + confidence / 2, variance**2 / spread) * math.sqrt(variance)
+    bias, variances = 0.0, []
+    for own, other in ((slice(n_a), slice(n_a, num)), (slice(n_a, num), slice(n_a))):
+        part, roles = left_out[own], (M[own, other].mean(1), M[other, own].mean(0))
+        n, p = len(part), sum(means / means.sum() for means in roles) / 2
+        bias += (n - 1) * (part.mean() - theta)
+        factors = (1 - p) ** 2 / (1 - 2 * p + (p**2).sum()) if name == "overlap" else (n - 1) / n
+        variances.append((factors * (part - part.mean()) ** 2).sum())
+    (a, b), m = variances, num - n_a
+    if name == "overlap":
+        freedom = (a + b) ** 2 / (a**2 / (n_a + 1) + b**2 / (m + 1)) - 2
+    else:
+        freedom = (a + b) ** 2 / (a**2 / (n_a - 1) + b**2 / (m - 1))
+    width = stats.t.ppf(0.5 + confidence / 2, freedom) * math.sqrt(a + b)
     if name == "overlap":
         return slow_ends(theta, width)
     return math.exp(theta - bias - width), math.exp(theta - bias + width)
@@ -436,9 +441,10 @@ def slow_ends(theta, width):
 def test_an_overlap_is_judged_by_the_variance_that_belongs_to_it(theta, sign):
     """``theta`` in full widths. Away from 0 an interval has its full width, towards 0 at least 0.71 of it."""
     left_out = torch.randn(1, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    width = jackknife._half_width(left_out, 5, 0.95)
+    part = torch.tensor([5 * [1 / 5] + 6 * [1 / 6]], dtype=torch.float64)
+    width = jackknife._half_width(left_out, 5, 0.95, part)
     value = sign * theta * width
-    low, high = jackknife._interval_of_value(value, left_out, 5, 0.95, log=False, of_overlap=True)
+    low, high = jackknife._interval_of_overlap(value, left_out, part, 5, 0.95)
     assert (low.item(), high.item()) == pytest.approx(slow_ends(value.item(), width.item()), rel=1e-9, abs=1e-12)
     inner, outer = ((value - low) / width, (high - value) / width)[::sign]
     assert outer.item() == pytest.approx(1)
@@ -448,9 +454,37 @@ def test_an_overlap_is_judged_by_the_variance_that_belongs_to_it(theta, sign):
 
 def test_an_overlap_that_no_sample_moves_has_an_interval_of_no_width_and_an_absent_one_none():
     left_out = torch.tensor([0.0, 0.2, torch.nan], dtype=torch.float64).unsqueeze(-1).expand(3, 11)
-    low, high = jackknife._interval_of_value(left_out[:, 0], left_out, 5, 0.95, log=False, of_overlap=True)
+    part = torch.full_like(left_out, 0.1).index_fill(1, torch.tensor([0, 5]), 0.5)
+    low, high = jackknife._interval_of_overlap(left_out[:, 0], left_out, part, 5, 0.95)
     for end in (low, high):
         torch.testing.assert_close(end, left_out[:, 0], rtol=0, atol=1e-15, equal_nan=True)
+
+
+def test_the_jackknife_of_samples_of_unequal_size_has_the_variance_of_their_weighted_mean():
+    """In expectation, exactly: moves are linear in samples, so that their mean squares are sums of coefficients."""
+    part = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
+    left_out = (part.expand(5, 5) * (1 - torch.eye(5))) / (1 - part).unsqueeze(1)  # row i: weights without sample i
+    of_moves = (left_out - part).square().sum(1)
+    assert (jackknife._of_unequal(part) * of_moves).sum().item() == pytest.approx(part.square().sum().item(), rel=1e-12)
+    assert 4 / 5 * of_moves.sum() > 1.06 * part.square().sum()  # as of samples alike
+    alike = jackknife._of_unequal(torch.full((5,), 0.2, dtype=torch.float64))
+    torch.testing.assert_close(alike, torch.full_like(alike, 4 / 5), rtol=1e-12, atol=0)
+    assert jackknife._of_unequal(torch.tensor([1.0, 0.0])).tolist() == [1.0, 0.5]
+
+
+def test_shares_of_a_task_are_those_of_means_with_the_other():
+    """In both roles; copies make no pair, and where all scores are 0 all samples are alike."""
+    rng = np.random.default_rng(8)
+    scores, pairs = rng.random((2, 7, 7)), different(7).clone()
+    scores[1] = 0.0
+    pairs[1, 5] = pairs[5, 1] = False
+    rows, columns = loud_samples.shares(torch.from_numpy(scores), pairs, 3)
+    counted = np.where(pairs.numpy(), scores[0], np.nan)
+    for found, of in ((rows, counted), (columns, counted.T)):
+        for own, other in ((slice(0, 3), slice(3, 7)), (slice(3, 7), slice(0, 3))):
+            means = np.nanmean(of[own, other], axis=1)
+            np.testing.assert_allclose(found[0, own].numpy(), means / means.sum(), rtol=1e-12)
+            np.testing.assert_allclose(found[1, own].numpy(), 1 / len(means))
 
 
 def test_overlap_of_scores_that_differ_by_norms_alone_is_zero_once_it_is_freed_of_them():
