@@ -224,7 +224,8 @@ class ComputeConfig(_Section):
     )
     compile: str | bool = _key(
         one_of("auto", True, False),
-        "compile the elementwise part of scores; auto does so on GPUs, where it saves more time than it takes",
+        "compile scoring: its elementwise part on GPUs, all of it on CPUs, with the system's C compiler; auto does so "
+        "where that saves more time than it takes",
         "auto",
         identity=False,
     )

@@ -35,6 +35,7 @@ from .loading.models import LoadedModel
 from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.influence_records import mean_weights
+from .scoring.native_kernel import native_kernel
 from .scoring.own_share_records import formed_with
 from .scoring.score import MEANING, compiled, worth_compiling
 from .scoring.settings import Roles, ScoreSettings
@@ -122,21 +123,30 @@ class Job:
 
         Args:
             scratch: The folder for scores too large for memory.
-            console: Is told where memory ran out.
-        """
-        fuses = self.config.compute.compile
-        if fuses == "auto":
-            elements = self.num_samples * sum(tile.rect.area for layer in self.tile_plan.layers for tile in layer.tiles)
-            fuses = worth_compiling(elements, on_gpu=self.device.type == "cuda") and self._can_compile(console)
-        return replace(
-            ScoreSettings.of(self.config), device=self.device, compile=bool(fuses), scratch=scratch, warn=console.warn
-        )
+            console: Is told where memory ran out, and where nothing can be compiled.
 
-    def _can_compile(self, console: Console) -> bool:
+        Raises:
+            QkovError: where ``compute.compile`` is true and nothing can be compiled.
+        """
+        settings = replace(ScoreSettings.of(self.config), device=self.device, scratch=scratch, warn=console.warn)
+        return replace(settings, compile=self._compiles(settings.dtype, console))
+
+    def _compiles(self, dtype: torch.dtype, console: Console) -> bool:
+        """Whether scores are formed by what is compiled, and it is.
+
+        Raises:
+            QkovError: where it has to be, and cannot.
+        """
+        setting, on_gpu = self.config.compute.compile, self.device.type == "cuda"
+        elements = self.num_samples * sum(tile.rect.area for layer in self.tile_plan.layers for tile in layer.tiles)
+        if setting is False or (setting == "auto" and not worth_compiling(elements, on_gpu=on_gpu)):
+            return False
         try:
-            compiled(self.device.type)
+            compiled(self.device.type) if on_gpu else native_kernel(dtype)
         except QkovError as error:
-            console.warn(f"scores are formed without torch.compile: {error}")
+            if setting != "auto":
+                raise
+            console.warn(f"scores are formed by torch's products: {error}")
             return False
         return True
 

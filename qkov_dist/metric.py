@@ -37,8 +37,10 @@ from .scoring.collected import CollectedTasks
 from .scoring.engine import rounds_of, score_rounds
 from .scoring.exchange import Exchange
 from .scoring.fisher import Scope
+from .scoring.native_kernel import has_native_kernel
 from .scoring.own_share_records import formed_with
 from .scoring.sample_norms import norms_of, summed_squares, unit_scales
+from .scoring.score import worth_compiling
 from .scoring.score_kinds import Score
 from .scoring.settings import DTYPES, Roles, ScoreSettings
 from .scoring.tiles import Selection, TilePlan, make_tile_plan, tile_bytes
@@ -268,7 +270,7 @@ class QKOVInterferenceMetric:
             return roles, None
         collection = self.collector.collection
         exchange = Exchange(collection.topology, collection.store, self.config.layout, tile_plan, self._device)
-        squares = summed_squares(tile_plan, exchange, roles, self._settings())
+        squares = summed_squares(tile_plan, exchange, roles, self._compiled(tile_plan, roles))
         norms = norms_of(squares, [self.collector.records[n].id for n in roles.members])
         return replace(roles, scales=unit_scales(norms)), norms
 
@@ -279,9 +281,10 @@ class QKOVInterferenceMetric:
         exchange = Exchange(topology, collection.store, layout, tile_plan, self._device)
         rounds = rounds_of(tile_plan, topology)
         bar = Console(show_progress=self.show_progress).bar("scoring", len(rounds), "layer")
+        settings = self._compiled(tile_plan, roles)
         with (
             bar as advance,
-            closing(score_rounds(tile_plan, rounds, exchange, roles, self._settings(), topology)) as scored,
+            closing(score_rounds(tile_plan, rounds, exchange, roles, settings, topology)) as scored,
         ):
             for layer, blocks in scored:
                 mine[layer.layer] = layer_partial(blocks)
@@ -322,6 +325,13 @@ class QKOVInterferenceMetric:
             DTYPES[self.dtype],
             device=self._device,
         )
+
+    def _compiled(self, tile_plan: TilePlan, roles: Roles) -> ScoreSettings:
+        """Settings by which heads are scored by what is compiled, where that is worth it and can be had."""
+        settings, on_gpu = self._settings(), self._device.type == "cuda"
+        elements = len(roles.members) * sum(tile.rect.area for layer in tile_plan.layers for tile in layer.tiles)
+        worth = not on_gpu and worth_compiling(elements, on_gpu=False)
+        return replace(settings, compile=worth and has_native_kernel(settings.dtype))
 
     @property
     def _device(self) -> torch.device:

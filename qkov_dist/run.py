@@ -160,7 +160,8 @@ def _score_missing_layers(job: Job, writer: PartialWriter, console: Console, mea
         console.say(f"resuming: {done} of {len(job.tile_plan.layers)} layers are on disk")
     planned = plan, _ = _planned(job, rounds, console, norms_known=norms is not None)
     with stoppable(topology.world) as may_stop:
-        sweeps = _Sweeps(job, plan.gpu_room, writer.folder, console, may_stop, measured)
+        settings = job.settings(writer.folder, console)  # what cannot be compiled says so before samples are run
+        sweeps = _Sweeps(job, settings, plan.gpu_room, writer.folder, console, may_stop, measured)
         if plan.captures > 1:  # nothing is scored before the norms are known, which all layers decide
             norms = _norms_first(sweeps, plan.rounds)
         for number, sweep in enumerate(plan.rounds, start=1):
@@ -194,6 +195,7 @@ class _Sweeps:
     """What all passes over the samples have in common."""
 
     job: Job
+    settings: ScoreSettings
     gpu_room: int
     folder: Path
     console: Console
@@ -210,14 +212,10 @@ class _Sweeps:
             self.measured.see_factors(store)
             yield tile_plan, Exchange(job.topology, store, job.layout, tile_plan, job.device), metadata
 
-    def settings(self) -> ScoreSettings:
-        """The metric's numbers."""
-        return self.job.settings(self.folder, self.console)
-
     def squares(self, tile_plan: TilePlan, exchange: Exchange) -> np.ndarray:
         """What these layers add to the squared norm of each sample's gradient, over all ranks."""
         with self.measured.phase("scoring"), kept_heap(self.job.device):
-            return summed_squares(tile_plan, exchange, self.job.roles(), self.settings())
+            return summed_squares(tile_plan, exchange, self.job.roles(), self.settings)
 
     def norms(self, squares: np.ndarray) -> np.ndarray:
         """The norms that all layers' squares make."""
@@ -250,7 +248,7 @@ def _score_sweep(sweeps: _Sweeps, sweep: Sequence[Round], writer: PartialWriter,
         writer.header = dataclasses.replace(writer.header, extra=extra)
         _record_what_others_score(job, writer)  # or no other number of ranks could take over what these finish
         bar = sweeps.console.bar("scoring", len(sweep), "layer")
-        scores = score_rounds(tile_plan, sweep, exchange, roles, sweeps.settings(), job.topology, sweeps.may_stop)
+        scores = score_rounds(tile_plan, sweep, exchange, roles, sweeps.settings, job.topology, sweeps.may_stop)
         with measured.phase("scoring"), bar as advance, kept_heap(job.device), closing(scores) as scored:
             for layer, blocks in scored:
                 _check_scores(job, layer.layer, blocks)

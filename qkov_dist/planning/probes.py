@@ -10,7 +10,7 @@ All cores work on each, as in a run. Parts are so small that all of it takes hal
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.extent import sides
 from qkov_dist.scoring.influence_records import mean_weights
+from qkov_dist.scoring.native_kernel import has_native_kernel
 from qkov_dist.scoring.own_share_records import formed_with
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import LayerTiles, Tile, cut
@@ -59,10 +60,10 @@ class Probes:
     tests: Mapping[tuple[int, int], float | None]
 
 
-def probed(work: Workload) -> Probes:
-    """Time parts of a run's work on this machine."""
+def probed(work: Workload, elements: int) -> Probes:
+    """Time parts of a run's work on this machine, of which a rank has so many elements of samples' gradients."""
     tests = {sizes: test_seconds(work, *sizes) for sizes in {*work.sizes_of_pairs}}
-    return Probes(product_rate(work), element_seconds(work), tests)
+    return Probes(product_rate(work), element_seconds(work, compiled=work.compiles(elements)), tests)
 
 
 def product_rate(work: Workload) -> float:
@@ -75,7 +76,7 @@ def product_rate(work: Workload) -> float:
     return 2 * tokens * width * columns / shortest(lambda: left @ right.T)
 
 
-def element_seconds(work: Workload) -> float | None:
+def element_seconds(work: Workload, *, compiled: bool = False) -> float | None:
     """Seconds for an element of a sample's gradient: the engine, on some heads for each worker."""
     config, num, layer = work.config, sum(work.num_samples), work.layout.layer(work.layers[0])
     above = max(gradients_above([layer], work.scoring.factor_itemsize).values())
@@ -106,6 +107,7 @@ def element_seconds(work: Workload) -> float | None:
         own_shares=formed_with(config.metric.score, pooled=config.pooled),
     )
     settings = ScoreSettings.of(config)
+    settings = replace(settings, compile=compiled and has_native_kernel(settings.dtype))
     source = MadeFactors.of(work, above, (len(heads) * rows, columns))
     return shortest(lambda: score_layer(layer_tiles, source, roles, settings)) / (num * area)
 

@@ -32,7 +32,7 @@ from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products
 from qkov_dist.scoring.own_share_records import KNOWN, formed_with, no_shares
-from qkov_dist.scoring.score import worth_compiling
+from qkov_dist.scoring.packed_factors import LEAST_FILLED
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
@@ -151,7 +151,7 @@ class ScoringCost:
         num, scoring = sum(self.work.num_samples), 0
         config = self.work.config
         in_half = config.pooled and KINDS[config.metric.score].is_symmetric and not self.work.on_gpu  # type: ignore[index]
-        pairs = pair_products(*self.work.pairs, in_half=in_half and not self._compiles(rank))
+        pairs = pair_products(*self.work.pairs, in_half=in_half)
         for layer_work, times in self._counted(rank, layers):
             for site in layer_work.sites:
                 tokens = self.work.padded_tokens(site.above)
@@ -182,14 +182,11 @@ class ScoringCost:
         layer_works = [(layer_work, times) for layer_work, times in self._counted(rank, layers) if layer_work.heads]
         compiled = self._compiles(rank)
         tiles = max((self._tiles(layer_work, compiled) for layer_work, _ in layer_works), default=0)
-        return tiles + self._padded_factors(layer_works)
+        return tiles + self._padded_factors(layer_works, packed=compiled and not self.work.on_gpu)
 
     def _compiles(self, rank: int) -> bool:
-        """Whether the elementwise part of a rank's scores is compiled."""
-        setting = self.work.config.compute.compile
-        if setting != "auto":
-            return bool(setting)
-        return worth_compiling(self.elements(rank, list(self.by_rank[rank])), on_gpu=self.work.on_gpu)
+        """Whether a rank's scores are formed by what is compiled."""
+        return self.work.compiles(self.elements(rank, list(self.by_rank[rank])))
 
     def scores(self, rank: int, layers: Sequence[int]) -> int:
         """Bytes of one layer's scores; a rank has room for all heads, whether or not it owns a part of them."""
@@ -269,7 +266,8 @@ class ScoringCost:
     def _tiles(self, layer_work: LayerWork, compiled: bool) -> int:
         gradients = layer_work.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
         squares = gradients if self.work.on_gpu else min(CHUNK_BYTES, gradients)
-        squares = 2 * gradients if compiled else squares
+        if compiled:
+            squares = 2 * gradients if self.work.on_gpu else squares + self.matrix
         return self.work.workers * (gradients + squares) + (self._pairs(layer_work) if self.work.on_gpu else 0)
 
     def _pairs(self, layer_work: LayerWork) -> int:
@@ -278,29 +276,30 @@ class ScoringCost:
         together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
         return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
-    def _padded_factors(self, layer_works: Sequence[tuple[LayerWork, int]]) -> int:
-        """Bytes of two projections' factors in the type of scores, one in work and one on its way."""
+    def _padded_factors(self, layer_works: Sequence[tuple[LayerWork, int]], *, packed: bool) -> int:
+        """Bytes of two projections' factors in the type of scores, one in work and one on its way; ``packed``, too."""
         within, firsts, lasts = [0], [0], [0]
         for layer_work, _ in layer_works:
             order = layer_work.in_order()
             pairs: list[Sequence[SiteWork]] = [*pairwise(order)] or [order]
-            within += [self._copies_of(layer_work, pair) for pair in pairs]
-            firsts.append(self._copies_of(layer_work, order[:1]))
-            lasts.append(self._copies_of(layer_work, order[-1:]))
+            within += [self._copies_of(layer_work, pair, packed) for pair in pairs]
+            firsts.append(self._copies_of(layer_work, order[:1], packed))
+            lasts.append(self._copies_of(layer_work, order[-1:], packed))
         several_layers = sum(times for _, times in layer_works) > 1
         return max(*within, max(lasts) + max(firsts) if several_layers else 0)
 
-    def _copies_of(self, layer_work: LayerWork, sites: Sequence[SiteWork]) -> int:
-        of_input = {site.place: self._copies(site.cols, site) for site in layer_work.sites}
-        own = sum(self._copies(site.rows, site, scaled=True) + self._whole_copies(site) for site in sites)
+    def _copies_of(self, layer_work: LayerWork, sites: Sequence[SiteWork], packed: bool) -> int:
+        of_input = {site.place: self._copies(site.cols, site, packed) for site in layer_work.sites}
+        own = sum(self._copies(site.rows, site, packed, scaled=True) + self._whole_copies(site) for site in sites)
         return own + sum(of_input[place] for place in {site.input for site in sites})
 
-    def _copies(self, width: int, site: SiteWork, *, scaled: bool = False) -> int:
+    def _copies(self, width: int, site: SiteWork, packed: bool, *, scaled: bool = False) -> int:
         """A factor as it is multiplied, padded where samples differ in length, and D times what samples are scaled by,
-        which is another copy of it for a while; of D in half a type gradients are scaled.
+        which is another copy of it for a while; of D in half a type gradients are scaled. And as a kernel reads it.
         """
         scoring, padded = self.work.scoring, self.work.padded_tokens(site.above)
         copies = 0 if self.work.of_one_length else padded
+        copies += int(padded / LEAST_FILLED) if packed else 0
         scaled = scaled and self.work.config.metric.sample_scale == "unit"
         copies += padded if scaled and scoring.product_itemsize == scoring.itemsize else 0
         if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:

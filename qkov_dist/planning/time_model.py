@@ -56,7 +56,9 @@ class Phase:
 def expected(plan: RunPlan, hardware: Hardware, ranks_per_node: int) -> list[Phase]:
     """Each phase of the rank that takes longest."""
     times = not hardware.is_gpu and max(map(_operations, plan.costs)) >= WORTH_TIMING
-    clock = _Clock(plan, hardware, ranks_per_node, probed(plan.work) if times else None)
+    clock = _Clock(
+        plan, hardware, ranks_per_node, probed(plan.work, max(cost.elements for cost in plan.costs)) if times else None
+    )
     found = []
     for name, terms in zip(PHASES, (clock.capture, clock.scoring, clock.combining), strict=True):
         found.append(max((Phase(name, terms(cost)) for cost in plan.costs), key=lambda phase: phase.seconds))

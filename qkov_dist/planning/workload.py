@@ -16,6 +16,7 @@ from qkov_dist.distributed.world import Alone
 from qkov_dist.layout.heads import Layout
 from qkov_dist.scoring.extent import Scoring, sides
 from qkov_dist.scoring.padded_groups import order_samples
+from qkov_dist.scoring.score import worth_compiling
 
 from .model_sizes import ModelSizes
 
@@ -130,6 +131,11 @@ class Workload:
     @cached_property
     def _kept(self) -> dict[int, KeptSamples]:
         return {}
+
+    def compiles(self, elements: int) -> bool:
+        """Whether a rank forms scores by what is compiled, of so many elements of samples' gradients."""
+        setting = self.config.compute.compile
+        return worth_compiling(elements, on_gpu=self.on_gpu) if setting == "auto" else bool(setting)
 
     def padded_tokens(self, above: int) -> int:
         """Tokens of all samples kept as factors (no longer than ``above``), with the padding of their groups."""

@@ -24,6 +24,7 @@ from qkov_dist.layout.rects import Rect
 from qkov_dist.memory import moved
 
 from .gram_norms import GramProducts, chunks, features_of, gram, square_norms
+from .native_kernel import NativeKernel
 from .padded_groups import PaddedGroup, order_samples
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, room_for_factors
@@ -68,7 +69,7 @@ def block_totals(
     weights = roles.weights.sum(0) if roles.scales is None else roles.weights.sum(0) * roles.scales**2
     with products_as("highest", settings.device):  # terms cancel
         slices = [tile for tile in layer_tiles.slices if tile.site in layer_tiles.sites]
-        found = block_squares(slices, source, roles.members, np.flatnonzero(weights).tolist(), settings.device, seen)
+        found = block_squares(slices, source, roles.members, np.flatnonzero(weights).tolist(), settings, seen)
         for block, members, squares in found:
             totals[block] += float(squares @ torch.from_numpy(weights[members]))
     return totals
@@ -79,7 +80,7 @@ def block_squares(
     source: FactorSource,
     members: Sequence[int],
     wanted: Sequence[int],
-    device: torch.device | str,
+    settings: ScoreSettings,
     seen: Seen | None = None,
 ) -> Iterator[tuple[str, list[int], Tensor]]:
     """Squared norms of samples' gradients of one layer, part by part: a block, positions of members, float64 [n].
@@ -91,7 +92,7 @@ def block_squares(
         source: Factors of all samples, or of some; nothing comes of those that it does not have.
         members: The samples, by number.
         wanted: Positions of those that are looked at.
-        device: Where products are formed.
+        settings: Where products are formed, and by what.
         seen: What this process looks at; everything by default.
 
     Raises:
@@ -103,8 +104,8 @@ def block_squares(
     for site in (site for site, of_site in parts.items() if of_site):
         by_input.setdefault(source.x_site(site), []).append(site)
     for together in by_input.values():
-        with room_for_factors(together[0].layer, device):
-            found = list(_squares(source, together, parts, members, wanted, torch.device(device)))
+        with room_for_factors(together[0].layer, settings.device):
+            found = list(_squares(source, together, parts, members, wanted, settings))
         yield from found
 
 
@@ -158,13 +159,13 @@ def _squares(
     parts: Mapping[Site, Sequence[Part]],
     members: Sequence[int],
     wanted: Sequence[int],
-    device: torch.device,
+    settings: ScoreSettings,
 ) -> Iterator[tuple[str, list[int], Tensor]]:
     """The same at projections that share an input; all leaves a GPU at once."""
-    sample_index = source.sample_index(sites[0])
+    sample_index, device = source.sample_index(sites[0]), torch.device(settings.device)
     here = [n for n in wanted if members[n] in sample_index.spans or members[n] in sample_index.whole]
     ordering = order_samples([members[n] for n in here], sample_index, ()).to(device)
-    factors = _Factors.at(source, sites, parts, device)
+    factors = _Factors.at(source, sites, parts, settings)
     norms = [found for group in ordering.groups for found in factors.norms(group)]
     blocks = sorted({found.part.block for found in norms})
     sums = torch.zeros(len(blocks), len(here), dtype=torch.float64, device=device)
@@ -201,14 +202,17 @@ class _Factors:
     kept: Mapping[Site, Whole | None]
     parts: Mapping[Site, Sequence[Part]]
     device: torch.device
+    kernel: NativeKernel | None
 
     @staticmethod
     def at(
-        source: FactorSource, sites: Sequence[Site], parts: Mapping[Site, Sequence[Part]], device: torch.device
+        source: FactorSource, sites: Sequence[Site], parts: Mapping[Site, Sequence[Part]], settings: ScoreSettings
     ) -> _Factors:
         """Factors on a device as they are stored, gradients where they lie."""
+        device = torch.device(settings.device)
         outputs = {site: source.d(site).to(device) for site in sites}
-        return _Factors(source.x(sites[0]).to(device), outputs, {s: source.g(s) for s in sites}, parts, device)
+        kept = {site: source.g(site) for site in sites}
+        return _Factors(source.x(sites[0]).to(device), outputs, kept, parts, device, settings.kernel)
 
     def norms(self, group: PaddedGroup) -> Iterator[_Norms]:
         """Of a group of samples, some at a time, every part of every projection."""
@@ -221,7 +225,7 @@ class _Factors:
         widest = max(values.shape[2] for values in (inputs, *of_sites.values()))
         for chunk in chunks(group.last - group.first, 8 * group.length * widest):
             samples = slice(group.first + chunk.start, group.first + chunk.stop)
-            products = GramProducts(inputs[chunk], self.x.start, len(of_sites))
+            products = GramProducts(inputs[chunk], self.x.start, len(of_sites), self.kernel)
             for site, d in of_sites.items():
                 for part in self.parts[site]:
                     of_part = features_of(d[chunk], part.rows, self.outputs[site].start)

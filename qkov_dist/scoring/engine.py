@@ -12,7 +12,7 @@ Every layer that this rank has to score, round by round: factors come, scores go
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS
+from qkov_dist.layout.rects import merged
 from qkov_dist.memory import scratch_array
 
 from .block_totals import BlockTotals, block_totals
@@ -33,6 +34,7 @@ from .kernel import Rule, add_tile, pair_products, tile_flops
 from .own_share_records import Records as ShareRecords
 from .own_share_records import no_shares
 from .own_shares import Chosen, OwnShares, chosen, stride_of
+from .packed_factors import PackedSite
 from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, added_fisher_sums, compiled, fisher_sums
@@ -105,15 +107,25 @@ class _HeadScorer:
         settings, roles, tile, members = self.settings, self.roles, batch.first, site.members
         ridge = self.ridges[tile.site.layer, tile.block]
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, self.fused)
-        least = max(settings.epsilon, ridge)
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
         effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
 
         def add_band(band: Sequence[Tile]) -> Tensor:
             gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band)
-            return fisher_sums(add_tile(scores, gradients, members.weights, rule, buffers, effects, of_own), least)
+            by_task = add_tile(scores, gradients, members.weights, rule, buffers, effects, of_own)
+            return fisher_sums(by_task, rule.least)
 
-        fisher = reduce(added_fisher_sums, map(add_band, batch.bands))
+        def add_packed(one: Tile, packed: PackedSite) -> Tensor:
+            return packed.add_tile(scores, one.rect, rule, buffers, effects, self._with_elements(own, [one]))
+
+        bands, packed = [*batch.bands], site.packed
+        records = []
+        if packed is not None and len(batch.heads) == 1 and packed.knows(rule):
+            rects = merged(one.rect for (one,) in bands if not one.bias)  # the kernel needs no tiles
+            records = [add_packed(replace(tile, rect=rect, bias=False), packed) for rect in rects]
+            bands = [band for band in bands if band[0].bias]
+        records += map(add_band, bands)
+        fisher = reduce(added_fisher_sums, records)
         found = [members.in_order_of_roles(scores), fisher]
         if effects is not None:
             found.append(members.records_in_order_of_roles(effects.records()))
@@ -200,7 +212,8 @@ def score_layers(
             strides.update({(layer_tiles.layer, block): stride_of(layer_tiles, block) for block in of_blocks})
             yield Turn(layer_tiles, layer_tiles.tiles, source)
 
-    fused = compiled(torch.device(settings.device).type) if settings.compile else None
+    device_type = torch.device(settings.device).type
+    fused = compiled(device_type) if settings.compile and device_type != "cpu" else None
     blocks: dict[str, BlockScores] | None = None
     for done in through_workers(begun(), roles, settings, _HeadScorer(roles, settings, ridges, strides, fused)):
         if blocks is None:

@@ -19,16 +19,25 @@ from torch import Tensor
 from qkov_dist.capture.factors import FeatureSlice
 from qkov_dist.memory import moved
 
+from .native_kernel import NativeKernel
+
 CHUNK_BYTES = 32 * 2**20  # of a projection's factors or gradients at a time
 CANCELLED = 1 / 256  # of the most that a squared norm can be; below, float32 keeps too few of its digits
 FAINT = 1e-30  # of a sample's largest |d_t|^2 or |x_t|^2; below, products of float32 underflow
 
 
 class GramProducts:
-    """X of some samples, [n, T, in], and the Gram matrices of it that several projections need."""
+    """X of some samples, [n, T, in], and the Gram matrices of it that several projections need.
 
-    def __init__(self, x: Tensor, start: int, num_sites: int) -> None:
-        self._x, self._start, self._num_sites = x, start, num_sites
+    Args:
+        x: X.
+        start: The feature at which it begins.
+        num_sites: Projections that share it.
+        kernel: What forms Gram matrices, if not torch's products.
+    """
+
+    def __init__(self, x: Tensor, start: int, num_sites: int, kernel: NativeKernel | None = None) -> None:
+        self._x, self._start, self._num_sites, self._kernel = x, start, num_sites, kernel
         self._grams: dict[tuple[int, ...], Tensor] = {}
 
     def squares(self, d: Tensor, cols: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
@@ -49,7 +58,7 @@ class GramProducts:
         return squares, None
 
     def _by_grams(self, d: Tensor, cols: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        of_d, of_x = gram(d), self._gram_of(cols)
+        of_d, of_x = gram(d, self._kernel), self._gram_of(cols)
         squares = (of_d * of_x).sum((1, 2), dtype=torch.float64)
         if of_d.dtype == torch.float64:
             return squares, None
@@ -61,7 +70,7 @@ class GramProducts:
 
     def _gram_of(self, cols: tuple[int, ...]) -> Tensor:
         if cols not in self._grams:
-            self._grams[cols] = gram(features_of(self._x, cols, self._start))
+            self._grams[cols] = gram(features_of(self._x, cols, self._start), self._kernel)
         return self._grams[cols]
 
 
@@ -77,10 +86,13 @@ def norm_flops(length: int, num_rows: int, num_cols: int, num_sites: int) -> int
     return 2 * length * num_rows * num_cols
 
 
-def gram(values: Tensor) -> Tensor:
-    """The products of all pairs of a sample's tokens, [n, T, T], in float32 or better."""
+def gram(values: Tensor, kernel: NativeKernel | None = None) -> Tensor:
+    """The products of all pairs of a sample's tokens, [n, T, T], in float32 or better.
+
+    A kernel for that type forms half of them.
+    """
     wide = values.to(_at_least_float32(values.dtype))
-    return torch.bmm(wide, wide.mT)
+    return kernel.gram(wide) if kernel is not None and kernel.dtype == wide.dtype else torch.bmm(wide, wide.mT)
 
 
 def _squares_of_rows(gram: Tensor) -> Tensor:

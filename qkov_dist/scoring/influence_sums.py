@@ -144,12 +144,24 @@ class InfluenceSums:
             torch.mm(self._weights[part].unsqueeze(0), gradients[part], out=means[task : task + 1])
         torch.sqrt(inverse, out=root)
         torch.mul(means, root, out=steps)
-        torch.mul(vectors[first:], vectors[first:], out=vectors[num : 3 * num])
-        one.fill_(1.0)
         of_optimizers = vectors[first:].view(2, num, -1)
         for task, part in enumerate(self._parts):
             self._add_influences(task, part, gradients[part], of_optimizers)
+        torch.mul(vectors[first:], vectors[first:], out=vectors[num : 3 * num])
+        one.fill_(1.0)
         self._add_products(vectors[: 2 * num], vectors[num : 3 * num + 2])
+
+    def add_formed(self, products: Tensor, of_samples: Tensor) -> None:
+        """Add what is formed of the elements of a tile of one head.
+
+        Args:
+            products: Of the vectors, [2 T, 2 T + 2].
+            of_samples: Of every sample, and maybe more, with each task's mean and step: [optimizer, T, n or more].
+        """
+        for task, part in enumerate(self._parts):
+            others = [other for other in range(self.num_tasks) if other != task]
+            self._samples[:, 0, :, part] -= of_samples[:, others, part]
+        self._products[0] += products
 
     def _add_influences(self, task: int, part: slice, gradients: Tensor, steps: Tensor) -> None:
         """Add a task's samples [n, heads * p] along the steps [2, T, heads * p] of the other tasks."""

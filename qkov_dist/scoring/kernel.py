@@ -51,13 +51,18 @@ class Rule:
         """Whether the scores of all pairs are a symmetric matrix."""
         return self.left == self.right and KINDS[self.score].is_symmetric
 
+    @property
+    def least(self) -> float:
+        """What I must exceed to have a say: the larger of epsilon and lambda."""
+        return max(self.epsilon, self.ridge)
+
     def in_cache(self, heads: int, device: torch.device) -> bool:
         """Whether a tile is worked on in chunks that lie near a core: on a CPU, a head at a time."""
         return heads == 1 and device.type == "cpu" and not self.fused
 
     def may_vanish(self, dtype: torch.dtype) -> bool:
         """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
-        return max(self.epsilon, self.ridge) * torch.finfo(dtype).max <= 1
+        return self.least * torch.finfo(dtype).max <= 1
 
 
 def add_tile(
@@ -99,7 +104,7 @@ def add_tile(
         else:
             _add_pairs(scores, of_i[rule.left], of_j[rule.right])
     if in_cache and rule.is_symmetric:
-        _mirror(scores[0])
+        mirror(scores[0])
     if own is not None and kept is not None:
         own[0].add(kept, by_task[:, own[1].places].sum(0))
     return by_task.view(len(weights), heads, size)
@@ -162,7 +167,7 @@ def _add_pairs_of_head(scores: Tensor, of_i: Tensor, of_j: Tensor, *, symmetric:
         scores[start : start + step, first:].addmm_(of_i[start : start + step], of_j[first:].t())
 
 
-def _mirror(scores: Tensor) -> None:
+def mirror(scores: Tensor) -> None:
     """Complete symmetric scores from what is on and above the diagonal."""
     scores.copy_(scores.triu() + scores.triu(1).t())
 

@@ -80,9 +80,9 @@ class Shares:
         return Shares(weights, rest, of_tasks, self.parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chosen:
-    """Which elements of tiles that are worked on together are looked at.
+    """Which elements of tiles that are worked on together are looked at; the same one for the same elements.
 
     Attributes:
         places: Of each tile's, among the elements of all, [heads * k].
@@ -140,9 +140,14 @@ class OwnShares:
         self._sums = shares.of_tasks.new_zeros(SUMS, num_heads, *reversed(shares.of_tasks.shape))
         self._waiting: list[tuple[Tensor, Tensor]] = []  # elements of tiles: few are nearly as much work as many
 
+    @property
+    def num_samples(self) -> int:
+        """Of those that are scored."""
+        return len(self._shares.weights)
+
     def kept(self, gradients: Tensor, elements: Chosen) -> Tensor:
         """What has to be kept of tiles' gradients [members, heads * p], before these are used up: [n, heads * k]."""
-        found = gradients[: len(self._shares.weights)].index_select(1, elements.places)
+        found = gradients[: self.num_samples].index_select(1, elements.places)
         return found if elements.counts is None else found.mul_(elements.counts)
 
     def add(self, kept: Tensor, fisher: Tensor) -> None:

@@ -47,7 +47,7 @@ def layer_squares(
     squares = np.zeros(len(roles.members))
     with products_as("highest", settings.device):  # terms cancel
         every = range(len(roles.members))
-        for _, members, found in block_squares(scored, source, roles.members, every, settings.device, seen):
+        for _, members, found in block_squares(scored, source, roles.members, every, settings, seen):
             squares[list(members)] += found.numpy()
     return squares
 

@@ -30,6 +30,7 @@ from .score_kinds import KINDS, ElementMap, Score
 
 MEANING = 3  # of what a run computes, as a number that grows when it changes: part of its id, so files never mix
 COMPILED_FROM = 10**12  # elements of gradients: fewer are mapped in less time than compiling takes, on a GPU
+NATIVE_FROM = 5 * 10**8  # the same of the native kernel, on a CPU
 Fused = Callable[[Tensor, Tensor, Tensor, Score], tuple[Tensor, Tensor, Tensor]]
 MAPS: Mapping[ElementMap, Callable[[Tensor], Tensor]] = {
     "gradient": lambda gradients: gradients,
@@ -133,13 +134,13 @@ def fisher_and_maps(gradients: Tensor, weights: Tensor, floor: Tensor, score: Sc
 
 
 def worth_compiling(elements: int, *, on_gpu: bool) -> bool:
-    """Whether compiling saves more than the seconds that it takes; on a CPU it does not.
+    """Whether compiling saves more than the seconds that it takes: the elementwise part on a GPU, all on a CPU.
 
     Args:
         elements: Elements of all gradients that this process forms.
         on_gpu: Where it forms them.
     """
-    return on_gpu and elements >= COMPILED_FROM
+    return elements >= (COMPILED_FROM if on_gpu else NATIVE_FROM)
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 
 from qkov_dist.config import RunConfig
 
+from .native_kernel import NativeKernel, native_kernel
 from .score_kinds import Score
 from .tiles import GPU_TILE_BYTES
 
@@ -48,6 +49,17 @@ class ScoreSettings:
             DTYPES[compute.score_dtype],
             compute.matmul_precision,
         )
+
+    @property
+    def kernel(self) -> NativeKernel | None:
+        """What scores heads on a CPU, where that is compiled; None where torch's products do, as those of less than
+        float32 do.
+
+        Raises:
+            QkovError: where it cannot be compiled.
+        """
+        exact = self.matmul_precision == "highest" and torch.device(self.device).type == "cpu"
+        return native_kernel(self.dtype) if self.compile and exact else None
 
     def max_elements(self, num_samples: int) -> int:
         """Elements that the heads which are worked on together may have in a tile."""

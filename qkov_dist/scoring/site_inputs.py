@@ -19,8 +19,10 @@ from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage, moved
 
 from .influence_records import num_sums
-from .influence_sums import MeanWeights
+from .influence_sums import MeanWeights, parts_of
+from .native_kernel import NativeKernel
 from .own_shares import Shares
+from .packed_factors import Blocks, PackedFactor, PackedSite
 from .padded_groups import Ordering, order_samples
 from .settings import Roles, ScoreSettings
 from .tile_gradients import Padded, product_dtype
@@ -55,12 +57,33 @@ class Members:
         roles: Who they are.
         device: Where heads are scored.
         dtype: In which type.
+        kernel: What scores them, if not torch's products.
     """
 
     ordering: Ordering
     roles: Roles
     device: torch.device | str
     dtype: torch.dtype
+    kernel: NativeKernel | None = None
+
+    @cached_property
+    def blocks(self) -> Blocks | None:
+        """How members lie in the kernel's lanes; None where it does not score them."""
+        return None if self.kernel is None else Blocks.of(self.kernel, self.ordering.groups)
+
+    @cached_property
+    def in_lanes(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weights in the Fisher, by task; in the mean gradient of the task; and in F of it, where that needs its own:
+        [T, lanes], where there are blocks.
+        """
+        assert self.blocks is not None
+        weights, means, squares = self.blocks.in_lanes(self.weights), None, None
+        if self.means is not None:
+            means = torch.zeros_like(weights)
+            for task, part in enumerate(parts_of(self.means.sizes)):
+                means[task, part] = self.means.weights[part]
+            squares = self.blocks.in_lanes(self.means.of_squares) if self.means.needs_squares else None
+        return weights, means, squares
 
     @cached_property
     def weights(self) -> Tensor:
@@ -141,17 +164,24 @@ class MemberOrders:
             roles, settings = self.roles, self.settings
             cuts = (roles.left.start, roles.left.stop, roles.right.start, roles.right.stop, *accumulate(roles.sizes))
             ordering = order_samples(roles.members, sample_index, cuts).to(settings.device)
-            members = Members(ordering, roles, settings.device, settings.dtype)
+            members = Members(ordering, roles, settings.device, settings.dtype, settings.kernel)
             self._known[id(sample_index)] = sample_index, members
         return self._known[id(sample_index)][1]
 
 
 @dataclass(frozen=True)
 class SiteFactors:
-    """One projection's factors of all members, in an order of its own."""
+    """One projection's factors of all members, in an order of its own.
+
+    Attributes:
+        members: The order, and what is known of them.
+        padded: Factors, group by group.
+        packed: The same as the native kernel reads them; None where torch's products take their place.
+    """
 
     members: Members
     padded: Sequence[Padded]
+    packed: PackedSite | None = None
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -194,6 +224,7 @@ def _read_sites(
     tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders
 ) -> Iterator[tuple[Site, SiteFactors]]:
     settings, x_site, inputs, work = orders.settings, None, [], Counter[Site]()
+    packed_x: PackedFactor | None = None
     for tile in tiles:
         work[tile.site] += tile.rect.area
     for site in in_order_of_work({site: (source.x_site(site), area) for site, area in work.items()}):
@@ -201,12 +232,18 @@ def _read_sites(
         if x_site != source.x_site(site):
             x_site, x = source.x_site(site), _to_be_multiplied(source.x(site), settings)
             inputs = [FeatureSlice(group.inputs(x.values), x.start) for group in members.ordering.groups]
+            packed_x = None if members.blocks is None else members.blocks.pack([of.values for of in inputs])
         d, whole = _to_be_multiplied(source.d(site), settings), source.g(site)
         whole = whole and whole.to(settings.device, settings.dtype)
         outputs = [FeatureSlice(group.outputs(d.values), d.start) for group in members.ordering.groups]
         kept = [whole and group.wholes(whole) for group in members.ordering.groups]
         groups = zip(members.ordering.groups, inputs, outputs, kept, members.scales, strict=True)
-        yield site, SiteFactors(members, [_scaled(Padded(*group), settings.dtype) for group in groups])
+        padded = [_scaled(Padded(*group), settings.dtype) for group in groups]
+        packed = None
+        if members.blocks is not None and packed_x is not None:
+            packed_d = members.blocks.pack([of_group.d.values for of_group in padded])
+            packed = PackedSite(members.blocks, packed_x, packed_d, inputs[0].start, d.start, *members.in_lanes)
+        yield site, SiteFactors(members, padded, packed)
 
 
 def _to_be_multiplied(factor: FeatureSlice, settings: ScoreSettings) -> FeatureSlice:

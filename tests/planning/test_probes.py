@@ -45,11 +45,11 @@ def test_what_would_take_long_or_much_memory_is_counted_in_place_of_timed():
 def test_times_on_a_processor_follow_from_what_was_timed(tasks, settings, monkeypatch):
     """Twice the seconds an element and a test: twice those of scoring's heads and of tests."""
     plan, found = plan_of(6, 16, tasks, **settings), []
-    known = probes.probed(plan.work)
+    known = probes.probed(plan.work, plan.costs[0].elements)
     for factor in (1, 2):
         tests = {sizes: seconds * factor for sizes, seconds in known.tests.items()}
         slower = probes.Probes(known.product / factor, known.element * factor, tests)
-        monkeypatch.setattr("qkov_dist.planning.time_model.probed", lambda work, slower=slower: slower)
+        monkeypatch.setattr("qkov_dist.planning.time_model.probed", lambda *_, slower=slower: slower)
         found.append({phase.name: phase.terms for phase in expected(plan, measured_cpu(), 8)})
     for phase, term in (("scoring", "heads"), ("combining", "tests")):
         assert found[1][phase][term] == pytest.approx(2 * found[0][phase][term])

@@ -206,16 +206,6 @@ def test_unit_samples_equal_the_oracle_however_computed(name, score, how, tmp_pa
     assert_equals_the_oracle(found, entry, model, job)
 
 
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("head_batch_bytes", [0, 2**20])
-def test_what_is_compiled_changes_nothing(head_batch_bytes):
-    entry = TINY["llama"]
-    model, job = entry.build(), job_for(entry, settings=ScoreSettings(head_batch_bytes=head_batch_bytes, compile=True))
-    found = job.run(model)
-    assert_equals_the_oracle(found, entry, model, job)
-
-
 class Waits(TorchDispatchMode):
     """Notes what a host that had a GPU compute would wait for: a number read, or a size that depends on numbers."""
 
@@ -299,9 +289,9 @@ def test_products_have_the_precision_asked_for_whatever_the_process_has_set(prec
         seen.add(("gradients", torch.get_float32_matmul_precision()))
         return form(*args, **kwargs)
 
-    def gram_looked_at(values):
+    def gram_looked_at(*of):
         seen.add(("norms", torch.get_float32_matmul_precision()))
-        return gram(values)
+        return gram(*of)
 
     monkeypatch.setattr(engine, "tile_gradients", looked_at)
     monkeypatch.setattr(gram_norms, "gram", gram_looked_at)
@@ -518,7 +508,7 @@ def test_norms_that_gram_matrices_of_float32_cannot_hold_keep_their_digits(monke
     for number in range(5):
         source.index.add(number, 64, as_gradient=False)
     tile = Tile(Site(0, "q"), "Q", 0, Rect.of_shape(8, 256))
-    ((block, members, found),) = block_totals.block_squares([tile], source, range(5), range(5), "cpu")
+    ((block, members, found),) = block_totals.block_squares([tile], source, range(5), range(5), ScoreSettings())
     assert (block, members) == ("Q", [0, 1, 2, 3, 4])
     assert found.tolist() == pytest.approx(exact.tolist(), rel=1e-6, abs=0)
     alone = ((d @ d.mT) * (x @ x.mT)).sum((1, 2), dtype=torch.float64)

@@ -1,0 +1,242 @@
+"""A projection's factors of all samples as the native kernel reads them, and what it makes of a tile of them.
+
+Samples lie in lanes, as many side by side as a vector of the processor holds (a *block*), in the order of the members:
+of a block all have as many tokens as the longest, those that a sample lacks are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from qkov_dist.layout.rects import Rect
+
+from .fisher_sums import FISHER_COLUMNS
+from .influence_sums import InfluenceSums
+from .kernel import Rule, mirror
+from .native_kernel import MAPS, POWERS, ROOT, NativeKernel, Tile, pointers
+from .own_shares import Chosen, OwnShares
+from .padded_groups import PaddedGroup
+from .score_kinds import KINDS
+from .tile_gradients import Buffers
+
+LEAST_FILLED = 0.6  # of all lanes' tokens that are a sample's; with fewer, torch's products take less
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How members lie in lanes.
+
+    Attributes:
+        kernel: Who reads them.
+        groups: The members, group by group.
+        tokens: Of each block, int64 [blocks].
+    """
+
+    kernel: NativeKernel
+    groups: Sequence[PaddedGroup]
+    tokens: Tensor
+
+    @staticmethod
+    def of(kernel: NativeKernel, groups: Sequence[PaddedGroup]) -> Blocks | None:
+        """None where samples are kept as gradients, or lanes would be empty for the most part."""
+        if any(group.real is None for group in groups):
+            return None
+        tokens = tokens_of_blocks(kernel.lanes, [(group.first, group.last, group.length) for group in groups])
+        needed = sum((group.last - group.first) * group.length for group in groups)
+        if needed < LEAST_FILLED * kernel.lanes * sum(tokens):
+            return None
+        return Blocks(kernel, groups, torch.tensor(tokens))
+
+    @cached_property
+    def unfilled(self) -> list[int]:
+        """Blocks with lanes, or tokens, that are no sample's."""
+        there = [0] * len(self.tokens)
+        for group in self.groups:
+            for first, last in _in_blocks(group.first, group.last, self.kernel.lanes):
+                there[first // self.kernel.lanes] += (last - first) * group.length
+        needed = (self.tokens * self.kernel.lanes).tolist()
+        return [block for block, tokens in enumerate(there) if tokens < needed[block]]
+
+    @property
+    def num_lanes(self) -> int:
+        """Of all blocks."""
+        return len(self.tokens) * self.kernel.lanes
+
+    def in_lanes(self, values: Tensor) -> Tensor:
+        """Numbers of the members, or of the first of them, [..., n] -> [..., lanes]; 0 in the others."""
+        found = values.new_zeros(*values.shape[:-1], self.num_lanes, dtype=self.kernel.dtype)
+        found[..., : values.shape[-1]] = values
+        return found
+
+    def pack(self, factors: Sequence[Tensor]) -> PackedFactor:
+        """Factors [n, T, width] of each group, packed."""
+        lanes, panel = self.kernel.lanes, self.kernel.panel
+        width = -(-factors[0].shape[2] // panel) * panel
+        starts = torch.cat([self.tokens.new_zeros(1), self.tokens.cumsum(0)]) * (width * lanes)
+        packed = torch.empty(int(starts[-1]), dtype=self.kernel.dtype)
+        for block in self.unfilled:
+            packed[int(starts[block]) : int(starts[block + 1])] = 0.0
+        if width > factors[0].shape[2]:
+            packed.zero_()
+        for group, values in zip(self.groups, factors, strict=True):
+            of_group = values if values.stride(2) == 1 else values.contiguous()
+            for first, last in _in_blocks(group.first, group.last, lanes):
+                block = first // lanes
+                self.kernel.pack(
+                    of_group[first - group.first : last - group.first],
+                    first % lanes,
+                    int(self.tokens[block]),
+                    packed[int(starts[block]) : int(starts[block + 1])],
+                )
+        return PackedFactor(packed, starts[:-1].contiguous())
+
+
+def tokens_of_blocks(lanes: int, groups: Sequence[tuple[int, int, int]]) -> list[int]:
+    """Tokens of each block of so many lanes, of groups of members (first, last, tokens)."""
+    found = [0] * -(-groups[-1][1] // lanes)
+    for first, last, length in groups:
+        for start, _ in _in_blocks(first, last, lanes):
+            found[start // lanes] = max(found[start // lanes], length)
+    return found
+
+
+def _in_blocks(first: int, last: int, lanes: int) -> Iterator[tuple[int, int]]:
+    """A range of members, cut where blocks end."""
+    edges = [first, *range(first // lanes * lanes + lanes, last, lanes), last]
+    return pairwise(edges)
+
+
+@dataclass(frozen=True)
+class PackedFactor:
+    """X or D of a projection.
+
+    Attributes:
+        values: [block][panel of features][token][feature of the panel][lane].
+        starts: Where each block's begin, int64 [blocks].
+    """
+
+    values: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True)
+class PackedSite:
+    """One projection.
+
+    Attributes:
+        blocks: How members lie in lanes.
+        x: Inputs.
+        d: Output gradients.
+        x_start: The first feature of inputs that is there.
+        d_start: The same of output gradients.
+        weights: Each member's weight in the Fisher, by task [T, lanes].
+        means: Each one's weight in the mean gradient of its task [T, lanes]; None without effects.
+        squares: The same in F of its task, where F is no multiple of what its task adds to the Fisher.
+    """
+
+    blocks: Blocks
+    x: PackedFactor
+    d: PackedFactor
+    x_start: int
+    d_start: int
+    weights: Tensor
+    means: Tensor | None
+    squares: Tensor | None = None
+
+    def knows(self, rule: Rule) -> bool:
+        """Whether it forms such scores."""
+        kind = KINDS[rule.score]
+        known = {kind.left, kind.right} <= MAPS.keys() and kind.weight_power in POWERS
+        return known and not rule.may_vanish(self.blocks.kernel.dtype)
+
+    def add_tile(
+        self,
+        scores: Tensor,
+        rect: Rect,
+        rule: Rule,
+        buffers: Buffers,
+        effects: InfluenceSums | None = None,
+        own: tuple[OwnShares, Chosen] | None = None,
+    ) -> Tensor:
+        """:func:`qkov_dist.scoring.kernel.add_tile` of one head, from factors on.
+
+        Args:
+            scores: [1, left, right], added to.
+            rect: The tile.
+            rule: The score.
+            buffers: The worker's.
+            effects: Added to; None leaves them out.
+            own: Own shares, added to, and the elements looked at; None leaves them out.
+
+        Returns:
+            What is known of I there: records of ``scoring.fisher_sums``, float64 [1, columns].
+        """
+        kernel, kind, num_tasks = self.blocks.kernel, KINDS[rule.score], len(self.weights)
+        num_blocks, lanes = len(self.blocks.tokens), self.blocks.num_lanes
+        fisher = torch.zeros(2 + num_tasks, dtype=torch.float64)
+        fisher[0] = torch.inf
+        products = influences = kept_at = kept = kept_fisher = None
+        if effects is not None:
+            products = torch.zeros(2 * num_tasks, 2 * num_tasks + 2, dtype=torch.float64)
+            influences = torch.zeros(2, num_tasks, lanes, dtype=kernel.dtype)
+        if own is not None:
+            num, kept_at = len(own[1].places), _places(own[1], rect.area)
+            kept, kept_fisher = torch.empty(num, lanes, dtype=kernel.dtype), torch.empty(num, dtype=kernel.dtype)
+        needed = kernel.scratch(num_blocks, scores.shape[1], num_tasks)
+        scratch = buffers.take("scratch", (1, needed), kernel.dtype, scores.device)
+        kernel.add(
+            Tile(
+                **pointers(x=self.x.values, d=self.d.values, x_at=self.x.starts, d_at=self.d.starts),
+                **pointers(tokens=self.blocks.tokens, weights=self.weights),
+                **pointers(mean_weights=self.means, square_weights=self.squares),
+                **pointers(scores=scores, fisher=fisher, products=products, influences=influences),
+                **pointers(kept_at=kept_at, kept=kept, kept_fisher=kept_fisher, scratch=scratch),
+                blocks=num_blocks,
+                row=rect.row - self.d_start,
+                rows=rect.shape[0],
+                col=rect.col - self.x_start,
+                cols=rect.shape[1],
+                tasks=num_tasks,
+                epsilon=rule.epsilon,
+                ridge=rule.ridge,
+                least=rule.least,
+                left_map=MAPS[kind.left],
+                right_map=MAPS[kind.right],
+                rooted=kind.weight_power == ROOT,
+                alike=kind.is_symmetric,
+                half=rule.is_symmetric,
+                left=rule.left.start,
+                left_end=rule.left.stop,
+                right=rule.right.start,
+                right_end=rule.right.stop,
+            )
+        )
+        if rule.is_symmetric:
+            mirror(scores[0])
+        if effects is not None and products is not None and influences is not None:
+            effects.add_formed(products, influences)
+        if own is not None and kept is not None and kept_fisher is not None:
+            own[0].add(kept.t()[: own[0].num_samples].contiguous(), kept_fisher)
+        return fisher_record(rect.area, fisher)
+
+
+@lru_cache(maxsize=64)
+def _places(elements: Chosen, size: int) -> Tensor:
+    """Where each of a tile's elements is among those that are chosen, int32; -1 of others."""
+    found = torch.full((size,), -1, dtype=torch.int32)
+    found[elements.places] = torch.arange(len(elements.places), dtype=torch.int32)
+    return found
+
+
+def fisher_record(size: int, found: Tensor) -> Tensor:
+    """The record of so many elements, [1, columns], from what the kernel says of I there."""
+    least, num_below, *by_task = found.tolist()
+    of_all = {"sum": sum(by_task), "count": size, "min": least, "num_ridge_above": num_below}
+    values = [of_all[name] for name in FISHER_COLUMNS if name in of_all]
+    return torch.tensor([[*values, *by_task[:-1]]], dtype=torch.float64)
