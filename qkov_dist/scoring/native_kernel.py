@@ -34,8 +34,6 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC")
 OF_DTYPE = {torch.float32: (), torch.float64: ("-DQKOV_DOUBLE",)}
 TIMEOUT = 120  # seconds that compiling may take
 MAPS: Mapping[ElementMap, int] = {"gradient": 0, "magnitude": 1, "square": 2}  # as the kernel numbers them
-ROOT = 0.5
-POWERS = (ROOT, 1.0)  # of 1 / R that it knows
 
 
 class Tile(ctypes.Structure):
@@ -49,7 +47,7 @@ class Tile(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("left_map", "right_map", "rooted", "alike", "half")),
         *((name, ctypes.c_int64) for name in ("left", "left_end", "right", "right_end")),
         *((name, ctypes.c_void_p) for name in ("scores", "fisher", "products", "influences")),
-        *((name, ctypes.c_void_p) for name in ("kept_at", "kept", "kept_fisher", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("chosen", "own_weights", "rest", "of_tasks", "own_shares", "scratch")),
     )
 
 

@@ -140,14 +140,9 @@ class OwnShares:
         self._sums = shares.of_tasks.new_zeros(SUMS, num_heads, *reversed(shares.of_tasks.shape))
         self._waiting: list[tuple[Tensor, Tensor]] = []  # elements of tiles: few are nearly as much work as many
 
-    @property
-    def num_samples(self) -> int:
-        """Of those that are scored."""
-        return len(self._shares.weights)
-
     def kept(self, gradients: Tensor, elements: Chosen) -> Tensor:
         """What has to be kept of tiles' gradients [members, heads * p], before these are used up: [n, heads * k]."""
-        found = gradients[: self.num_samples].index_select(1, elements.places)
+        found = gradients[: len(self._shares.weights)].index_select(1, elements.places)
         return found if elements.counts is None else found.mul_(elements.counts)
 
     def add(self, kept: Tensor, fisher: Tensor) -> None:
@@ -156,6 +151,10 @@ class OwnShares:
         self._waiting.append((kept.view(len(kept), heads, -1), fisher.view(heads, -1)))
         if sum(of.numel() for _, of in self._waiting) >= AT_ONCE:
             self._add_waiting()
+
+    def add_formed(self, sums: Tensor) -> None:
+        """Add sums that are formed of elements of one head, of every sample and maybe more: [SUMS, T, n or more]."""
+        self._sums[:, 0] += sums[..., : len(self._shares.weights)].mT
 
     def _add_waiting(self) -> None:
         if self._waiting:

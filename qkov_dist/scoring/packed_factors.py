@@ -7,7 +7,7 @@ of a block all have as many tokens as the longest, those that a sample lacks are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from qkov_dist.layout.rects import Rect
 
 from .fisher_sums import FISHER_COLUMNS
-from .influence_sums import InfluenceSums
+from .influence_sums import InfluenceSums, MeanWeights, parts_of
 from .kernel import Rule, mirror
-from .native_kernel import MAPS, POWERS, ROOT, NativeKernel, Tile, pointers
-from .own_shares import Chosen, OwnShares
+from .native_kernel import MAPS, NativeKernel, Tile, pointers
+from .own_share_records import SUMS
+from .own_shares import Chosen, OwnShares, Shares
 from .padded_groups import PaddedGroup
 from .score_kinds import KINDS
 from .tile_gradients import Buffers
@@ -126,6 +127,42 @@ class PackedFactor:
 
 
 @dataclass(frozen=True)
+class LaneWeights:
+    """What members count for, in lanes; None where nobody asks.
+
+    Attributes:
+        fisher: In the Fisher, by task [T, lanes].
+        means: In the mean gradient of their task [T, lanes].
+        squares: In F of their task [T, lanes], where F is no multiple of what the task adds to the Fisher.
+        own: In the Fisher, of whatever task [lanes] (``own_shares.Shares``).
+        rest: What makes the rest of the Fisher a mean again, without each [lanes].
+        of_tasks: Which task each is of, 0 and 1 [T, lanes].
+    """
+
+    fisher: Tensor
+    means: Tensor | None = None
+    squares: Tensor | None = None
+    own: Tensor | None = None
+    rest: Tensor | None = None
+    of_tasks: Tensor | None = None
+
+    @staticmethod
+    def of(blocks: Blocks, fisher: Tensor, means: MeanWeights | None, shares: Shares | None) -> LaneWeights:
+        """Those of members in their order."""
+        found = LaneWeights(blocks.in_lanes(fisher))
+        if means is not None:
+            by_task = torch.zeros_like(found.fisher)
+            for task, part in enumerate(parts_of(means.sizes)):
+                by_task[task, part] = means.weights[part]
+            squares = blocks.in_lanes(means.of_squares) if means.needs_squares else None
+            found = replace(found, means=by_task, squares=squares)
+        if shares is not None:
+            own, rest = blocks.in_lanes(shares.weights.flatten()), 1 + blocks.in_lanes(shares.rest.flatten() - 1)
+            found = replace(found, own=own, rest=rest, of_tasks=blocks.in_lanes(shares.of_tasks))
+        return found
+
+
+@dataclass(frozen=True)
 class PackedSite:
     """One projection.
 
@@ -135,9 +172,7 @@ class PackedSite:
         d: Output gradients.
         x_start: The first feature of inputs that is there.
         d_start: The same of output gradients.
-        weights: Each member's weight in the Fisher, by task [T, lanes].
-        means: Each one's weight in the mean gradient of its task [T, lanes]; None without effects.
-        squares: The same in F of its task, where F is no multiple of what its task adds to the Fisher.
+        weights: The members'.
     """
 
     blocks: Blocks
@@ -145,14 +180,12 @@ class PackedSite:
     d: PackedFactor
     x_start: int
     d_start: int
-    weights: Tensor
-    means: Tensor | None
-    squares: Tensor | None = None
+    weights: LaneWeights
 
     def knows(self, rule: Rule) -> bool:
         """Whether it forms such scores."""
         kind = KINDS[rule.score]
-        known = {kind.left, kind.right} <= MAPS.keys() and kind.weight_power in POWERS
+        known = {kind.left, kind.right} <= MAPS.keys() and kind.power == 1
         return known and not rule.may_vanish(self.blocks.kernel.dtype)
 
     def add_tile(
@@ -177,26 +210,26 @@ class PackedSite:
         Returns:
             What is known of I there: records of ``scoring.fisher_sums``, float64 [1, columns].
         """
-        kernel, kind, num_tasks = self.blocks.kernel, KINDS[rule.score], len(self.weights)
-        num_blocks, lanes = len(self.blocks.tokens), self.blocks.num_lanes
+        kernel, kind, weights = self.blocks.kernel, KINDS[rule.score], self.weights
+        num_blocks, lanes, num_tasks = len(self.blocks.tokens), self.blocks.num_lanes, len(weights.fisher)
         fisher = torch.zeros(2 + num_tasks, dtype=torch.float64)
         fisher[0] = torch.inf
-        products = influences = kept_at = kept = kept_fisher = None
+        products = influences = shares = None
         if effects is not None:
             products = torch.zeros(2 * num_tasks, 2 * num_tasks + 2, dtype=torch.float64)
             influences = torch.zeros(2, num_tasks, lanes, dtype=kernel.dtype)
         if own is not None:
-            num, kept_at = len(own[1].places), _places(own[1], rect.area)
-            kept, kept_fisher = torch.empty(num, lanes, dtype=kernel.dtype), torch.empty(num, dtype=kernel.dtype)
+            shares = torch.zeros(SUMS, num_tasks, lanes, dtype=kernel.dtype)
         needed = kernel.scratch(num_blocks, scores.shape[1], num_tasks)
         scratch = buffers.take("scratch", (1, needed), kernel.dtype, scores.device)
         kernel.add(
             Tile(
                 **pointers(x=self.x.values, d=self.d.values, x_at=self.x.starts, d_at=self.d.starts),
-                **pointers(tokens=self.blocks.tokens, weights=self.weights),
-                **pointers(mean_weights=self.means, square_weights=self.squares),
+                **pointers(tokens=self.blocks.tokens, weights=weights.fisher, mean_weights=weights.means),
+                **pointers(square_weights=weights.squares, own_weights=weights.own, rest=weights.rest),
                 **pointers(scores=scores, fisher=fisher, products=products, influences=influences),
-                **pointers(kept_at=kept_at, kept=kept, kept_fisher=kept_fisher, scratch=scratch),
+                **pointers(chosen=None if own is None else _marked(own[1], rect.area), of_tasks=weights.of_tasks),
+                **pointers(own_shares=shares, scratch=scratch),
                 blocks=num_blocks,
                 row=rect.row - self.d_start,
                 rows=rect.shape[0],
@@ -208,7 +241,7 @@ class PackedSite:
                 least=rule.least,
                 left_map=MAPS[kind.left],
                 right_map=MAPS[kind.right],
-                rooted=kind.weight_power == ROOT,
+                rooted=kind.is_symmetric,
                 alike=kind.is_symmetric,
                 half=rule.is_symmetric,
                 left=rule.left.start,
@@ -221,16 +254,16 @@ class PackedSite:
             mirror(scores[0])
         if effects is not None and products is not None and influences is not None:
             effects.add_formed(products, influences)
-        if own is not None and kept is not None and kept_fisher is not None:
-            own[0].add(kept.t()[: own[0].num_samples].contiguous(), kept_fisher)
+        if own is not None and shares is not None:
+            own[0].add_formed(shares)
         return fisher_record(rect.area, fisher)
 
 
 @lru_cache(maxsize=64)
-def _places(elements: Chosen, size: int) -> Tensor:
-    """Where each of a tile's elements is among those that are chosen, int32; -1 of others."""
-    found = torch.full((size,), -1, dtype=torch.int32)
-    found[elements.places] = torch.arange(len(elements.places), dtype=torch.int32)
+def _marked(elements: Chosen, size: int) -> Tensor:
+    """Which of a tile's elements are chosen, uint8 [size]."""
+    found = torch.zeros(size, dtype=torch.uint8)
+    found[elements.places] = 1
     return found
 
 

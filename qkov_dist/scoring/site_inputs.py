@@ -19,10 +19,10 @@ from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage, moved
 
 from .influence_records import num_sums
-from .influence_sums import MeanWeights, parts_of
+from .influence_sums import MeanWeights
 from .native_kernel import NativeKernel
 from .own_shares import Shares
-from .packed_factors import Blocks, PackedFactor, PackedSite
+from .packed_factors import Blocks, LaneWeights, PackedFactor, PackedSite
 from .padded_groups import Ordering, order_samples
 from .settings import Roles, ScoreSettings
 from .tile_gradients import Padded, product_dtype
@@ -72,18 +72,9 @@ class Members:
         return None if self.kernel is None else Blocks.of(self.kernel, self.ordering.groups)
 
     @cached_property
-    def in_lanes(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weights in the Fisher, by task; in the mean gradient of the task; and in F of it, where that needs its own:
-        [T, lanes], where there are blocks.
-        """
-        assert self.blocks is not None
-        weights, means, squares = self.blocks.in_lanes(self.weights), None, None
-        if self.means is not None:
-            means = torch.zeros_like(weights)
-            for task, part in enumerate(parts_of(self.means.sizes)):
-                means[task, part] = self.means.weights[part]
-            squares = self.blocks.in_lanes(self.means.of_squares) if self.means.needs_squares else None
-        return weights, means, squares
+    def in_lanes(self) -> LaneWeights | None:
+        """What members count for, where there are blocks."""
+        return None if self.blocks is None else LaneWeights.of(self.blocks, self.weights, self.means, self.shares)
 
     @cached_property
     def weights(self) -> Tensor:
@@ -240,9 +231,9 @@ def _read_sites(
         groups = zip(members.ordering.groups, inputs, outputs, kept, members.scales, strict=True)
         padded = [_scaled(Padded(*group), settings.dtype) for group in groups]
         packed = None
-        if members.blocks is not None and packed_x is not None:
+        if members.blocks is not None and members.in_lanes is not None and packed_x is not None:
             packed_d = members.blocks.pack([of_group.d.values for of_group in padded])
-            packed = PackedSite(members.blocks, packed_x, packed_d, inputs[0].start, d.start, *members.in_lanes)
+            packed = PackedSite(members.blocks, packed_x, packed_d, inputs[0].start, d.start, members.in_lanes)
         yield site, SiteFactors(members, padded, packed)
 
 

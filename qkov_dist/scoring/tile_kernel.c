@@ -1,10 +1,11 @@
-/* What kernel.py does with a tile (and gram_norms.py with factors), for the processor it is compiled on: a chunk of elements at a time, from factors to
-   scores, while its gradients lie in a core's own cache. native_kernel.py compiles and calls it.
+/* What kernel.py does with a tile (and gram_norms.py with factors), for the processor that it is compiled on: a chunk of
+   elements at a time, from factors to scores, while its gradients lie in a core's own cache. native_kernel.py compiles
+   and calls it.
 
    Samples lie in lanes: a vector holds one number of LANES samples, a block; a tile has BLOCKS of them. Factors are
    packed [block][panel of PANEL features][token][feature of the panel][lane], so that products read one stretch of
-   memory and need no sum over lanes; gradients of a chunk are [element][block][lane], as products of pairs read them. Lanes
-   without a sample, and tokens that a sample does not have, are 0. */
+   memory and need no sum over lanes; gradients of a chunk are [element][block][lane], as products of pairs read them.
+   Lanes without a sample, and tokens that a sample does not have, are 0. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -80,9 +81,10 @@ typedef struct {
     double *fisher;                   /* least of I, how many are below `least`, sums of tasks [2 + tasks] */
     double *products;                 /* of vectors [2 tasks, 2 tasks + 2], added to; none: no effects are wanted */
     real *influences;                 /* of samples with mean gradients, then with steps [2 tasks, lanes], added to */
-    const int32_t *kept_at;           /* where an element's gradients are wanted in kept, or -1 [size]; none: nowhere */
-    real *kept;                       /* [places, lanes] */
-    real *kept_fisher;                /* I there [places] */
+    const uint8_t *chosen;            /* at which elements own shares are looked at [size]; none: nowhere */
+    const real *own_weights, *rest;   /* of samples in the Fisher, and W / (W - w) of each [lanes] */
+    const real *of_tasks;             /* which task a sample is of, 0 and 1 [tasks, lanes] */
+    real *own_shares;                 /* sums of own_shares.py [SUMS, tasks, lanes], added to */
     real *scratch;                    /* qkov_scratch() numbers */
 } tile;
 
@@ -385,14 +387,72 @@ static void add_effects(const tile *t, chunk *c)
         }
 }
 
-static void keep_some(const tile *t, const chunk *c)
+/* What samples do through the Fisher at one element, whose gradients are `of` [blocks]: own_shares.py has the formulas,
+   here with power 1. Below, `given` is R, and `without` the left map over R without the sample's own share. */
+static void add_own_shares_of(const tile *t, chunk *c, const vec *of, real fisher)
+{
+    const int64_t blocks = t->blocks, tasks = t->tasks;
+    const enum map left_map = (enum map)t->left_map, right_map = (enum map)t->right_map;
+    const vec *weights = (const vec *)t->own_weights, *rest = (const vec *)t->rest, *masks = (const vec *)t->of_tasks;
+    const vec epsilon = all((real)t->epsilon), ridge = all((real)t->ridge);
+    const real given = (fisher > (real)t->epsilon ? fisher : (real)t->epsilon) + (real)t->ridge;
+    real *of_left = c->vectors, *of_right = of_left + tasks, *of_without = of_right + tasks;
+    real *among = of_without + tasks;
+    vec *without = c->maps, *lost = without + blocks; /* maps are not there yet */
+    for (int64_t block = 0; block < blocks; block++) {
+        const vec g = of[block];
+        vec others = (all(fisher) - weights[block] * (g * g)) * rest[block];
+        const mask large = others > epsilon;
+        others = (vec)(((mask)others & large) | ((mask)epsilon & ~large)) + ridge;
+        without[block] = mapped(left_map, g) / others;
+        lost[block] = all(given) / others - all(1);
+    }
+    for (int64_t task = 0; task < tasks; task++) {
+        vec sums[4] = {{0}};
+        for (int64_t block = 0; block < blocks; block++) {
+            const vec in = masks[task * blocks + block], right = in * mapped(right_map, of[block]);
+            sums[0] += in * mapped(left_map, of[block]);
+            sums[1] += right;
+            sums[2] += in * without[block];
+            sums[3] += right * without[block];
+        }
+        of_left[task] = sum_of(sums[0]);
+        of_right[task] = sum_of(sums[1]);
+        of_without[task] = sum_of(sums[2]);
+        among[task] = of_without[task] * of_right[task] - sum_of(sums[3]);
+    }
+    for (int64_t block = 0; block < blocks; block++) {
+        const vec left = mapped(left_map, of[block]) / all(given), right = mapped(right_map, of[block]);
+        const vec both = without[block] * right, plain = left * right;
+        vec own_without = {0}, own_right = {0};
+        for (int64_t task = 0; task < tasks; task++) {
+            own_without += masks[task * blocks + block] * all(of_without[task]);
+            own_right += masks[task * blocks + block] * all(of_right[task]);
+        }
+        const vec own = both + both - without[block] * own_right - right * own_without;
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t step = tasks * blocks;
+            const vec in = masks[task * blocks + block], out = all(1) - in, share = lost[block];
+            const vec rights = all(of_right[task]), withouts = all(of_without[task]), pairs = all(among[task]);
+            vec *to = (vec *)t->own_shares + task * blocks + block;
+            const vec of_task = in * share * (pairs + own);
+            to[0] += without[block] * rights - in * both;
+            to[step] += right * withouts - in * both;
+            to[2 * step] += left * rights - in * plain;
+            to[3 * step] += right * all(of_left[task] / given) - in * plain;
+            to[4 * step] += of_task + out * share * rights * (own_without - without[block]);
+            to[5 * step] += of_task + out * share * withouts * (own_right - right);
+            to[6 * step] += of_task + out * share * pairs;
+        }
+    }
+}
+
+static void add_own_shares(const tile *t, chunk *c)
 {
     for (int64_t i = 0; i < c->down; i++)
         for (int64_t j = 0; j < c->across; j++) {
-            int64_t at = place(t, c, i, j), p = i * c->across + j;
-            if (at < 0 || t->kept_at[at] < 0) continue;
-            memcpy(t->kept + t->kept_at[at] * t->blocks * LANES, c->gradients + p * t->blocks, sizeof(vec) * t->blocks);
-            t->kept_fisher[t->kept_at[at]] = c->fisher[p];
+            const int64_t at = place(t, c, i, j), p = i * c->across + j;
+            if (at >= 0 && t->chosen[at]) add_own_shares_of(t, c, c->gradients + p * t->blocks, c->fisher[p]);
         }
 }
 
@@ -465,13 +525,13 @@ static void add_chunk(const tile *t, chunk *c, real *sums)
     form_gradients(t, c);
     regularise(t, c);
     if (t->products) add_effects(t, c);
-    if (t->kept_at) keep_some(t, c);
+    if (t->chosen) add_own_shares(t, c);
     map_gradients(t, c);
     add_pairs(t, c, sums);
 }
 
-/* Adds a tile's scores, and what else is asked for. Chunks follow one another along the tile's shorter side: its factors
-   come again and again from a cache that holds them all, those of the longer one once. */
+/* Adds a tile's scores, and what else is asked for. Chunks follow one another along the tile's shorter side: its
+   factors come again and again from a cache that holds them all, those of the longer one once. */
 void qkov_tile(const tile *t)
 {
     const int64_t blocks = t->blocks, lanes = blocks * LANES, left = t->left_end - t->left;

@@ -128,7 +128,7 @@ class Site:
         blocks = self.members.blocks
         assert blocks is not None
         packed = [blocks.pack([getattr(of, name).values for of in self.padded]) for name in ("x", "d")]
-        self.packed = PackedSite(blocks, *packed, 5, 3, *self.members.in_lanes)
+        self.packed = PackedSite(blocks, *packed, 5, 3, self.members.in_lanes)
 
     def both(self, rect: Rect, rule: Rule):
         """Scores, records of I, of effects and of own shares: by the kernel, and by torch's products."""
