@@ -9,6 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #ifdef QKOV_DOUBLE
 typedef double real;
@@ -56,6 +59,18 @@ typedef bits mask __attribute__((vector_size(BYTES)));
 #define HOLD(v) __asm__("" : "+w"(v))
 #else
 #define HOLD(v)
+#endif
+
+/* stores what is not read soon, past the caches: to fetch lines first that are then overwritten takes twice as long */
+#if defined(__AVX512F__)
+#define STREAM(to, v) _mm512_stream_si512((__m512i *)(to), (__m512i)(v))
+#define FENCE _mm_sfence()
+#elif defined(__AVX2__)
+#define STREAM(to, v) _mm256_stream_si256((__m256i *)(to), (__m256i)(v))
+#define FENCE _mm_sfence()
+#else
+#define STREAM(to, v) (*(vec *)(to) = (v))
+#define FENCE ((void)0)
 #endif
 
 enum map { GRADIENT, MAGNITUDE, SQUARE };
@@ -138,21 +153,24 @@ void qkov_pack(const real *values, int64_t of_sample, int64_t of_token, int64_t 
                int64_t lane, int64_t block_tokens, real *packed)
 {
     real line[LANES][LINE];
+    vec turned[LINE];
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t first = 0; first < width; first += LINE) {
             const int64_t num = width - first < LINE ? width - first : LINE;
             const real *from = values + token * of_token + first;
             real *to = packed + (first / PANEL * block_tokens + token) * PANEL * LANES + lane;
-            if (num == LINE && samples % 4 == 0) {
+            if (num == LINE && samples == LANES && LANES % PANEL == 0) {
                 for (int64_t n = 0; n < samples; n++) memcpy(line[n], from + n * of_sample, sizeof line[n]);
                 for (int64_t k = 0; k < LINE; k += PANEL)
-                    for (int64_t n = 0; n < samples; n += 4)
-                        turn(line + n, k, to + k * block_tokens * LANES + n);
+                    for (int64_t n = 0; n < samples; n += PANEL) turn(line + n, k, (real *)(turned + k) + n);
+                for (int64_t k = 0; k < LINE; k++)
+                    STREAM(to + (k / PANEL * block_tokens * PANEL + k % PANEL) * LANES, turned[k]);
             } else
                 for (int64_t k = 0; k < num; k++)
                     for (int64_t n = 0; n < samples; n++)
                         to[(k / PANEL * block_tokens * PANEL + k % PANEL) * LANES + n] = from[n * of_sample + k];
         }
+    FENCE;
 }
 
 typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)))); /* wherever it lies */

@@ -28,7 +28,7 @@ from qkov_dist.scoring.influence_sums import InfluenceSums
 from qkov_dist.scoring.kernel import Rule, add_tile
 from qkov_dist.scoring.own_shares import OwnShares, chosen
 from qkov_dist.scoring.packed_factors import PackedSite, tokens_of_blocks
-from qkov_dist.scoring.padded_groups import order_samples
+from qkov_dist.scoring.padded_groups import PaddedGroup, order_samples
 from qkov_dist.scoring.score import fisher_sums
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import Roles, ScoreSettings
@@ -166,6 +166,30 @@ def test_it_does_what_torchs_products_do_whatever_the_processor(flags, dtype, si
                     got, largest = by_kernel[name], expected.abs().amax()
                     assert got.shape == expected.shape, name
                     assert (got - expected).abs().amax() <= bound * largest, (name, kind, rect)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [37, 64])
+def test_factors_are_packed_by_blocks_panels_and_tokens(width, kernels, few_samples):
+    """A block that one group fills, and one of two groups, of unequal lengths, that has lanes to spare."""
+    for kernel in kernels.values():
+        lanes, panel = kernel.lanes, kernel.panel
+        groups = [(0, lanes, 7), (lanes, lanes + 1, 5), (lanes + 1, lanes + 2, 3)]
+        padded = [PaddedGroup(*group, 0, torch.zeros(1), torch.ones(1)) for group in groups]
+        blocks = packed_factors.Blocks.of(kernel, padded)
+        values = [torch.randn(last - first, length, width, dtype=kernel.dtype) for first, last, length in groups]
+        packed = blocks.pack(values)
+        panels = -(-width // panel)
+        expected = [torch.zeros(panels, length, panel, lanes, dtype=kernel.dtype) for length in (7, 5)]
+        for (first, last, length), of_group in zip(groups, values, strict=True):
+            for member in range(first, last):
+                features = torch.zeros(length, panels * panel, dtype=kernel.dtype)
+                features[:, :width] = of_group[member - first]
+                of_panels = features.view(length, panels, panel).movedim(1, 0)
+                expected[member // lanes][:, :length, :, member % lanes] = of_panels
+        assert blocks.tokens.tolist() == [7, 5]
+        assert packed.starts.tolist() == [0, expected[0].numel()]
+        assert torch.equal(packed.values, torch.cat([of.flatten() for of in expected]))
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 37), (1, 1, 3), (3, 16, 64)])
