@@ -60,7 +60,7 @@ ensure_browser() {
 
 # What DeepSpeed compiles when it first speaks on a CPU: here, so that no test waits a minute for it.
 ensure_deepspeed_builds() {
-    local folder="${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}"
+    local folder="${TORCH_EXTENSIONS_DIR:-${HOME:-}/.cache/torch_extensions}"
     if compgen -G "$folder/*/deepspeed_shm_comm/*.so" >/dev/null || compgen -G "$folder/deepspeed_shm_comm/*.so" >/dev/null; then
         return
     fi
