@@ -58,14 +58,14 @@ ensure_browser() {
     echo "launch: no chromium and chromedriver here; the test of the report's page will be skipped" >&2
 }
 
-# What DeepSpeed compiles when it first speaks on a CPU: here, so that no test waits a minute for it.
+# What DeepSpeed compiles when it first speaks on a CPU: here, so that no test waits for it.
 ensure_deepspeed_builds() {
     local folder="${TORCH_EXTENSIONS_DIR:-${HOME:-}/.cache/torch_extensions}"
     if compgen -G "$folder/*/deepspeed_shm_comm/*.so" >/dev/null || compgen -G "$folder/deepspeed_shm_comm/*.so" >/dev/null; then
         return
     fi
     echo "launch: DeepSpeed compiles what it speaks through on a CPU" >&2
-    "$PYTHON" -c 'import deepspeed.comm.torch as of_torch; of_torch.build_shm_op()' >/dev/null 2>&1 || true # tests tell
+    "$PYTHON" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>&1 || true # tests tell
 }
 
 # How many ranks to start on this machine: RANKS, or one for each GPU, or two on a CPU.
