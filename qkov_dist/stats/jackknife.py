@@ -17,7 +17,7 @@ is taken; without bias correction, because an effect size grows with the number 
 Where samples are not equally loud, (n - 1) / n is too much. Be p_i how much of its task sample i is, as in a mean that
 weighs samples by p. Without i that mean moves by p_i r_i / (1 - p_i), r_i being how far i is from it; and r_i has
 1 - 2 p_i + sum p^2 of a sample's variance. With h_i the sum is the variance of the mean, without bias; it is
-(n - 1) / n where all p are 1 / n. p_i is the mean of a sample's shares in both roles (``loud_samples.shares``); where
+(n - 1) / n where all p are 1 / n. p_i is the mean of a sample's shares in both roles (``loud_samples``); where
 samples move scores through the Fisher, too, the share in the role of i, in which ``interference`` squares gradients as
 I does. Degrees of freedom of overlap are Satterthwaite's without the bias that estimated variances bring (Welch, The
 generalization of Student's problem, Biometrika 34, 1947): (v_A + v_B)^2 / (v_A^2 / (n + 1) + v_B^2 / (m + 1)) - 2.
@@ -155,14 +155,13 @@ def _left_out(
         found[name] = values[:, 0], left_out[..., 0], effects
     if "overlap" in found:
         value, left_out, effects = found["overlap"]
-        moves_fisher = known is not None and not has_copies(shared.pairs)
-        if known is not None and moves_fisher:
+        known = None if has_copies(shared.pairs) else known
+        if known is not None:
             scores = without_own_shares(scores, known, shared.pairs, shared.n_a)
             value, left_out = shared.overlap(scores)
             left_out = left_out + known[:, KNOWN.index("overlap")].to(left_out)
         shift = loud_samples.shift(scores, shared.pairs, shared.n_a)
-        in_rows, in_columns = loud_samples.shares(scores, shared.pairs, shared.n_a)
-        part = in_rows if moves_fisher else (in_rows + in_columns) / 2
+        part = (shift.rows + shift.columns) / 2 if known is None else shift.rows
         found["overlap"] = value + shift.whole, left_out + shift.left_out, effects, part
     return found
 

@@ -26,14 +26,27 @@ from .pair_sums import counted_pairs
 
 
 class Shift(NamedTuple):
-    """What to add to overlap: of all samples [heads], and without each of them [heads, N]."""
+    """What to add to overlap: of all samples [heads], and without each of them [heads, N].
+
+    And how much of its task each sample is in the role of i, u_i / sum u, and of j, [heads, N] each.
+    """
 
     whole: Tensor
     left_out: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+class _Task(NamedTuple):
+    """One task's c [heads, 1 + N], of all samples, then without each of them; and its samples' shares [heads, n]."""
+
+    c: Tensor
+    rows: Tensor
+    columns: Tensor
 
 
 def shift(scores: Tensor, pairs: Tensor, num_a: int) -> Shift:
-    """Half of c_A + c_B.
+    """Half of c_A + c_B, and samples' shares of their tasks.
 
     Args:
         scores: [heads, N, N], A's samples first; NaN for an absent head.
@@ -43,44 +56,31 @@ def shift(scores: Tensor, pairs: Tensor, num_a: int) -> Shift:
     counted, pairs = counted_pairs(scores, pairs), pairs.to(scores.device)
     of_a = _of_task(counted, pairs, num_a)
     of_b = _of_task(_other_first(counted, num_a), _other_first(pairs, num_a), len(pairs) - num_a)
-    of_b = torch.cat([of_b[:, :1], of_b[:, 1:].roll(num_a, -1)], -1)  # its columns had B's samples first
-    both = 0.5 * (of_a + of_b)
-    return Shift(both[:, 0], both[:, 1:])
-
-
-def shares(scores: Tensor, pairs: Tensor, num_a: int) -> tuple[Tensor, Tensor]:
-    """How much of its task each sample is in the role of i, and of j: u_i / sum u and v_i / sum v, [heads, N] each.
-
-    Args:
-        scores: [heads, N, N], A's samples first, of at least 0; NaN for an absent head.
-        pairs: Which pairs are of different samples, bool [N, N].
-        num_a: Samples of A.
-    """
-    counted, pairs = counted_pairs(scores, pairs), pairs.to(scores.device)
-    a, b = slice(0, num_a), slice(num_a, len(pairs))
-    found = []
-    for matrices, num in ((counted, pairs), (counted.mT, pairs.T)):
-        of_tasks = [
-            matrices[:, own, other].sum(-1) / num[own, other].sum(-1).clamp(min=1) for own, other in ((a, b), (b, a))
-        ]
-        sums = (of_task.sum(-1, keepdim=True) for of_task in of_tasks)
-        parts = [torch.where(s == 0, 1 / of.shape[-1], of / s) for of, s in zip(of_tasks, sums, strict=True)]
-        found.append(torch.cat(parts, -1))
-    return found[0], found[1]
+    c_b = torch.cat([of_b.c[:, :1], of_b.c[:, 1:].roll(num_a, -1)], -1)  # its columns had B's samples first
+    both = 0.5 * (of_a.c + c_b)
+    rows, columns = torch.cat([of_a.rows, of_b.rows], -1), torch.cat([of_a.columns, of_b.columns], -1)
+    return Shift(both[:, 0], both[:, 1:], rows, columns)
 
 
 def _other_first(matrices: Tensor, num_a: int) -> Tensor:
     return matrices.roll((-num_a, -num_a), (-2, -1))
 
 
-def _of_task(counted: Tensor, pairs: Tensor, num: int) -> Tensor:
-    """The first task's c [heads, 1 + N]: of all samples, then without each of them."""
+def _of_task(counted: Tensor, pairs: Tensor, num: int) -> _Task:
+    """What is known of the first task."""
     left = _means(counted[:, :num, num:], pairs[:num, num:], num)
     right = _means(counted[:, num:, :num].mT, pairs[num:, :num].T, num)
+    rows, columns = _shares(left[..., 0]), _shares(right[..., 0])
     kept = torch.cat([left.new_ones(num, 1), 1 - torch.eye(num, len(pairs), dtype=left.dtype, device=left.device)], 1)
     left, right = left * kept, right * kept
     products, number = _over_pairs(left, right, pairs[:num, :num]), _over_pairs(kept, kept, pairs[:num, :num])
-    return (products / number * kept.sum(0).square() / (left.sum(-2) * right.sum(-2))).log()
+    return _Task((products / number * kept.sum(0).square() / (left.sum(-2) * right.sum(-2))).log(), rows, columns)
+
+
+def _shares(means: Tensor) -> Tensor:
+    """Of a task's means [heads, n]; all alike where all are 0."""
+    total = means.sum(-1, keepdim=True)
+    return torch.where(total == 0, 1 / means.shape[-1], means / total)
 
 
 def _means(across: Tensor, pairs: Tensor, num: int) -> Tensor:

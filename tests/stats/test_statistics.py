@@ -478,7 +478,7 @@ def test_shares_of_a_task_are_those_of_means_with_the_other():
     scores, pairs = rng.random((2, 7, 7)), different(7).clone()
     scores[1] = 0.0
     pairs[1, 5] = pairs[5, 1] = False
-    rows, columns = loud_samples.shares(torch.from_numpy(scores), pairs, 3)
+    *_, rows, columns = loud_samples.shift(torch.from_numpy(scores), pairs, 3)
     counted = np.where(pairs.numpy(), scores[0], np.nan)
     for found, of in ((rows, counted), (columns, counted.T)):
         for own, other in ((slice(0, 3), slice(3, 7)), (slice(3, 7), slice(0, 3))):

@@ -47,8 +47,11 @@ def test_few_samples_of_varied_size_are_covered_and_intervals_without_their_corr
     world, size, spread = WORLDS_STUDIED[0], 16, 1.0
     assert covered(world, size, spread, 3, 100)["overlap"].mean() > 0.92
 
-    def nothing(scores, _pairs, _num_a):
-        return loud_samples.Shift(torch.zeros(scores.shape[0]), torch.zeros(scores.shape[:2]))
+    shift = loud_samples.shift
+
+    def nothing(scores, pairs, num_a):
+        found = shift(scores, pairs, num_a)
+        return found._replace(whole=torch.zeros(scores.shape[0]), left_out=torch.zeros(scores.shape[:2]))
 
     monkeypatch.setattr(loud_samples, "shift", nothing)
     assert covered(world, size, spread, 3, 100)["overlap"].mean() < 0.9
