@@ -35,7 +35,6 @@ from .loading.models import LoadedModel
 from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.influence_records import mean_weights
-from .scoring.native_kernel import native_kernel
 from .scoring.own_share_records import formed_with
 from .scoring.score import MEANING, compiled, worth_compiling
 from .scoring.settings import Roles, ScoreSettings
@@ -129,20 +128,20 @@ class Job:
             QkovError: where ``compute.compile`` is true and nothing can be compiled.
         """
         settings = replace(ScoreSettings.of(self.config), device=self.device, scratch=scratch, warn=console.warn)
-        return replace(settings, compile=self._compiles(settings.dtype, console))
+        return replace(settings, compile=self._compiles(settings, console))
 
-    def _compiles(self, dtype: torch.dtype, console: Console) -> bool:
+    def _compiles(self, settings: ScoreSettings, console: Console) -> bool:
         """Whether scores are formed by what is compiled, and it is.
 
         Raises:
             QkovError: where it has to be, and cannot.
         """
         setting, on_gpu = self.config.compute.compile, self.device.type == "cuda"
-        elements = self.num_samples * sum(tile.rect.area for layer in self.tile_plan.layers for tile in layer.tiles)
+        elements = self.num_samples * self.tile_plan.num_elements
         if setting is False or (setting == "auto" and not worth_compiling(elements, on_gpu=on_gpu)):
             return False
         try:
-            compiled(self.device.type) if on_gpu else native_kernel(dtype)
+            compiled(self.device.type) if on_gpu else replace(settings, compile=True).kernel
         except QkovError as error:
             if setting != "auto":
                 raise

@@ -329,8 +329,7 @@ class QKOVInterferenceMetric:
     def _compiled(self, tile_plan: TilePlan, roles: Roles) -> ScoreSettings:
         """Settings by which heads are scored by what is compiled, where that is worth it and can be had."""
         settings, on_gpu = self._settings(), self._device.type == "cuda"
-        elements = len(roles.members) * sum(tile.rect.area for layer in tile_plan.layers for tile in layer.tiles)
-        worth = not on_gpu and worth_compiling(elements, on_gpu=False)
+        worth = not on_gpu and worth_compiling(len(roles.members) * tile_plan.num_elements, on_gpu=False)
         return replace(settings, compile=worth and has_native_kernel(settings.dtype))
 
     @property

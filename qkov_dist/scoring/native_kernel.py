@@ -42,9 +42,10 @@ class Tile(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "d", "x_at", "d_at", "tokens")),
         *((name, ctypes.c_int64) for name in ("blocks", "row", "rows", "col", "cols", "tasks")),
-        *((name, ctypes.c_void_p) for name in ("weights", "mean_weights", "square_weights")),
+        *((name, ctypes.c_void_p) for name in ("weights", "mean_weights")),
+        ("own_squares", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("epsilon", "ridge", "least")),
-        *((name, ctypes.c_int64) for name in ("left_map", "right_map", "rooted", "alike", "half")),
+        *((name, ctypes.c_int64) for name in ("left_map", "right_map", "alike", "half")),
         *((name, ctypes.c_int64) for name in ("left", "left_end", "right", "right_end")),
         *((name, ctypes.c_void_p) for name in ("scores", "fisher", "products", "influences")),
         *((name, ctypes.c_void_p) for name in ("chosen", "own_weights", "rest", "of_tasks", "own_shares", "scratch")),
@@ -127,15 +128,22 @@ def native_kernel(dtype: torch.dtype) -> NativeKernel:
     """
     command = [*_compiler(), *FLAGS, *OF_DTYPE[dtype]]
     name = f"tile_kernel-{hashlib.sha256('|'.join(_identity(command)).encode()).hexdigest()[:24]}.so"
-    for folder in _folders():
-        library = folder / name
-        try:
-            if not _is_ours(library):
-                _compile(command, library)
-            return NativeKernel(ctypes.CDLL(str(library)), dtype)
-        except OSError as error:
-            reason = str(error)
-    raise _cannot_be_had(reason)
+    cached = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    try:
+        return NativeKernel(_loaded(command, Path(cached) / "qkov_dist" / name), dtype)
+    except OSError:  # a folder that cannot be written, or is full
+        pass
+    try:
+        with tempfile.TemporaryDirectory(prefix="qkov_dist-") as folder:  # what is loaded needs no file any more
+            return NativeKernel(_loaded(command, Path(folder) / name), dtype)
+    except OSError as error:
+        raise _cannot_be_had(str(error)) from error
+
+
+def _loaded(command: Sequence[str], library: Path) -> ctypes.CDLL:
+    if not _is_ours(library):
+        _compile(command, library)
+    return ctypes.CDLL(str(library))
 
 
 def has_native_kernel(dtype: torch.dtype) -> bool:
@@ -178,13 +186,6 @@ def _identity(command: Sequence[str]) -> Iterator[str]:
             yield line
         if not line.strip():  # the next processor's
             return
-
-
-def _folders() -> Iterator[Path]:
-    """Where compiled kernels are, or may be."""
-    cached = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    yield Path(cached) / "qkov_dist"
-    yield Path(tempfile.mkdtemp(prefix="qkov_dist-"))
 
 
 def _is_ours(library: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from qkov_dist.layout.rects import Rect
 
-from .fisher_sums import FISHER_COLUMNS
-from .influence_sums import InfluenceSums, MeanWeights, parts_of
+from .influence_sums import InfluenceSums, MeanWeights
 from .kernel import Rule, mirror
 from .native_kernel import MAPS, NativeKernel, Tile, pointers
 from .own_share_records import SUMS
 from .own_shares import Chosen, OwnShares, Shares
 from .padded_groups import PaddedGroup
+from .score import fisher_records
 from .score_kinds import KINDS
 from .tile_gradients import Buffers
 
@@ -37,11 +37,13 @@ class Blocks:
         kernel: Who reads them.
         groups: The members, group by group.
         tokens: Of each block, int64 [blocks].
+        is_full: Whether every lane's every token is a sample's.
     """
 
     kernel: NativeKernel
     groups: Sequence[PaddedGroup]
     tokens: Tensor
+    is_full: bool
 
     @staticmethod
     def of(kernel: NativeKernel, groups: Sequence[PaddedGroup]) -> Blocks | None:
@@ -49,20 +51,8 @@ class Blocks:
         if any(group.real is None for group in groups):
             return None
         tokens = tokens_of_blocks(kernel.lanes, [(group.first, group.last, group.length) for group in groups])
-        needed = sum((group.last - group.first) * group.length for group in groups)
-        if needed < LEAST_FILLED * kernel.lanes * sum(tokens):
-            return None
-        return Blocks(kernel, groups, torch.tensor(tokens))
-
-    @cached_property
-    def unfilled(self) -> list[int]:
-        """Blocks with lanes, or tokens, that are no sample's."""
-        there = [0] * len(self.tokens)
-        for group in self.groups:
-            for first, last in _in_blocks(group.first, group.last, self.kernel.lanes):
-                there[first // self.kernel.lanes] += (last - first) * group.length
-        needed = (self.tokens * self.kernel.lanes).tolist()
-        return [block for block, tokens in enumerate(there) if tokens < needed[block]]
+        filled = sum((group.last - group.first) * group.length for group in groups) / (kernel.lanes * sum(tokens))
+        return None if filled < LEAST_FILLED else Blocks(kernel, groups, torch.tensor(tokens), is_full=filled == 1)
 
     @property
     def num_lanes(self) -> int:
@@ -81,9 +71,7 @@ class Blocks:
         width = -(-factors[0].shape[2] // panel) * panel
         starts = torch.cat([self.tokens.new_zeros(1), self.tokens.cumsum(0)]) * (width * lanes)
         packed = torch.empty(int(starts[-1]), dtype=self.kernel.dtype)
-        for block in self.unfilled:
-            packed[int(starts[block]) : int(starts[block + 1])] = 0.0
-        if width > factors[0].shape[2]:
+        if not self.is_full or width > factors[0].shape[2]:
             packed.zero_()
         for group, values in zip(self.groups, factors, strict=True):
             of_group = values if values.stride(2) == 1 else values.contiguous()
@@ -132,8 +120,8 @@ class LaneWeights:
 
     Attributes:
         fisher: In the Fisher, by task [T, lanes].
-        means: In the mean gradient of their task [T, lanes].
-        squares: In F of their task [T, lanes], where F is no multiple of what the task adds to the Fisher.
+        means: In the mean gradient of their task, and in F of it [T, lanes].
+        own_squares: Whether F is no multiple of what the task adds to the Fisher.
         own: In the Fisher, of whatever task [lanes] (``own_shares.Shares``).
         rest: What makes the rest of the Fisher a mean again, without each [lanes].
         of_tasks: Which task each is of, 0 and 1 [T, lanes].
@@ -141,7 +129,7 @@ class LaneWeights:
 
     fisher: Tensor
     means: Tensor | None = None
-    squares: Tensor | None = None
+    own_squares: bool = False
     own: Tensor | None = None
     rest: Tensor | None = None
     of_tasks: Tensor | None = None
@@ -151,11 +139,7 @@ class LaneWeights:
         """Those of members in their order."""
         found = LaneWeights(blocks.in_lanes(fisher))
         if means is not None:
-            by_task = torch.zeros_like(found.fisher)
-            for task, part in enumerate(parts_of(means.sizes)):
-                by_task[task, part] = means.weights[part]
-            squares = blocks.in_lanes(means.of_squares) if means.needs_squares else None
-            found = replace(found, means=by_task, squares=squares)
+            found = replace(found, means=blocks.in_lanes(means.of_squares), own_squares=means.needs_squares)
         if shares is not None:
             own, rest = blocks.in_lanes(shares.weights.flatten()), 1 + blocks.in_lanes(shares.rest.flatten() - 1)
             found = replace(found, own=own, rest=rest, of_tasks=blocks.in_lanes(shares.of_tasks))
@@ -226,7 +210,7 @@ class PackedSite:
             Tile(
                 **pointers(x=self.x.values, d=self.d.values, x_at=self.x.starts, d_at=self.d.starts),
                 **pointers(tokens=self.blocks.tokens, weights=weights.fisher, mean_weights=weights.means),
-                **pointers(square_weights=weights.squares, own_weights=weights.own, rest=weights.rest),
+                **pointers(own_weights=weights.own, rest=weights.rest),
                 **pointers(scores=scores, fisher=fisher, products=products, influences=influences),
                 **pointers(chosen=None if own is None else _marked(own[1], rect.area), of_tasks=weights.of_tasks),
                 **pointers(own_shares=shares, scratch=scratch),
@@ -236,12 +220,12 @@ class PackedSite:
                 col=rect.col - self.x_start,
                 cols=rect.shape[1],
                 tasks=num_tasks,
+                own_squares=weights.own_squares,
                 epsilon=rule.epsilon,
                 ridge=rule.ridge,
                 least=rule.least,
                 left_map=MAPS[kind.left],
                 right_map=MAPS[kind.right],
-                rooted=kind.is_symmetric,
                 alike=kind.is_symmetric,
                 half=rule.is_symmetric,
                 left=rule.left.start,
@@ -256,7 +240,7 @@ class PackedSite:
             effects.add_formed(products, influences)
         if own is not None and shares is not None:
             own[0].add_formed(shares)
-        return fisher_record(rect.area, fisher)
+        return _fisher_record(rect.area, fisher)
 
 
 @lru_cache(maxsize=64)
@@ -267,9 +251,9 @@ def _marked(elements: Chosen, size: int) -> Tensor:
     return found
 
 
-def fisher_record(size: int, found: Tensor) -> Tensor:
+def _fisher_record(size: int, found: Tensor) -> Tensor:
     """The record of so many elements, [1, columns], from what the kernel says of I there."""
-    least, num_below, *by_task = found.tolist()
-    of_all = {"sum": sum(by_task), "count": size, "min": least, "num_ridge_above": num_below}
-    values = [of_all[name] for name in FISHER_COLUMNS if name in of_all]
-    return torch.tensor([[*values, *by_task[:-1]]], dtype=torch.float64)
+    least, num_below, *by_task = found.unsqueeze(1)
+    count = torch.full_like(least, size)
+    of_all = {"sum": found[2:].sum(0, keepdim=True), "count": count, "min": least, "num_ridge_above": num_below}
+    return fisher_records(of_all, by_task[:-1])

@@ -79,6 +79,11 @@ def fisher_sums(by_task: Tensor, least: float) -> Tensor:
         "num_ridge_above": (fisher < least).sum(1).double(),
     }
     of_tasks = [of_task.sum(1, dtype=torch.float64) for of_task in by_task[:-1]]
+    return fisher_records(found, of_tasks)
+
+
+def fisher_records(found: Mapping[str, Tensor], of_tasks: Sequence[Tensor]) -> Tensor:
+    """Records of I from its columns by name, and what each task but the last adds to it: each float64 [heads]."""
     return torch.stack([*(found[name] for name in FISHER_COLUMNS if name in found), *of_tasks], dim=1)
 
 

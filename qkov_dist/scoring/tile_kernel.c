@@ -85,11 +85,10 @@ typedef struct {
     int64_t tasks;
     const real *weights;              /* of samples in the Fisher [tasks, lanes] */
     const real *mean_weights;         /* of samples in the mean gradient of their task [tasks, lanes] */
-    const real *square_weights;       /* of their squares in its F; none: as in the Fisher */
+    int64_t own_squares;              /* F of a task is formed with these weights, too; else as in the Fisher */
     double epsilon, ridge, least;     /* least: what the Fisher must reach to count for more than these */
     int64_t left_map, right_map;
-    int64_t rooted;                   /* the left map is times the root of 1 / R */
-    int64_t alike;                    /* the right map is the left one, 1 / R and all */
+    int64_t alike;                    /* both maps are the left one, times the root of 1 / R */
     int64_t half;                     /* scores are a symmetric matrix, of which half is wanted */
     int64_t left, left_end, right, right_end; /* samples in the role of i, and of j */
     real *scores;                     /* [left, right], added to; of half, those on and above the diagonal */
@@ -367,8 +366,7 @@ static void add_effects(const tile *t, chunk *c)
         const vec *weights = (const vec *)(t->mean_weights + task * blocks * LANES);
         real *means = one + (1 + task) * CHUNK, *steps = means + tasks * CHUNK;
         real *of_mean = squares + task * CHUNK, *of_step = of_mean + tasks * CHUNK;
-        if (t->square_weights)
-            put_squares(c, blocks, (const vec *)(t->square_weights + task * blocks * LANES), c->vectors + task * CHUNK);
+        if (t->own_squares) put_squares(c, blocks, weights, c->vectors + task * CHUNK);
         for (int64_t p = 0; p < num; p++) {
             vec sum = {0};
             for (int64_t block = 0; block < blocks; block++) sum += weights[block] * c->gradients[p * blocks + block];
@@ -478,7 +476,7 @@ static void add_own_shares(const tile *t, chunk *c)
 INLINE void map_as(const tile *t, chunk *c, const enum map left, const enum map right, const int alike)
 {
     for (int64_t p = 0; p < c->num; p++) {
-        const vec factor = all(t->rooted ? SQRT(c->factor[p]) : c->factor[p]);
+        const vec factor = all(alike ? SQRT(c->factor[p]) : c->factor[p]);
         for (int64_t n = p * t->blocks; n < (p + 1) * t->blocks; n++) {
             vec v = c->gradients[n];
             c->maps[n] = mapped(left, v) * factor;

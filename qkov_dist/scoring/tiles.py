@@ -81,6 +81,11 @@ class TilePlan:
         return TilePlan(tuple(layer for layer in self.layers if layer.layer in layers))
 
     @property
+    def num_elements(self) -> int:
+        """Elements of one sample's gradient that are formed."""
+        return sum(tile.rect.area for layer in self.layers for tile in layer.tiles)
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """Every projection to capture."""
         return tuple(site for layer in self.layers for site in layer.sites)
