@@ -158,11 +158,13 @@ def combine(
     with PairTests(statistics, {both: metadata}, device) as tested:
         if world.rank == 0:
             heatmap = assemble(metadata, summed(tested), pooled=keeps_pooled, folder=folder)
-            heatmap = with_tested_effects(heatmap, statistics)
         else:
             deque(summed(tested), maxlen=0)
         tests = tested.of_all_ranks(world)
-    if heatmap is None or statistics is None:
+    if heatmap is None:
+        return None
+    heatmap = with_tested_effects(heatmap, statistics)
+    if statistics is None:
         return heatmap
     return heatmap.with_statistics(statistics.results(heatmap, tested.designs[both], tests[both]))
 

@@ -295,11 +295,13 @@ class ScoringCost:
 
     def _copies(self, width: int, site: SiteWork, packed: bool, *, scaled: bool = False) -> int:
         """A factor as it is multiplied, padded where samples differ in length, and D times what samples are scaled by,
-        which is another copy of it for a while; of D in half a type gradients are scaled. And as a kernel reads it.
+        which is another copy of it for a while; of D in half a type gradients are scaled. Or as a kernel reads it,
+        which leaves biases to products of padded factors.
         """
         scoring, padded = self.work.scoring, self.work.padded_tokens(site.above)
-        copies = 0 if self.work.of_one_length else padded
-        copies += int(padded / LEAST_FILLED) if packed else 0
+        copies = int(padded / LEAST_FILLED) if packed else 0
+        if not self.work.of_one_length and (scoring.include_bias or not packed):
+            copies += padded
         scaled = scaled and self.work.config.metric.sample_scale == "unit"
         copies += padded if scaled and scoring.product_itemsize == scoring.itemsize else 0
         if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:

@@ -129,7 +129,7 @@ class PartialWriter:
     def __init__(self, path: str | Path, header: PartialHeader, *, resume: bool = True) -> None:
         self.path, self.header, self._resume = Path(path), header, resume
         self._folder = layer_folder(self.path)
-        self._completed: set[int] = set()
+        self._files: dict[int, Path] = {}  # of finished layers
         self._held: dict[int, LayerPartial] = {}
         self._held_bytes = 0
         self._lock = -1
@@ -137,7 +137,7 @@ class PartialWriter:
     @property
     def completed(self) -> frozenset[int]:
         """Layers on disk."""
-        return frozenset(self._completed)
+        return frozenset(self._files)
 
     def __enter__(self) -> PartialWriter:
         with file_errors(self._folder, OSError):
@@ -179,15 +179,16 @@ class PartialWriter:
         Raises:
             QkovError: for wrong shapes or names, a full disk, or a folder that cannot be written.
         """
-        if layer not in self.header.layers or layer in self._completed:
-            expected = f"one of the layers {tuple(n for n in self.header.layers if n not in self._completed)}"
+        if layer not in self.header.layers or layer in self._files:
+            expected = f"one of the layers {tuple(n for n in self.header.layers if n not in self._files)}"
             remedy = "Report this: a layer is scored once, and is one of the plan's."
             raise QkovError(f"{self.path}: layer {layer}", expected=expected, got="another layer", remedy=remedy)
         content = checked_layer(layer, self.header, blocks, shared or {})
-        with writing(self._folder / f"{layer_name(layer)}.h5", self.header.run_id) as writer:
+        file = self._folder / f"{layer_name(layer)}.h5"
+        with writing(file, self.header.run_id) as writer:
             write_header(writer, self.header, {layer})
             write_layer(writer, layer, content)
-        self._completed.add(layer)
+        self._files[layer] = file
         if self._held_bytes + content.nbytes <= HELD_BYTES:
             self._held[layer] = content
             self._held_bytes += content.nbytes
@@ -221,17 +222,16 @@ class PartialWriter:
             self.header = replace(self.header, extra=found.header.extra)
         for layer in found.complete:
             found.read_layer(layer)
-        self._completed = set(found.complete)
+        self._files = dict(found.files)
 
     def _bring_together(self) -> None:
         """All finished layers -> the partial file; then the layers' own files go."""
         pending = _layer_files(self.path)
         with file_errors(self.path, OSError):
             if pending or not self.path.exists():
-                files = read_partial(self.path).files if self._completed else {}
                 with writing(self.path, self.header.run_id) as writer:
-                    write_header(writer, self.header, self._completed)
-                    for layer, file in sorted(files.items()):
+                    write_header(writer, self.header, {*self._files})
+                    for layer, file in sorted(self._files.items()):
                         with reading(file) as reader:
                             copy_layer(reader, writer, layer)
                         writer.check()

@@ -12,7 +12,7 @@ Every layer that this rank has to score, round by round: factors come, scores go
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
 
 import numpy as np
@@ -34,7 +34,6 @@ from .kernel import Rule, add_tile, pair_products, tile_flops
 from .own_share_records import Records as ShareRecords
 from .own_share_records import no_shares
 from .own_shares import Chosen, OwnShares, chosen, stride_of
-from .packed_factors import PackedSite
 from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, added_fisher_sums, compiled, fisher_sums
@@ -107,23 +106,24 @@ class _HeadScorer:
         settings, roles, tile, members = self.settings, self.roles, batch.first, site.members
         ridge = self.ridges[tile.site.layer, tile.block]
         rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, self.fused)
+        packed = site.packed if site.packed is not None and site.packed.knows(rule) else None
+        if site.packed is not packed and len(batch.heads) > 1:  # torch's products take a head at a time on a CPU
+            found_of = [self(one, site, buffers) for one in batch.one_by_one]
+            return lambda: [part for found in found_of for part in found()]
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
         effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
+        bands, records = [*batch.bands], []
+        if packed is not None:  # it needs no tiles
+            of_own = None if own is None else (own, self._elements_of(tile))
+            rects = [merged(one.rect for one in of_head if not one.bias) for of_head in batch.heads]
+            records.append(packed.add_heads(scores, rects, rule, buffers, effects, of_own))
+            bands = [band for band in bands if band[0].bias]
 
         def add_band(band: Sequence[Tile]) -> Tensor:
             gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band)
             by_task = add_tile(scores, gradients, members.weights, rule, buffers, effects, of_own)
             return fisher_sums(by_task, rule.least)
 
-        def add_packed(one: Tile, packed: PackedSite) -> Tensor:
-            return packed.add_tile(scores, one.rect, rule, buffers, effects, self._with_elements(own, [one]))
-
-        bands, packed = [*batch.bands], site.packed
-        records = []
-        if packed is not None and len(batch.heads) == 1 and packed.knows(rule):
-            rects = merged(one.rect for (one,) in bands if not one.bias)  # the kernel needs no tiles
-            records = [add_packed(replace(tile, rect=rect, bias=False), packed) for rect in rects]
-            bands = [band for band in bands if band[0].bias]
         records += map(add_band, bands)
         fisher = reduce(added_fisher_sums, records)
         found = [members.in_order_of_roles(scores), fisher]
@@ -131,11 +131,12 @@ class _HeadScorer:
             found.append(members.records_in_order_of_roles(effects.records()))
         if own is not None:
             found.append(members.shares_in_order_of_roles(own.records()))
-        pairs = pair_products(
-            *roles.shape, in_half=rule.in_cache(len(batch.heads), scores.device) and rule.is_symmetric
-        )
+        in_half = packed is not None or rule.in_cache(len(batch.heads), scores.device)
+        pairs = pair_products(*roles.shape, in_half=in_half and rule.is_symmetric)
         tiles = ((tile.rect.area, tile.bias) for tile in batch.heads[0])
-        flops = sum(tile_flops(site.padded, size, pairs, bias=bias, effects=effects) for size, bias in tiles)
+        flops = sum(
+            tile_flops(members.ordering.groups, size, pairs, bias=bias, effects=effects) for size, bias in tiles
+        )
         return partial(_parts, OnItsWay.of(*found), flops, with_effects=effects is not None)
 
     def _effects(self, batch: HeadBatch, members: Members) -> InfluenceSums | None:
@@ -154,10 +155,13 @@ class _HeadScorer:
         """With the elements looked at of the tiles of some heads; None where there are none."""
         if own is None:
             return None
-        tile = band[0]
-        stride = self.strides[tile.site.layer, tile.block]
-        elements = chosen([one.rect for one in band], stride, self.settings.device)
+        elements = self._elements_of(band[0])(*(one.rect for one in band))
         return None if elements is None else (own, elements)
+
+    def _elements_of(self, tile: Tile) -> Callable[..., Chosen | None]:
+        """What says which elements of rectangles in a tile's block are looked at, one of each head."""
+        stride = self.strides[tile.site.layer, tile.block]
+        return lambda *rects: chosen(rects, stride, self.settings.device)
 
 
 def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Tensor:

@@ -1,4 +1,6 @@
-"""Heads that are worked on together: on a GPU, as many of one shape as fill it; on a CPU, one by one."""
+"""Heads that are worked on together: on a GPU, as many of one shape as fill it; on a CPU, one by one, or a few that a
+compiled kernel is asked for in one call.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +36,11 @@ class HeadBatch:
         return zip(*self.heads, strict=True)
 
     @property
+    def one_by_one(self) -> Iterator[HeadBatch]:
+        """Its heads, each a batch."""
+        return (HeadBatch((tiles,)) for tiles in self.heads)
+
+    @property
     def largest(self) -> int:
         """Elements of the largest tile."""
         return max(tile.rect.area for tile in self.heads[0])
@@ -46,13 +53,16 @@ class HeadBatch:
         return [HeadBatch((tuple(replace(tile, rect=half) for tile in tiles for half in tile.rect.split(most)),))]
 
 
-def head_batches(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0) -> list[HeadBatch]:
+def head_batches(
+    tiles: Sequence[Tile], max_elements: int, num_samples: int = 0, *, num_heads: int = 1
+) -> list[HeadBatch]:
     """Put together the heads of one projection, in the order of the tiles.
 
     Args:
         tiles: Of one projection.
-        max_elements: Elements that the tiles of a batch have together at a time; one head there is always.
+        max_elements: Elements that the tiles of a batch have together at a time.
         num_samples: A head counts as no fewer elements than this, so that its scores of all pairs are bounded too.
+        num_heads: Heads that a batch may have whatever their size.
     """
     heads: dict[tuple[str, int], list[Tile]] = {}
     for tile in tiles:
@@ -62,7 +72,7 @@ def head_batches(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0)
         if (
             found
             and _alike(found[-1][0], of_head)
-            and _size(of_head, num_samples) * (len(found[-1]) + 1) <= max_elements
+            and (len(found[-1]) < num_heads or _size(of_head, num_samples) * (len(found[-1]) + 1) <= max_elements)
         ):
             found[-1].append(of_head)
         else:

@@ -152,16 +152,18 @@ class InfluenceSums:
         self._add_products(vectors[: 2 * num], vectors[num : 3 * num + 2])
 
     def add_formed(self, products: Tensor, of_samples: Tensor) -> None:
-        """Add what is formed of the elements of a tile of one head.
+        """Add what is formed of the elements of heads.
 
         Args:
-            products: Of the vectors, [2 T, 2 T + 2].
-            of_samples: Of every sample, and maybe more, with each task's mean and step: [optimizer, T, n or more].
+            products: Of the vectors, [heads, 2 T, 2 T + 2].
+            of_samples: Of every sample, and maybe more, with each task's mean and step: [heads, optimizer, T, n or
+                more].
         """
+        taken = of_samples.transpose(0, 1)
         for task, part in enumerate(self._parts):
-            others = [other for other in range(self.num_tasks) if other != task]
-            self._samples[:, 0, :, part] -= of_samples[:, others, part]
-        self._products[0] += products
+            self._samples[:, :, :task, part] -= taken[:, :, :task, part]
+            self._samples[:, :, task:, part] -= taken[:, :, task + 1 :, part]
+        self._products += products
 
     def _add_influences(self, task: int, part: slice, gradients: Tensor, steps: Tensor) -> None:
         """Add a task's samples [n, heads * p] along the steps [2, T, heads * p] of the other tasks."""

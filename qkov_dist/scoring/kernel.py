@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .influence_sums import InfluenceSums, effect_products, num_vectors
 from .own_shares import Chosen, OwnShares
+from .padded_groups import PaddedGroup
 from .score import Fused, maps, power_of
 from .score_kinds import KINDS, ElementMap, Score
-from .tile_gradients import Buffers, Padded
+from .tile_gradients import Buffers
 
 CHUNK_BYTES = 4 * 2**20  # of gradients; with their squares this is what lies near a core, and a tile of few samples
 PRODUCTS = 512  # blocks of pairs that are multiplied at a time on a GPU: some for each of its multiprocessors
@@ -212,21 +213,21 @@ def pair_products(left: int, right: int, *, in_half: bool) -> int:
 
 
 def tile_flops(
-    factors: Sequence[Padded], size: int, pairs: int, *, bias: bool, effects: InfluenceSums | None = None
+    groups: Sequence[PaddedGroup], size: int, pairs: int, *, bias: bool, effects: InfluenceSums | None = None
 ) -> int:
     """Floating-point operations of the matrix products of a tile of ``size`` elements, padding included.
 
     Gradients that are kept were formed before.
 
     Args:
-        factors: All groups.
+        groups: All groups of samples.
         size: Elements.
         pairs: Products of an element's maps (``pair_products``).
         bias: Whether it is a bias.
         effects: Where effects are added up; None leaves them out.
     """
-    num = factors[-1].group.last
+    num = groups[-1].last
     num_tasks = 2 if effects is None else effects.num_tasks
-    tokens = 0 if bias else sum((padded.group.last - padded.group.first) * padded.group.length for padded in factors)
+    tokens = 0 if bias else sum((group.last - group.first) * group.length for group in groups)
     of_effects = 0 if effects is None else effect_products(len(effects.means.weights), effects.num_tasks)
     return 2 * size * (tokens + num_tasks * num + pairs + of_effects)

@@ -17,6 +17,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ class Tile(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where samples are among the rows of all, in lanes.
+
+    Attributes:
+        starts: The first row of each, int64 [lanes].
+        lengths: How many it has, int64 [lanes]; 0 of a lane without a sample.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+
+
 class NativeKernel:
     """The kernel for one type of numbers.
 
@@ -80,17 +94,24 @@ class NativeKernel:
         """Numbers that a tile takes while it is worked on."""
         return int(self._library.qkov_scratch(*map(ctypes.c_int64, (blocks, left, num_tasks))))
 
-    def pack(self, values: Tensor, lane: int, tokens: int, packed: Tensor) -> None:
-        """Put factors [samples, T, width] of some samples of a block, from a lane on, into those of the block.
+    def pack(self, values: Tensor, rows: Rows, scales: Tensor | None, tokens: Tensor, at: Tensor, to: Tensor) -> None:
+        """Put factors [rows, width], all samples' one behind another, where products of tiles read them.
 
-        ``packed`` is all of the block's, with room for ``tokens`` a sample.
+        Args:
+            values: The factors.
+            rows: Which of them are each sample's, and of which there are none, in lanes.
+            scales: What each sample's are multiplied by [lanes]; None: by nothing.
+            tokens: Of each block [blocks].
+            at: Where each block's begin in ``to`` [blocks].
+            to: All blocks'.
         """
-        samples, of_sample, width = values.shape
-        strides = values.stride()
+        values = values if values.stride(1) == 1 else values.contiguous()
         self._library.qkov_pack(
             _address(values),
-            *map(ctypes.c_int64, (strides[0], strides[1], samples, of_sample, width, lane, tokens)),
-            _address(packed),
+            *map(ctypes.c_int64, (values.stride(0), values.shape[1])),
+            *map(_address, (rows.starts, rows.lengths, scales)),
+            ctypes.c_int64(len(tokens)),
+            *map(_address, (tokens, at, to)),
         )
 
     def gram(self, values: Tensor) -> Tensor:
@@ -107,8 +128,8 @@ class NativeKernel:
         self._library.qkov_tile(ctypes.byref(tile))
 
 
-def _address(values: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(values.data_ptr())
+def _address(values: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if values is None else values.data_ptr())
 
 
 def pointers(**values: Tensor | None) -> dict[str, Any]:

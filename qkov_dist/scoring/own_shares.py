@@ -153,8 +153,8 @@ class OwnShares:
             self._add_waiting()
 
     def add_formed(self, sums: Tensor) -> None:
-        """Add sums that are formed of elements of one head, of every sample and maybe more: [SUMS, T, n or more]."""
-        self._sums[:, 0] += sums[..., : len(self._shares.weights)].mT
+        """Add what is formed of elements of heads, of every sample and maybe more: [heads, SUMS, T, n or more]."""
+        self._sums += sums[..., : len(self._shares.weights)].transpose(0, 1).mT
 
     def _add_waiting(self) -> None:
         if self._waiting:

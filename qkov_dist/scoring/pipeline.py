@@ -33,6 +33,7 @@ from .streams import FactorStream, wait_for
 from .tile_gradients import Buffers
 from .tiles import LayerTiles, Tile
 
+BATCHES = 4  # of a layer's heads for each worker, at least, of those that a compiled kernel scores
 T = TypeVar("T")
 Found = Callable[[], list[T]]  # of a batch, one for each head: begun, and waited for where it is read
 Work = Callable[[HeadBatch, SiteFactors, Buffers], Found[T]]
@@ -93,9 +94,10 @@ def through_workers(
             everything that was begun before is done; what work raises.
     """
     device = torch.device(settings.device)
+    num_workers = num_workers_on(device)
     with workers(device, settings.matmul_precision) as submit, closing(FactorStream(device)) as stream:
         errors: list[Exception] = []
-        before, start = None, _Start(MemberOrders(roles, settings), work, submit, stream)
+        before, start = None, _Start(MemberOrders(roles, settings), work, submit, num_workers, stream)
         for started in stream.of(_until_error(start.all(turns), errors)):
             if before is not None:
                 yield before.done()
@@ -120,6 +122,7 @@ class _Start(Generic[T]):
     orders: MemberOrders
     work: Work[T]
     submit: Submit
+    num_workers: int
     stream: FactorStream
 
     def all(self, turns: Iterable[Turn | None]) -> Iterator[_Started[T] | None]:
@@ -133,11 +136,14 @@ class _Start(Generic[T]):
     def _layer(self, turn: Turn) -> Iterator[_Started[T]]:
         settings, num = self.orders.settings, len(self.orders.roles.members)
         left = len({tile.site for tile in turn.tiles})
+        few = max(len({(tile.block, tile.head) for tile in turn.tiles}) // (BATCHES * self.num_workers), 1)
         if not left:
             yield _Started(turn.layer_tiles, (), is_last=True)
         for site, factors in read_sites(turn.tiles, turn.source, self.orders):
             left -= 1
-            batches = head_batches([tile for tile in turn.tiles if tile.site == site], settings.max_elements(num), num)
+            of_site = [tile for tile in turn.tiles if tile.site == site]
+            in_one_call = few if factors.packed is not None else 1
+            batches = head_batches(of_site, settings.max_elements(num), num, num_heads=in_one_call)
             ready = self.stream.ready(factors.tensors)
             waiting = [(batch, self.submit(self._when_ready, ready, batch, factors)) for batch in batches]
             yield _Started(turn.layer_tiles, waiting, is_last=not left)
@@ -178,6 +184,11 @@ def _in_memory(
 Submit = Callable[..., Callable[[], Any]]
 
 
+def num_workers_on(device: torch.device) -> int:
+    """How many :func:`workers` would be started now."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 @contextmanager
 def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator[Submit]:
     """Start workers for as long as the block lasts.
@@ -193,8 +204,7 @@ def workers(device: torch.device, matmul_precision: str = "highest") -> Iterator
         ``submit(work, *arguments)``: has a worker call ``work(*arguments, buffers)`` with its own buffers; returns what
         waits for the result (and raises what the work raised).
     """
-    num_threads = torch.get_num_threads()
-    num_workers = num_threads if device.type == "cpu" else 1
+    num_threads, num_workers = torch.get_num_threads(), num_workers_on(device)
     own = threading.local()
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 

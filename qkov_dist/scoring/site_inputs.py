@@ -74,7 +74,9 @@ class Members:
     @cached_property
     def in_lanes(self) -> LaneWeights | None:
         """What members count for, where there are blocks."""
-        return None if self.blocks is None else LaneWeights.of(self.blocks, self.weights, self.means, self.shares)
+        if self.blocks is None:
+            return None
+        return LaneWeights.of(self.blocks, self.weights, self.means, self.shares, self._scales)
 
     @cached_property
     def weights(self) -> Tensor:
@@ -100,10 +102,8 @@ class Members:
     @cached_property
     def scales(self) -> list[Tensor | None]:
         """What gradients of each group's samples are multiplied by, [n, 1, 1]; None where they are left alone."""
-        if self.roles.scales is None:
-            return [None] * len(self.ordering.groups)
-        scales = moved(torch.from_numpy(self.roles.scales[list(self.ordering.order)]), self.device, self.dtype)
-        return [scales[group.first : group.last].view(-1, 1, 1) for group in self.ordering.groups]
+        groups, scales = self.ordering.groups, self._scales
+        return [None if scales is None else scales[group.first : group.last].view(-1, 1, 1) for group in groups]
 
     def records_in_order_of_roles(self, records: Tensor) -> Tensor:
         """Records [heads, optimizer, sums and influences] in this order, as those in the order of the roles."""
@@ -119,6 +119,13 @@ class Members:
         """Scores [heads, left, right] of pairs of members in this order, as pairs in the order of the roles."""
         left, right = self._places
         return scores[:, left, right]
+
+    @cached_property
+    def _scales(self) -> Tensor | None:
+        """What each member's gradient is multiplied by, [N]."""
+        if self.roles.scales is None:
+            return None
+        return moved(torch.from_numpy(self.roles.scales[list(self.ordering.order)]), self.device, self.dtype)
 
     @property
     def _weights(self) -> Tensor:
@@ -161,23 +168,60 @@ class MemberOrders:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """X of all rows, as the projections that share it read it.
+
+    Attributes:
+        x: As it comes.
+        members: An order of members.
+    """
+
+    x: FeatureSlice
+    members: Members
+
+    @cached_property
+    def padded(self) -> list[FeatureSlice]:
+        """X of each group."""
+        return [FeatureSlice(group.inputs(self.x.values), self.x.start) for group in self.members.ordering.groups]
+
+    @cached_property
+    def packed(self) -> PackedFactor | None:
+        """X as the kernel reads it; None where torch's products take its place."""
+        return None if self.members.blocks is None else self.members.blocks.pack(self.x.values)
+
+
+@dataclass(frozen=True)
 class SiteFactors:
     """One projection's factors of all members, in an order of its own.
 
     Attributes:
         members: The order, and what is known of them.
-        padded: Factors, group by group.
-        packed: The same as the native kernel reads them; None where torch's products take their place.
+        inputs: X.
+        d: D of all rows, as it comes.
+        whole: Gradients of the samples that are kept as such.
+        packed: Factors as the native kernel reads them; None where torch's products take their place.
     """
 
     members: Members
-    padded: Sequence[Padded]
+    inputs: Inputs
+    d: FeatureSlice
+    whole: Whole | None
     packed: PackedSite | None = None
+
+    @cached_property
+    def padded(self) -> list[Padded]:
+        """Factors, group by group."""
+        groups = self.members.ordering.groups
+        outputs = [FeatureSlice(group.outputs(self.d.values), self.d.start) for group in groups]
+        kept = [self.whole and group.wholes(self.whole) for group in groups]
+        each = zip(groups, self.inputs.padded, outputs, kept, self.members.scales, strict=True)
+        return [_scaled(Padded(*group), self.members.dtype) for group in each]
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """All that gradients are made of."""
-        return (tensor for padded in self.padded for tensor in padded.tensors)
+        """All that torch's products make gradients of."""
+        for padded in self.padded:
+            yield from padded.tensors
 
 
 def read_sites(tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders) -> Iterator[tuple[Site, SiteFactors]]:
@@ -214,27 +258,30 @@ def room_for_factors(layer: int, device: torch.device | str) -> Iterator[None]:
 def _read_sites(
     tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders
 ) -> Iterator[tuple[Site, SiteFactors]]:
-    settings, x_site, inputs, work = orders.settings, None, [], Counter[Site]()
-    packed_x: PackedFactor | None = None
+    settings, x_site, work = orders.settings, None, Counter[Site]()
     for tile in tiles:
         work[tile.site] += tile.rect.area
     for site in in_order_of_work({site: (source.x_site(site), area) for site, area in work.items()}):
         members = orders.of(source.sample_index(site))
         if x_site != source.x_site(site):
-            x_site, x = source.x_site(site), _to_be_multiplied(source.x(site), settings)
-            inputs = [FeatureSlice(group.inputs(x.values), x.start) for group in members.ordering.groups]
-            packed_x = None if members.blocks is None else members.blocks.pack([of.values for of in inputs])
-        d, whole = _to_be_multiplied(source.d(site), settings), source.g(site)
+            x_site = source.x_site(site)
+            inputs = Inputs(_to_be_multiplied(source.x(site), settings), members)
+        whole = source.g(site)
         whole = whole and whole.to(settings.device, settings.dtype)
-        outputs = [FeatureSlice(group.outputs(d.values), d.start) for group in members.ordering.groups]
-        kept = [whole and group.wholes(whole) for group in members.ordering.groups]
-        groups = zip(members.ordering.groups, inputs, outputs, kept, members.scales, strict=True)
-        padded = [_scaled(Padded(*group), settings.dtype) for group in groups]
-        packed = None
-        if members.blocks is not None and members.in_lanes is not None and packed_x is not None:
-            packed_d = members.blocks.pack([of_group.d.values for of_group in padded])
-            packed = PackedSite(members.blocks, packed_x, packed_d, inputs[0].start, d.start, members.in_lanes)
-        yield site, SiteFactors(members, padded, packed)
+        factors = SiteFactors(members, inputs, _to_be_multiplied(source.d(site), settings), whole)
+        factors = replace(factors, packed=_packed(factors))
+        if factors.packed is None or any(tile.bias for tile in tiles if tile.site == site):
+            _ = factors.padded  # once, before workers ask for it
+        yield site, factors
+
+
+def _packed(factors: SiteFactors) -> PackedSite | None:
+    """Factors as the kernel reads them, where it does."""
+    blocks, weights, x = factors.members.blocks, factors.members.in_lanes, factors.inputs.packed
+    if blocks is None or weights is None or x is None:
+        return None
+    d = blocks.pack(factors.d.values, weights.scales)
+    return PackedSite(blocks, x, d, factors.inputs.x.start, factors.d.start, weights)
 
 
 def _to_be_multiplied(factor: FeatureSlice, settings: ScoreSettings) -> FeatureSlice:

@@ -128,47 +128,56 @@ typedef real part __attribute__((vector_size(16)));
 #endif
 #endif
 
-/* Four features of four samples, each in a row of LINE, to where each feature's lanes are. */
-INLINE void turn(const real (*line)[LINE], int64_t feature, real *to)
+/* Four features of all samples, each sample's in a row of LINE, to where each feature's lanes are. */
+INLINE void put_panel(const real (*line)[LINE], int64_t feature, real *to)
 {
 #ifdef SHUFFLE
-    part of[4];
-    UNROLL for (int n = 0; n < 4; n++) memcpy(&of[n], line[n] + feature, sizeof of[n]);
-    const part low = SHUFFLE(of[0], of[1], 0, 4, 1, 5), low_2 = SHUFFLE(of[2], of[3], 0, 4, 1, 5);
-    const part high = SHUFFLE(of[0], of[1], 2, 6, 3, 7), high_2 = SHUFFLE(of[2], of[3], 2, 6, 3, 7);
-    of[0] = SHUFFLE(low, low_2, 0, 1, 4, 5);
-    of[1] = SHUFFLE(low, low_2, 2, 3, 6, 7);
-    of[2] = SHUFFLE(high, high_2, 0, 1, 4, 5);
-    of[3] = SHUFFLE(high, high_2, 2, 3, 6, 7);
-    UNROLL for (int k = 0; k < PANEL; k++) memcpy(to + k * LANES, &of[k], sizeof of[k]);
+    UNROLL for (int first = 0; first < LANES; first += 4) {
+        part of[4];
+        UNROLL for (int n = 0; n < 4; n++) memcpy(&of[n], line[first + n] + feature, sizeof of[n]);
+        const part low = SHUFFLE(of[0], of[1], 0, 4, 1, 5), low_2 = SHUFFLE(of[2], of[3], 0, 4, 1, 5);
+        const part high = SHUFFLE(of[0], of[1], 2, 6, 3, 7), high_2 = SHUFFLE(of[2], of[3], 2, 6, 3, 7);
+        of[0] = SHUFFLE(low, low_2, 0, 1, 4, 5);
+        of[1] = SHUFFLE(low, low_2, 2, 3, 6, 7);
+        of[2] = SHUFFLE(high, high_2, 0, 1, 4, 5);
+        of[3] = SHUFFLE(high, high_2, 2, 3, 6, 7);
+        UNROLL for (int k = 0; k < PANEL; k++) memcpy(to + k * LANES + first, &of[k], sizeof of[k]);
+    }
 #else
     UNROLL for (int k = 0; k < PANEL; k++)
-        UNROLL for (int n = 0; n < 4; n++) to[k * LANES + n] = line[n][feature + k];
+        UNROLL for (int n = 0; n < LANES; n++) to[k * LANES + n] = line[n][feature + k];
 #endif
 }
 
-/* Factors [samples, tokens, width] of some samples of a block, from lane `lane` on, into those packed of the block. */
-void qkov_pack(const real *values, int64_t of_sample, int64_t of_token, int64_t samples, int64_t tokens, int64_t width,
-               int64_t lane, int64_t block_tokens, real *packed)
+/* Factors [rows, width], of which sample n has `lengths[n]` rows from `starts[n]` on, to those packed of all blocks,
+   each times its sample's scale. Samples are [lanes]; those that are not there have no rows. */
+void qkov_pack(const real *values, int64_t of_row, int64_t width, const int64_t *starts, const int64_t *lengths,
+               const real *scales, int64_t blocks, const int64_t *tokens, const int64_t *at, real *packed)
 {
+    const int64_t whole = (width + PANEL - 1) / PANEL * PANEL;
     real line[LANES][LINE];
     vec turned[LINE];
-    for (int64_t token = 0; token < tokens; token++)
-        for (int64_t first = 0; first < width; first += LINE) {
-            const int64_t num = width - first < LINE ? width - first : LINE;
-            const real *from = values + token * of_token + first;
-            real *to = packed + (first / PANEL * block_tokens + token) * PANEL * LANES + lane;
-            if (num == LINE && samples == LANES && LANES % PANEL == 0) {
-                for (int64_t n = 0; n < samples; n++) memcpy(line[n], from + n * of_sample, sizeof line[n]);
-                for (int64_t k = 0; k < LINE; k += PANEL)
-                    for (int64_t n = 0; n < samples; n += PANEL) turn(line + n, k, (real *)(turned + k) + n);
-                for (int64_t k = 0; k < LINE; k++)
-                    STREAM(to + (k / PANEL * block_tokens * PANEL + k % PANEL) * LANES, turned[k]);
-            } else
-                for (int64_t k = 0; k < num; k++)
-                    for (int64_t n = 0; n < samples; n++)
-                        to[(k / PANEL * block_tokens * PANEL + k % PANEL) * LANES + n] = from[n * of_sample + k];
-        }
+    for (int64_t block = 0; block < blocks; block++, starts += LANES, lengths += LANES) {
+        const vec scale = scales ? ((const vec *)scales)[block] : (vec){0} + 1;
+        for (int64_t token = 0; token < tokens[block]; token++)
+            for (int64_t first = 0; first < whole; first += LINE) {
+                const int64_t num = width - first < LINE ? width - first : LINE;
+                vec *to = (vec *)(packed + at[block]) + (first / PANEL * tokens[block] + token) * PANEL;
+                for (int64_t n = 0; n < LANES; n++) {
+                    const real *from = values + (starts[n] + token) * of_row + first;
+                    if (token >= lengths[n])
+                        memset(line[n], 0, sizeof line[n]);
+                    else if (num == LINE)
+                        memcpy(line[n], from, sizeof line[n]);
+                    else
+                        for (int64_t k = 0; k < LINE; k++) line[n][k] = k < num ? from[k] : 0;
+                }
+                UNROLL for (int k = 0; k < LINE; k += PANEL) put_panel(line, k, (real *)(turned + k));
+                const int64_t panels = whole - first < LINE ? (whole - first) / PANEL : LINE / PANEL;
+                for (int64_t panel = 0; panel < panels; panel++, to += tokens[block] * PANEL)
+                    UNROLL for (int k = 0; k < PANEL; k++) STREAM(to + k, turned[panel * PANEL + k] * scale);
+            }
+    }
     FENCE;
 }
 

@@ -27,8 +27,8 @@ from qkov_dist.scoring.gram_norms import gram
 from qkov_dist.scoring.influence_sums import InfluenceSums
 from qkov_dist.scoring.kernel import Rule, add_tile
 from qkov_dist.scoring.own_shares import OwnShares, chosen
-from qkov_dist.scoring.packed_factors import PackedSite, tokens_of_blocks
-from qkov_dist.scoring.padded_groups import PaddedGroup, order_samples
+from qkov_dist.scoring.packed_factors import PackedSite
+from qkov_dist.scoring.padded_groups import order_samples
 from qkov_dist.scoring.score import fisher_sums
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import Roles, ScoreSettings
@@ -45,11 +45,11 @@ def few_samples(monkeypatch):
     monkeypatch.setattr(packed_factors, "LEAST_FILLED", 0.0)
 
 
-def tiles_of(monkeypatch) -> list[Rect]:
-    """The tiles that the kernel is asked for."""
-    seen: list[Rect] = []
-    add = PackedSite.add_tile
-    monkeypatch.setattr(PackedSite, "add_tile", lambda site, *of: seen.append(of[1]) or add(site, *of))
+def heads_of(monkeypatch) -> list[int]:
+    """How many heads the kernel is asked for in each call."""
+    seen: list[int] = []
+    add = PackedSite.add_heads
+    monkeypatch.setattr(PackedSite, "add_heads", lambda site, *of: seen.append(len(of[1])) or add(site, *of))
     return seen
 
 
@@ -57,12 +57,12 @@ def tiles_of(monkeypatch) -> list[Rect]:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon_new"])
 def test_it_equals_the_oracle(name, score, few_samples, monkeypatch):
     """Heads that are bands, columns, and lie between one another; biases beside them by torch's products."""
-    entry, seen = TINY[name], tiles_of(monkeypatch)
+    entry, seen = TINY[name], heads_of(monkeypatch)
     model = entry.build().double()
     of_score = ScoreSettings(score=score, dtype=torch.float64, compile=True)
     job = job_for(entry, settings=of_score, include_bias=name == "gpt2")
     found = job.run(model)
-    assert seen
+    assert max(seen) > 1
     scores, influences = expected_of(entry, model, job)
     for layer, blocks in scores.items():
         for block, expected in blocks.items():
@@ -72,10 +72,18 @@ def test_it_equals_the_oracle(name, score, few_samples, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{"sample_scale": "unit"}, {"gradients_above": 5}, {"tile_bytes": 2**12}], ids=str)
 def test_it_equals_the_oracle_in_float32_however_factors_are_kept(changes, few_samples, monkeypatch):
-    entry, seen = TINY["llama"], tiles_of(monkeypatch)
+    entry, seen = TINY["llama"], heads_of(monkeypatch)
     model, job = entry.build(), job_for(entry, settings=ScoreSettings(compile=True), **changes)
     assert_equals_the_oracle(job.run(model), entry, model, job)
     assert bool(seen) == ("gradients_above" not in changes)  # of samples that are gradients there is nothing to form
+
+
+def test_without_any_ridge_heads_go_by_torchs_products_one_by_one(few_samples, monkeypatch):
+    entry, seen = TINY["llama"], heads_of(monkeypatch)
+    of_score = ScoreSettings(compile=True, dtype=torch.float64, ridge_relative=0.0)
+    model, job = entry.build().double(), job_for(entry, settings=of_score)
+    assert_equals_the_oracle(job.run(model), entry, model, job)
+    assert not seen
 
 
 FLAGS = {
@@ -127,7 +135,7 @@ class Site:
         ]
         blocks = self.members.blocks
         assert blocks is not None
-        packed = [blocks.pack([getattr(of, name).values for of in self.padded]) for name in ("x", "d")]
+        packed = [blocks.pack(values) for values in (x, d)]
         self.packed = PackedSite(blocks, *packed, 5, 3, self.members.in_lanes)
 
     def both(self, rect: Rect, rule: Rule):
@@ -139,7 +147,8 @@ class Site:
             effects = InfluenceSums(self.members.means, 1)
             own = OwnShares(self.members.shares, 1, rule.score, (rule.epsilon, rule.ridge))
             if by_kernel:
-                fisher = self.packed.add_tile(scores, rect, rule, buffers, effects, (own, elements))
+                looked_at = (own, lambda of: elements)
+                fisher = self.packed.add_heads(scores, [[rect]], rule, buffers, effects, looked_at)
             else:
                 gradients = tile_gradients(self.padded, [rect], bias=False, dtype=scores.dtype, buffers=buffers)
                 by_task = add_tile(scores, gradients, self.members.weights, rule, buffers, effects, (own, elements))
@@ -170,23 +179,26 @@ def test_it_does_what_torchs_products_do_whatever_the_processor(flags, dtype, si
 
 @pytest.mark.long
 @pytest.mark.parametrize("width", [37, 64])
-def test_factors_are_packed_by_blocks_panels_and_tokens(width, kernels, few_samples):
-    """A block that one group fills, and one of two groups, of unequal lengths, that has lanes to spare."""
+@pytest.mark.parametrize("has_scales", [False, True])
+def test_factors_are_packed_by_blocks_panels_and_tokens(has_scales, width, kernels, few_samples):
+    """A full block and one with lanes to spare, of samples of unequal lengths that lie anywhere among all rows."""
     for kernel in kernels.values():
         lanes, panel = kernel.lanes, kernel.panel
-        groups = [(0, lanes, 7), (lanes, lanes + 1, 5), (lanes + 1, lanes + 2, 3)]
-        padded = [PaddedGroup(*group, 0, torch.zeros(1), torch.ones(1)) for group in groups]
-        blocks = packed_factors.Blocks.of(kernel, padded)
-        values = [torch.randn(last - first, length, width, dtype=kernel.dtype) for first, last, length in groups]
-        packed = blocks.pack(values)
+        lengths, index = [7, *(max(7 - n, 1) for n in range(1, lanes)), 5, 3], SampleIndex()
+        for number, length in reversed([*enumerate(lengths)]):
+            index.add(number, length, as_gradient=False)
+        ordering = order_samples(range(len(lengths)), index, (lanes,))
+        blocks = packed_factors.Blocks.of(kernel, ordering.groups)
+        values = torch.randn(index.num_rows, width + 4, dtype=kernel.dtype)[:, 3:-1]
+        scales = torch.randn(blocks.num_lanes, dtype=kernel.dtype) if has_scales else None
+        packed = blocks.pack(values, scales)
         panels = -(-width // panel)
         expected = [torch.zeros(panels, length, panel, lanes, dtype=kernel.dtype) for length in (7, 5)]
-        for (first, last, length), of_group in zip(groups, values, strict=True):
-            for member in range(first, last):
-                features = torch.zeros(length, panels * panel, dtype=kernel.dtype)
-                features[:, :width] = of_group[member - first]
-                of_panels = features.view(length, panels, panel).movedim(1, 0)
-                expected[member // lanes][:, :length, :, member % lanes] = of_panels
+        for lane, member in enumerate(ordering.order):
+            features = torch.zeros(lengths[member], panels * panel, dtype=kernel.dtype)
+            features[:, :width] = values[slice(*index.spans[member])] * (1 if scales is None else scales[lane])
+            of_panels = features.view(len(features), panels, panel).movedim(1, 0)
+            expected[lane // lanes][:, : len(features), :, lane % lanes] = of_panels
         assert blocks.tokens.tolist() == [7, 5]
         assert packed.starts.tolist() == [0, expected[0].numel()]
         assert torch.equal(packed.values, torch.cat([of.flatten() for of in expected]))
@@ -203,8 +215,6 @@ def test_gram_matrices_are_those_of_torch(shape, dtype):
 
 
 def test_lanes_that_would_be_empty_leave_a_site_to_torchs_products():
-    assert tokens_of_blocks(4, [(0, 3, 9), (3, 6, 7)]) == [9, 7]
-    assert tokens_of_blocks(4, [(0, 5, 9), (5, 6, 12)]) == [9, 12]
     entry = TINY["llama"]
     job = job_for(entry, settings=ScoreSettings(compile=True))
     kernel = native.native_kernel(torch.float32)
