@@ -21,7 +21,8 @@ class Cost:
         factors_memory: Bytes of captured factors in the host's memory, in that pass.
         factors_disk: Bytes of captured factors on disk, in that pass.
         exchange: Bytes of factors that are held while those of one layer are sent and received, at most.
-        buffers: Bytes of the tiles in work (gradients, their squares) and of the padded factors that they are made of.
+        buffers: Bytes of the tiles in work (gradients, their squares) and of the factors that they are made of, padded
+            or packed.
         scores: Bytes of one layer's scores, at most.
         statistics: Bytes of labels and scores while heads are tested; on rank 0 also of the heatmap.
         sent_factors: Bytes of factors sent to other ranks.

@@ -19,7 +19,7 @@ from qkov_dist.errors import QkovError
 
 TERA, GIGA = 1e12, 1e9
 GPU_OVERHEAD = 2**30  # of a GPU's memory: the driver's context, kernels, workspaces of libraries
-SIDE, REPEATS = 512, 2  # of the matrices that a CPU is measured with
+SIDE, REPEATS = 512, 2  # of the matrices that a CPU is measured with; of all that is timed
 COPIED_BYTES = 64 * 2**20
 
 

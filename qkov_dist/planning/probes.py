@@ -22,6 +22,7 @@ from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.extent import sides
+from qkov_dist.scoring.head_batches import heads_at_a_time
 from qkov_dist.scoring.influence_records import mean_weights
 from qkov_dist.scoring.native_kernel import has_native_kernel
 from qkov_dist.scoring.own_share_records import formed_with
@@ -107,7 +108,12 @@ def element_seconds(work: Workload, *, compiled: bool = False) -> float | None:
         own_shares=formed_with(config.metric.score, pooled=config.pooled),
     )
     settings = ScoreSettings.of(config)
-    settings = replace(settings, compile=compiled and has_native_kernel(settings.dtype))
+    of_layer = sum(len(layer.heads(block)) for block in layer.blocks)
+    settings = replace(
+        settings,
+        compile=compiled and has_native_kernel(settings.dtype),
+        kernel_heads=min(heads_at_a_time(of_layer, work.workers), fitting[0]),
+    )
     source = MadeFactors.of(work, above, (len(heads) * rows, columns))
     return shortest(lambda: score_layer(layer_tiles, source, roles, settings)) / (num * area)
 

@@ -5,8 +5,8 @@ Counted is what the run itself counts or holds, from the same integers.
     scoring   2 P (T + K N + n_i n_j + E) operations for P elements, T padded tokens, N samples: gradients, K tasks'
               Fisher, all pairs, effects (as :func:`~qkov_dist.scoring.kernel.tile_flops` counts)
     factors   of one layer, what ``capture.factors.factor_bytes`` counts
-    buffers   for each worker a tile's gradients and the squares in work; the padded factors of two projections, one in
-              work and one on its way, which may be the next layer's first; of what came from other ranks, also that
+    buffers   for each worker a tile's gradients and the squares in work; padded or packed factors of two projections,
+              one in work and one on its way, which may be the next layer's first; of what came from other ranks, too
     written   each head of which the rank owns an element, all pairs; on rank 0 also the heatmap
 """
 
@@ -28,6 +28,7 @@ from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.reduce import deal_heads
 from qkov_dist.scoring.fisher_sums import num_columns
 from qkov_dist.scoring.gram_norms import norm_flops
+from qkov_dist.scoring.head_batches import heads_at_a_time
 from qkov_dist.scoring.influence_records import OPTIMIZERS, no_influences
 from qkov_dist.scoring.influence_sums import effect_products
 from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_products
@@ -182,7 +183,7 @@ class ScoringCost:
         layer_works = [(layer_work, times) for layer_work, times in self._counted(rank, layers) if layer_work.heads]
         compiled = self._compiles(rank)
         tiles = max((self._tiles(layer_work, compiled) for layer_work, _ in layer_works), default=0)
-        return tiles + self._padded_factors(layer_works, packed=compiled and not self.work.on_gpu)
+        return tiles + self._multiplied_factors(layer_works, packed=compiled and not self.work.on_gpu)
 
     def _compiles(self, rank: int) -> bool:
         """Whether a rank's scores are formed by what is compiled."""
@@ -267,7 +268,8 @@ class ScoringCost:
         gradients = layer_work.tile * self.work.scoring.num_samples * self.work.scoring.itemsize
         squares = gradients if self.work.on_gpu else min(CHUNK_BYTES, gradients)
         if compiled:
-            squares = 2 * gradients if self.work.on_gpu else squares + self.matrix
+            heads = heads_at_a_time(sum(map(len, layer_work.heads.values())), self.work.workers)
+            squares = 2 * gradients if self.work.on_gpu else squares + heads * self.matrix
         return self.work.workers * (gradients + squares) + (self._pairs(layer_work) if self.work.on_gpu else 0)
 
     def _pairs(self, layer_work: LayerWork) -> int:
@@ -276,8 +278,8 @@ class ScoringCost:
         together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
         return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
-    def _padded_factors(self, layer_works: Sequence[tuple[LayerWork, int]], *, packed: bool) -> int:
-        """Bytes of two projections' factors in the type of scores, one in work and one on its way; ``packed``, too."""
+    def _multiplied_factors(self, layer_works: Sequence[tuple[LayerWork, int]], *, packed: bool) -> int:
+        """Bytes of two projections' factors in the type of scores, one in work and one on its way; or packed."""
         within, firsts, lasts = [0], [0], [0]
         for layer_work, _ in layer_works:
             order = layer_work.in_order()
@@ -289,21 +291,28 @@ class ScoringCost:
         return max(*within, max(lasts) + max(firsts) if several_layers else 0)
 
     def _copies_of(self, layer_work: LayerWork, sites: Sequence[SiteWork], packed: bool) -> int:
-        of_input = {site.place: self._copies(site.cols, site, packed) for site in layer_work.sites}
-        own = sum(self._copies(site.rows, site, packed, scaled=True) + self._whole_copies(site) for site in sites)
+        for_bias = {site.input for site in layer_work.sites if site.bias_area}
+        of_input = {
+            site.place: self._copies(site.cols, site, packed, padded=not packed or site.place in for_bias)
+            for site in layer_work.sites
+        }
+        own = sum(
+            self._copies(site.rows, site, packed, padded=not packed or bool(site.bias_area), scaled=True)
+            + self._whole_copies(site)
+            for site in sites
+        )
         return own + sum(of_input[place] for place in {site.input for site in sites})
 
-    def _copies(self, width: int, site: SiteWork, packed: bool, *, scaled: bool = False) -> int:
-        """A factor as it is multiplied, padded where samples differ in length, and D times what samples are scaled by,
-        which is another copy of it for a while; of D in half a type gradients are scaled. Or as a kernel reads it,
-        which leaves biases to products of padded factors.
+    def _copies(self, width: int, site: SiteWork, packed: bool, *, padded: bool, scaled: bool = False) -> int:
+        """A factor as it is multiplied: as a kernel reads it, or padded where samples differ in length (for biases also
+        beside a kernel), with D times what samples are scaled by as another copy for a while; of D in half a type
+        gradients are scaled.
         """
-        scoring, padded = self.work.scoring, self.work.padded_tokens(site.above)
-        copies = int(padded / LEAST_FILLED) if packed else 0
-        if not self.work.of_one_length and (scoring.include_bias or not packed):
-            copies += padded
-        scaled = scaled and self.work.config.metric.sample_scale == "unit"
-        copies += padded if scaled and scoring.product_itemsize == scoring.itemsize else 0
+        scoring, tokens = self.work.scoring, self.work.padded_tokens(site.above)
+        copies = int(tokens / LEAST_FILLED) if packed else 0
+        copies += tokens if padded and not self.work.of_one_length else 0
+        scaled = scaled and padded and self.work.config.metric.sample_scale == "unit"
+        copies += tokens if scaled and scoring.product_itemsize == scoring.itemsize else 0
         if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:
             copies += self.work.kept(site.above).tokens
         return copies * width * scoring.product_itemsize

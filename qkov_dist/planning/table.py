@@ -20,7 +20,7 @@ BYTES = {
     "factors_memory": "factors in memory",
     "factors_disk": "factors on disk",
     "exchange": "factors of one layer, exchanged",
-    "buffers": "Fisher and gradients: tiles, padded factors",
+    "buffers": "Fisher and gradients: tiles, padded or packed factors",
     "scores": "scores of one layer",
     "statistics": "statistics",
     "sent_factors": "network: factors",

@@ -2,9 +2,9 @@
 
     site's factors -> padded groups -> per head: tiles -> gradients -> Fisher, maps, one matrix product for all pairs
 
-Heads are dealt to workers (the threads of a CPU, one for a GPU, which works on several heads at once), each of which
-adds up whole heads, so that sums do not depend on who is faster. What leaves is additive: the sum over ranks of these
-results is the result of one process.
+Heads are dealt to workers (the threads of a CPU, one for a GPU), some at a time, each of which adds up whole heads, so
+that sums do not depend on who is faster. What leaves is additive: the sum over ranks of these results is the result of
+one process.
 
 Every layer that this rank has to score, round by round: factors come, scores go, nothing of a layer is kept.
 """
@@ -34,6 +34,7 @@ from .kernel import Rule, add_tile, pair_products, tile_flops
 from .own_share_records import Records as ShareRecords
 from .own_share_records import no_shares
 from .own_shares import Chosen, OwnShares, chosen, stride_of
+from .packed_factors import knows
 from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, added_fisher_sums, compiled, fisher_sums
@@ -104,40 +105,51 @@ class _HeadScorer:
     def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> Found[_HeadPart]:
         """Scores of all pairs, and what is known of I, of each head; of its tiles in this projection."""
         settings, roles, tile, members = self.settings, self.roles, batch.first, site.members
-        ridge = self.ridges[tile.site.layer, tile.block]
-        rule = Rule(settings.score, settings.epsilon, ridge, roles.left, roles.right, self.fused)
-        packed = site.packed if site.packed is not None and site.packed.knows(rule) else None
-        if site.packed is not packed and len(batch.heads) > 1:  # torch's products take a head at a time on a CPU
-            found_of = [self(one, site, buffers) for one in batch.one_by_one]
-            return lambda: [part for found in found_of for part in found()]
+        rule = self.rule(tile.site.layer, tile.block)
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
         effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
-        bands, records = [*batch.bands], []
-        if packed is not None:  # it needs no tiles
+        if batch.by_kernel and site.packed is not None:
+            rects = [merged(one.rect for one in of_head) for of_head in batch.heads]
             of_own = None if own is None else (own, self._elements_of(tile))
-            rects = [merged(one.rect for one in of_head if not one.bias) for of_head in batch.heads]
-            records.append(packed.add_heads(scores, rects, rule, buffers, effects, of_own))
-            bands = [band for band in bands if band[0].bias]
-
-        def add_band(band: Sequence[Tile]) -> Tensor:
-            gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band)
-            by_task = add_tile(scores, gradients, members.weights, rule, buffers, effects, of_own)
-            return fisher_sums(by_task, rule.least)
-
-        records += map(add_band, bands)
-        fisher = reduce(added_fisher_sums, records)
+            fisher = site.packed.add_heads(scores, rects, rule, buffers, effects, of_own)
+        else:
+            fisher = reduce(added_fisher_sums, self._records(batch, site, buffers, rule, scores, effects, own))
         found = [members.in_order_of_roles(scores), fisher]
         if effects is not None:
             found.append(members.records_in_order_of_roles(effects.records()))
         if own is not None:
             found.append(members.shares_in_order_of_roles(own.records()))
-        in_half = packed is not None or rule.in_cache(len(batch.heads), scores.device)
+        in_half = batch.by_kernel or rule.in_cache(len(batch.heads), scores.device)
         pairs = pair_products(*roles.shape, in_half=in_half and rule.is_symmetric)
-        tiles = ((tile.rect.area, tile.bias) for tile in batch.heads[0])
-        flops = sum(
-            tile_flops(members.ordering.groups, size, pairs, bias=bias, effects=effects) for size, bias in tiles
-        )
+        flops = [
+            sum(
+                tile_flops(members.ordering.groups, tile.rect.area, pairs, bias=tile.bias, effects=effects)
+                for tile in of_head
+            )
+            for of_head in batch.heads
+        ]
         return partial(_parts, OnItsWay.of(*found), flops, with_effects=effects is not None)
+
+    def rule(self, layer: int, block: str) -> Rule:
+        """The score in a block of a layer."""
+        settings, roles = self.settings, self.roles
+        return Rule(settings.score, settings.epsilon, self.ridges[layer, block], roles.left, roles.right, self.fused)
+
+    def _records(
+        self,
+        batch: HeadBatch,
+        site: SiteFactors,
+        buffers: Buffers,
+        rule: Rule,
+        scores: Tensor,
+        effects: InfluenceSums | None,
+        own: OwnShares | None,
+    ) -> Iterator[Tensor]:
+        """Add a tile of each head at a time by torch's products; yields what is known of I there."""
+        for band in batch.bands:
+            gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band)
+            by_task = add_tile(scores, gradients, site.members.weights, rule, buffers, effects, of_own)
+            yield fisher_sums(by_task, rule.least)
 
     def _effects(self, batch: HeadBatch, members: Members) -> InfluenceSums | None:
         """Where influences of a batch are added up; None of what belongs to no head, and where they are left out."""
@@ -169,12 +181,12 @@ def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Ten
     return tile_gradients(site.padded, rects, bias=band[0].bias, dtype=dtype, buffers=buffers)
 
 
-def _parts(found: OnItsWay, flops: int, *, with_effects: bool) -> list[_HeadPart]:
+def _parts(found: OnItsWay, flops: Sequence[int], *, with_effects: bool) -> list[_HeadPart]:
     """What the heads of a batch contribute, once it is there."""
     scores, fisher, *others = found.there()
     influences = others.pop(0).numpy() if with_effects else no_influences(len(scores))
     shares = others.pop().numpy() if others else no_shares(len(scores))
-    return [_HeadPart(*of_head, flops) for of_head in zip(scores, fisher.numpy(), influences, shares, strict=True)]
+    return [_HeadPart(*of_head) for of_head in zip(scores, fisher.numpy(), influences, shares, flops, strict=True)]
 
 
 def score_layers(
@@ -214,12 +226,15 @@ def score_layers(
             of_blocks = _ridges(layer_tiles, settings, (totals or {}).get(layer_tiles.layer, {}))
             ridges.update({(layer_tiles.layer, block): ridge for block, ridge in of_blocks.items()})
             strides.update({(layer_tiles.layer, block): stride_of(layer_tiles, block) for block in of_blocks})
-            yield Turn(layer_tiles, layer_tiles.tiles, source)
+            rules = {block: scorer.rule(layer_tiles.layer, block) for block in of_blocks if settings.kernel}
+            by_kernel = frozenset(block for block, rule in rules.items() if knows(rule, settings.dtype))
+            yield Turn(layer_tiles, layer_tiles.tiles, source, by_kernel)
 
     device_type = torch.device(settings.device).type
     fused = compiled(device_type) if settings.compile and device_type != "cpu" else None
+    scorer = _HeadScorer(roles, settings, ridges, strides, fused)
     blocks: dict[str, BlockScores] | None = None
-    for done in through_workers(begun(), roles, settings, _HeadScorer(roles, settings, ridges, strides, fused)):
+    for done in through_workers(begun(), roles, settings, scorer):
         if blocks is None:
             blocks = {block: _no_scores(heads, roles, settings) for block, heads in done.layer_tiles.heads.items()}
         for tile, part in done.results:

@@ -131,6 +131,13 @@ class LaneWeights:
         return found
 
 
+def knows(rule: Rule, dtype: torch.dtype) -> bool:
+    """Whether the kernel forms such scores in a type."""
+    kind = KINDS[rule.score]
+    known = {kind.left, kind.right} <= MAPS.keys() and kind.power == 1
+    return known and not rule.may_vanish(dtype)
+
+
 @dataclass(frozen=True)
 class PackedSite:
     """One projection.
@@ -150,12 +157,6 @@ class PackedSite:
     x_start: int
     d_start: int
     weights: LaneWeights
-
-    def knows(self, rule: Rule) -> bool:
-        """Whether it forms such scores."""
-        kind = KINDS[rule.score]
-        known = {kind.left, kind.right} <= MAPS.keys() and kind.power == 1
-        return known and not rule.may_vanish(self.blocks.kernel.dtype)
 
     def add_heads(
         self,

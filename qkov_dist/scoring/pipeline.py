@@ -26,14 +26,13 @@ from qkov_dist.capture.numerics import products_as
 from qkov_dist.errors import QkovError
 from qkov_dist.memory import is_shortage
 
-from .head_batches import HeadBatch, head_batches
+from .head_batches import HeadBatch, head_batches, heads_at_a_time, kernel_batches
 from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, MemberOrders, SiteFactors, read_sites
 from .streams import FactorStream, wait_for
 from .tile_gradients import Buffers
 from .tiles import LayerTiles, Tile
 
-BATCHES = 4  # of a layer's heads for each worker, at least, of those that a compiled kernel scores
 T = TypeVar("T")
 Found = Callable[[], list[T]]  # of a batch, one for each head: begun, and waited for where it is read
 Work = Callable[[HeadBatch, SiteFactors, Buffers], Found[T]]
@@ -41,11 +40,19 @@ Work = Callable[[HeadBatch, SiteFactors, Buffers], Found[T]]
 
 @dataclass(frozen=True)
 class Turn:
-    """A layer whose turn it is: which of its tiles are worked on, and where their factors come from."""
+    """A layer whose turn it is.
+
+    Attributes:
+        layer_tiles: The layer.
+        tiles: Which of its tiles are worked on.
+        source: Where their factors come from.
+        by_kernel: The blocks whose weights the compiled kernel scores, where samples fill its lanes.
+    """
 
     layer_tiles: LayerTiles
     tiles: Sequence[Tile]
     source: FactorSource
+    by_kernel: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -136,14 +143,16 @@ class _Start(Generic[T]):
     def _layer(self, turn: Turn) -> Iterator[_Started[T]]:
         settings, num = self.orders.settings, len(self.orders.roles.members)
         left = len({tile.site for tile in turn.tiles})
-        few = max(len({(tile.block, tile.head) for tile in turn.tiles}) // (BATCHES * self.num_workers), 1)
+        num_heads = len({(tile.block, tile.head) for tile in turn.tiles})
+        few = settings.kernel_heads or heads_at_a_time(num_heads, self.num_workers)
         if not left:
             yield _Started(turn.layer_tiles, (), is_last=True)
-        for site, factors in read_sites(turn.tiles, turn.source, self.orders):
+        for site, factors in read_sites(turn.tiles, turn.source, self.orders, turn.by_kernel):
             left -= 1
             of_site = [tile for tile in turn.tiles if tile.site == site]
-            in_one_call = few if factors.packed is not None else 1
-            batches = head_batches(of_site, settings.max_elements(num), num, num_heads=in_one_call)
+            by_kernel = [tile for tile in of_site if factors.are_packed_for(tile)]
+            others = [tile for tile in of_site if not factors.are_packed_for(tile)]
+            batches = kernel_batches(by_kernel, few) + head_batches(others, settings.max_elements(num), num)
             ready = self.stream.ready(factors.tensors)
             waiting = [(batch, self.submit(self._when_ready, ready, batch, factors)) for batch in batches]
             yield _Started(turn.layer_tiles, waiting, is_last=not left)
@@ -177,7 +186,8 @@ def _in_memory(
                 got="too little",
                 remedy="Use fewer samples, more ranks, or a machine with more memory.",
             ) from error
-    warn(f"out of memory in layer {tile.site.layer}: going on with tiles of half the size")
+    what = "half of the heads at a time" if len(batch.heads) > 1 else "tiles of half the size"
+    warn(f"out of memory in layer {tile.site.layer}: going on with {what}")
     return [found for part in batch.smaller() for found in _in_memory(warn, work, part, factors, buffers)]
 
 

@@ -36,6 +36,7 @@ class ScoreSettings:
     head_batch_bytes: int | None = (
         None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
     )
+    kernel_heads: int | None = None  # that a worker has the kernel score at a time; None: as a layer has many
 
     @staticmethod
     def of(config: RunConfig) -> ScoreSettings:

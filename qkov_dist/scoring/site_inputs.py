@@ -168,73 +168,50 @@ class MemberOrders:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """X of all rows, as the projections that share it read it.
-
-    Attributes:
-        x: As it comes.
-        members: An order of members.
-    """
-
-    x: FeatureSlice
-    members: Members
-
-    @cached_property
-    def padded(self) -> list[FeatureSlice]:
-        """X of each group."""
-        return [FeatureSlice(group.inputs(self.x.values), self.x.start) for group in self.members.ordering.groups]
-
-    @cached_property
-    def packed(self) -> PackedFactor | None:
-        """X as the kernel reads it; None where torch's products take its place."""
-        return None if self.members.blocks is None else self.members.blocks.pack(self.x.values)
-
-
-@dataclass(frozen=True)
 class SiteFactors:
     """One projection's factors of all members, in an order of its own.
 
     Attributes:
         members: The order, and what is known of them.
-        inputs: X.
-        d: D of all rows, as it comes.
-        whole: Gradients of the samples that are kept as such.
-        packed: Factors as the native kernel reads them; None where torch's products take their place.
+        padded: Factors, group by group; nothing where the kernel scores all of it.
+        packed: The same as the compiled kernel reads them; None where it scores nothing.
+        by_kernel: The blocks whose weights it scores.
     """
 
     members: Members
-    inputs: Inputs
-    d: FeatureSlice
-    whole: Whole | None
+    padded: Sequence[Padded]
     packed: PackedSite | None = None
-
-    @cached_property
-    def padded(self) -> list[Padded]:
-        """Factors, group by group."""
-        groups = self.members.ordering.groups
-        outputs = [FeatureSlice(group.outputs(self.d.values), self.d.start) for group in groups]
-        kept = [self.whole and group.wholes(self.whole) for group in groups]
-        each = zip(groups, self.inputs.padded, outputs, kept, self.members.scales, strict=True)
-        return [_scaled(Padded(*group), self.members.dtype) for group in each]
+    by_kernel: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> Iterator[Tensor]:
         """All that torch's products make gradients of."""
-        for padded in self.padded:
-            yield from padded.tensors
+        return (tensor for padded in self.padded for tensor in padded.tensors)
+
+    def are_packed_for(self, tile: Tile) -> bool:
+        """Whether the kernel scores a tile of this projection: its own blocks' weights, and no bias."""
+        return self.packed is not None and tile.block in self.by_kernel and not tile.bias
 
 
-def read_sites(tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders) -> Iterator[tuple[Site, SiteFactors]]:
-    """Each projection with its factors, group by group, in :func:`~qkov_dist.scoring.tiles.in_order_of_work`.
+def read_sites(
+    tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders, by_kernel: frozenset[str] = frozenset()
+) -> Iterator[tuple[Site, SiteFactors]]:
+    """Each projection with its factors in :func:`~qkov_dist.scoring.tiles.in_order_of_work`.
 
     X is read once for those that share it.
+
+    Args:
+        tiles: What is scored of a layer.
+        source: Its factors.
+        orders: The order of members at each projection.
+        by_kernel: The blocks whose weights the compiled kernel scores, where samples fill its lanes.
 
     Raises:
         QkovError: where a projection's factors do not fit into a GPU's memory beside what is there.
     """
     if tiles:
         with room_for_factors(tiles[0].site.layer, orders.settings.device):
-            yield from _read_sites(tiles, source, orders)
+            yield from _read_sites(tiles, source, orders, by_kernel)
 
 
 @contextmanager
@@ -255,8 +232,26 @@ def room_for_factors(layer: int, device: torch.device | str) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """X of all rows [tokens, in], as the projections that share it need it."""
+
+    x: FeatureSlice
+    members: Members
+
+    @cached_property
+    def padded(self) -> list[FeatureSlice]:
+        """X of each group."""
+        return [FeatureSlice(group.inputs(self.x.values), self.x.start) for group in self.members.ordering.groups]
+
+    @cached_property
+    def packed(self) -> PackedFactor | None:
+        """X as the kernel reads it; None where samples do not fill its lanes."""
+        return None if self.members.blocks is None else self.members.blocks.pack(self.x.values)
+
+
 def _read_sites(
-    tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders
+    tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders, by_kernel: frozenset[str]
 ) -> Iterator[tuple[Site, SiteFactors]]:
     settings, x_site, work = orders.settings, None, Counter[Site]()
     for tile in tiles:
@@ -265,23 +260,35 @@ def _read_sites(
         members = orders.of(source.sample_index(site))
         if x_site != source.x_site(site):
             x_site = source.x_site(site)
-            inputs = Inputs(_to_be_multiplied(source.x(site), settings), members)
-        whole = source.g(site)
-        whole = whole and whole.to(settings.device, settings.dtype)
-        factors = SiteFactors(members, inputs, _to_be_multiplied(source.d(site), settings), whole)
-        factors = replace(factors, packed=_packed(factors))
-        if factors.packed is None or any(tile.bias for tile in tiles if tile.site == site):
-            _ = factors.padded  # once, before workers ask for it
+            inputs = _Inputs(_to_be_multiplied(source.x(site), settings), members)
+        d, of_site = _to_be_multiplied(source.d(site), settings), [tile for tile in tiles if tile.site == site]
+        packed = None
+        if any(tile.block in by_kernel and not tile.bias for tile in of_site):
+            packed = _packed(members, inputs, d)
+        factors = SiteFactors(members, (), packed, by_kernel)
+        if not all(map(factors.are_packed_for, of_site)):
+            factors = replace(factors, padded=_padded(members, inputs, d, source.g(site), settings))
         yield site, factors
 
 
-def _packed(factors: SiteFactors) -> PackedSite | None:
-    """Factors as the kernel reads them, where it does."""
-    blocks, weights, x = factors.members.blocks, factors.members.in_lanes, factors.inputs.packed
+def _packed(members: Members, inputs: _Inputs, d: FeatureSlice) -> PackedSite | None:
+    """Factors as the kernel reads them; None where samples do not fill its lanes."""
+    blocks, weights, x = members.blocks, members.in_lanes, inputs.packed
     if blocks is None or weights is None or x is None:
         return None
-    d = blocks.pack(factors.d.values, weights.scales)
-    return PackedSite(blocks, x, d, factors.inputs.x.start, factors.d.start, weights)
+    return PackedSite(blocks, x, blocks.pack(d.values, weights.scales), inputs.x.start, d.start, weights)
+
+
+def _padded(
+    members: Members, inputs: _Inputs, d: FeatureSlice, whole: Whole | None, settings: ScoreSettings
+) -> list[Padded]:
+    """Factors, and gradients that are kept, group by group."""
+    groups = members.ordering.groups
+    whole = whole and whole.to(settings.device, settings.dtype)
+    outputs = [FeatureSlice(group.outputs(d.values), d.start) for group in groups]
+    kept = [whole and group.wholes(whole) for group in groups]
+    each = zip(groups, inputs.padded, outputs, kept, members.scales, strict=True)
+    return [_scaled(Padded(*group), settings.dtype) for group in each]
 
 
 def _to_be_multiplied(factor: FeatureSlice, settings: ScoreSettings) -> FeatureSlice:

@@ -25,10 +25,11 @@ from qkov_dist.data.batches import Batch
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring import block_totals, engine, gram_norms, tile_gradients
+from qkov_dist.scoring import block_totals, engine, gram_norms, packed_factors, tile_gradients
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.influence_records import SUMS
+from qkov_dist.scoring.native_kernel import has_native_kernel
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.scoring.tiles import Selection, Tile, make_tile_plan
@@ -335,10 +336,14 @@ def test_autocast_and_a_default_device_around_scoring_change_no_bit(above, monke
         assert inside[block].fisher.tolist() == part.fisher.tolist()
 
 
-def test_any_number_of_workers_gives_the_same_bits():
-    entry = TINY["llama"]
-    model, job, before = entry.build(), job_for(entry), torch.get_num_threads()
-    tile_plan = make_tile_plan(resolve(model), Selection(), include_bias=False, num_samples=8, tile_bytes=1000)
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_any_number_of_workers_gives_the_same_bits(by_kernel, monkeypatch):
+    """However many heads each has at a time; of biases, too."""
+    monkeypatch.setattr(packed_factors, "LEAST_FILLED", 0.0)
+    entry = TINY["gpt2"]
+    settings = ScoreSettings(compile=by_kernel and has_native_kernel(torch.float32))
+    model, job, before = entry.build(), job_for(entry, settings=settings), torch.get_num_threads()
+    tile_plan = make_tile_plan(resolve(model), Selection(), include_bias=True, num_samples=8, tile_bytes=1000)
     store = FactorStore(2**30)
     collection = Collection(store, tile_plan.sites)
     for task, samples in (("a", job.a), ("b", job.b)):

@@ -26,7 +26,10 @@ from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.memory import is_shortage
-from qkov_dist.scoring import engine
+from qkov_dist.scoring import engine, packed_factors
+from qkov_dist.scoring.native_kernel import has_native_kernel
+from qkov_dist.scoring.packed_factors import PackedSite
+from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
 
 
@@ -133,6 +136,30 @@ def test_tiles_are_halved_until_they_fit_with_the_same_results(elements, monkeyp
     for layer, blocks in expected.items():
         for block, part in blocks.items():
             assert closeness(got[layer][block].scores, part.scores.double()) < SCORES
+
+
+@pytest.mark.skipif(not has_native_kernel(torch.float32), reason="no C compiler")
+def test_heads_of_the_kernel_are_halved_until_they_fit_with_the_same_results(monkeypatch):
+    monkeypatch.setattr(packed_factors, "LEAST_FILLED", 0.0)
+    entry, said = TINY["llama"], []
+    model, settings = entry.build(), ScoreSettings(compile=True, kernel_heads=4)
+    expected = job_for(entry, settings=settings).run(model)
+    add_heads = PackedSite.add_heads
+
+    def small(site, scores, rects, *args):
+        found = add_heads(site, scores, rects, *args)
+        if len(rects) > 1:
+            raise shortage()
+        return found
+
+    monkeypatch.setattr(PackedSite, "add_heads", small)
+    got = job_for(entry, settings=replace(settings, warn=said.append)).run(model)
+    assert all("half of the heads" in line for line in said)
+    assert said
+    for layer, blocks in expected.items():
+        for block, part in blocks.items():
+            assert torch.equal(got[layer][block].scores, part.scores)
+            assert got[layer][block].flops == part.flops
 
 
 def test_an_element_that_does_not_fit_is_named(monkeypatch):
