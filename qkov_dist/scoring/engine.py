@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS
-from qkov_dist.layout.rects import merged
+from qkov_dist.layout.rects import Rect, merged
 from qkov_dist.memory import scratch_array
 
 from .block_totals import BlockTotals, block_totals
@@ -110,7 +110,7 @@ class _HeadScorer:
         effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
         if batch.by_kernel and site.packed is not None:
             rects = [merged(one.rect for one in of_head) for of_head in batch.heads]
-            of_own = None if own is None else (own, self._elements_of(tile))
+            of_own = None if own is None else (own, lambda rect: self._elements(tile, [rect]))
             fisher = site.packed.add_heads(scores, rects, rule, buffers, effects, of_own)
         else:
             fisher = reduce(added_fisher_sums, self._records(batch, site, buffers, rule, scores, effects, own))
@@ -167,13 +167,12 @@ class _HeadScorer:
         """With the elements looked at of the tiles of some heads; None where there are none."""
         if own is None:
             return None
-        elements = self._elements_of(band[0])(*(one.rect for one in band))
+        elements = self._elements(band[0], [one.rect for one in band])
         return None if elements is None else (own, elements)
 
-    def _elements_of(self, tile: Tile) -> Callable[..., Chosen | None]:
-        """What says which elements of rectangles in a tile's block are looked at, one of each head."""
-        stride = self.strides[tile.site.layer, tile.block]
-        return lambda *rects: chosen(rects, stride, self.settings.device)
+    def _elements(self, tile: Tile, rects: Sequence[Rect]) -> Chosen | None:
+        """The elements looked at of rectangles in a tile's block, one of each head; None where there are none."""
+        return chosen(rects, self.strides[tile.site.layer, tile.block], self.settings.device)
 
 
 def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Tensor:

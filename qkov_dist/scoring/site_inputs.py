@@ -175,7 +175,7 @@ class SiteFactors:
         members: The order, and what is known of them.
         padded: Factors, group by group; nothing where the kernel scores all of it.
         packed: The same as the compiled kernel reads them; None where it scores nothing.
-        by_kernel: The blocks whose weights it scores.
+        by_kernel: The blocks whose weights it scores; none where samples do not fill its lanes.
     """
 
     members: Members
@@ -189,8 +189,12 @@ class SiteFactors:
         return (tensor for padded in self.padded for tensor in padded.tensors)
 
     def are_packed_for(self, tile: Tile) -> bool:
-        """Whether the kernel scores a tile of this projection: its own blocks' weights, and no bias."""
-        return self.packed is not None and tile.block in self.by_kernel and not tile.bias
+        """Whether the kernel scores a tile of this projection."""
+        return _is_weight_of(tile, self.by_kernel)
+
+
+def _is_weight_of(tile: Tile, blocks: frozenset[str]) -> bool:
+    return tile.block in blocks and not tile.bias
 
 
 def read_sites(
@@ -262,10 +266,9 @@ def _read_sites(
             x_site = source.x_site(site)
             inputs = _Inputs(_to_be_multiplied(source.x(site), settings), members)
         d, of_site = _to_be_multiplied(source.d(site), settings), [tile for tile in tiles if tile.site == site]
-        packed = None
-        if any(tile.block in by_kernel and not tile.bias for tile in of_site):
-            packed = _packed(members, inputs, d)
-        factors = SiteFactors(members, (), packed, by_kernel)
+        wanted = any(_is_weight_of(tile, by_kernel) for tile in of_site)
+        packed = _packed(members, inputs, d) if wanted else None
+        factors = SiteFactors(members, (), packed, frozenset() if packed is None else by_kernel)
         if not all(map(factors.are_packed_for, of_site)):
             factors = replace(factors, padded=_padded(members, inputs, d, source.g(site), settings))
         yield site, factors
