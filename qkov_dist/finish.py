@@ -1,7 +1,8 @@
 """From every rank's partial layers to one tested ``heatmap.h5``, as the configuration says, layer by layer.
 
 A layer's heads are dealt to the ranks. Each rank is sent all partial scores of its heads, adds them up, has them tested
-while the next layer comes, and passes on to rank 0 what the heatmap keeps. Every rank takes the same steps; with one
+while the next layer comes, and passes on to rank 0 what the heatmap keeps. A layer that a GPU has whole it has tested
+already, while it scored the next (``PairTests``): nothing of it is dealt. Every rank takes the same steps; with one
 process nothing is sent.
 
 Of more than two tasks every pair is tested and put together as two are, from its part of the scores of all.
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import cast
@@ -27,16 +29,18 @@ from .results.gather import Read
 from .results.heatmap import Heatmap
 from .results.heatmap_data import Pairs
 from .results.matrix_sums import MatrixSums
-from .results.metadata import HeatmapMetadata
+from .results.metadata import HeatmapMetadata, LayerAxes
 from .results.partial_schema import LayerPartial
 from .results.reduce import add_dealt, bring_to_first
 from .results.task_matrix import TaskMatrix
 from .results.task_pairs import of_pair
+from .scoring.engine import BlockScores
 from .scoring.own_share_records import no_shares
+from .scoring.tiles import TilePlan
 from .stats.effect_tests import effect_tests, notes_on_effects
 from .stats.families import note_on_families, over_all_pairs
-from .stats.head_tests import CPU
-from .stats.pair_tests import Both, PairTests
+from .stats.head_tests import CPU, testing_device
+from .stats.pair_tests import Both, PairTests, tests_at_once
 from .stats.statistics import Family, QKOVStatistics
 
 
@@ -63,6 +67,7 @@ def finish(
     console: Console,
     statistics: QKOVStatistics | None,
     device: torch.device = CPU,
+    begun: PairTests | None = None,
 ) -> Heatmap | TaskMatrix | None:
     """Add up, test and write as a configuration says, and pass on warnings and notes.
 
@@ -75,6 +80,7 @@ def finish(
         console: Takes warnings and notes, and shows progress.
         statistics: The tests; None leaves them out.
         device: Where heads are tested.
+        begun: Tests of layers that were tested as they were scored.
 
     Returns:
         On rank 0 the heatmap as written, or the matrix of more than two tasks; None elsewhere.
@@ -92,6 +98,7 @@ def finish(
             folder=path.parent,
             on_layer=advance,
             device=device,
+            begun=begun,
         )
     if found is None:
         return None
@@ -126,6 +133,7 @@ def combine(
     folder: Path | None = None,
     on_layer: Callable[[int], object] = lambda count: None,
     device: torch.device = CPU,
+    begun: PairTests | None = None,
 ) -> Heatmap | None:
     """Add up all partial layers, test every head where its sum is, and put the heatmap together on rank 0.
 
@@ -138,6 +146,7 @@ def combine(
         folder: Where scores wait that are too large for memory.
         on_layer: Called with 1 after each layer.
         device: Where heads are tested.
+        begun: Tests of layers that ranks have whole, and tested as they scored them; all ranks bring some, or none.
 
     Returns:
         The heatmap on rank 0, None elsewhere.
@@ -148,14 +157,12 @@ def combine(
     keeps_pooled, both = metadata.pooled and pairs == "all", (0, 1)
 
     def summed(tested: PairTests) -> Iterator[tuple[int, LayerPartial]]:
-        for layer in metadata.layers:
-            part = add_dealt(read(layer), layer, world)
-            tested.take(layer, part, metadata.sizes)
+        for layer, part in _tested_layers(metadata, read, world, tested):
             yield layer.layer, bring_to_first(part if keeps_pooled else _between_tasks(part, metadata), world)
             on_layer(1)
 
     heatmap = None
-    with PairTests(statistics, {both: metadata}, device) as tested:
+    with nullcontext(begun) if begun else PairTests(statistics, {both: metadata}, device) as tested:
         if world.rank == 0:
             heatmap = assemble(metadata, summed(tested), pooled=keeps_pooled, folder=folder)
         else:
@@ -179,17 +186,16 @@ def combine_tasks(
     folder: Path | None = None,
     on_layer: Callable[[int], object] = lambda count: None,
     device: torch.device = CPU,
+    begun: PairTests | None = None,
 ) -> TaskMatrix | None:
     """The same of more than two tasks: a matrix of them, and every pair's heatmap, on rank 0.
 
     Arguments and errors are those of ``combine``.
     """
-    of_pairs = {both: metadata.of_pair(*both) for both in combinations(range(len(metadata.tasks)), 2)}
+    of_pairs = pairs_of(metadata)
     putting = _Putting(metadata, of_pairs, pairs, folder) if world.rank == 0 else None
-    with PairTests(statistics, of_pairs, device) as tested:
-        for layer in metadata.layers:
-            part = add_dealt(read(layer), layer, world)
-            tested.take(layer, part, metadata.sizes)
+    with nullcontext(begun) if begun else PairTests(statistics, of_pairs, device) as tested:
+        for layer, part in _tested_layers(metadata, read, world, tested):
             whole = bring_to_first(part, world)
             if putting is not None:
                 putting.take(layer.layer, whole)
@@ -209,6 +215,64 @@ def combine_tasks(
     matrix = putting.sums.matrix(heatmaps)
     notes = [*matrix.attributes["notes"], note_on_families(len(heatmaps), family)]
     return dataclasses.replace(matrix, attributes={**matrix.attributes, "notes": notes})
+
+
+def pairs_of(metadata: HeatmapMetadata) -> dict[Both, HeatmapMetadata]:
+    """Every pair of tasks, with its own metadata."""
+    if len(metadata.tasks) == FEWEST_TASKS:
+        return {(0, 1): metadata}
+    return {both: metadata.of_pair(*both) for both in combinations(range(len(metadata.tasks)), 2)}
+
+
+def _tested_layers(
+    metadata: HeatmapMetadata, read: Read, world: World, tested: PairTests
+) -> Iterator[tuple[LayerAxes, LayerPartial]]:
+    """Each layer's sums of the heads that this rank tests, those it scored whole or is dealt; their tests are begun."""
+    known = tested.taken(world)
+    for layer in metadata.layers:
+        part = read(layer)
+        if layer.layer not in known:
+            part = add_dealt(part, layer, world)
+            tested.take(layer.layer, part, metadata.sizes)
+        yield layer, part
+
+
+class EarlyTests:
+    """Tests of layers that one GPU scores whole: begun right after, from where their scores were formed.
+
+    Args:
+        config: Says how heads are tested.
+        device: Where they are scored.
+        tile_plan: What this rank scores; all ranks bring theirs.
+        world: The ranks.
+        threads: Ends those that test.
+    """
+
+    def __init__(
+        self, config: RunConfig, device: torch.device, tile_plan: TilePlan, world: World, threads: ExitStack
+    ) -> None:
+        self._statistics, self._device, self._threads = statistics_of(config), testing_device(device), threads
+        self._begun: PairTests | None = None
+        self.wanted = config.statistics.enabled and tests_at_once(self._device)
+        owners = world.all_gather([layer.layer for layer in tile_plan.layers if layer.tiles])
+        times = Counter(layer for theirs in owners for layer in theirs)
+        self._whole = frozenset(layer for layer in owners[world.rank] if times[layer] == 1)
+
+    def begun(self, metadata: HeatmapMetadata) -> PairTests | None:
+        """The tests, which some layers may have been taken into; None where all layers are tested later."""
+        if self._begun is None and self.wanted:
+            tests = PairTests(self._statistics, pairs_of(metadata), self._device)
+            self._begun = self._threads.enter_context(tests)
+        return self._begun
+
+    def take(
+        self, metadata: HeatmapMetadata, layer: int, part: LayerPartial, blocks: Mapping[str, BlockScores]
+    ) -> None:
+        """Have a layer tested, if it is whole and its scores are still where they were formed."""
+        tests = self.begun(metadata)
+        there = {block: scores for block in part.blocks if (scores := blocks[block].kept) is not None}
+        if tests is not None and layer in self._whole and len(there) == len(part.blocks):
+            tests.take(layer, part, metadata.sizes, there)
 
 
 class _Putting:

@@ -23,7 +23,7 @@ from .console import SILENT, Console
 from .distributed.connect import current
 from .distributed.preemption import stoppable
 from .distributed.shared_errors import together
-from .finish import finish, statistics_of
+from .finish import EarlyTests, finish, statistics_of
 from .job import Job, prepare
 from .memory import kept_heap
 from .planning.hardware import this_hardware
@@ -103,14 +103,17 @@ def _run(
     header, measured = _header(job), Measured()
     measured.see_model(job.loaded.model)
     carried = _carried(job, header, console)
-    with PartialWriter(partial_path(job.folder, world.rank), header, resume=config.output.resume) as writer:
-        _take_over(job, carried, writer)
-        planned = _score_missing_layers(job, writer, console, measured)
-        _record_what_others_score(job, writer)
-    metadata = from_json(world.all_gather(writer.header.extra if world.rank == 0 else None)[0], str(writer.path))
-    with measured.phase("combining"):
-        read, tests = (lambda layer: writer.layer(layer.layer)), statistics_of(config)
-        heatmap = finish(metadata, read, config, path, world, console, tests, testing_device(job.device))
+    with ExitStack() as threads:
+        at_once = EarlyTests(config, job.device, job.tile_plan, world, threads)
+        with PartialWriter(partial_path(job.folder, world.rank), header, resume=config.output.resume) as writer:
+            _take_over(job, carried, writer)
+            planned = _score_missing_layers(job, writer, at_once, console, measured)
+            _record_what_others_score(job, writer)
+        metadata = from_json(world.all_gather(writer.header.extra if world.rank == 0 else None)[0], str(writer.path))
+        with measured.phase("combining"):
+            read, tests = (lambda layer: writer.layer(layer.layer)), statistics_of(config)
+            device, begun = testing_device(job.device), at_once.begun(metadata)
+            heatmap = finish(metadata, read, config, path, world, console, tests, device, begun)
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
     everyone = [Measured(**found) for found in world.all_gather(dataclasses.asdict(measured))]
@@ -145,7 +148,9 @@ def _take_over(job: Job, carried: list[int], writer: PartialWriter) -> None:
     together(world, lambda: forget(job.folder) if not world.rank else None)
 
 
-def _score_missing_layers(job: Job, writer: PartialWriter, console: Console, measured: Measured) -> Planned | None:
+def _score_missing_layers(
+    job: Job, writer: PartialWriter, at_once: EarlyTests, console: Console, measured: Measured
+) -> Planned | None:
     """Capture and score what is not on disk yet, sweep by sweep, and record each layer as it is done.
 
     Returns:
@@ -161,7 +166,8 @@ def _score_missing_layers(job: Job, writer: PartialWriter, console: Console, mea
     planned = plan, _ = _planned(job, rounds, console, norms_known=norms is not None)
     with stoppable(topology.world) as may_stop:
         settings = job.settings(writer.folder, console)  # what cannot be compiled says so before samples are run
-        sweeps = _Sweeps(job, settings, plan.gpu_room, writer.folder, console, may_stop, measured)
+        settings = dataclasses.replace(settings, keeps_scores=at_once.wanted)
+        sweeps = _Sweeps(job, settings, at_once, plan.gpu_room, writer.folder, console, may_stop, measured)
         if plan.captures > 1:  # nothing is scored before the norms are known, which all layers decide
             norms = _norms_first(sweeps, plan.rounds)
         for number, sweep in enumerate(plan.rounds, start=1):
@@ -196,6 +202,7 @@ class _Sweeps:
 
     job: Job
     settings: ScoreSettings
+    at_once: EarlyTests
     gpu_room: int
     folder: Path
     console: Console
@@ -254,6 +261,7 @@ def _score_sweep(sweeps: _Sweeps, sweep: Sequence[Round], writer: PartialWriter,
                 _check_scores(job, layer.layer, blocks)
                 measured.see_scores(blocks)
                 part = layer_partial(blocks)
+                sweeps.at_once.take(metadata, layer.layer, part, blocks)
                 writer.write_layer(layer.layer, part.blocks, part.shared)
                 advance(1)
         measured.see_sent(exchange.bytes_sent)

@@ -22,7 +22,7 @@ class Cost:
         factors_disk: Bytes of captured factors on disk, in that pass.
         exchange: Bytes of factors that are held while those of one layer are sent and received, at most.
         buffers: Bytes of the tiles in work (gradients, their squares) and of the factors that they are made of, padded
-            or packed.
+            or packed; of scores that are tested on a GPU while others are formed, too.
         scores: Bytes of one layer's scores, at most.
         statistics: Bytes of labels and scores while heads are tested; on rank 0 also of the heatmap.
         sent_factors: Bytes of factors sent to other ranks.
@@ -40,6 +40,7 @@ class Cost:
         flops_norms: Operations of norms of gradients, which a relative ridge and ``sample_scale`` need.
         flops_statistics: Operations of permutations and intervals.
         heads: Heads that are added up, and tested for each pair of tasks.
+        heads_early: Those of them that are tested as they are scored, on a GPU.
         elements: Elements of all per-sample gradients that are formed for scores.
         batches: Forward passes.
     """
@@ -69,6 +70,7 @@ class Cost:
     flops_norms: int = 0
     flops_statistics: int = 0
     heads: int = 0
+    heads_early: int = 0
     elements: int = 0
     batches: int = 0
 

@@ -245,6 +245,7 @@ class _Scene:
         capturing = self.capture.gathered + int(activations)
         used = self.capture.weights(rank) if weights is None else weights
         scoring = self.scoring.buffers(rank, work.layers) + self.exchange.sent(topology, self.rounds).largest_round
+        scoring += self.statistics.early(rank)
         used += GPU_OVERHEAD + max(capturing, scoring)
         room = max(work.gpu_memory - used, 0) * 9 // 10
         return room if asked is None else min(asked * MIB, room)
@@ -288,7 +289,7 @@ class _Scene:
             factors_memory=in_memory,
             factors_disk=factors - on_gpu - in_memory,
             exchange=_most(one.largest_round for one in sent),
-            buffers=self.scoring.buffers(rank, scored),
+            buffers=self.scoring.buffers(rank, scored) + self.statistics.early(rank),
             scores=self.scoring.scores(rank, scored),
             statistics=self.statistics.bytes(rank),
             sent_factors=sum(one.to_others for one in sent),
@@ -306,6 +307,7 @@ class _Scene:
             flops_norms=self.scoring.flops_norms(topology, every, norms_known=norms_known),
             flops_statistics=self.statistics.flops(rank),
             heads=self.scoring.num_tested(rank),
+            heads_early=self.scoring.num_tested_early(rank),
             elements=self.scoring.elements(rank, scored),
             batches=captures * len(batches) * len(sweeps),
         )

@@ -35,6 +35,7 @@ from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_pr
 from qkov_dist.scoring.own_share_records import KNOWN, formed_with, no_shares
 from qkov_dist.scoring.packed_factors import LEAST_FILLED
 from qkov_dist.scoring.score_kinds import KINDS
+from qkov_dist.scoring.settings import KEPT_BYTES
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
 from .rank_work import LayerWork, SiteWork
@@ -213,9 +214,31 @@ class ScoringCost:
             total += sum(self.cells.values()) * a_head + TABLES_BYTES
         return total
 
+    @cached_property
+    def early(self) -> dict[int, int]:
+        """By layer that is tested as it is scored, the rank that has it whole: on a GPU, if its scores stay there."""
+        if not (self.work.on_gpu and self.work.config.statistics.enabled):
+            return {}
+        owners = {
+            layer: [rank for rank, layer_works in enumerate(self.by_rank) if layer_works[layer].heads]
+            for layer, layer_work in self.by_rank[0].items()
+            if self.heads_of_blocks(layer_work) * self.matrix <= KEPT_BYTES
+        }
+        return {layer: ranks[0] for layer, ranks in owners.items() if len(ranks) == 1}
+
     def num_tested(self, rank: int) -> int:
-        """Heads that are added up on a rank, over all layers."""
+        """Heads that are tested on a rank, over all layers: those that it adds up, or has whole."""
         return sum(times * _num(dealt[rank]) for _, dealt, times in self._added(rank))
+
+    def num_tested_early(self, rank: int) -> int:
+        """Those of them that are tested as they are scored."""
+        mine = (layer for layer, owner in self.early.items() if owner == rank)
+        return sum(self.heads_of_blocks(self.by_rank[rank][layer]) for layer in mine)
+
+    @staticmethod
+    def heads_of_blocks(layer_work: LayerWork) -> int:
+        """Heads of a layer's blocks."""
+        return sum(len(heads) for block, heads in layer_work.every_head.items() if block in BLOCKS)
 
     def sent_scores(self, rank: int) -> int:
         """Bytes of partial scores for the ranks that add them up, and of sums for rank 0."""
@@ -240,14 +263,18 @@ class ScoringCost:
 
     @cached_property
     def _dealt(self) -> dict[int, list[Heads]]:
-        """By layer, the heads that are added up on each rank."""
-        known: dict[int, list[Heads]] = {}
+        """By layer, the heads that are added up on each rank; all on one that has it whole and tests it early."""
+        known: dict[tuple[int, int | None], list[Heads]] = {}
         found = {}
         for layer, layer_work in self.by_rank[0].items():
             heads = {block: part for block, part in layer_work.every_head.items() if block in BLOCKS}
-            if id(layer_work) not in known:
-                known[id(layer_work)] = [*deal_heads(LayerAxes(layer, 1, (), heads), len(self.by_rank))]
-            found[layer] = known[id(layer_work)]
+            owner, ranks = self.early.get(layer), range(len(self.by_rank))
+            key = id(layer_work), owner
+            if key not in known and owner is None:
+                known[key] = [*deal_heads(LayerAxes(layer, 1, (), heads), len(ranks))]
+            elif key not in known:
+                known[key] = [heads if rank == owner else {} for rank in ranks]
+            found[layer] = known[key]
         return found
 
     def _counted(self, rank: int, layers: Sequence[int]) -> list[tuple[LayerWork, int]]:

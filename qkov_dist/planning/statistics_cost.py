@@ -22,6 +22,10 @@ from qkov_dist.stats.pair_tests import IN_HAND_BYTES
 
 from .scoring_cost import ScoringCost
 
+OF_LABELLINGS, OF_LEFT_OUT = (
+    40,
+    10,
+)  # arrays of float64 [heads, labellings], and [heads, N, those looked at without each]
 TEST_BYTES = 40 * 2**20 + IN_HAND_BYTES  # a few dozen arrays of a MiB while heads are tested, and what waits for it
 ROWS = 64  # of a head's scores in one product, at most
 
@@ -46,6 +50,18 @@ class StatisticsCost:
         numbers = [(n_a + n_b, _labellings(n_a, n_b, permutations)) for n_a, n_b in kinds]
         labels = sum(8 * num * (labellings + _left_out(labellings)) for num, labellings in numbers)
         return labels + TEST_BYTES + self._layer + heatmap
+
+    def early(self, rank: int) -> int:
+        """Bytes on a GPU of a layer's scores that stay there, and of their tests while the next layer is scored."""
+        scoring, work = self.scoring, self.scoring.work
+        layers = (layer for layer, owner in scoring.early.items() if owner == rank)
+        heads = max((scoring.heads_of_blocks(scoring.by_rank[rank][layer]) for layer in layers), default=0)
+        of_tests = 0
+        for num_a, num_b in {*work.sizes_of_pairs}:
+            num, labellings = num_a + num_b, _labellings(num_a, num_b, work.config.statistics.permutations)
+            a_head = OF_LABELLINGS * labellings + OF_LEFT_OUT * num * _left_out(labellings) + 2 * num * num
+            of_tests = max(of_tests, 8 * a_head)
+        return heads * (3 * scoring.matrix + of_tests)
 
     @cached_property
     def _of_a_head(self) -> int:

@@ -5,6 +5,7 @@
     scoring     products of gradients (of factors in half a type at that type's rate on a GPU) and pairs + their
                 elementwise part through the memory
                 + factors exchanged, to the GPU, and read from disk; partial scores written twice
+                + products of the tests of layers that are tested as they are scored, on a GPU
     combining   partial scores sent and read + products of the tests, in float64 + the heatmap written
 
 On the processor at hand, rates of products, of scoring and of tests are those of parts of the run itself
@@ -120,6 +121,7 @@ class _Clock:
             "exchanging factors": cost.sent_factors / self._link(self.plan.num_ranks),
             "factors from host and disk": self._factors(cost),
             "writing scores": 2 * cost.written / DISK,
+            "tests": self._tests(cost) * cost.heads_early / max(cost.heads, 1),
         }
 
     def _heads(self, cost: Cost) -> dict[str, float]:
@@ -134,7 +136,7 @@ class _Clock:
         """Sums over ranks, tests, the heatmap."""
         return {
             "exchanging scores": cost.sent_scores / self._link(self.plan.num_ranks),
-            "tests": self._tests(cost),
+            "tests": self._tests(cost) * (1 - cost.heads_early / max(cost.heads, 1)),
             "reading and writing scores": 2 * cost.written / DISK,
             "putting heads together": self._together(cost),
         }

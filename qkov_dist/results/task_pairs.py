@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from qkov_dist.scoring import fisher_sums, influence_records, own_share_records
 from qkov_dist.scoring.influence_sums import parts_of
@@ -32,6 +34,13 @@ def of_pair(part: LayerPartial, sizes: Sequence[int], a: int, b: int, *, pooled:
 
     blocks = {block: _block(found, scores_of(found.scores), sizes, a, b) for block, found in part.blocks.items()}
     return LayerPartial(blocks, {name: scores_of(scores) for name, scores in part.shared.items()})
+
+
+def scores_of_pair(scores: Tensor, sizes: Sequence[int], a: int, b: int) -> Tensor:
+    """Scores [..., N, N] among all pooled samples -> those among the samples of two tasks, where they are."""
+    parts = parts_of(sizes)
+    rows = torch.cat([scores[..., parts[a], :], scores[..., parts[b], :]], -2)
+    return torch.cat([rows[..., parts[a]], rows[..., parts[b]]], -1)
 
 
 def _block(found: BlockPartial, scores: Floats, sizes: Sequence[int], a: int, b: int) -> BlockPartial:

@@ -38,7 +38,7 @@ from .packed_factors import knows
 from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, added_fisher_sums, compiled, fisher_sums
-from .settings import Roles, ScoreSettings
+from .settings import KEPT_BYTES, Roles, ScoreSettings
 from .site_inputs import FactorSource, Members, SiteFactors
 from .streams import OnItsWay
 from .tile_gradients import Buffers, tile_gradients
@@ -60,6 +60,7 @@ class BlockScores:
         own_shares: What samples' own shares of the Fisher do to scores (``own_shares``), [h, sums]; nothing where that
             is left out.
         flops: Floating-point operations of its matrix products.
+        kept: Scores where they were formed (``ScoreSettings.keeps_scores``); None where they are not kept.
     """
 
     heads: tuple[int, ...]
@@ -68,6 +69,7 @@ class BlockScores:
     influences: Influences
     own_shares: ShareRecords
     flops: int = 0
+    kept: Tensor | None = None
 
 
 Scored = tuple[LayerTiles, dict[str, BlockScores]]
@@ -82,6 +84,7 @@ class _HeadPart:
     influences: Influences
     own_shares: ShareRecords
     flops: int
+    formed: Tensor  # the same scores where they were formed, if they are kept there
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ class _HeadScorer:
             )
             for of_head in batch.heads
         ]
-        return partial(_parts, OnItsWay.of(*found), flops, with_effects=effects is not None)
+        formed = found[0] if settings.keeps_scores else None
+        return partial(_parts, OnItsWay.of(*found), flops, formed, with_effects=effects is not None)
 
     def rule(self, layer: int, block: str) -> Rule:
         """The score in a block of a layer."""
@@ -180,12 +184,14 @@ def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Ten
     return tile_gradients(site.padded, rects, bias=band[0].bias, dtype=dtype, buffers=buffers)
 
 
-def _parts(found: OnItsWay, flops: Sequence[int], *, with_effects: bool) -> list[_HeadPart]:
+def _parts(found: OnItsWay, flops: Sequence[int], formed: Tensor | None, *, with_effects: bool) -> list[_HeadPart]:
     """What the heads of a batch contribute, once it is there."""
     scores, fisher, *others = found.there()
     influences = others.pop(0).numpy() if with_effects else no_influences(len(scores))
     shares = others.pop().numpy() if others else no_shares(len(scores))
-    return [_HeadPart(*of_head) for of_head in zip(scores, fisher.numpy(), influences, shares, flops, strict=True)]
+    kept = scores if formed is None else formed
+    of_heads = zip(scores, fisher.numpy(), influences, shares, flops, kept, strict=True)
+    return [_HeadPart(*of_head) for of_head in of_heads]
 
 
 def score_layers(
@@ -233,6 +239,7 @@ def score_layers(
     fused = compiled(device_type) if settings.compile and device_type != "cpu" else None
     scorer = _HeadScorer(roles, settings, ridges, strides, fused)
     blocks: dict[str, BlockScores] | None = None
+    kept = _Kept()
     for done in through_workers(begun(), roles, settings, scorer):
         if blocks is None:
             blocks = {block: _no_scores(heads, roles, settings) for block, heads in done.layer_tiles.heads.items()}
@@ -246,9 +253,37 @@ def score_layers(
             if part.own_shares.size:
                 block.own_shares[at] += part.own_shares
             block.flops += part.flops
+            if settings.keeps_scores and tile.block in BLOCKS:
+                kept.add(tile.block, at, part.formed)
         if done.is_last:
+            kept.hand_on(blocks)
             yield done.layer_tiles, blocks
             blocks = None
+
+
+class _Kept:
+    """A layer's scores where they were formed, where they are of heads that all have a part here."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[int, Tensor]] = {}  # by block and place; of a head with several, their sum
+        self._bytes = 0
+
+    def add(self, block: str, at: int, formed: Tensor) -> None:
+        """Add a part of a head's scores; of too many nothing is kept."""
+        of_block = self._parts.setdefault(block, {})
+        self._bytes += 0 if at in of_block else formed.nbytes
+        of_block[at] = of_block[at] + formed if at in of_block else formed
+        if self._bytes > KEPT_BYTES:
+            self._parts.clear()
+
+    def hand_on(self, blocks: Mapping[str, BlockScores]) -> None:
+        """Give a layer its scores, and begin the next one."""
+        for name, block in blocks.items():
+            of_block = self._parts.get(name, {})
+            if len(of_block) == len(block.heads):
+                block.kept = torch.stack([of_block[at] for at in range(len(block.heads))])
+        self._parts.clear()
+        self._bytes = 0
 
 
 def score_layer(

@@ -16,6 +16,7 @@ from .native_kernel import NativeKernel, native_kernel
 from .score_kinds import Score
 from .tiles import GPU_TILE_BYTES
 
+KEPT_BYTES = 64 * 2**20  # of a layer's scores that stay where they were formed until its heads are tested there
 DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores may be formed
 
 
@@ -37,6 +38,7 @@ class ScoreSettings:
         None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
     )
     kernel_heads: int | None = None  # that a worker has the kernel score at a time; None: as a layer has many
+    keeps_scores: bool = False  # where they were formed, too, for tests there, of a layer of few
 
     @staticmethod
     def of(config: RunConfig) -> ScoreSettings:

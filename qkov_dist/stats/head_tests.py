@@ -177,13 +177,18 @@ def threads_that_test(device: torch.device = CPU) -> Iterator[Submit]:
         ``submit(work, *arguments)``: has a thread call ``work(*arguments)``; returns what waits for the result (and
         raises what the work raised).
     """
-    num_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(num_threads if device.type == "cpu" else 1, "qkov-tests", torch.set_num_threads, (1,))
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)  # in order with what the caller does there
+        pool = ThreadPoolExecutor(1, "qkov-tests", torch.cuda.set_stream, (stream,))
+    else:
+        num_threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(num_threads, "qkov-tests", torch.set_num_threads, (1,))
     try:
         yield lambda work, *arguments: pool.submit(work, *arguments).result
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(num_threads)
+        if device.type != "cuda":
+            torch.set_num_threads(num_threads)
 
 
 def _chunk_tests(scores: Tensor, known: Tensor | None, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
@@ -192,7 +197,7 @@ def _chunk_tests(scores: Tensor, known: Tensor | None, design: Design) -> tuple[
     except RuntimeError as error:
         if design.device.type == "cpu" or not is_shortage(error):
             raise
-    return _tests_of(scores, known, design)
+    return _tests_of(scores.cpu(), known, design)
 
 
 def _tests_of(scores: Tensor, known: Tensor | None, design: Design) -> tuple[dict[Statistic, HeadTests], MaxZ]:
@@ -364,6 +369,7 @@ def layer_tests(
     heads: Mapping[str, Sequence[int]],
     sample_ids: Sequence[str],
     known: Mapping[str, Tensor] | None = None,
+    there: Mapping[str, Tensor] | None = None,
 ) -> Callable[[], LayerTests]:
     """Have the heads of one layer tested; returns what waits for their tests.
 
@@ -375,19 +381,21 @@ def layer_tests(
         heads: Block -> the numbers of these heads; there may be none.
         sample_ids: Ids of the N samples, for errors.
         known: Block -> what samples do through the Fisher, as in ``head_tests``.
+        there: The same scores where they are tested, if they are there already.
 
     Raises:
         QkovError: for a score of a present head that is not finite.
     """
-    there = {block: of_block for block, of_block in scores.items() if len(heads[block])}
-    for block, of_block in there.items():
+    present = {block: of_block for block, of_block in scores.items() if len(heads[block])}
+    for block, of_block in present.items():
         where = f"layer {layer}, block {block}"
         refuse_not_finite(of_block, where, heads[block], sample_ids, sample_ids, with_absent=True)
-    wait = _begin(submit, there, design, known)
+    wait = _begin(submit, present if there is None else {block: there[block] for block in present}, design, known)
 
     def found() -> LayerTests:
         tests, max_z = wait()
-        of_blocks = {block: BlockTests(tuple(heads[block]), tests[block]) for block in there}
-        return LayerTests({layer: of_blocks}, max_z, not there or (known is not None and not has_copies(design.pairs)))
+        of_blocks = {block: BlockTests(tuple(heads[block]), tests[block]) for block in present}
+        freed = not present or (known is not None and not has_copies(design.pairs))
+        return LayerTests({layer: of_blocks}, max_z, freed)
 
     return found

@@ -1,8 +1,9 @@
 """Layers tested as they come, every pair of tasks, on threads of their own while the caller brings the next layer.
 
-A pair of many tasks is tested as two tasks are, from its part of the scores of all. So many scores wait for their tests
-at a time that threads have work while a layer is read, added up and put in its place. Each rank tests the heads that it
-adds up; rank 0 gets the tests of all.
+Layers come when their parts are added up, or, of those that one GPU has scored whole, at once, from where their scores
+were formed. A pair of many tasks is tested as two tasks are, from its part of the scores of all. So many scores wait
+for their tests at a time that threads have work while a layer is read, added up and put in its place. Each rank tests
+the heads that it adds up; rank 0 gets the tests of all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 
 from qkov_dist.config import FEWEST_TASKS
 from qkov_dist.distributed.world import World
-from qkov_dist.results.metadata import HeatmapMetadata, LayerAxes
+from qkov_dist.results.metadata import HeatmapMetadata
 from qkov_dist.results.partial_schema import LayerPartial
-from qkov_dist.results.task_pairs import of_pair
+from qkov_dist.results.task_pairs import of_pair, scores_of_pair
 from qkov_dist.scoring.own_share_records import known
 
 from .head_tests import CPU, Design, LayerTests, layer_tests, threads_that_test
@@ -26,6 +27,12 @@ from .statistics import QKOVStatistics
 
 Both = tuple[int, int]  # two of many tasks, by number
 IN_HAND_BYTES = 16 << 20  # fewer of scores that wait for their tests
+Scores = Mapping[str, torch.Tensor]  # block -> [heads, N, N]
+
+
+def tests_at_once(device: torch.device) -> bool:
+    """Whether layers are tested while others are scored: on a GPU; on a CPU both would only share its cores."""
+    return device.type == "cuda"
 
 
 class PairTests:
@@ -45,6 +52,7 @@ class PairTests:
         self._tested: dict[Both, list[LayerTests]] = {both: [] for both in self.designs}
         self._waiting: deque[tuple[Both, int, Callable[[], LayerTests]]] = deque()  # and the bytes of their scores
         self._threads = ExitStack()
+        self._taken: set[int] = set()
 
     def __enter__(self) -> PairTests:
         self._submit = self._threads.enter_context(threads_that_test(self._device))
@@ -53,23 +61,31 @@ class PairTests:
     def __exit__(self, *raised: object) -> None:
         self._threads.close()
 
-    def take(self, layer: LayerAxes, part: LayerPartial, sizes: tuple[int, ...]) -> None:
+    def take(self, layer: int, part: LayerPartial, sizes: tuple[int, ...], there: Scores | None = None) -> None:
         """Have a layer tested; returns while it is.
 
         Args:
-            layer: Its axes.
+            layer: Its number.
             part: Sums over all ranks of the heads that this rank tests, among all pooled samples.
             sizes: Samples of each task.
+            there: The same scores where they are tested, if they are there already.
 
         Raises:
             QkovError: for a score of a present head that is not finite.
         """
+        self._taken.add(layer)
         for both in self.designs:
-            self._begin(both, layer, part, sizes)
+            self._begin(both, layer, part, sizes, there)
             self._wait(IN_HAND_BYTES)  # a larger pair at once
 
-    def _begin(self, both: Both, layer: LayerAxes, part: LayerPartial, sizes: tuple[int, ...]) -> None:
+    def taken(self, world: World) -> frozenset[int]:
+        """Layers whose tests were begun on any rank; every rank calls this alike."""
+        return frozenset(layer for theirs in world.all_gather(sorted(self._taken)) for layer in theirs)
+
+    def _begin(self, both: Both, layer: int, part: LayerPartial, sizes: tuple[int, ...], there: Scores | None) -> None:
         of_two = part if len(sizes) == FEWEST_TASKS else of_pair(part, sizes, *both, pooled=True)
+        if there is not None and of_two is not part:
+            there = {block: scores_of_pair(of_block, sizes, *both) for block, of_block in there.items()}
         ids = [sample for table in self._of_pairs[both].samples for sample in table.ids]
         scores = {block: torch.from_numpy(np.ascontiguousarray(found.scores)) for block, found in of_two.blocks.items()}
         heads = {block: tuple(found.heads.tolist()) for block, found in of_two.blocks.items()}
@@ -77,7 +93,7 @@ class PairTests:
         if all(found.own_shares.size for found in of_blocks.values()):
             num_a = sizes[both[0]]
             shares = {block: torch.from_numpy(known(found.own_shares, num_a)) for block, found in of_blocks.items()}
-        wait = layer_tests(self._submit, self.designs[both], layer.layer, scores, heads, ids, shares)
+        wait = layer_tests(self._submit, self.designs[both], layer, scores, heads, ids, shares, there)
         self._waiting.append((both, sum(of_block.nbytes for of_block in scores.values()), wait))
 
     def _wait(self, left: int) -> None:

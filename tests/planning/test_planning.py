@@ -34,12 +34,12 @@ from qkov_dist.layout.resolve import resolve
 from qkov_dist.planning.capture_cost import CaptureCost
 from qkov_dist.planning.cost import Cost, total
 from qkov_dist.planning.described import made_up_task
-from qkov_dist.planning.hardware import GPU_OVERHEAD
+from qkov_dist.planning.hardware import GPU_OVERHEAD, hardware
 from qkov_dist.planning.measured import Measured, comparison_lines
 from qkov_dist.planning.rank_work import layer_work
 from qkov_dist.planning.run_plan import RunPlan, plan_of_job, plan_simulated, workload_of
 from qkov_dist.planning.simulated_ranks import local_shape, simulated_topologies
-from qkov_dist.planning.time_model import PHASES, Phase
+from qkov_dist.planning.time_model import PHASES, Phase, expected
 from qkov_dist.planning.workload import Dealt, SimulatedWorld, Workload
 from qkov_dist.results.metadata import LayerAxes
 from qkov_dist.results.partial_schema import BlockPartial, LayerPartial
@@ -314,6 +314,24 @@ def test_factors_wait_on_the_gpu_first_then_in_memory_then_on_disk(asked, memory
     assert whole > 8 * 2**20
     room = whole if asked is None else asked * 2**20
     assert places == (room, min(whole - room, memory_mb * 2**20), max(whole - room - memory_mb * 2**20, 0))
+
+
+def test_layers_that_a_gpu_has_whole_are_planned_to_be_tested_there_as_they_are_scored(monkeypatch):
+    whole, sharded = Parallelism(1, "ddp", 2), Parallelism(1, "fsdp", 2)
+    early = plan_simulated(on_gpu(8 * GIB), whole)
+    assert all(cost.heads_early == cost.heads > 0 for cost in early.costs)
+    assert all(cost.heads_early == 0 < cost.heads for cost in plan_simulated(on_gpu(8 * GIB), sharded).costs)
+    times = expected(early, hardware("H100"), 8)
+    assert [phase.name for phase in times if phase.terms.get("tests", 0) > 0] == ["scoring"]
+    monkeypatch.setattr("qkov_dist.planning.scoring_cost.KEPT_BYTES", 1)
+    later = plan_simulated(on_gpu(8 * GIB), whole)
+    assert all(cost.heads_early == 0 < cost.heads for cost in later.costs)
+    assert [cost.sent_scores > 0 for cost in early.costs] == [False, True]  # of its own heads, to rank 0
+    for cost, of_later in zip(early.costs, later.costs, strict=True):
+        assert cost.sent_scores < of_later.sent_scores
+        assert cost.buffers > of_later.buffers
+    times = expected(later, hardware("H100"), 8)
+    assert [phase.name for phase in times if phase.terms.get("tests", 0) > 0] == ["combining"]
 
 
 def test_what_is_planned_to_stay_on_a_gpu_leaves_room_for_the_rest():

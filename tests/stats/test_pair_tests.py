@@ -42,7 +42,7 @@ def made(monkeypatch: pytest.MonkeyPatch, in_hand: int):
     of_pairs = {both: metadata(*sizes) for both, sizes in PAIRS.items()}
     with pair_tests.PairTests(QKOVStatistics(n_permutations=30), of_pairs) as pairs:
         for number, part in enumerate(layers()):
-            pairs.take(SimpleNamespace(layer=number), part, SIZES)
+            pairs.take(number, part, SIZES)
         return pairs.of_all_ranks(Alone()), max(most)
 
 

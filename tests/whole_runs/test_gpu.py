@@ -27,6 +27,7 @@ from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import ScoreSettings
 from qkov_dist.stats.head_tests import head_tests
+from qkov_dist.stats.pair_tests import PairTests
 from qkov_dist.stats.statistics import QKOVStatistics
 
 pytestmark = pytest.mark.gpu
@@ -93,6 +94,26 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu(folder, monkeypatch):
     run_quietly(settings(folder, "qwen3", "on-cpu", {}))
     on_gpu, on_cpu = (load_heatmap(folder / "out" / name / "heatmap.h5") for name in ("on-gpu", "on-cpu"))
     assert deviation(on_gpu, on_cpu) < 1e-4
+
+
+def test_layers_are_tested_on_a_gpu_before_their_scores_leave_it(folder, monkeypatch):
+    devices, take, found = [], PairTests.take, []
+
+    def seen(self, layer, part, sizes, there=None):
+        devices.append({scores.device.type for scores in there.values()} if there else None)
+        take(self, layer, part, sizes, there)
+
+    monkeypatch.setattr(PairTests, "take", seen)
+    tested = {"statistics": {"permutations": 100}}
+    for name in ("tested-on-gpu", "tested-on-cpu"):
+        run_quietly(settings(folder, "llama", name, {}, **tested))
+        found.append(load_heatmap(folder / "out" / name / "heatmap.h5"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    num = len(found[0].layers)
+    assert devices == [{"cuda"}] * num + [None] * num
+    for block, tests in found[1].statistics["overlap"].items():
+        for key in ("statistic", "null_mean", "ci_low", "ci_high"):
+            np.testing.assert_allclose(found[0].statistics["overlap"][block][key], tests[key], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

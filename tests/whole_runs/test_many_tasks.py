@@ -37,7 +37,9 @@ from qkov_dist.results.matrix_data import MATRIX_KEYS
 from qkov_dist.results.metadata import from_json
 from qkov_dist.results.partials import list_partials, read_partial
 from qkov_dist.results.reduce import add_layers
+from qkov_dist.results.task_pairs import scores_of_pair
 from qkov_dist.scoring.influence_records import OPTIMIZERS, SUMS
+from qkov_dist.stats import pair_tests
 
 SIZES = {"math": 5, "code": 3, "law": 4}
 FIVE = {**SIZES, "chat": 2, "poems": 3}
@@ -196,6 +198,20 @@ def test_a_run_of_many_tasks_goes_on_bit_for_bit_and_is_not_computed_again(confi
     assert_same_matrix(load_matrix(tmp_path / "again"), load_matrix(tmp_path / "out"))
     assert qkov("run", config, "--quiet", again) == 0
     assert "finished already" in capsys.readouterr().err
+
+
+def test_pairs_of_tasks_tested_as_they_are_scored_are_the_same(config, tmp_path, monkeypatch):
+    """As a GPU tests them: a pair's part is taken from the scores of all where these were formed."""
+    many_config(config, tmp_path, SIZES)
+    found, taken = [], []
+    monkeypatch.setattr(pair_tests, "scores_of_pair", lambda *args: taken.append(args) or scores_of_pair(*args))
+    for early in (False, True):
+        monkeypatch.setattr("qkov_dist.finish.tests_at_once", lambda device, early=early: early)
+        assert qkov("run", config, "output.resume=false") == 0
+        found.append(load_matrix(tmp_path / "out" / "heatmap.h5"))
+    assert len(taken) == len(found[0].pairs) * len(found[0].layers) * len(BLOCKS)
+    for pair in found[0].pairs:
+        assert_identical(found[1].heatmap(*pair), found[0].heatmap(*pair))
 
 
 @pytest.mark.long

@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from comparing import assert_identical
 from rounding import PASSES, assert_same_tests
-from running import run_quietly, settings
+from running import interrupt_at, run_quietly, settings
 from samples import mixed_samples, write_task
 from zoo import TINY, VOCAB
 
@@ -28,6 +29,7 @@ from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
+from qkov_dist.stats.pair_tests import PairTests
 from qkov_dist.stats.statistics import QKOVStatistics
 
 TESTED = {
@@ -86,6 +88,49 @@ def test_ranks_test_the_heads_they_hold(world_size, shard, ranks, folder, one_pr
         for block in found.blocks:  # added in the order of ranks wherever that is done: bit for bit
             np.testing.assert_array_equal(again.cross[block], found.cross[block])
         assert_same_results(again, found)
+
+
+def run_with_early_tests(raw: dict) -> list[tuple[int, bool]]:
+    """A run that tests what is whole as it is scored, as on a GPU; returns what was tested here, and whether early."""
+    taken, take = [], PairTests.take
+
+    def seen(self, layer, part, sizes, there=None):
+        taken.append((layer, there is not None))
+        take(self, layer, part, sizes, there)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("qkov_dist.finish.tests_at_once", lambda device: True)
+        patched.setattr(PairTests, "take", seen)
+        run_quietly(raw)
+    return taken
+
+
+def test_layers_tested_as_they_are_scored_have_the_same_tests(folder, one_process, monkeypatch):
+    """Bit for bit: also of a run that goes on from a layer on disk, and where a layer's scores are too many to stay."""
+    raw = settings(folder, "gpt2", "early", {}, **TESTED)
+    last = one_process.layers[-1]
+    with monkeypatch.context() as until:
+        interrupt_at(last, until)
+        with pytest.raises(KeyboardInterrupt):
+            run_with_early_tests(raw)
+    raw["output"]["resume"] = True
+    assert run_with_early_tests(raw) == [(last, True), *((layer, False) for layer in one_process.layers[:-1])]
+    assert_identical(load_heatmap(folder / "out" / "early" / "heatmap.h5"), one_process)
+    monkeypatch.setattr("qkov_dist.scoring.engine.KEPT_BYTES", 1)
+    raw["output"]["resume"] = False
+    assert run_with_early_tests(raw) == [(layer, False) for layer in one_process.layers]
+
+
+@pytest.mark.parametrize(("world_size", "shard", "early"), [(2, "ddp", True), (3, "fsdp", False)])
+@pytest.mark.long
+def test_ranks_test_early_what_they_score_whole(world_size, shard, early, ranks, folder, one_process):
+    raw = settings(folder, "gpt2", f"early-{shard}", {"shard": shard}, **TESTED)
+    by_rank = ranks(world_size).run(run_with_early_tests, raw)
+    if early:
+        assert sorted(layer for taken in by_rank for layer in taken) == [(layer, True) for layer in one_process.layers]
+    else:
+        assert by_rank == [[(layer, False) for layer in one_process.layers]] * world_size
+    assert_same_results(load_heatmap(folder / "out" / f"early-{shard}" / "heatmap.h5"), one_process)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 40])
