@@ -41,7 +41,7 @@ from .score import Fused, added_fisher_sums, compiled, fisher_sums
 from .settings import KEPT_BYTES, Roles, ScoreSettings
 from .site_inputs import FactorSource, Members, SiteFactors
 from .streams import OnItsWay
-from .tile_gradients import Buffers, tile_gradients
+from .tile_gradients import Buffers, joined, tile_gradients
 from .tiles import LayerTiles, Tile, TilePlan
 
 LayerSource = tuple[LayerTiles, FactorSource] | None  # None: no layer now, but maybe later
@@ -108,12 +108,12 @@ class _HeadScorer:
     def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> Found[_HeadPart]:
         """Scores of all pairs, and what is known of I, of each head; of its tiles in this projection."""
         settings, roles, tile, members = self.settings, self.roles, batch.first, site.members
-        rule = self.rule(tile.site.layer, tile.block)
+        rule = self.rule(tile.site.layer, [one.block for one in batch.first_tiles])
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
         effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
         if batch.by_kernel and site.packed is not None:
             rects = [merged(one.rect for one in of_head) for of_head in batch.heads]
-            of_own = None if own is None else (own, lambda rect: self._elements(tile, [rect]))
+            of_own = None if own is None else (own, lambda rect: self._elements([tile], [rect]))
             fisher = site.packed.add_heads(scores, rects, rule, buffers, effects, of_own)
         else:
             fisher = reduce(added_fisher_sums, self._records(batch, site, buffers, rule, scores, effects, own))
@@ -134,10 +134,11 @@ class _HeadScorer:
         formed = found[0] if settings.keeps_scores else None
         return partial(_parts, OnItsWay.of(*found), flops, formed, with_effects=effects is not None)
 
-    def rule(self, layer: int, block: str) -> Rule:
-        """The score in a block of a layer."""
+    def rule(self, layer: int, blocks: Sequence[str]) -> Rule:
+        """The score of some heads of a layer, by the block of each."""
         settings, roles = self.settings, self.roles
-        return Rule(settings.score, settings.epsilon, self.ridges[layer, block], roles.left, roles.right, self.fused)
+        ridges = tuple(self.ridges[layer, block] for block in blocks)
+        return Rule(settings.score, settings.epsilon, ridges, roles.left, roles.right, self.fused)
 
     def _records(
         self,
@@ -151,7 +152,7 @@ class _HeadScorer:
     ) -> Iterator[Tensor]:
         """Add a tile of each head at a time by torch's products; yields what is known of I there."""
         for band in batch.bands:
-            gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band)
+            gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band, site)
             by_task = add_tile(scores, gradients, site.members.weights, rule, buffers, effects, of_own)
             yield fisher_sums(by_task, rule.least)
 
@@ -165,22 +166,26 @@ class _HeadScorer:
         """The same of what samples' own shares of the Fisher do."""
         if members.shares is None or batch.first.block not in BLOCKS:
             return None
-        return OwnShares(members.shares, len(batch.heads), rule.score, (rule.epsilon, rule.ridge))
+        return OwnShares(members.shares, len(batch.heads), rule.score, rule.epsilon, rule.ridges)
 
-    def _with_elements(self, own: OwnShares | None, band: Sequence[Tile]) -> tuple[OwnShares, Chosen] | None:
+    def _with_elements(
+        self, own: OwnShares | None, band: Sequence[Tile], site: SiteFactors
+    ) -> tuple[OwnShares, Chosen] | None:
         """With the elements looked at of the tiles of some heads; None where there are none."""
         if own is None:
             return None
-        elements = self._elements(band[0], [one.rect for one in band])
+        turned = joined([site.place(one) for one in band])[1]
+        elements = self._elements(band, [one.rect for one in band], turned=turned)
         return None if elements is None else (own, elements)
 
-    def _elements(self, tile: Tile, rects: Sequence[Rect]) -> Chosen | None:
-        """The elements looked at of rectangles in a tile's block, one of each head; None where there are none."""
-        return chosen(rects, self.strides[tile.site.layer, tile.block], self.settings.device)
+    def _elements(self, tiles: Sequence[Tile], rects: Sequence[Rect], *, turned: bool = False) -> Chosen | None:
+        """The elements looked at of rectangles, one in the block of each tile; None where there are none."""
+        strides = [self.strides[tile.site.layer, tile.block] for tile in tiles]
+        return chosen(rects, strides, self.settings.device, turned=turned)
 
 
 def _gradients(band: Sequence[Tile], site: SiteFactors, buffers: Buffers) -> Tensor:
-    dtype, rects = site.members.dtype, [tile.rect for tile in band]
+    dtype, rects = site.members.dtype, [site.place(tile) for tile in band]
     return tile_gradients(site.padded, rects, bias=band[0].bias, dtype=dtype, buffers=buffers)
 
 
@@ -231,7 +236,7 @@ def score_layers(
             of_blocks = _ridges(layer_tiles, settings, (totals or {}).get(layer_tiles.layer, {}))
             ridges.update({(layer_tiles.layer, block): ridge for block, ridge in of_blocks.items()})
             strides.update({(layer_tiles.layer, block): stride_of(layer_tiles, block) for block in of_blocks})
-            rules = {block: scorer.rule(layer_tiles.layer, block) for block in of_blocks if settings.kernel}
+            rules = {block: scorer.rule(layer_tiles.layer, [block]) for block in of_blocks if settings.kernel}
             by_kernel = frozenset(block for block, rule in rules.items() if knows(rule, settings.dtype))
             yield Turn(layer_tiles, layer_tiles.tiles, source, by_kernel)
 

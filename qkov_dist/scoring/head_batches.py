@@ -1,11 +1,14 @@
-"""Heads that are worked on together: on a GPU, as many of one shape as fill it; on a CPU, one by one, or a few of those
-that its compiled kernel scores.
+"""Heads that are worked on together: on a GPU, as many of one shape as fill it, of all blocks that read one X.
+
+On a CPU they are worked on one by one, or a few at a time of those that its compiled kernel scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+from qkov_dist.layout.heads import BLOCKS, Site
 
 from .tiles import Tile
 
@@ -14,7 +17,7 @@ TURNS = 4  # of a worker in a layer, at least, where the kernel scores several h
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """The tiles of some heads of one block in one projection, cut alike.
+    """The tiles of some heads of one layer, cut alike, in projections that read one X; of one block for the kernel.
 
     Attributes:
         heads: Each head's tiles, in order; tiles at one place are of one shape, but for the kernel.
@@ -26,7 +29,7 @@ class HeadBatch:
 
     @property
     def first(self) -> Tile:
-        """Any tile, of which block and projection are those of all."""
+        """Any tile, of which the layer is that of all, and whether it belongs to a head."""
         return self.heads[0][0]
 
     @property
@@ -54,10 +57,10 @@ class HeadBatch:
 
 
 def head_batches(tiles: Sequence[Tile], max_elements: int, num_samples: int = 0) -> list[HeadBatch]:
-    """Put together the heads of one projection, in the order of the tiles.
+    """Put together the heads of projections that read one X, in the order of the tiles.
 
     Args:
-        tiles: Of one projection.
+        tiles: Of these projections.
         max_elements: Elements that the tiles of a batch have together at a time; one head there is always.
         num_samples: A head counts as no fewer elements than this, so that its scores of all pairs are bounded too.
     """
@@ -94,9 +97,9 @@ def kernel_batches(tiles: Sequence[Tile], most: int) -> list[HeadBatch]:
 
 
 def _by_head(tiles: Sequence[Tile]) -> list[tuple[Tile, ...]]:
-    heads: dict[tuple[str, int], list[Tile]] = {}
+    heads: dict[tuple[Site, str, int], list[Tile]] = {}
     for tile in tiles:
-        heads.setdefault((tile.block, tile.head), []).append(tile)
+        heads.setdefault((tile.site, tile.block, tile.head), []).append(tile)
     return [tuple(of_head) for of_head in heads.values()]
 
 
@@ -104,8 +107,8 @@ def _alike(one: Sequence[Tile], other: Sequence[Tile]) -> bool:
     return _cut(one) == _cut(other)
 
 
-def _cut(tiles: Sequence[Tile]) -> list[tuple[str, tuple[int, int], bool]]:
-    return [(tile.block, tile.rect.shape, tile.bias) for tile in tiles]
+def _cut(tiles: Sequence[Tile]) -> list[tuple[tuple[int, int], bool, bool]]:
+    return [(tile.rect.shape, tile.bias, tile.block in BLOCKS) for tile in tiles]
 
 
 def _size(tiles: Sequence[Tile], num_samples: int) -> int:

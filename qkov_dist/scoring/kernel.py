@@ -17,7 +17,7 @@ from torch import Tensor
 from .influence_sums import InfluenceSums, effect_products, num_vectors
 from .own_shares import Chosen, OwnShares
 from .padded_groups import PaddedGroup
-from .score import Fused, maps, power_of
+from .score import Fused, maps, power_of, regularised
 from .score_kinds import KINDS, ElementMap, Score
 from .tile_gradients import Buffers
 
@@ -29,12 +29,12 @@ HALF_PAIRS = 48  # rows of a block of a symmetric product on a CPU, of which tho
 
 @dataclass(frozen=True)
 class Rule:
-    """The score and its regularisation, for one block of one layer.
+    """The score and its regularisation, for heads of one layer.
 
     Attributes:
         score: Which score.
         epsilon: Floor of I.
-        ridge: lambda.
+        ridges: lambda of all heads that are worked on together, or of each: it is that of its block.
         left: Samples in the role of i, in the order of the gradients' rows.
         right: Samples in the role of j.
         fused: The elementwise part, compiled; None maps in place.
@@ -42,7 +42,7 @@ class Rule:
 
     score: Score
     epsilon: float
-    ridge: float
+    ridges: tuple[float, ...]
     left: slice
     right: slice
     fused: Fused | None = None
@@ -53,9 +53,9 @@ class Rule:
         return self.left == self.right and KINDS[self.score].is_symmetric
 
     @property
-    def least(self) -> float:
-        """What I must exceed to have a say: the larger of epsilon and lambda."""
-        return max(self.epsilon, self.ridge)
+    def least(self) -> tuple[float, ...]:
+        """What I must exceed to have a say, of all heads or of each: the larger of epsilon and lambda."""
+        return tuple(max(self.epsilon, ridge) for ridge in self.ridges)
 
     def in_cache(self, heads: int, device: torch.device) -> bool:
         """Whether a tile is worked on in chunks that lie near a core: on a CPU, a head at a time."""
@@ -63,7 +63,7 @@ class Rule:
 
     def may_vanish(self, dtype: torch.dtype) -> bool:
         """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
-        return self.least * torch.finfo(dtype).max <= 1
+        return min(self.least) * torch.finfo(dtype).max <= 1
 
 
 def add_tile(
@@ -116,8 +116,7 @@ def _maps(
 ) -> tuple[Tensor, Tensor]:
     """The maps of gradients [N, p]; into ``by_task`` [T, p] goes what each task adds to the Fisher."""
     if rule.fused:
-        floor = torch.stack([part.new_full((), rule.epsilon), part.new_full((), rule.ridge)])  # no copy from the host
-        of_tasks, of_i, of_j = rule.fused(part, weights, floor, rule.score)
+        of_tasks, of_i, of_j = rule.fused(part, weights, _floor(part, rule), rule.score)
         by_task.copy_(of_tasks)
         if effects is not None:
             squares = _squares(part, buffers) if effects.needs_squares else None
@@ -140,7 +139,16 @@ def _squares(part: Tensor, buffers: Buffers) -> Tensor:
 
 def _inverse(by_task: Tensor, rule: Rule) -> Tensor:
     """1 / R [p]."""
-    return by_task.sum(0).clamp_min_(rule.epsilon).add_(rule.ridge).reciprocal_()
+    return regularised(by_task.sum(0), rule.epsilon, rule.ridges).reciprocal_()
+
+
+def _floor(part: Tensor, rule: Rule) -> Tensor:
+    """Epsilon and lambda at each element [2, p], without a copy from the host."""
+    floor = part.new_empty(2, part.shape[1])
+    floor[0].fill_(rule.epsilon)
+    floor[1].fill_(0.0)
+    regularised(floor[1], 0.0, rule.ridges)
+    return floor
 
 
 def _add_effects(

@@ -37,9 +37,8 @@ from qkov_dist.memory import moved
 
 from .influence_sums import parts_of
 from .own_share_records import SUMS
-from .score import power_of
+from .score import power_of, regularised
 from .score_kinds import KINDS, ElementMap, Score
-from .tile_gradients import joined
 from .tiles import LayerTiles
 
 CHOSEN = 1024  # elements of a head; all of one that has fewer
@@ -99,19 +98,28 @@ def stride_of(layer_tiles: LayerTiles, block: str) -> int:
     return -(-layer_tiles.block_sizes[block] // (len(heads) * CHOSEN))
 
 
-def chosen(rects: Sequence[Rect], stride: int, device: torch.device | str) -> Chosen | None:
-    """The elements looked at of tiles of one shape, as gradients lie; None where there are none."""
-    turned, (rows, cols) = joined(rects)[1], rects[0].shape
-    starts = tuple(((rect.row + rect.col // RUN) % stride, rect.col % RUN) for rect in rects)  # alike: looked up once
-    return _chosen(starts, rows, cols, stride, turned, str(device))
+def chosen(
+    rects: Sequence[Rect], strides: Sequence[int], device: torch.device | str, *, turned: bool = False
+) -> Chosen | None:
+    """The elements looked at of tiles of one shape, as gradients lie; None where there are none.
+
+    Args:
+        rects: The tiles, in their weights.
+        strides: One run of so many is looked at, of each tile's block.
+        device: Where gradients are.
+        turned: Whether a tile's elements lie column by column.
+    """
+    starts = tuple(
+        ((rect.row + rect.col // RUN) % stride, rect.col % RUN, stride)  # alike: looked up once
+        for rect, stride in zip(rects, strides, strict=True)
+    )
+    return _chosen(starts, *rects[0].shape, turned, str(device))
 
 
 @lru_cache(maxsize=1024)
-def _chosen(
-    starts: tuple[tuple[int, int], ...], rows: int, cols: int, stride: int, turned: bool, device: str
-) -> Chosen | None:
+def _chosen(starts: tuple[tuple[int, int, int], ...], rows: int, cols: int, turned: bool, device: str) -> Chosen | None:
     found = []
-    for run, col in starts:
+    for run, col, stride in starts:
         runs = (torch.arange(run, run + rows).unsqueeze(1) + torch.arange(col, col + cols) // RUN) % stride == 0
         found.append((runs.T if turned else runs).flatten().nonzero().flatten())
     most = max(map(len, found))
@@ -132,11 +140,12 @@ class OwnShares:
         shares: The samples.
         num_heads: Heads that are worked on together.
         score: Which score.
-        floors: epsilon and ridge.
+        epsilon: Floor of I.
+        ridges: lambda of all heads, or of each.
     """
 
-    def __init__(self, shares: Shares, num_heads: int, score: Score, floors: tuple[float, float]) -> None:
-        self._shares, self._kind, self._floors = shares, KINDS[score], floors
+    def __init__(self, shares: Shares, num_heads: int, score: Score, epsilon: float, ridges: Sequence[float]) -> None:
+        self._shares, self._kind, self._epsilon, self._ridges = shares, KINDS[score], epsilon, ridges
         self._sums = shares.of_tasks.new_zeros(SUMS, num_heads, *reversed(shares.of_tasks.shape))
         self._waiting: list[tuple[Tensor, Tensor]] = []  # elements of tiles: few are nearly as much work as many
 
@@ -166,11 +175,12 @@ class OwnShares:
         shares, squares = self._shares, kept.square()
         left, right = (_map(which, kept, squares) for which in (self._kind.left, self._kind.right))
         power = self._kind.power
-        given = self._regularised(fisher.clone())
-        rest = self._regularised(torch.addcmul(fisher, shares.weights, squares, value=-1).mul_(shares.rest))
+        given = regularised(fisher.clone(), self._epsilon, self._ridges)
+        without_own = torch.addcmul(fisher, shares.weights, squares, value=-1).mul_(shares.rest)
+        rest = regularised(without_own, self._epsilon, self._ridges)
         inverse, without = power_of(given, power).reciprocal(), left / power_of(rest, power)
         lost = power_of(torch.div(given, rest, out=rest), power).sub_(1.0)
-        if max(self._floors) == 0:  # where no sample, or no other one, has a gradient
+        if max(self._epsilon, min(self._ridges)) == 0:  # where no sample, or no other one, has a gradient
             inverse.masked_fill_(inverse.isinf(), 0.0)
             without.masked_fill_(~without.isfinite(), 0.0)
             lost.masked_fill_(~lost.isfinite(), 0.0)
@@ -206,11 +216,6 @@ class OwnShares:
             for place, found in enumerate((to_others, from_others, of_others), start=4):
                 found[..., task] = of_task
                 self._sums[place, :, part] += found
-
-    def _regularised(self, fisher: Tensor) -> Tensor:
-        """R, in place of I."""
-        epsilon, ridge = self._floors
-        return fisher.clamp_min_(epsilon).add_(ridge)
 
     def _by_head(self, values: Tensor) -> Tensor:
         """[n, heads * k] -> [heads, n, k]."""

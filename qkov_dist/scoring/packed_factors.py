@@ -224,8 +224,8 @@ def _rule_fields(rule: Rule) -> dict[str, Any]:
     kind = KINDS[rule.score]
     return {
         "epsilon": rule.epsilon,
-        "ridge": rule.ridge,
-        "least": rule.least,
+        "ridge": rule.ridges[0],
+        "least": rule.least[0],
         "left_map": MAPS[kind.left],
         "right_map": MAPS[kind.right],
         "alike": kind.is_symmetric,

@@ -147,11 +147,11 @@ class _Start(Generic[T]):
         few = settings.kernel_heads or heads_at_a_time(num_heads, self.num_workers)
         if not left:
             yield _Started(turn.layer_tiles, (), is_last=True)
-        for site, factors in read_sites(turn.tiles, turn.source, self.orders, turn.by_kernel):
-            left -= 1
-            of_site = [tile for tile in turn.tiles if tile.site == site]
-            by_kernel = [tile for tile in of_site if factors.are_packed_for(tile)]
-            others = [tile for tile in of_site if not factors.are_packed_for(tile)]
+        for sites, factors in read_sites(turn.tiles, turn.source, self.orders, turn.by_kernel):
+            left -= len(sites)
+            of_sites = [tile for tile in turn.tiles if tile.site in sites]
+            by_kernel = [tile for tile in of_sites if factors.are_packed_for(tile)]
+            others = [tile for tile in of_sites if not factors.are_packed_for(tile)]
             batches = kernel_batches(by_kernel, few) + head_batches(others, settings.max_elements(num), num)
             ready = self.stream.ready(factors.tensors)
             waiting = [(batch, self.submit(self._when_ready, ready, batch, factors)) for batch in batches]

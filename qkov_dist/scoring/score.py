@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -63,10 +64,30 @@ def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
     return weights @ gradients.square()
 
 
-def fisher_sums(by_task: Tensor, least: float) -> Tensor:
+def of_each_head(numbers: Sequence[float], like: Tensor) -> float | Tensor:
+    """A number of some heads: one where it is that of all, else [heads, 1] where a tensor is, without a copy to it."""
+    if len({*numbers}) == 1:
+        return numbers[0]
+    found, start = like.new_empty(len(numbers), 1), 0
+    for number, alike in groupby(numbers):
+        stop = start + len([*alike])
+        found[start:stop].fill_(number)
+        start = stop
+    return found
+
+
+def regularised(fisher: Tensor, epsilon: float, ridges: Sequence[float]) -> Tensor:
+    """R in place of I, [..., heads * p] of heads that have one lambda, or one each."""
+    ridge = of_each_head(ridges, fisher)
+    of_heads = fisher.view(*fisher.shape[:-1], len(ridges), -1) if isinstance(ridge, Tensor) else fisher
+    of_heads.clamp_min_(epsilon).add_(ridge)
+    return fisher
+
+
+def fisher_sums(by_task: Tensor, least: Sequence[float]) -> Tensor:
     """Summarise I over the tiles of some heads from what each task adds to it, [T, heads, P], where they are.
 
-    ``least`` is what I must exceed to have a say: the larger of epsilon and lambda.
+    ``least`` is what I must exceed to have a say, of all heads or of each: the larger of epsilon and lambda.
 
     Returns:
         Records of ``scoring.fisher_sums``, float64 [heads, columns].
@@ -76,7 +97,7 @@ def fisher_sums(by_task: Tensor, least: float) -> Tensor:
         "sum": fisher.sum(1, dtype=torch.float64),
         "count": fisher.new_full((len(fisher),), fisher.shape[1], dtype=torch.float64),
         "min": fisher.amin(1).double(),
-        "num_ridge_above": (fisher < least).sum(1).double(),
+        "num_ridge_above": (fisher < of_each_head(least, fisher)).sum(1).double(),
     }
     of_tasks = [of_task.sum(1, dtype=torch.float64) for of_task in by_task[:-1]]
     return fisher_records(found, of_tasks)
@@ -126,7 +147,7 @@ def fisher_and_maps(gradients: Tensor, weights: Tensor, floor: Tensor, score: Sc
     Args:
         gradients: Per-sample gradients [N, P].
         weights: Each sample's weight in the Fisher, by task [T, N].
-        floor: epsilon and lambda [2].
+        floor: epsilon and lambda at each element, [2, P].
         score: Which score.
 
     Returns:
@@ -161,7 +182,7 @@ def compiled(device: str) -> Fused:
     fused: Fused = torch.compile(fisher_and_maps, dynamic=True)
     ones = torch.ones(3, 5, device=device)
     try:
-        fused(ones, ones.new_ones(2, 3), ones.new_ones(2), next(iter(KINDS)))
+        fused(ones, ones.new_ones(2, 3), ones.new_ones(2, 5), next(iter(KINDS)))
     except (RuntimeError, OSError) as error:
         raise QkovError(
             "compute.compile",

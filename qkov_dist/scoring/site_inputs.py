@@ -1,13 +1,17 @@
-"""One projection's factors of all samples, as the workers are handed them: padded, in the type of scores."""
+"""One projection's factors of all samples, as the workers are handed them: padded, in the type of scores.
+
+On a GPU, projections that read one X (Q, K and V, where they are modules of their own) are handed on as one, where one
+batch holds all their heads: D side by side, so that one product forms the gradients of all.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Protocol
 
 import torch
@@ -16,8 +20,10 @@ from torch import Tensor
 from qkov_dist.capture.factors import FeatureSlice, SampleIndex, Whole
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
+from qkov_dist.layout.rects import Rect
 from qkov_dist.memory import is_shortage, moved
 
+from .head_batches import head_batches
 from .influence_records import num_sums
 from .influence_sums import MeanWeights
 from .native_kernel import NativeKernel
@@ -169,19 +175,26 @@ class MemberOrders:
 
 @dataclass(frozen=True)
 class SiteFactors:
-    """One projection's factors of all members, in an order of its own.
+    """The factors of all members at one projection, or at several that are worked on together, in an order of its own.
 
     Attributes:
         members: The order, and what is known of them.
         padded: Factors, group by group; nothing where the kernel scores all of it.
         packed: The same as the compiled kernel reads them; None where it scores nothing.
         by_kernel: The blocks whose weights it scores; none where samples do not fill its lanes.
+        rows: Of several projections, how far down the rows of each lie among those of all.
     """
 
     members: Members
     padded: Sequence[Padded]
     packed: PackedSite | None = None
     by_kernel: frozenset[str] = frozenset()
+    rows: Mapping[Site, int] = field(default_factory=dict)
+
+    def place(self, tile: Tile) -> Rect:
+        """Where a tile lies among the rows of all projections."""
+        rect, down = tile.rect, self.rows.get(tile.site, 0)
+        return Rect(rect.row + down, rect.row_end + down, rect.col, rect.col_end)
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -199,8 +212,8 @@ def _is_weight_of(tile: Tile, blocks: frozenset[str]) -> bool:
 
 def read_sites(
     tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders, by_kernel: frozenset[str] = frozenset()
-) -> Iterator[tuple[Site, SiteFactors]]:
-    """Each projection with its factors in :func:`~qkov_dist.scoring.tiles.in_order_of_work`.
+) -> Iterator[tuple[Sequence[Site], SiteFactors]]:
+    """Projections with their factors in :func:`~qkov_dist.scoring.tiles.in_order_of_work`, one by one or some as one.
 
     X is read once for those that share it.
 
@@ -256,22 +269,64 @@ class _Inputs:
 
 def _read_sites(
     tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders, by_kernel: frozenset[str]
-) -> Iterator[tuple[Site, SiteFactors]]:
-    settings, x_site, work = orders.settings, None, Counter[Site]()
+) -> Iterator[tuple[Sequence[Site], SiteFactors]]:
+    work = Counter[Site]()
     for tile in tiles:
         work[tile.site] += tile.rect.area
-    for site in in_order_of_work({site: (source.x_site(site), area) for site, area in work.items()}):
-        members = orders.of(source.sample_index(site))
-        if x_site != source.x_site(site):
-            x_site = source.x_site(site)
-            inputs = _Inputs(_to_be_multiplied(source.x(site), settings), members)
-        d, of_site = _to_be_multiplied(source.d(site), settings), [tile for tile in tiles if tile.site == site]
-        wanted = any(_is_weight_of(tile, by_kernel) for tile in of_site)
-        packed = _packed(members, inputs, d) if wanted else None
-        factors = SiteFactors(members, (), packed, frozenset() if packed is None else by_kernel)
-        if not all(map(factors.are_packed_for, of_site)):
-            factors = replace(factors, padded=_padded(members, inputs, d, source.g(site), settings))
-        yield site, factors
+    order = in_order_of_work({site: (source.x_site(site), area) for site, area in work.items()})
+    for _, reading in groupby(order, key=source.x_site):
+        sites = [*reading]
+        members = orders.of(source.sample_index(sites[0]))
+        inputs = _Inputs(_to_be_multiplied(source.x(sites[0]), orders.settings), members)
+        of_sites = [tile for tile in tiles if tile.site in sites]
+        if _are_one(of_sites, source, orders):
+            yield sites, _side_by_side(of_sites, inputs, source, orders.settings)
+            continue
+        for site in sites:
+            of_site = [tile for tile in of_sites if tile.site == site]
+            yield [site], _of_one(site, of_site, inputs, source, orders.settings, by_kernel)
+
+
+def _are_one(tiles: Sequence[Tile], source: FactorSource, orders: MemberOrders) -> bool:
+    """Whether projections that read one X are worked on as one: where a batch holds all heads of several."""
+    sites, num = {tile.site for tile in tiles}, len(orders.roles.members)
+    if len(sites) == 1 or any(source.sample_index(site).whole for site in sites):
+        return False
+    weights = [tile for tile in tiles if not tile.bias]
+    alike = len({source.d(site).values.dtype for site in sites}) == 1
+    return alike and len(head_batches(weights, orders.settings.max_elements(num), num)) == 1
+
+
+def _side_by_side(tiles: Sequence[Tile], inputs: _Inputs, source: FactorSource, settings: ScoreSettings) -> SiteFactors:
+    """Factors of projections that read one X, D of one beside that of another in the order of the tiles."""
+    members, rows, start = inputs.members, dict[Site, int](), 0
+    outputs = {site: _to_be_multiplied(source.d(site), settings) for site in dict.fromkeys(t.site for t in tiles)}
+    for site, d in outputs.items():
+        rows[site] = start - d.start
+        start += d.values.shape[1]
+    padded = []
+    for group, x, scale in zip(members.ordering.groups, inputs.padded, members.scales, strict=True):
+        d = FeatureSlice(torch.cat([group.outputs(of.values) for of in outputs.values()], -1))
+        padded.append(_scaled(Padded(group, x, d, scale=scale), settings.dtype))
+    return SiteFactors(members, padded, rows=rows)
+
+
+def _of_one(
+    site: Site,
+    tiles: Sequence[Tile],
+    inputs: _Inputs,
+    source: FactorSource,
+    settings: ScoreSettings,
+    by_kernel: frozenset[str],
+) -> SiteFactors:
+    """Factors of one projection: packed, padded, or both, as its tiles are scored."""
+    members, d = inputs.members, _to_be_multiplied(source.d(site), settings)
+    wanted = any(_is_weight_of(tile, by_kernel) for tile in tiles)
+    packed = _packed(members, inputs, d) if wanted else None
+    factors = SiteFactors(members, (), packed, frozenset() if packed is None else by_kernel)
+    if all(map(factors.are_packed_for, tiles)):
+        return factors
+    return replace(factors, padded=_padded(members, inputs, d, source.g(site), settings))
 
 
 def _packed(members: Members, inputs: _Inputs, d: FeatureSlice) -> PackedSite | None:

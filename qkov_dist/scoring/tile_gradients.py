@@ -10,7 +10,7 @@ products in float32: these are the same products, as every product of two such n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -133,22 +133,29 @@ def tile_gradients(
     device = factors[0].d.values.device
     gradients = buffers.take("gradients", (num, len(rects) * size), dtype, device)
     pieces, turned = joined(rects)
-    width = len(rects) * size // len(pieces)
     for padded in factors:
-        of_group = gradients[padded.group.first : padded.group.last]
-        for place, rect in enumerate(pieces):
+        of_group, start = gradients[padded.group.first : padded.group.last], 0
+        for rect in pieces:
             shape = (rect.shape[1], rect.shape[0]) if turned else rect.shape
-            out = of_group[:, place * width : (place + 1) * width].view(-1, *shape)
+            out = of_group[:, start : start + rect.area].view(-1, *shape)
             padded.put_gradients(rect, bias, out, turned=turned)
+            start += rect.area
     return gradients.view(num, len(rects), size)
 
 
-def joined(rects: Sequence[Rect]) -> tuple[Sequence[Rect], bool]:
-    """Rectangles as one where they lie one below another, or side by side: then to be turned; else as they are."""
-    first, last = rects[0], rects[-1]
-    whole = Rect(first.row, last.row_end, first.col, last.col_end)
-    if all(one.row_end == other.row and one.cols == other.cols for one, other in pairwise(rects)):
-        return (whole,), False
-    if all(one.col_end == other.col and one.rows == other.rows for one, other in pairwise(rects)):
-        return (whole,), True
-    return rects, False
+def joined(rects: Sequence[Rect]) -> tuple[list[Rect], bool]:
+    """Rectangles put together where they lie one below another, or side by side, in order: these are to be turned."""
+    below = _runs(rects, lambda one, other: one.row_end == other.row and one.cols == other.cols)
+    beside = _runs(rects, lambda one, other: one.col_end == other.col and one.rows == other.rows)
+    return (beside, True) if len(beside) < len(below) else (below, False)
+
+
+def _runs(rects: Sequence[Rect], adjoin: Callable[[Rect, Rect], bool]) -> list[Rect]:
+    """Each run of rectangles that adjoin, as one."""
+    found = [rects[0]]
+    for one, other in pairwise(rects):
+        if adjoin(one, other):
+            found[-1] = Rect(found[-1].row, other.row_end, found[-1].col, other.col_end)
+        else:
+            found.append(other)
+    return found

@@ -142,7 +142,7 @@ class Site:
     def by_kernel(self, rects: Sequence[Rect], rule: Rule) -> dict[str, torch.Tensor]:
         """Scores, records of I, of effects and of own shares of heads, in one call."""
         scores, effects, own = self._sums(len(rects), rule)
-        looked_at = (own, lambda rect: chosen([rect], 3, "cpu"))
+        looked_at = (own, lambda rect: chosen([rect], [3], "cpu"))
         fisher = self.packed.add_heads(scores, [[rect] for rect in rects], rule, Buffers(), effects, looked_at)
         return {"scores": scores, "fisher": fisher, "effects": effects.records(), "own": own.records()}
 
@@ -152,7 +152,7 @@ class Site:
         for rect in rects:
             (scores, effects, own), buffers = self._sums(1, rule), Buffers()
             gradients = tile_gradients(self.padded, [rect], bias=False, dtype=scores.dtype, buffers=buffers)
-            looked_at = (own, chosen([rect], 3, "cpu"))
+            looked_at = (own, chosen([rect], [3], "cpu"))
             by_task = add_tile(scores, gradients, self.members.weights, rule, buffers, effects, looked_at)
             of_head = scores, fisher_sums(by_task, rule.least), effects.records(), own.records()
             for name, values in zip(found, of_head, strict=True):
@@ -161,7 +161,7 @@ class Site:
 
     def _sums(self, heads: int, rule: Rule) -> tuple[torch.Tensor, InfluenceSums, OwnShares]:
         shape = (heads, rule.left.stop - rule.left.start, rule.right.stop - rule.right.start)
-        own = OwnShares(self.members.shares, heads, rule.score, (rule.epsilon, rule.ridge))
+        own = OwnShares(self.members.shares, heads, rule.score, rule.epsilon, rule.ridges)
         return torch.ones(shape, dtype=self.members.dtype), InfluenceSums(self.members.means, heads), own
 
 
@@ -179,7 +179,7 @@ def test_it_does_what_torchs_products_do_whatever_the_processor(flags, dtype, si
     rects = Rect(3, 25, 5, 32), Rect(4, 9, 6, 31), Rect(3, 25, 9, 10), Rect(10, 11, 14, 17)
     for kind in KINDS:
         for left, right in roles:
-            rule = Rule(kind, 0.3, 0.05, left, right)
+            rule = Rule(kind, 0.3, (0.05,), left, right)
             by_kernel = site.by_kernel(rects, rule)
             for name, expected in site.by_torch(rects, rule).items():
                 got, largest = by_kernel[name], expected.abs().flatten(1).amax(1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from expected import _fisher, _heads, _regularisation
-from jobs import Job, job_for
+from jobs import Pooled, job_for, pooled
 from zoo import TINY
 
 from qkov_dist.layout.rects import Rect
@@ -21,20 +21,6 @@ from qkov_dist.scoring.settings import ScoreSettings
 
 MAPS = {"gradient": lambda g: g, "magnitude": np.abs, "square": np.square}
 F64 = ScoreSettings(dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Pooled(Job):
-    """A job of all pairs that asks for these sums."""
-
-    def roles(self):
-        of_pairs = super().roles()
-        every = slice(0, of_pairs.num_scored)
-        return replace(of_pairs, left=every, right=every, own_shares=True)
-
-
-def pooled(entry, **changes) -> Pooled:
-    return Pooled(**(vars(job_for(entry)) | changes))
 
 
 def expected_sums(entry, model, job: Pooled) -> dict[int, dict[str, np.ndarray]]:
@@ -136,13 +122,13 @@ def test_the_elements_looked_at_are_the_same_however_a_head_is_cut(monkeypatch, 
 def test_about_as_many_elements_of_a_head_are_looked_at_as_are_wanted_and_each_once():
     rows, cols = 64, 4096
     stride = -(-rows * cols // CHOSEN)
-    whole = chosen([Rect(128, 128 + rows, 0, cols)], stride, "cpu")
+    whole = chosen([Rect(128, 128 + rows, 0, cols)], [stride], "cpu")
     assert len(whole.places) == CHOSEN
     assert (whole.places.view(-1, RUN).diff(dim=1) == 1).all()
     parts = [Rect(128, 150, 0, 1000), Rect(128, 150, 1000, cols), Rect(150, 128 + rows, 0, cols)]
     found = []
     for part in parts:
-        places = chosen([part], stride, "cpu").places
+        places = chosen([part], [stride], "cpu").places
         row, col = places // part.shape[1] + part.row, places % part.shape[1] + part.col
         found += ((row - 128) * cols + col).tolist()
     assert sorted(found) == whole.places.tolist()
@@ -188,7 +174,7 @@ def test_overlap_moves_as_it_does_under_a_fisher_without_a_sample(score):
 
     weights = torch.full((2, num), 1 / num, dtype=torch.float64)
     weights[0, num_a:] = weights[1, :num_a] = 0
-    sums = own_shares.OwnShares(own_shares.Shares.of(weights, (num_a, num - num_a)), 1, score, (0.0, 0.0))
+    sums = own_shares.OwnShares(own_shares.Shares.of(weights, (num_a, num - num_a)), 1, score, 0.0, [0.0])
     elements = own_shares.Chosen(torch.arange(40), None)
     sums.add(sums.kept(torch.from_numpy(g), elements), torch.from_numpy(fisher))
     found = known(sums.records().numpy(), num_a)[0, KNOWN.index("overlap")]
@@ -202,7 +188,7 @@ def test_a_sample_beside_whose_pairs_all_others_are_nothing_moves_nothing():
     g = torch.rand(6, 30) + 0.5
     g[0] *= 1e6
     sums = own_shares.OwnShares(
-        own_shares.Shares.of(torch.eye(2).repeat_interleave(3, 1) / 6, (3, 3)), 1, "interference", (0.0, 0.0)
+        own_shares.Shares.of(torch.eye(2).repeat_interleave(3, 1) / 6, (3, 3)), 1, "interference", 0.0, [0.0]
     )
     sums.add(sums.kept(g, own_shares.Chosen(torch.arange(30), None)), g.square().mean(0))
     found = known(sums.records().numpy(), 3)[0, KNOWN.index("overlap")]

@@ -76,15 +76,15 @@ def test_sums_of_fisher_are_additive():
     fisher = torch.tensor([1e-12, 3.0, 0.5, 2.0])
     tasks = torch.stack([fisher / 4, fisher * 3 / 4])
     cuts = ((0, 1), (1, 4), (0, 4))
-    first, second, whole = (fisher_sums(tasks[:, None, low:high], 0.6) for low, high in cuts)
+    first, second, whole = (fisher_sums(tasks[:, None, low:high], [0.6]) for low, high in cuts)
     assert added_fisher_sums(first, second).tolist() == whole.tolist()
     parts = no_sums(2)
     for more in (first, second):
         add(parts, more.numpy(), [1])
     assert parts[1].tolist() == whole[0].tolist()
     assert parts[0].tolist() == no_sums(1)[0].tolist()
-    of_halves = [fisher_sums(tasks[:, None, low:high], 0.6)[0].tolist() for low, high in ((0, 2), (2, 4))]
-    assert fisher_sums(tasks.view(2, 2, 2), 0.6).tolist() == of_halves
+    of_halves = [fisher_sums(tasks[:, None, low:high], [0.6])[0].tolist() for low, high in ((0, 2), (2, 4))]
+    assert fisher_sums(tasks.view(2, 2, 2), [0.6]).tolist() == of_halves
     found = {name: column(parts[1], name) for name in FISHER_COLUMNS}
     assert found["sum_of_a"] == pytest.approx(found["sum"] / 4)
     assert (found["count"], found["num_ridge_above"]) == (4, 2)
@@ -97,7 +97,7 @@ def test_sums_of_fisher_are_additive():
 def test_what_is_compiled_is_the_fisher_and_the_maps(factors, score):
     gradients = sample_gradients(*factors, SPANS).float()
     weights = torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.125]])
-    floor = torch.tensor([0.5, 0.125])
+    floor = torch.tensor([[0.5], [0.125]]).expand(2, gradients.shape[1])
     by_task = diagonal_fisher(gradients, weights)
     expected = (by_task, *maps(gradients, (by_task.sum(0).clamp_min(0.5) + 0.125).reciprocal(), score))
     assert len(by_task.sum(0).clamp_min(0.5).unique()) > 1
@@ -118,7 +118,7 @@ def test_a_term_without_gradient_is_zero_also_where_nothing_keeps_r_above_zero(s
     weights = torch.full((2, 5), 0.1)
 
     def scored(part, ridge):
-        rule = Rule(score, floor, ridge, slice(0, 2), slice(2, 5), fused)
+        rule = Rule(score, floor, (ridge,), slice(0, 2), slice(2, 5), fused)
         scores = torch.zeros(1, 2, 3)
         add_tile(scores, part.clone(), weights, rule, Buffers())
         return scores
@@ -133,6 +133,6 @@ def test_a_gradient_where_the_fisher_of_the_other_task_is_zero_is_infinite_not_z
     gradients = torch.ones(2, 1, 3)
     gradients[0] = 0.0  # the only sample of the Fisher
     scores = torch.zeros(1, 2, 2)
-    rule = Rule("signed", 0.0, 0.0, slice(0, 2), slice(0, 2))
+    rule = Rule("signed", 0.0, (0.0,), slice(0, 2), slice(0, 2))
     add_tile(scores, gradients, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), rule, Buffers())
     assert not scores[0, 1, 1].isfinite()

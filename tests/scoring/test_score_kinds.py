@@ -47,7 +47,7 @@ def test_any_two_maps_and_any_power_make_a_score(left, right, power, monkeypatch
     regularised = (weights.sum(0) @ gradients[:, 0].square()).clamp_min(0.1) + 0.2
     expected = (MAPS[left](gradients[:, 0]) / regularised**power) @ MAPS[right](gradients[:, 0]).t()
     scores = torch.zeros(1, 3, 3).double()
-    rule = Rule("new", 0.1, 0.2, slice(0, 3), slice(0, 3))
+    rule = Rule("new", 0.1, (0.2,), slice(0, 3), slice(0, 3))
     for _ in range(2):
         add_tile(scores, gradients.clone(), weights, rule, Buffers())
     torch.testing.assert_close(scores[0], 2 * expected, rtol=1e-12, atol=1e-12)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from comparing import closeness
-from jobs import job_for
+from jobs import job_for, pooled
 from rounding import BLOCKS, SCORES
 from zoo import TINY
 
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
-from qkov_dist.scoring import kernel
+from qkov_dist.scoring import engine, kernel
 from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.head_batches import head_batches
+from qkov_dist.scoring.score import fisher_and_maps
+from qkov_dist.scoring.score_kinds import KINDS
 from qkov_dist.scoring.settings import ScoreSettings
-from qkov_dist.scoring.tiles import Tile
+from qkov_dist.scoring.tile_gradients import Padded, joined
+from qkov_dist.scoring.tiles import SHARED_O_BIAS, Selection, Tile
 
 SITE = Site(0, "o_proj")
 
@@ -39,8 +45,9 @@ def test_heads_of_one_shape_are_together_as_far_as_there_is_room():
     assert [len(batch.heads) for batch in of_many_samples] == [2, 2, 1]
 
 
-def test_heads_of_other_blocks_shapes_or_cuts_are_not():
-    assert numbers([*head(0), *head(1, block="K"), *head(2, block="K")], 10**9) == [[0], [1, 2]]
+def test_heads_of_other_shapes_or_cuts_and_what_belongs_to_none_are_not():
+    assert numbers([*head(0), *head(1, block="K"), *head(2, block="K")], 10**9) == [[0, 1, 2]]
+    assert numbers([*head(0), *head(1, block=SHARED_O_BIAS)], 10**9) == [[0], [1]]
     assert numbers([*head(0), *head(1, rows=16)], 10**9) == [[0], [1]]
     assert numbers([*head(0, bands=2), *head(1, bands=2), *head(2)], 10**9) == [[0, 1], [2]]
     bias = Tile(SITE, "Q", 1, Rect(8, 16, 0, 4), bias=True)
@@ -55,6 +62,84 @@ def test_a_head_batch_comes_apart_into_heads_then_tiles():
     (halves,) = first.smaller()
     assert [tile.rect.shape for tile in halves.heads[0]] == [(2, 4)] * 4
     assert halves.largest == 8
+
+
+def test_what_adjoins_is_one_rectangle():
+    rows, gap = [Rect(0, 2, 0, 4), Rect(2, 4, 0, 4)], Rect(6, 8, 0, 4)
+    assert joined(rows) == ([Rect(0, 4, 0, 4)], False)
+    assert joined([*rows, gap]) == ([Rect(0, 4, 0, 4), gap], False)
+    assert joined([gap, *rows]) == ([gap, Rect(0, 4, 0, 4)], False)
+    columns = [Rect(0, 4, 0, 2), Rect(0, 4, 2, 4)]
+    assert joined(columns) == ([Rect(0, 4, 0, 4)], True)
+    assert joined([*columns, Rect(0, 4, 6, 8)]) == ([Rect(0, 4, 0, 4), Rect(0, 4, 6, 8)], True)
+    assert joined([gap]) == ([gap], False)
+
+
+class Products:
+    """Notes each rectangle that gradients of a group of samples are formed of, and the blocks that are together."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.areas: list[int] = []
+        self.blocks: list[set[str]] = []
+        put, work = Padded.put_gradients, engine._HeadScorer.__call__
+
+        def formed(padded, rect, bias, out, *, turned=False):
+            self.areas.append(rect.area)
+            put(padded, rect, bias, out, turned=turned)
+
+        def worked(scorer, batch, site, buffers):
+            self.blocks.append({tile.block for tile in batch.first_tiles})
+            return work(scorer, batch, site, buffers)
+
+        monkeypatch.setattr(Padded, "put_gradients", formed)
+        monkeypatch.setattr(engine._HeadScorer, "__call__", worked)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_query_key_and_value_heads_are_formed_in_one_product(name, monkeypatch):
+    """Of modules of their own, and of one that holds all: as many products as there are groups of samples."""
+    entry = TINY[name]
+    seen = Products(monkeypatch)
+    job_for(entry, settings=ScoreSettings(head_batch_bytes=2**20)).run(entry.build(num_hidden_layers=1))
+    assert sorted(map(sorted, seen.blocks)) == [["K", "Q", "V"], ["O"]]
+    assert len({*seen.areas}) == 2
+    assert seen.areas.count(max(seen.areas)) == seen.areas.count(min(seen.areas))
+
+
+@pytest.mark.parametrize("heads", [None, (0, 1), (1, 3)])
+def test_they_are_not_where_one_batch_cannot_hold_them_or_samples_are_gradients(heads, monkeypatch):
+    entry, seen = TINY["llama"], Products(monkeypatch)
+    model, selection = entry.build(num_hidden_layers=1), Selection(None, heads)
+    small, kept = {"settings": ScoreSettings(head_batch_bytes=2**13)}, {"gradients_above": 6}
+    expected = job_for(entry, selection=selection).run(model)[0]
+    for how in ({}, small, kept):
+        del seen.blocks[:]
+        settings = ScoreSettings(head_batch_bytes=2**20)
+        found = job_for(entry, selection=selection, **{"settings": settings, **how}).run(model)[0]
+        assert ({"Q", "K", "V"} in seen.blocks) == (not how)
+        for block, part in expected.items():
+            assert closeness(found[block].scores, part.scores.double()) < SCORES
+
+
+F64 = ScoreSettings(dtype=torch.float64, ridge_relative=0.5, epsilon=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ridge_absolute": 1e-4}, {"ridge_relative": 0.0}], ids=str)
+@pytest.mark.parametrize("score", list(KINDS))
+def test_each_block_keeps_its_own_ridge_among_others(score, changes, monkeypatch):
+    """Also of what is compiled: scores, sums of I, effects and own shares are those of a head by itself."""
+    entry = TINY["llama"]
+    model, settings = entry.build().double(), replace(F64, score=score, **changes)
+    one_by_one = pooled(entry, settings=settings).run(model)
+    for fused in (None, fisher_and_maps):
+        monkeypatch.setattr(engine, "Rule", lambda *rule, fused=fused: kernel.Rule(*rule[:5], fused))
+        together = pooled(entry, settings=replace(settings, head_batch_bytes=2**20)).run(model)
+        for layer, blocks in one_by_one.items():
+            for block, part in blocks.items():
+                found = together[layer][block]
+                for name in ("scores", "fisher", "influences", "own_shares"):
+                    mine, theirs = (np.asarray(getattr(of, name)) for of in (found, part))
+                    np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-11 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize(("heads", "size", "parts"), [(9, 36864, 32), (1, 36864, 64), (9, 513, 1), (600, 36864, 1)])

@@ -25,7 +25,7 @@ def matrices(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     others = (fisher - g**2 / NUM) * NUM / (NUM - 1)
     given, without = (torch.from_numpy((g**2 / of) @ np.abs(g).swapaxes(1, 2)) for of in (fisher, others))
     tasks = torch.tensor([[1.0] * NUM_A + [0.0] * (NUM - NUM_A), [0.0] * NUM_A + [1.0] * (NUM - NUM_A)]).double()
-    sums = OwnShares(Shares.of(tasks / NUM, (NUM_A, NUM - NUM_A)), HEADS, "interference", (0.0, 0.0))
+    sums = OwnShares(Shares.of(tasks / NUM, (NUM_A, NUM - NUM_A)), HEADS, "interference", 0.0, [0.0])
     in_a_row = torch.from_numpy(g).transpose(0, 1).reshape(NUM, -1)
     sums.add(sums.kept(in_a_row, Chosen(torch.arange(HEADS * WEIGHTS), None)), torch.from_numpy(fisher).flatten())
     return given, without, torch.from_numpy(known(sums.records().numpy(), NUM_A))

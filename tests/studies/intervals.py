@@ -113,7 +113,7 @@ def known_of(
     """
     draws, num, weights = gradients.shape
     shares = Shares.of(torch.eye(2, dtype=torch.float64).repeat_interleave(size, 1) / num, (size, size))
-    sums = OwnShares(shares, draws, "interference", (0.0, ridge))
+    sums = OwnShares(shares, draws, "interference", 0.0, [ridge])
     in_a_row = torch.from_numpy(gradients).transpose(0, 1).reshape(num, -1)
     looked_at = elements or Chosen(torch.arange(draws * weights), None)
     sums.add(sums.kept(in_a_row, looked_at), torch.from_numpy(fisher).flatten()[looked_at.places])
@@ -162,7 +162,7 @@ def real_study() -> Iterator[dict[str, Any]]:
     }
     found: dict[int, dict[str, list[tuple[float, float]]]] = {size: {kind: [] for kind in kinds} for size in SIZES}
     for rect, of_head in head_gradients(loaded.model, samples, LAYERS, every=3):
-        gradients, elements = of_head.double().numpy(), chosen([rect], -(-rect.area // CHOSEN), "cpu")
+        gradients, elements = of_head.double().numpy(), chosen([rect], [-(-rect.area // CHOSEN)], "cpu")
         for size in SIZES:
             of_size = real_intervals(gradients, drawn[size], size, elements)
             for kind, one in zip(kinds, of_size, strict=True):

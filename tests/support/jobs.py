@@ -100,3 +100,17 @@ class Job:
 def job_for(entry: Tiny, **changes) -> Job:
     a, b = mixed_samples(5, VOCAB, seed=1), mixed_samples(3, VOCAB, seed=2)
     return replace(Job(a, b, objective="masked" if entry.masked_lm else "causal"), **changes)
+
+
+@dataclass(frozen=True)
+class Pooled(Job):
+    """A job of all pairs that asks for own shares, too."""
+
+    def roles(self):
+        of_pairs = super().roles()
+        every = slice(0, of_pairs.num_scored)
+        return replace(of_pairs, left=every, right=every, own_shares=True)
+
+
+def pooled(entry, **changes) -> Pooled:
+    return Pooled(**(vars(job_for(entry)) | changes))
