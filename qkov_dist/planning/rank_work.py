@@ -11,19 +11,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from qkov_dist.capture.forms import gradients_above, shared_inputs
 from qkov_dist.distributed.ownership import Owned
 from qkov_dist.distributed.placements import HeldRects, Interval
 from qkov_dist.distributed.sharding import parameter_name, parameters_of
 from qkov_dist.distributed.topology import Topology
-from qkov_dist.layout.heads import AttentionLayer, Layout, Projection, Site
+from qkov_dist.layout.heads import BLOCKS, AttentionLayer, Layout, Projection, Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.scoring.exchange import needs_of
 from qkov_dist.scoring.extent import Scoring
 from qkov_dist.scoring.tiles import (
     SHARED_O_BIAS,
-    LayerTiles,
     Selection,
     Tile,
     cut,
@@ -77,12 +77,15 @@ class LayerWork:
         heads: By block, the heads of which the rank owns an element.
         every_head: By block, the heads that are scored by any rank.
         tile: Elements of the rank's largest tile, or of those that it works on together.
+        as_one: The places of projections whose X several read that a GPU works on as one, where no sample of theirs is
+            kept as its gradient.
     """
 
     sites: tuple[SiteWork, ...]
     heads: Mapping[str, tuple[int, ...]]
     every_head: Mapping[str, tuple[int, ...]]
     tile: int
+    as_one: frozenset[int] = frozenset()
 
     def in_order(self) -> list[SiteWork]:
         """The projections of which the rank scores an element, in the order in which it does."""
@@ -103,11 +106,13 @@ class LayerWork:
 
     @cached_property
     def last(self) -> Needs:
-        """What came for the projection that is still in work when the next layer comes."""
+        """What came for the projection, or those worked on as one, still in work when the next layer comes."""
         if not (order := self.in_order()):
             return ()
-        sites = {site.place: site for site in self.sites}
-        return ((order[-1].above, sites[order[-1].input].cols + order[-1].rows, order[-1].whole),)
+        last = order[-1]
+        together = [site for site in order if site.input == last.input] if last.input in self.as_one else [last]
+        of_input = next(site.cols for site in self.sites if site.place == last.input)
+        return tuple((site.above, site.rows + of_input * (site is last), site.whole) for site in together)
 
 
 def layer_work(
@@ -168,11 +173,13 @@ class _Kind:
         heads: dict[str, set[int]] = {}
         for tile in mine.tiles:
             heads.setdefault(tile.block, set()).add(tile.head)
+        largest, as_one = _largest_tile(mine.tiles, self._sharing, self._scoring)
         return LayerWork(
             self._sites(mine.tiles, owned),
             {block: tuple(sorted(found)) for block, found in heads.items()},
             mine.heads,
-            _largest_tile(mine, self._scoring),
+            largest,
+            frozenset(n for n, p in enumerate(self._layer.projections) if Site(self._layer.index, p.module) in as_one),
         )
 
     def _sites(self, tiles: Sequence[Tile], owned: Owned) -> tuple[SiteWork, ...]:
@@ -219,19 +226,44 @@ def _covered(intervals: Iterable[Interval]) -> int:
     return covered
 
 
-def _largest_tile(mine: LayerTiles, scoring: Scoring) -> int:
-    """Elements of the largest tile that heads' rectangles are cut into; on a GPU of as many heads as it takes at once.
+def _largest_tile(tiles: Sequence[Tile], sharing: Mapping[Site, Site], scoring: Scoring) -> tuple[int, frozenset[Site]]:
+    """Elements of the largest tile that heads are cut into; on a GPU of as many heads as it takes at once.
 
     Args:
-        mine: The rank's parts of heads, uncut.
+        tiles: The rank's parts of heads, uncut.
+        sharing: Whose X each projection reads.
         scoring: What is scored.
+
+    Returns:
+        The elements, and the projections whose X several read that are worked on as one.
     """
+    by_input: dict[Site, dict[Site, list[Tile]]] = {}
+    for tile in tiles:
+        by_input.setdefault(sharing[tile.site], {}).setdefault(tile.site, []).append(tile)
+    largest, as_one = 0, set()
+    for shared, by_site in by_input.items():
+        parts = [*by_site.values()]
+        if len(parts) > 1 and _fit_one_batch(chain.from_iterable(parts), scoring):
+            as_one.add(shared)
+            parts = [[*chain.from_iterable(parts)]]
+        for size, num in chain.from_iterable(_alike(part, scoring) for part in parts):
+            largest = max(largest, size * min(num, _at_once(size, scoring)))
+    return largest, frozenset(as_one)
+
+
+def _fit_one_batch(tiles: Iterable[Tile], scoring: Scoring) -> bool:
+    """Whether a GPU works on all weights at once: their heads are alike, and few."""
+    alike = _alike([tile for tile in tiles if not tile.bias], scoring)
+    return len(alike) == 1 and alike[0][1] <= _at_once(alike[0][0], scoring)
+
+
+def _alike(tiles: Sequence[Tile], scoring: Scoring) -> list[tuple[int, int]]:
+    """Of heads' parts that are cut alike: the elements of a tile, and how many parts there are."""
+    shapes = Counter((tile.rect.shape, tile.bias, tile.block in BLOCKS) for tile in tiles)
     most = scoring.max_elements
-    alike = Counter((tile.site, tile.block, tile.rect.shape, tile.bias) for tile in mine.tiles)
-    sizes = [
-        (max(tile.area for tile in cut(Rect.of_shape(*shape), most)), num) for (_, _, shape, _), num in alike.items()
-    ]
-    if not scoring.on_gpu:
-        return max((size for size, _ in sizes), default=0)
-    least = scoring.num_samples
-    return max((size * min(num, max(most // max(size, least), 1)) for size, num in sizes), default=0)
+    return [(max(piece.area for piece in cut(Rect.of_shape(*of), most)), num) for (of, _, _), num in shapes.items()]
+
+
+def _at_once(size: int, scoring: Scoring) -> int:
+    """How many tiles of a size are worked on together."""
+    return max(scoring.max_elements // max(size, scoring.num_samples), 1) if scoring.on_gpu else 1

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 
 from qkov_dist.capture.forms import factor_bytes
@@ -301,21 +301,29 @@ class ScoringCost:
 
     def _pairs(self, layer_work: LayerWork) -> int:
         """Bytes of the scores of the heads that a GPU works on together, and of products in parts."""
-        heads = max(map(len, layer_work.heads.values()))
-        together = min(heads * self.matrix, max(GPU_TILE_BYTES, self.matrix))
+        together = min(_num(layer_work.heads) * self.matrix, max(GPU_TILE_BYTES, self.matrix))
         return together + PRODUCTS * BLOCK_PAIRS**2 * self.work.scoring.itemsize
 
     def _multiplied_factors(self, layer_works: Sequence[tuple[LayerWork, int]], *, packed: bool) -> int:
         """Bytes of two projections' factors in the type of scores, one in work and one on its way; or packed."""
         within, firsts, lasts = [0], [0], [0]
         for layer_work, _ in layer_works:
-            order = layer_work.in_order()
-            pairs: list[Sequence[SiteWork]] = [*pairwise(order)] or [order]
+            order = self._in_order(layer_work)
+            pairs = [one + other for one, other in pairwise(order)] or order
             within += [self._copies_of(layer_work, pair, packed) for pair in pairs]
-            firsts.append(self._copies_of(layer_work, order[:1], packed))
-            lasts.append(self._copies_of(layer_work, order[-1:], packed))
+            firsts += [self._copies_of(layer_work, first, packed) for first in order[:1]]
+            lasts += [self._copies_of(layer_work, last, packed) for last in order[-1:]]
         several_layers = sum(times for _, times in layer_works) > 1
         return max(*within, max(lasts) + max(firsts) if several_layers else 0)
+
+    def _in_order(self, layer_work: LayerWork) -> list[list[SiteWork]]:
+        """Projections in the order in which they are worked on, those together that are worked on as one."""
+        order = []
+        for place, sites in groupby(layer_work.in_order(), key=lambda site: site.input):
+            together = [*sites]
+            as_one = place in layer_work.as_one and not any(self.work.kept(site.above).wholes for site in together)
+            order += [together] if as_one else [[site] for site in together]
+        return order
 
     def _copies_of(self, layer_work: LayerWork, sites: Sequence[SiteWork], packed: bool) -> int:
         for_bias = {site.input for site in layer_work.sites if site.bias_area}
@@ -326,6 +334,7 @@ class ScoringCost:
         own = sum(
             self._copies(site.rows, site, packed, padded=not packed or bool(site.bias_area), scaled=True)
             + self._whole_copies(site)
+            + self._beside_others(layer_work, site)
             for site in sites
         )
         return own + sum(of_input[place] for place in {site.input for site in sites})
@@ -343,6 +352,11 @@ class ScoringCost:
         if self.work.on_gpu or scoring.factor_itemsize != scoring.itemsize:
             copies += self.work.kept(site.above).tokens
         return copies * width * scoring.product_itemsize
+
+    def _beside_others(self, layer_work: LayerWork, site: SiteWork) -> int:
+        """D beside that of others with which a projection is worked on as one."""
+        tokens = self.work.padded_tokens(site.above) if site.input in layer_work.as_one else 0
+        return tokens * site.rows * self.work.scoring.product_itemsize
 
     def _whole_copies(self, site: SiteWork) -> int:
         copies = 3 if self.work.config.metric.sample_scale == "unit" else 2

@@ -193,8 +193,9 @@ class OwnShares:
     def _add(self, place: int, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor, own: Tensor) -> None:
         """Rows and columns of one matrix: of both maps [n, heads * k] and their tasks' sums [heads, T, k]."""
         of_own = self._by_head(own).sum(-1).unsqueeze(-1) * self._shares.of_tasks.T
-        self._sums[place] += torch.bmm(self._by_head(left), of_right.mT) - of_own
-        self._sums[place + 1] += torch.bmm(self._by_head(right), of_left.mT) - of_own
+        of_rows, of_columns = self._sums[place : place + 2]
+        of_rows.baddbmm_(self._by_head(left), of_right.mT).sub_(of_own)
+        of_columns.baddbmm_(self._by_head(right), of_left.mT).sub_(of_own)
 
     def _add_lost(
         self, lost: Tensor, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor, own: Tensor
@@ -215,7 +216,7 @@ class OwnShares:
             of_task = of_others[..., task] - of_rows[:, part, task] - of_columns[:, part, task] + twice[:, part]
             for place, found in enumerate((to_others, from_others, of_others), start=4):
                 found[..., task] = of_task
-                self._sums[place, :, part] += found
+                self._sums[place, :, part].add_(found)
 
     def _by_head(self, values: Tensor) -> Tensor:
         """[n, heads * k] -> [heads, n, k]."""

@@ -18,7 +18,7 @@ Symmetric scores put 1/sqrt(R) on both sides, which makes M_AB and M_BA transpos
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 
 import torch
@@ -66,9 +66,12 @@ def diagonal_fisher(gradients: Tensor, weights: Tensor) -> Tensor:
 
 def of_each_head(numbers: Sequence[float], like: Tensor) -> float | Tensor:
     """A number of some heads: one where it is that of all, else [heads, 1] where a tensor is, without a copy to it."""
-    if len({*numbers}) == 1:
-        return numbers[0]
-    found, start = like.new_empty(len(numbers), 1), 0
+    return numbers[0] if len({*numbers}) == 1 else _each(tuple(numbers), like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _each(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    found, start = torch.empty(len(numbers), 1, dtype=dtype, device=device), 0
     for number, alike in groupby(numbers):
         stop = start + len([*alike])
         found[start:stop].fill_(number)

@@ -18,7 +18,7 @@ from workloads import work_of
 from zoo import TINY, VOCAB
 
 from qkov_dist.capture.collect import Collection
-from qkov_dist.capture.forms import factor_bytes
+from qkov_dist.capture.forms import factor_bytes, shared_inputs
 from qkov_dist.capture.hooks import capture
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.config import ParallelConfig
@@ -369,13 +369,20 @@ def test_tiles_of_a_gpu_are_those_that_are_worked_on_together(name, limit, monke
     tile_plan = make_tile_plan(work.layout, Selection(), include_bias=False, num_samples=16, tile_bytes=limit)
     most = ScoreSettings(device="cuda").max_elements(16)
     for layer in tile_plan.layers:
-        batches = [
-            batch
-            for site in layer.sites
-            for batch in head_batches([t for t in layer.tiles if t.site == site], most, 16)
-        ]
-        largest = max(sum(tile.rect.area for tile in band) for batch in batches for band in batch.bands)
-        assert work_by_rank[layer.layer].tile == largest
+        found, as_one = [], set()
+        for reading in shared_inputs(work.layout.layer(layer.layer)):
+            of_sites = [[tile for tile in layer.tiles if tile.site == site] for site, _ in reading]
+            together = head_batches([tile for of_site in of_sites for tile in of_site], most, 16)
+            if len(reading) > 1 and len(together) == 1:
+                as_one.add(reading[0][0].module)
+                found += together
+            else:
+                found += [batch for of_site in of_sites for batch in head_batches(of_site, most, 16)]
+        largest = max(sum(tile.rect.area for tile in band) for batch in found for band in batch.bands)
+        planned = work_by_rank[layer.layer]
+        assert planned.tile == largest
+        assert {work.layout.layer(layer.layer).projections[place].module for place in planned.as_one} == as_one
+        assert bool(as_one) == (name == "llama" and limit == 10**9)
 
 
 def test_while_a_layer_comes_in_that_of_the_last_ones_last_projection_is_still_there():
