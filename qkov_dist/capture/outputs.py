@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .losses import labelled_logits, takes
 from .numerics import moved_by_order
 from .ropes import ropes_by_length
 from .spans import Spans
+
+NUM_LABELS = 16  # at which outputs are compared: each depends on all tokens before it
 
 
 def check_causal(model: nn.Module, ids: Tensor) -> None:
@@ -128,7 +131,7 @@ class _Counting(TorchFunctionMode):
 
 
 def depends_on_length(model: nn.Module, shortest: Sequenced, longest: int, spans: Spans | None = None) -> bool:
-    """Whether a sample's outputs change when it is padded to the length of the longest.
+    """Whether a sample's outputs change when it is padded to the length of the longest, at some of its labels.
 
     Args:
         model: The model; all ranks of a pass call this alike.
@@ -140,9 +143,18 @@ def depends_on_length(model: nn.Module, shortest: Sequenced, longest: int, spans
         return False
     if any(_threshold(rope) < longest for rope in ropes_by_length(model)):
         return True
-    alone = make_batch([shortest], [0], [""])
-    padded = make_batch([shortest], [0], [""], length=longest)
+    alone = _with_few_labels(make_batch([shortest], [0], [""]))
+    padded = _with_few_labels(make_batch([shortest], [0], [""], length=longest))
     return _differ(_logits(model, alone, spans), _logits(model, padded, spans), _dtype(model))
+
+
+def _with_few_labels(batch: Batch) -> Batch:
+    """A batch of one sample with some of its labels, the first and the last among them."""
+    labelled = (batch.targets[0] != IGNORED).nonzero()[:, 0]
+    chosen = labelled[torch.linspace(0, len(labelled) - 1, min(len(labelled), NUM_LABELS)).round().long()]
+    targets = torch.full_like(batch.targets, IGNORED)
+    targets[0, chosen] = batch.targets[0, chosen]
+    return replace(batch, targets=targets)
 
 
 def _threshold(rope: nn.Module) -> int:

@@ -18,7 +18,7 @@ from math import comb
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.memory import IN_MEMORY_BYTES
 from qkov_dist.stats.jackknife import LABELLINGS
-from qkov_dist.stats.pair_tests import IN_HAND_BYTES
+from qkov_dist.stats.pair_tests import GPU_IN_HAND_BYTES, IN_HAND_BYTES
 
 from .scoring_cost import ScoringCost
 
@@ -61,7 +61,8 @@ class StatisticsCost:
             num, labellings = num_a + num_b, _labellings(num_a, num_b, work.config.statistics.permutations)
             a_head = OF_LABELLINGS * labellings + OF_LEFT_OUT * num * _left_out(labellings) + 2 * num * num
             of_tests = max(of_tests, 8 * a_head)
-        return heads * (3 * scoring.matrix + of_tests)
+        in_hand = min(GPU_IN_HAND_BYTES, len(scoring.early) * heads * scoring.matrix)
+        return heads * (3 * scoring.matrix + of_tests) + in_hand
 
     @cached_property
     def _of_a_head(self) -> int:

@@ -26,7 +26,8 @@ from .head_tests import CPU, Design, LayerTests, layer_tests, threads_that_test
 from .statistics import QKOVStatistics
 
 Both = tuple[int, int]  # two of many tasks, by number
-IN_HAND_BYTES = 16 << 20  # fewer of scores that wait for their tests
+# Fewer of scores that wait for their tests; on a GPU, which is not to wait for the host.
+IN_HAND_BYTES, GPU_IN_HAND_BYTES = 16 << 20, 64 << 20
 Scores = Mapping[str, torch.Tensor]  # block -> [heads, N, N]
 
 
@@ -76,7 +77,7 @@ class PairTests:
         self._taken.add(layer)
         for both in self.designs:
             self._begin(both, layer, part, sizes, there)
-            self._wait(IN_HAND_BYTES)  # a larger pair at once
+            self._wait(IN_HAND_BYTES if there is None else GPU_IN_HAND_BYTES)  # a larger pair at once
 
     def taken(self, world: World) -> frozenset[int]:
         """Layers whose tests were begun on any rank; every rank calls this alike."""
