@@ -312,6 +312,7 @@ def _capture(
         topology=job.topology,
         console=console,
         soundness=job.soundness,
+        side_by_side=True,
     )
     with console.bar("capturing", len(job.lengths_here), "sample") as advance:
 

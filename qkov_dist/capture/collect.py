@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from qkov_dist.console import Console
@@ -16,15 +18,20 @@ from qkov_dist.distributed.shared_errors import together
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
+from qkov_dist.layout.modules import num_parameters
 from qkov_dist.memory import is_shortage
 from qkov_dist.modes import ModelError, input_device
 
 from .hooks import Capture, capture
 from .passes import DealtTask, Pass, TaskPasses
-from .sinks import Nowhere
+from .side_by_side import batches_at_once, even_batch_tokens, running, sharing_weights
+from .sinks import DeferredSink, Nowhere
 from .soundness import Soundness, richest
 from .spans import GatheredFactors, Spans
 from .store import FactorStore
+
+Ran = tuple[int, int, float]  # a sample's number, labelled tokens and loss
+Done = Generator[tuple[Batch, Tensor], None, None]  # batches that were run, with their samples' losses
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class Collection:
         records: Every sample by its pooled number.
         console: Is warned where something did not go as planned.
         soundness: What is known of the model's passes; one for all collections of a model.
+        side_by_side: Whether several batches may run at a time (``capture.side_by_side``): in threads, which know
+            nothing of what the caller has set for its own alone, such as autocast.
     """
 
     store: FactorStore
@@ -75,6 +84,7 @@ class Collection:
     records: list[SampleRecord] = field(default_factory=list)
     console: Console = field(default_factory=Console)
     soundness: Soundness = field(default_factory=Soundness)
+    side_by_side: bool = False
 
     @property
     def spans(self) -> Spans | None:
@@ -112,11 +122,11 @@ class Collection:
             self._look_at(model, task, samples)  # with the same tokens on all ranks: what fails, fails on all
         else:
             together(topology.world, lambda: self._look_at(model, task, samples))
-        passes = self._passes(task, samples)
+        passes = self._passes(task, samples, self.batch_tokens)
         if topology.passes_wait:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
-            here = self._run_here(model, passes, on_samples)
+            here = self._run_here([model], passes, on_samples)
         else:
-            here = together(topology.dp_group, lambda: self._run_here(model, passes, on_samples))
+            here = together(topology.dp_group, lambda: self._run_alone(model, task, samples, passes, on_samples))
         found = {
             number: (count, loss) for theirs in topology.dp_group.all_gather(here) for number, count, loss in theirs
         }
@@ -144,11 +154,11 @@ class Collection:
                 "outputs depend on the length of a batch: samples run uncut, each beside those of its length"
             )
 
-    def _passes(self, task: str, samples: Sequence[Sample]) -> list[Pass]:
+    def _passes(self, task: str, samples: Sequence[Sample], batch_tokens: int) -> list[Pass]:
         """This rank's passes; then, where passes need all ranks, idle ones up to the longest list."""
         passes = TaskPasses(
             DealtTask(samples, self.objective, self.topology.dp_group.size),
-            self.batch_tokens,
+            batch_tokens,
             self.topology.gathers_weights,
             [_named(task, sample) for sample in samples],
             first=len(self.records),
@@ -157,30 +167,97 @@ class Collection:
         )
         return passes.on(self.topology.dp_group.rank)
 
+    def _run_alone(
+        self,
+        model: nn.Module,
+        task: str,
+        samples: Sequence[Sample],
+        passes: Sequence[Pass],
+        on_samples: Callable[[int], object],
+    ) -> list[Ran]:
+        """Make passes that need no other rank's, several at a time where that is worth it."""
+        if copies := self._copies(model, passes):
+            lengths = [length for one in passes for length in one.batch.attention_mask.sum(1).tolist()]
+            tokens = even_batch_tokens(lengths, self.batch_tokens, 1 + len(copies))
+            passes = self._passes(task, samples, tokens)
+        return self._run_here([model, *copies], passes, on_samples)
+
     def _run_here(
-        self, model: nn.Module, passes: Sequence[Pass], on_samples: Callable[[int], object]
-    ) -> list[tuple[int, int, float]]:
-        """Make this rank's passes; returns the number, labelled tokens and loss of each of its own samples."""
-        losses: list[tuple[int, int, float]] = []
+        self, models: Sequence[nn.Module], passes: Sequence[Pass], on_samples: Callable[[int], object]
+    ) -> list[Ran]:
+        """Make this rank's passes through a model and its copies; returns what comes of each of its own samples."""
+        losses: list[Ran] = []
+        model = models[0]
         with (
             self._plan_named(model),
             nullcontext() if self.spans is None else self.spans.attention(model),
-            capture(
-                model,
-                self.sites,
-                loss_reduction=self.loss_reduction,
-                loss_factor=self.loss_factor,
-                check_at_end=self.topology.passes_alone and input_device(model).type == "cuda",
-                any_rank=lambda here: any(self.topology.pass_group.all_gather(here)),
-            ) as session,
+            ExitStack() as stack,
         ):
-            for one in passes:
-                for part, found in self._pass(session, one):
+            sessions = [stack.enter_context(self._capture(one)) for one in models]
+            done = self._at_once(sessions, passes) if len(models) > 1 else self._one_by_one(sessions[0], passes)
+            with closing(done) as batches:
+                for part, found in batches:
                     losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
                     on_samples(len(part.samples))
         return losses
 
-    def _pass(self, session: Capture, one: Pass) -> Iterator[tuple[Batch, Tensor]]:
+    def _capture(self, model: nn.Module) -> AbstractContextManager[Capture]:
+        return capture(
+            model,
+            self.sites,
+            loss_reduction=self.loss_reduction,
+            loss_factor=self.loss_factor,
+            check_at_end=self.topology.passes_alone and input_device(model).type == "cuda",
+            any_rank=lambda here: any(self.topology.pass_group.all_gather(here)),
+        )
+
+    def _copies(self, model: nn.Module, passes: Sequence[Pass]) -> list[nn.Module]:
+        """Copies of the model by which batches run at the same time as by the model itself; none for one at a time."""
+        if not (self.side_by_side and self.topology.passes_alone):
+            return []
+        operations = 4 * num_parameters(model) * sum(one.batch.input_ids.numel() for one in passes)
+        num = batches_at_once(len(passes), torch.get_num_threads(), operations)
+        return sharing_weights(model, num - 1)
+
+    def _one_by_one(self, session: Capture, passes: Sequence[Pass]) -> Done:
+        for one in passes:
+            yield from self._pass(session, one)
+
+    def _at_once(self, sessions: Sequence[Capture], passes: Sequence[Pass]) -> Done:
+        """Run several batches at a time; factors are kept, and losses come, in their order."""
+        begun: deque[tuple[Batch, Callable[[], tuple[Tensor, DeferredSink]]]] = deque()
+        with running(sessions) as submit:
+            for one in passes:
+                begun.append((one.batch, submit(one.batch)))
+                if len(begun) > len(sessions):
+                    yield from self._keep(*begun.popleft(), sessions[0], begun)
+            while begun:
+                yield from self._keep(*begun.popleft(), sessions[0], begun)
+
+    def _keep(
+        self,
+        batch: Batch,
+        wait: Callable[[], tuple[Tensor, DeferredSink]],
+        session: Capture,
+        others: Iterable[tuple[Batch, Callable[[], object]]],
+    ) -> Done:
+        """Wait for a batch and keep its factors; where memory was short, run it once more when no other one runs."""
+        try:
+            found, factors = wait()
+            with self.store.batch(batch) as sink:
+                factors.release(sink)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+        else:
+            yield batch, found
+            return
+        for _, other in others:
+            with suppress(QkovError, RuntimeError, MemoryError):  # it is raised when its turn comes
+                other()
+        yield from self._run_batch(session, batch)
+
+    def _pass(self, session: Capture, one: Pass) -> Done:
         """Make one pass; yields the batches of this rank that were run, with their samples' losses."""
         spans = self.spans
         if not one.counts:
@@ -217,7 +294,7 @@ class Collection:
                 raise
             raise _plan_fails(model, error) from error
 
-    def _run_batch(self, session: Capture, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
+    def _run_batch(self, session: Capture, batch: Batch) -> Done:
         """Run one batch; where it does not fit into memory, its halves.
 
         Yields:

@@ -88,14 +88,14 @@ class Capture:
             )
         batch = batch.to(input_device(self._model))
         for scale in FP16_LOSS_SCALES:
-            deferred = DeferredSink(sink)
+            deferred = DeferredSink()
             state, losses = self._forward(batch, sink)
             if not state.is_half:
                 return self._backward(state, losses)
             state.sink, state.loss_scale, state.sums = deferred, scale, []
             found = self._backward(state, losses)
             if not self._any_rank(not all_finite(state.sums)):
-                deferred.release()
+                deferred.release(sink)
                 return found
         return self._name_what_is_not_finite(batch, scale)
 
@@ -198,7 +198,7 @@ def capture(
         for site in sites:
             module = model.get_submodule(site.module)
             stack.enter_context(watched(module, partial(session.see, site, module)))
-        if _recomputes(model):
+        if recomputes(model):
             embeddings = model.get_input_embeddings()  # type: ignore[operator]
             stack.callback(embeddings.register_forward_hook(_root_hook).remove)
         yield session
@@ -210,6 +210,6 @@ def _root_hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
     return output.detach().requires_grad_().clone()
 
 
-def _recomputes(model: nn.Module) -> bool:
+def recomputes(model: nn.Module) -> bool:
     """Whether anything in the model may run again in the backward pass."""
     return any(getattr(m, "gradient_checkpointing", False) or "Checkpoint" in type(m).__name__ for m in model.modules())

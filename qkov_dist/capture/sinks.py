@@ -38,17 +38,16 @@ class Nowhere:
 
 
 class DeferredSink:
-    """Keeps a batch's factors until the whole backward pass proved finite."""
+    """Keeps a batch's factors until the whole backward pass proved finite, or their turn has come."""
 
-    def __init__(self, sink: FactorSink) -> None:
-        self._sink = sink
+    def __init__(self) -> None:
         self._waiting: list[Factors] = []
 
     def add(self, factors: Factors) -> None:
         """Keep them."""
         self._waiting.append(factors)
 
-    def release(self) -> None:
+    def release(self, sink: FactorSink) -> None:
         """Hand all of them on."""
         for factors in self._waiting:
-            self._sink.add(factors)
+            sink.add(factors)

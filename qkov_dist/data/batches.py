@@ -162,11 +162,11 @@ def make_batches(
     """
     sequenced = [sequence(sample, objective, uncut=alone) for sample in samples]
     numbers = range(len(samples)) if numbers is None else numbers
-    for group in _groups([len(s.input_ids) for s in sequenced], batch_tokens, alike=alone):
+    for group in groups_of([len(s.input_ids) for s in sequenced], batch_tokens, alike=alone):
         yield make_batch([sequenced[n] for n in group], [numbers[n] for n in group], [names[n] for n in group])
 
 
-def _groups(lengths: Sequence[int], batch_tokens: int, *, alike: bool) -> Iterator[list[int]]:
+def groups_of(lengths: Sequence[int], batch_tokens: int, *, alike: bool = False) -> Iterator[list[int]]:
     """Sample numbers, longest first, cut where one more would exceed ``batch_tokens``, or be shorter if ``alike``."""
     group: list[int] = []
     for n in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):

@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qkov_dist.capture.forms import shared_inputs
+from qkov_dist.capture.forms import factor_bytes, shared_inputs
+from qkov_dist.capture.side_by_side import batches_at_once
 from qkov_dist.distributed.parallelism import Parallelism
 from qkov_dist.distributed.plans import SHARDED_BY_HOOKS
+from qkov_dist.layout.heads import Site
 
 from .model_sizes import Matrix, Weight, attention_flops
 from .simulated_ranks import local_shape
@@ -114,14 +116,33 @@ class CaptureCost:
         squares = sum(self._tokens(batch) * batch.length for batch in batches)
         rates, kept = self._rates(lowest), {*batches}
         again = 5 if self.work.model_sizes.recomputes else 4  # halves of the forward pass's operations
+        forward = rates.token * tokens + rates.label * labelled + rates.square * squares
+        backward = rates.back_token * tokens + rates.back_label * labelled + rates.back_square * squares * again // 2
+        at_once = self._at_once(len(batches), forward + backward)
+        activations = at_once * max((self._activations(batch, lowest, rates.kept) for batch in kept), default=0)
+        if at_once > 1:  # each of these, and one that is done, has its factors with it until its turn comes
+            activations += (at_once + 1) * max(batch.tokens for batch in kept) * self._factors_of_a_token(lowest)
         return Passes(
-            forward=rates.token * tokens + rates.label * labelled + rates.square * squares,
-            backward=rates.back_token * tokens + rates.back_label * labelled + rates.back_square * squares * again // 2,
-            activations=max((self._activations(batch, lowest, rates.kept) for batch in kept), default=0),
+            forward=forward,
+            backward=backward,
+            activations=activations,
             moved_weights=len(batches) * rates.moved_weights // self.parallelism.shards,
             moved_sums=self._moved_sums(tokens, labelled, lowest),
             moved_tokens=self._moved_tokens(tokens, lowest),
         )
+
+    def _at_once(self, num_batches: int, operations: int) -> int:
+        """How many batches run at a time."""
+        alone = self.parallelism.shards == self.parallelism.tp == self.parallelism.context == 1
+        if self.work.on_gpu or not alone or self.parallelism.data == "device_map":
+            return 1
+        return batches_at_once(num_batches, self.work.workers, operations)
+
+    def _factors_of_a_token(self, lowest: int) -> int:
+        """Bytes of X and D of all projections of layers from ``lowest`` on."""
+        layers = [layer for layer in self.work.layout.layers if layer.index >= lowest]
+        sites = [Site(layer.index, projection.module) for layer in layers for projection in layer.projections]
+        return sum(factor_bytes(layer, sites, [1], self.work.model_sizes.itemsize) for layer in layers)
 
     def _tokens(self, batch: Pass) -> int:
         """Tokens of a batch that this rank runs, padding included."""

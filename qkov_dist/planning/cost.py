@@ -16,7 +16,7 @@ class Cost:
     Attributes:
         weights: Bytes of its parameters and buffers.
         gathered: Bytes of weights that others hold and that are gathered for a pass, at most at a time.
-        activations: Bytes that one batch leaves for its backward pass, at most (an estimate).
+        activations: Bytes that batches leave for their backward passes, at most at a time (an estimate).
         factors_gpu: Bytes of captured factors that stay on the GPU, in the pass that keeps most.
         factors_memory: Bytes of captured factors in the host's memory, in that pass.
         factors_disk: Bytes of captured factors on disk, in that pass.

@@ -15,7 +15,7 @@ from .time_model import Phase
 BYTES = {
     "weights": "weights",
     "gathered": "weights gathered for a pass",
-    "activations": "activations of a batch",
+    "activations": "activations of the batches in work",
     "factors_gpu": "factors on the GPU",
     "factors_memory": "factors in memory",
     "factors_disk": "factors on disk",

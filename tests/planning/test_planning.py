@@ -254,6 +254,19 @@ class Kept:
         self.tensors.append(factors.x)
 
 
+def test_batches_that_run_side_by_side_are_planned_with_activations_and_factors_of_each(monkeypatch):
+    alone, tp = Parallelism(1, "none", 1), Parallelism(2, "none", 1)
+    work = replace(work_of(TINY["llama"].build(), "llama", num=30), workers=3)
+    batches = Dealt(work, 1, False).passes[0]
+    one, cut = (CaptureCost(work, how).passes(batches, 0).activations for how in (alone, tp))
+    monkeypatch.setattr("qkov_dist.capture.side_by_side.WORTH", 0)
+    factors = factor_bytes(work.layout.layer(0), [Site(0, p.module) for p in work.layout.layer(0).projections], [1], 4)
+    side_by_side = CaptureCost(work, alone).passes(batches, 0).activations
+    assert side_by_side == 3 * one + 4 * max(batch.tokens for batch in batches) * 2 * factors  # of two layers
+    assert CaptureCost(work, tp).passes(batches, 0).activations == cut
+    assert CaptureCost(replace(work, on_gpu=True), alone).passes(batches, 0).activations == one
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_activations_are_estimated_within_a_third(attention):
     model = TINY["llama"].build(hidden_size=128, intermediate_size=320, num_hidden_layers=3)
