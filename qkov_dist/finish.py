@@ -24,6 +24,7 @@ import torch
 from .config import FEWEST_TASKS, RunConfig
 from .console import Console
 from .distributed.world import World
+from .layout.heads import BLOCKS
 from .results.assemble import Assembly, assemble
 from .results.gather import Read
 from .results.heatmap import Heatmap
@@ -36,6 +37,7 @@ from .results.task_matrix import TaskMatrix
 from .results.task_pairs import of_pair
 from .scoring.engine import BlockScores
 from .scoring.own_share_records import no_shares
+from .scoring.settings import may_stay
 from .scoring.tiles import TilePlan
 from .stats.effect_tests import effect_tests, notes_on_effects
 from .stats.families import note_on_families, over_all_pairs
@@ -244,23 +246,35 @@ class EarlyTests:
         config: Says how heads are tested.
         device: Where they are scored.
         tile_plan: What this rank scores; all ranks bring theirs.
+        of_a_head: Bytes of one head's scores.
         world: The ranks.
         threads: Ends those that test.
+
+    Attributes:
+        layers: Those that this rank has whole, and whose scores are to stay where they are formed.
     """
 
     def __init__(
-        self, config: RunConfig, device: torch.device, tile_plan: TilePlan, world: World, threads: ExitStack
+        self,
+        config: RunConfig,
+        device: torch.device,
+        tile_plan: TilePlan,
+        of_a_head: int,
+        world: World,
+        threads: ExitStack,
     ) -> None:
         self._statistics, self._device, self._threads = statistics_of(config), testing_device(device), threads
         self._begun: PairTests | None = None
-        self.wanted = config.statistics.enabled and tests_at_once(self._device)
+        self._wanted = config.statistics.enabled and tests_at_once(self._device)
         owners = world.all_gather([layer.layer for layer in tile_plan.layers if layer.tiles])
         times = Counter(layer for theirs in owners for layer in theirs)
-        self._whole = frozenset(layer for layer in owners[world.rank] if times[layer] == 1)
+        heads = {layer.layer: sum(len(layer.heads.get(block, ())) for block in BLOCKS) for layer in tile_plan.layers}
+        whole = (layer for layer in owners[world.rank] if times[layer] == 1 and may_stay(heads[layer], of_a_head))
+        self.layers = frozenset(whole) if self._wanted else frozenset()
 
     def begun(self, metadata: HeatmapMetadata) -> PairTests | None:
         """The tests, which some layers may have been taken into; None where all layers are tested later."""
-        if self._begun is None and self.wanted:
+        if self._begun is None and self._wanted:
             tests = PairTests(self._statistics, pairs_of(metadata), self._device)
             self._begun = self._threads.enter_context(tests)
         return self._begun
@@ -271,7 +285,7 @@ class EarlyTests:
         """Have a layer tested, if it is whole and its scores are still where they were formed."""
         tests = self.begun(metadata)
         there = {block: scores for block in part.blocks if (scores := blocks[block].kept) is not None}
-        if tests is not None and layer in self._whole and len(there) == len(part.blocks):
+        if tests is not None and layer in self.layers and len(there) == len(part.blocks):
             tests.take(layer, part, metadata.sizes, there)
 
 

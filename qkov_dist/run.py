@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,8 @@ def _run(
     measured.see_model(job.loaded.model)
     carried = _carried(job, header, console)
     with ExitStack() as threads:
-        at_once = EarlyTests(config, job.device, job.tile_plan, world, threads)
+        of_a_head = prod(job.roles().shape) * job.scoring.itemsize
+        at_once = EarlyTests(config, job.device, job.tile_plan, of_a_head, world, threads)
         with PartialWriter(partial_path(job.folder, world.rank), header, resume=config.output.resume) as writer:
             _take_over(job, carried, writer)
             planned = _score_missing_layers(job, writer, at_once, console, measured)
@@ -166,7 +168,7 @@ def _score_missing_layers(
     planned = plan, _ = _planned(job, rounds, console, norms_known=norms is not None)
     with stoppable(topology.world) as may_stop:
         settings = job.settings(writer.folder, console)  # what cannot be compiled says so before samples are run
-        settings = dataclasses.replace(settings, keeps_scores=at_once.wanted)
+        settings = dataclasses.replace(settings, kept_layers=at_once.layers)
         sweeps = _Sweeps(job, settings, at_once, plan.gpu_room, writer.folder, console, may_stop, measured)
         if plan.captures > 1:  # nothing is scored before the norms are known, which all layers decide
             norms = _norms_first(sweeps, plan.rounds)
@@ -254,6 +256,7 @@ def _score_sweep(sweeps: _Sweeps, sweep: Sequence[Round], writer: PartialWriter,
         extra = to_json(metadata if norms is None else with_norms(metadata, norms))
         writer.header = dataclasses.replace(writer.header, extra=extra)
         _record_what_others_score(job, writer)  # or no other number of ranks could take over what these finish
+        sweeps.at_once.begun(metadata)  # before workers share the threads
         bar = sweeps.console.bar("scoring", len(sweep), "layer")
         scores = score_rounds(tile_plan, sweep, exchange, roles, sweeps.settings, job.topology, sweeps.may_stop)
         with measured.phase("scoring"), bar as advance, kept_heap(job.device), closing(scores) as scored:
@@ -261,8 +264,8 @@ def _score_sweep(sweeps: _Sweeps, sweep: Sequence[Round], writer: PartialWriter,
                 _check_scores(job, layer.layer, blocks)
                 measured.see_scores(blocks)
                 part = layer_partial(blocks)
-                sweeps.at_once.take(metadata, layer.layer, part, blocks)
                 writer.write_layer(layer.layer, part.blocks, part.shared)
+                sweeps.at_once.take(metadata, layer.layer, part, blocks)
                 advance(1)
         measured.see_sent(exchange.bytes_sent)
 

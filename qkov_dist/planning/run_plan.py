@@ -118,7 +118,7 @@ def plan_of_job(job: Job, rounds: Sequence[Round] | None = None, *, norms_known:
         QkovError: for factors of which no layer's fit.
     """
     world, work = job.topology.world, workload_of(job)
-    scene = _Scene.of(work, parallelism_of(job), job.topology)
+    scene = _Scene.of(work, parallelism_of(job), job.topology, None if rounds is None else layers_of(rounds))
     mine = scene.scoring.factors(job.topology)
     sizes = [{int(layer): size for layer, size in theirs.items()} for theirs in world.all_gather(mine)]
     weights = sum(map(local_bytes, (*job.loaded.model.parameters(), *job.loaded.model.buffers())))
@@ -211,11 +211,11 @@ class _Scene:
     statistics: StatisticsCost
 
     @staticmethod
-    def of(work: Workload, parallelism: Parallelism, topology: Topology) -> _Scene:
-        """The scene of a topology's ranks."""
+    def of(work: Workload, parallelism: Parallelism, topology: Topology, left: Sequence[int] | None = None) -> _Scene:
+        """The scene of a topology's ranks, which have these layers still to score; all by default."""
         dealt = Dealt(work, topology.dp_group.size, topology.gathers_weights, parallelism.context)
         by_rank = layer_work(work.layout, work.layers, topology, work.scoring)
-        scoring = ScoringCost(work, dealt, by_rank)
+        scoring = ScoringCost(work, dealt, by_rank, None if left is None else frozenset(left))
         capture, exchange, statistics = CaptureCost(work, parallelism), ExchangeCost(scoring), StatisticsCost(scoring)
         return _Scene(work, capture, scoring, exchange, statistics)
 

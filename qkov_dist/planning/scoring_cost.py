@@ -35,7 +35,7 @@ from qkov_dist.scoring.kernel import BLOCK_PAIRS, CHUNK_BYTES, PRODUCTS, pair_pr
 from qkov_dist.scoring.own_share_records import KNOWN, formed_with, no_shares
 from qkov_dist.scoring.packed_factors import LEAST_FILLED
 from qkov_dist.scoring.score_kinds import KINDS
-from qkov_dist.scoring.settings import KEPT_BYTES
+from qkov_dist.scoring.settings import may_stay
 from qkov_dist.scoring.tiles import GPU_TILE_BYTES
 
 from .rank_work import LayerWork, SiteWork
@@ -59,11 +59,13 @@ class ScoringCost:
         work: What is scored.
         dealt: Who runs which samples.
         by_rank: What every rank has of every layer.
+        left: The layers that are still to be scored, of a run that goes on; None: all.
     """
 
     work: Workload
     dealt: Dealt
     by_rank: Sequence[Mapping[int, LayerWork]]
+    left: frozenset[int] | None = None
 
     @cached_property
     def matrix(self) -> int:
@@ -222,7 +224,7 @@ class ScoringCost:
         owners = {
             layer: [rank for rank, layer_works in enumerate(self.by_rank) if layer_works[layer].heads]
             for layer, layer_work in self.by_rank[0].items()
-            if self.heads_of_blocks(layer_work) * self.matrix <= KEPT_BYTES
+            if may_stay(self.heads_of_blocks(layer_work), self.matrix) and (self.left is None or layer in self.left)
         }
         return {layer: ranks[0] for layer, ranks in owners.items() if len(ranks) == 1}
 

@@ -12,6 +12,7 @@ Every layer that this rank has to score, round by round: factors come, scores go
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.layout.rects import Rect, merged
-from qkov_dist.memory import scratch_array
+from qkov_dist.memory import is_shortage, scratch_array
 
 from .block_totals import BlockTotals, block_totals
 from .exchange import Exchange
@@ -38,7 +39,7 @@ from .packed_factors import knows
 from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, added_fisher_sums, compiled, fisher_sums
-from .settings import KEPT_BYTES, Roles, ScoreSettings
+from .settings import Roles, ScoreSettings
 from .site_inputs import FactorSource, Members, SiteFactors
 from .streams import OnItsWay
 from .tile_gradients import Buffers, joined, tile_gradients
@@ -60,7 +61,7 @@ class BlockScores:
         own_shares: What samples' own shares of the Fisher do to scores (``own_shares``), [h, sums]; nothing where that
             is left out.
         flops: Floating-point operations of its matrix products.
-        kept: Scores where they were formed (``ScoreSettings.keeps_scores``); None where they are not kept.
+        kept: Scores where they were formed (``ScoreSettings.kept_layers``); None where they are not kept.
     """
 
     heads: tuple[int, ...]
@@ -84,7 +85,7 @@ class _HeadPart:
     influences: Influences
     own_shares: ShareRecords
     flops: int
-    formed: Tensor  # the same scores where they were formed, if they are kept there
+    formed: Tensor | None  # the same scores where they were formed, of a layer whose scores stay there
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class _HeadScorer:
             )
             for of_head in batch.heads
         ]
-        formed = found[0] if settings.keeps_scores else None
+        formed = found[0] if tile.site.layer in settings.kept_layers and tile.block in BLOCKS else None
         return partial(_parts, OnItsWay.of(*found), flops, formed, with_effects=effects is not None)
 
     def rule(self, layer: int, blocks: Sequence[str]) -> Rule:
@@ -194,7 +195,7 @@ def _parts(found: OnItsWay, flops: Sequence[int], formed: Tensor | None, *, with
     scores, fisher, *others = found.there()
     influences = others.pop(0).numpy() if with_effects else no_influences(len(scores))
     shares = others.pop().numpy() if others else no_shares(len(scores))
-    kept = scores if formed is None else formed
+    kept = [None] * len(scores) if formed is None else formed
     of_heads = zip(scores, fisher.numpy(), influences, shares, flops, kept, strict=True)
     return [_HeadPart(*of_head) for of_head in of_heads]
 
@@ -258,7 +259,7 @@ def score_layers(
             if part.own_shares.size:
                 block.own_shares[at] += part.own_shares
             block.flops += part.flops
-            if settings.keeps_scores and tile.block in BLOCKS:
+            if part.formed is not None:
                 kept.add(tile.block, at, part.formed)
         if done.is_last:
             kept.hand_on(blocks)
@@ -267,28 +268,33 @@ def score_layers(
 
 
 class _Kept:
-    """A layer's scores where they were formed, where they are of heads that all have a part here."""
+    """A layer's scores where they were formed, of blocks whose heads all have a part here, if there is room."""
 
     def __init__(self) -> None:
         self._parts: dict[str, dict[int, Tensor]] = {}  # by block and place; of a head with several, their sum
-        self._bytes = 0
 
     def add(self, block: str, at: int, formed: Tensor) -> None:
-        """Add a part of a head's scores; of too many nothing is kept."""
+        """Add a part of a head's scores."""
         of_block = self._parts.setdefault(block, {})
-        self._bytes += 0 if at in of_block else formed.nbytes
-        of_block[at] = of_block[at] + formed if at in of_block else formed
-        if self._bytes > KEPT_BYTES:
-            self._parts.clear()
+        with self._if_there_is_room():
+            of_block[at] = of_block[at] + formed if at in of_block else formed
 
     def hand_on(self, blocks: Mapping[str, BlockScores]) -> None:
         """Give a layer its scores, and begin the next one."""
-        for name, block in blocks.items():
-            of_block = self._parts.get(name, {})
-            if len(of_block) == len(block.heads):
-                block.kept = torch.stack([of_block[at] for at in range(len(block.heads))])
+        for name, of_block in [*self._parts.items()]:
+            if len(of_block) == len(blocks[name].heads):
+                with self._if_there_is_room():
+                    blocks[name].kept = torch.stack([of_block[at] for at in range(len(of_block))])
         self._parts.clear()
-        self._bytes = 0
+
+    @contextmanager
+    def _if_there_is_room(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            self._parts.clear()  # the host has them
 
 
 def score_layer(

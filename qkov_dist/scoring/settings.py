@@ -20,6 +20,11 @@ KEPT_BYTES = 64 * 2**20  # of a layer's scores that stay where they were formed 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}  # in which scores may be formed
 
 
+def may_stay(num_heads: int, of_a_head: int) -> bool:
+    """Whether a layer's scores, of so many heads and bytes of each, are few enough to stay where they were formed."""
+    return num_heads * of_a_head <= KEPT_BYTES
+
+
 @dataclass(frozen=True)
 class ScoreSettings:
     """How scores are formed; what they mean is in :mod:`qkov_dist.scoring.score` and ``scoring/README.md``."""
@@ -38,7 +43,7 @@ class ScoreSettings:
         None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
     )
     kernel_heads: int | None = None  # that a worker has the kernel score at a time; None: as a layer has many
-    keeps_scores: bool = False  # where they were formed, too, for tests there, of a layer of few
+    kept_layers: frozenset[int] = frozenset()  # whose scores stay where they were formed, too, for tests there
 
     @staticmethod
     def of(config: RunConfig) -> ScoreSettings:

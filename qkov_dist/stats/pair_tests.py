@@ -17,6 +17,7 @@ import torch
 
 from qkov_dist.config import FEWEST_TASKS
 from qkov_dist.distributed.world import World
+from qkov_dist.memory import is_shortage
 from qkov_dist.results.metadata import HeatmapMetadata
 from qkov_dist.results.partial_schema import LayerPartial
 from qkov_dist.results.task_pairs import of_pair, scores_of_pair
@@ -84,6 +85,17 @@ class PairTests:
         return frozenset(layer for theirs in world.all_gather(sorted(self._taken)) for layer in theirs)
 
     def _begin(self, both: Both, layer: int, part: LayerPartial, sizes: tuple[int, ...], there: Scores | None) -> None:
+        """Begin the tests of a pair; from the host's scores, where there is no room beside those that are there."""
+        try:
+            self._begin_from(both, layer, part, sizes, there)
+        except (RuntimeError, MemoryError) as error:
+            if there is None or not is_shortage(error):
+                raise
+            self._begin_from(both, layer, part, sizes, None)
+
+    def _begin_from(
+        self, both: Both, layer: int, part: LayerPartial, sizes: tuple[int, ...], there: Scores | None
+    ) -> None:
         of_two = part if len(sizes) == FEWEST_TASKS else of_pair(part, sizes, *both, pooled=True)
         if there is not None and of_two is not part:
             there = {block: scores_of_pair(of_block, sizes, *both) for block, of_block in there.items()}

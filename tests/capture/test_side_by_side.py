@@ -17,7 +17,14 @@ from zoo import TINY, VOCAB
 from qkov_dist.capture import collect, side_by_side
 from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.hooks import Capture
-from qkov_dist.capture.side_by_side import MOST, WORTH, batches_at_once, running, sharing_weights
+from qkov_dist.capture.side_by_side import (
+    MOST,
+    WORTH,
+    batches_at_once,
+    even_batch_tokens,
+    running,
+    sharing_weights,
+)
 from qkov_dist.capture.store import FactorStore
 from qkov_dist.errors import QkovError
 
@@ -35,8 +42,9 @@ def three_threads():
 
 @pytest.fixture
 def threads(monkeypatch):
-    """The threads in which batches ran; however small they are, they run side by side where that is asked for."""
+    """The threads in which batches ran; however small they are, they run side by side, in the batches of one by one."""
     monkeypatch.setattr(side_by_side, "WORTH", 0)
+    monkeypatch.setattr(collect, "even_batch_tokens", lambda lengths, batch_tokens, at_once: batch_tokens)
     seen, run = set(), Capture.run
 
     def watched(session, batch, sink):
@@ -256,6 +264,21 @@ def test_each_batch_has_its_part_of_the_threads():
 )
 def test_as_many_as_there_are_threads_and_batches(batches, threads, operations, expected):
     assert batches_at_once(batches, threads, operations) == expected
+
+
+def test_batches_are_cut_so_that_none_runs_alone_at_the_end(monkeypatch):
+    """32 samples of 95 tokens: 8 batches of 4 take two at a time as long as 4; 7 of up to 5, as 3 of 5 and one of 2."""
+    assert even_batch_tokens([95] * 32, 512, 2) // 95 == 4
+    assert even_batch_tokens([95] * 12, 512, 2) // 95 == 3
+    assert even_batch_tokens([95] * 40, 512, 2) == 512
+    assert even_batch_tokens([1000] * 4 + [3], 512, 2) == 512  # each is a batch of its own
+    monkeypatch.setattr(side_by_side, "WORTH", 0)
+    sizes, batch_of = [], FactorStore.batch
+    monkeypatch.setattr(
+        FactorStore, "batch", lambda store, batch: sizes.append(len(batch.samples)) or batch_of(store, batch)
+    )
+    run(TINY["llama"].build(), samples=mixed_samples(6, VOCAB, seed=1, lengths=(12, 13)), batch_tokens=60)
+    assert sizes == [3, 3]  # in place of 5 and 1
 
 
 def test_few_operations_run_one_by_one(monkeypatch):

@@ -38,6 +38,7 @@ from qkov_dist.planning.hardware import GPU_OVERHEAD, hardware
 from qkov_dist.planning.measured import Measured, comparison_lines
 from qkov_dist.planning.rank_work import layer_work
 from qkov_dist.planning.run_plan import RunPlan, plan_of_job, plan_simulated, workload_of
+from qkov_dist.planning.scoring_cost import ScoringCost
 from qkov_dist.planning.simulated_ranks import local_shape, simulated_topologies
 from qkov_dist.planning.time_model import PHASES, Phase, expected
 from qkov_dist.planning.workload import Dealt, SimulatedWorld, Workload
@@ -336,7 +337,7 @@ def test_layers_that_a_gpu_has_whole_are_planned_to_be_tested_there_as_they_are_
     assert all(cost.heads_early == 0 < cost.heads for cost in plan_simulated(on_gpu(8 * GIB), sharded).costs)
     times = expected(early, hardware("H100"), 8)
     assert [phase.name for phase in times if phase.terms.get("tests", 0) > 0] == ["scoring"]
-    monkeypatch.setattr("qkov_dist.planning.scoring_cost.KEPT_BYTES", 1)
+    monkeypatch.setattr("qkov_dist.scoring.settings.KEPT_BYTES", 1)
     later = plan_simulated(on_gpu(8 * GIB), whole)
     assert all(cost.heads_early == 0 < cost.heads for cost in later.costs)
     assert [cost.sent_scores > 0 for cost in early.costs] == [False, True]  # of its own heads, to rank 0
@@ -345,6 +346,14 @@ def test_layers_that_a_gpu_has_whole_are_planned_to_be_tested_there_as_they_are_
         assert cost.buffers > of_later.buffers
     times = expected(later, hardware("H100"), 8)
     assert [phase.name for phase in times if phase.terms.get("tests", 0) > 0] == ["combining"]
+
+
+def test_layers_on_disk_are_planned_to_be_tested_with_all_others_when_a_run_goes_on():
+    work = on_gpu(8 * GIB)
+    (topology,) = simulated_topologies(work.model_sizes, work.layout, work.layers, ALONE)
+    by_rank = layer_work(work.layout, work.layers, topology, work.scoring)
+    every, left = (ScoringCost(work, Dealt(work, 1, False), by_rank, of) for of in (None, frozenset({1})))
+    assert every.num_tested_early(0) == every.num_tested(0) == left.num_tested(0) == 2 * left.num_tested_early(0) > 0
 
 
 def test_what_is_planned_to_stay_on_a_gpu_leaves_room_for_the_rest():

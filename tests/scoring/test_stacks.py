@@ -14,7 +14,7 @@ from zoo import TINY
 
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
-from qkov_dist.scoring import engine, kernel
+from qkov_dist.scoring import engine, kernel, own_shares
 from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.head_batches import head_batches
 from qkov_dist.scoring.score import fisher_and_maps
@@ -140,6 +140,28 @@ def test_each_block_keeps_its_own_ridge_among_others(score, changes, monkeypatch
                 for name in ("scores", "fisher", "influences", "own_shares"):
                     mine, theirs = (np.asarray(getattr(of, name)) for of in (found, part))
                     np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-11 * np.abs(theirs).max())
+
+
+def test_each_block_keeps_its_own_stride_among_others(monkeypatch):
+    """Blocks of which ranks hold unlike parts differ in it, though heads' parts are of one shape here."""
+    monkeypatch.setattr(own_shares, "CHOSEN", 40)
+    monkeypatch.setattr(engine, "stride_of", lambda layer, block: {"Q": 3, "K": 2, "V": 5, "O": 1}[block])
+    entry = TINY["llama"]
+    model = entry.build().double()
+    one_by_one = pooled(entry, settings=F64).run(model)
+    together = pooled(entry, settings=replace(F64, head_batch_bytes=2**20)).run(model)
+    for layer, blocks in one_by_one.items():
+        for block, part in blocks.items():
+            np.testing.assert_allclose(together[layer][block].own_shares, part.own_shares, rtol=1e-9)
+
+
+def test_scores_of_some_layers_stay_where_they_were_formed():
+    entry = TINY["llama"]
+    for batch_bytes in (0, 2**20):
+        settings = ScoreSettings(head_batch_bytes=batch_bytes, kept_layers=frozenset({1}))
+        found = job_for(entry, settings=settings, include_bias=True).run(entry.build())
+        assert {part.kept for part in found[0].values()} == {None}
+        assert all(torch.equal(part.kept, part.scores) for part in found[1].values())
 
 
 @pytest.mark.parametrize(("heads", "size", "parts"), [(9, 36864, 32), (1, 36864, 64), (9, 513, 1), (600, 36864, 1)])

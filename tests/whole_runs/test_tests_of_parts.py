@@ -25,10 +25,13 @@ from qkov_dist.layout.resolve import resolve
 from qkov_dist.results.metadata import LayerAxes, make_metadata
 from qkov_dist.results.reduce import deal_heads, layer_partial
 from qkov_dist.run import run
+from qkov_dist.scoring import engine
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher import by_task, fisher_steps, fisher_weights
 from qkov_dist.scoring.settings import Roles, ScoreSettings
 from qkov_dist.scoring.tiles import Selection, make_tile_plan
+from qkov_dist.stats import pair_tests
+from qkov_dist.stats.head_tests import layer_tests
 from qkov_dist.stats.pair_tests import PairTests
 from qkov_dist.stats.statistics import QKOVStatistics
 
@@ -107,6 +110,7 @@ def run_with_early_tests(raw: dict) -> list[tuple[int, bool]]:
 
 def test_layers_tested_as_they_are_scored_have_the_same_tests(folder, one_process, monkeypatch):
     """Bit for bit: also of a run that goes on from a layer on disk, and where a layer's scores are too many to stay."""
+    num_threads = torch.get_num_threads()
     raw = settings(folder, "gpt2", "early", {}, **TESTED)
     last = one_process.layers[-1]
     with monkeypatch.context() as until:
@@ -116,9 +120,39 @@ def test_layers_tested_as_they_are_scored_have_the_same_tests(folder, one_proces
     raw["output"]["resume"] = True
     assert run_with_early_tests(raw) == [(last, True), *((layer, False) for layer in one_process.layers[:-1])]
     assert_identical(load_heatmap(folder / "out" / "early" / "heatmap.h5"), one_process)
-    monkeypatch.setattr("qkov_dist.scoring.engine.KEPT_BYTES", 1)
+    monkeypatch.setattr("qkov_dist.scoring.settings.KEPT_BYTES", 1)
     raw["output"]["resume"] = False
     assert run_with_early_tests(raw) == [(layer, False) for layer in one_process.layers]
+    assert torch.get_num_threads() == num_threads
+
+
+class ShortOfMemory:
+    """torch, in which there is no room to put scores together."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def stack(self, *_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("where", ["where they were formed", "where they are tested"])
+def test_without_room_for_early_tests_they_come_from_the_host(where, folder, one_process, monkeypatch):
+    """Scores that cannot be kept, and those that cannot be tested where they are, are the host's anyway."""
+    early = where == "where they are tested"
+
+    def short(*arguments):
+        if arguments[-1] is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return layer_tests(*arguments)
+
+    if early:
+        monkeypatch.setattr(pair_tests, "layer_tests", short)
+    else:
+        monkeypatch.setattr(engine, "torch", ShortOfMemory())
+    raw = settings(folder, "gpt2", "short", {}, **TESTED)
+    assert run_with_early_tests(raw) == [(layer, early) for layer in one_process.layers]
+    assert_identical(load_heatmap(folder / "out" / "short" / "heatmap.h5"), one_process)
 
 
 @pytest.mark.parametrize(("world_size", "shard", "early"), [(2, "ddp", True), (3, "fsdp", False)])
