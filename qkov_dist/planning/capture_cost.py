@@ -37,11 +37,12 @@ SUMS_PER_LAYER = 2  # tensor-parallel sums of a layer in one direction: after at
 
 @dataclass(frozen=True)
 class Passes:
-    """Operations and bytes of a rank's passes over its samples."""
+    """Operations and bytes of a rank's passes over its samples, and how many batches run at a time."""
 
     forward: int
     backward: int
     activations: int
+    at_once: int
     moved_weights: int
     moved_sums: int
     moved_tokens: int
@@ -126,6 +127,7 @@ class CaptureCost:
             forward=forward,
             backward=backward,
             activations=activations,
+            at_once=at_once,
             moved_weights=len(batches) * rates.moved_weights // self.parallelism.shards,
             moved_sums=self._moved_sums(tokens, labelled, lowest),
             moved_tokens=self._moved_tokens(tokens, lowest),

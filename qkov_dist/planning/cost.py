@@ -43,6 +43,7 @@ class Cost:
         heads_early: Those of them that are tested as they are scored, on a GPU.
         elements: Elements of all per-sample gradients that are formed for scores.
         batches: Forward passes.
+        at_once: How many of them run at a time.
     """
 
     weights: int
@@ -73,6 +74,7 @@ class Cost:
     heads_early: int = 0
     elements: int = 0
     batches: int = 0
+    at_once: int = 1
 
     def peaks(self, *, on_gpu: bool) -> tuple[int, int]:
         """The most bytes held at a time on the GPU (0 without one) and in the host's memory."""

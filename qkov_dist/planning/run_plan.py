@@ -310,6 +310,7 @@ class _Scene:
             heads_early=self.scoring.num_tested_early(rank),
             elements=self.scoring.elements(rank, scored),
             batches=captures * len(batches) * len(sweeps),
+            at_once=_most(one.at_once for one in passes),
         )
 
 

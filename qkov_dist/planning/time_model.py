@@ -25,7 +25,9 @@ from .probes import Probes, probed
 from .run_plan import RunPlan
 
 EFFICIENCY = 0.5  # of the peak (of a CPU: of the measured rate) that products reach
-OF_PASSES = 0.7  # of the rate of a pass's products on a CPU that whole passes reach, everything between them included
+# Of the rate of a pass's products on a CPU that whole passes reach, everything between them included: one at a time,
+# and several, each by cores of its own.
+OF_PASSES, OF_PASSES_AT_ONCE = 0.7, 0.8
 BANDWIDTH = 0.8  # of a memory's bandwidth or a link's, likewise
 NODE_LINK = 50e9  # bytes a second of a rank to another node: 400 Gbit/s
 HOST_LINK = 25e9  # bytes a second between a GPU and its host
@@ -83,8 +85,9 @@ def assumptions(hardware: Hardware) -> list[str]:
             f"time: {HOST_LINK / 1e9:.0f} GB/s between GPU and host",
         ]
     return [
-        f"time: passes reach {OF_PASSES:.0%} of the rate measured on a product of theirs, and scoring and tests are "
-        f"timed on a few heads, now (of runs that take more than about a second); {links}"
+        f"time: passes reach {OF_PASSES:.0%} of the rate measured on a product of theirs (several at a time "
+        f"{OF_PASSES_AT_ONCE:.0%}), and scoring and tests are timed on a few heads, now (of runs that take more than "
+        f"about a second); {links}"
     ]
 
 
@@ -100,7 +103,8 @@ class _Clock:
     def capture(self, cost: Cost) -> dict[str, float]:
         """Forward and backward passes."""
         model_sizes, parallelism = self.plan.work.model_sizes, self.plan.parallelism
-        of_passes = self._rate(model_sizes.itemsize) if self.probes is None else self.probes.product * OF_PASSES
+        reached = OF_PASSES_AT_ONCE if cost.at_once > 1 else OF_PASSES
+        of_passes = self._rate(model_sizes.itemsize) if self.probes is None else self.probes.product * reached
         products = (cost.flops_forward + cost.flops_backward) / of_passes
         products += cost.flops_kept / self._rate(max(model_sizes.itemsize, 4))
         reading = 2 * cost.batches * cost.weights * parallelism.shards / (self.hardware.bandwidth * BANDWIDTH)
