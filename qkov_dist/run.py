@@ -7,7 +7,6 @@ are on disk; the same command goes on from there. Every rank takes the same step
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from math import prod
@@ -29,7 +28,7 @@ from .job import Job, prepare
 from .memory import kept_heap
 from .planning.hardware import this_hardware
 from .planning.measured import Measured, comparison_lines
-from .planning.run_plan import RunPlan, plan_of_job
+from .planning.run_plan import RunPlan, plan_of_job, ranks_per_node
 from .planning.table import plan_lines, size_notes
 from .planning.time_model import Phase, assumptions, expected
 from .results.disk import file_errors
@@ -106,15 +105,15 @@ def _run(
     carried = _carried(job, header, console)
     with ExitStack() as threads:
         of_a_head = prod(job.roles().shape) * job.scoring.itemsize
-        at_once = EarlyTests(config, job.device, job.tile_plan, of_a_head, world, threads)
+        early = EarlyTests(config, job.device, job.tile_plan, of_a_head, world, threads)
         with PartialWriter(partial_path(job.folder, world.rank), header, resume=config.output.resume) as writer:
             _take_over(job, carried, writer)
-            planned = _score_missing_layers(job, writer, at_once, console, measured)
+            planned = _score_missing_layers(job, writer, early, console, measured)
             _record_what_others_score(job, writer)
         metadata = from_json(world.all_gather(writer.header.extra if world.rank == 0 else None)[0], str(writer.path))
         with measured.phase("combining"):
             read, tests = (lambda layer: writer.layer(layer.layer)), statistics_of(config)
-            device, begun = testing_device(job.device), at_once.begun(metadata)
+            device, begun = testing_device(job.device), early.begun(metadata)
             heatmap = finish(metadata, read, config, path, world, console, tests, device, begun)
     measured.see_files([writer.path, *([path] if heatmap is not None else [])])
     measured.see_peaks()
@@ -151,7 +150,7 @@ def _take_over(job: Job, carried: list[int], writer: PartialWriter) -> None:
 
 
 def _score_missing_layers(
-    job: Job, writer: PartialWriter, at_once: EarlyTests, console: Console, measured: Measured
+    job: Job, writer: PartialWriter, early: EarlyTests, console: Console, measured: Measured
 ) -> Planned | None:
     """Capture and score what is not on disk yet, sweep by sweep, and record each layer as it is done.
 
@@ -168,8 +167,9 @@ def _score_missing_layers(
     planned = plan, _ = _planned(job, rounds, console, norms_known=norms is not None)
     with stoppable(topology.world) as may_stop:
         settings = job.settings(writer.folder, console)  # what cannot be compiled says so before samples are run
-        settings = dataclasses.replace(settings, kept_layers=at_once.layers)
-        sweeps = _Sweeps(job, settings, at_once, plan.gpu_room, writer.folder, console, may_stop, measured)
+        settings = dataclasses.replace(settings, kept_layers=early.layers)
+        mine = plan.costs[topology.world.rank]
+        sweeps = _Sweeps(job, settings, early, plan.gpu_room, mine.at_once, writer.folder, console, may_stop, measured)
         if plan.captures > 1:  # nothing is scored before the norms are known, which all layers decide
             norms = _norms_first(sweeps, plan.rounds)
         for number, sweep in enumerate(plan.rounds, start=1):
@@ -183,8 +183,7 @@ def _planned(job: Job, rounds: Sequence[Round], console: Console, *, norms_known
     """The plan of some rounds and the time expected of it on this hardware, and both said."""
     plan = plan_of_job(job, rounds, norms_known=norms_known)
     here = this_hardware() if job.topology.world.rank == 0 else None  # it is rank 0 that says so
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", job.topology.world.size))
-    phases = expected(plan, here, ranks_per_node) if here else []
+    phases = expected(plan, here, ranks_per_node(job.topology.world.size)) if here else []
     notes = [*size_notes(plan), *(assumptions(here) if here else [])]
     for line in plan_lines(plan, phases, here.name if here else "", notes):
         console.say(line)
@@ -204,8 +203,9 @@ class _Sweeps:
 
     job: Job
     settings: ScoreSettings
-    at_once: EarlyTests
+    early: EarlyTests
     gpu_room: int
+    at_once: int
     folder: Path
     console: Console
     may_stop: Callable[[], None]
@@ -217,7 +217,7 @@ class _Sweeps:
         job, tile_plan = self.job, self.job.tile_plan.only(layers_of(sweep))
         with closing(_store(job, self.folder, self.gpu_room)) as store:
             with self.measured.phase("capture"):
-                metadata = _capture(job, tile_plan, store, self.console, self.may_stop)
+                metadata = _capture(job, tile_plan, store, self.console, self.may_stop, self.at_once)
             self.measured.see_factors(store)
             yield tile_plan, Exchange(job.topology, store, job.layout, tile_plan, job.device), metadata
 
@@ -256,7 +256,7 @@ def _score_sweep(sweeps: _Sweeps, sweep: Sequence[Round], writer: PartialWriter,
         extra = to_json(metadata if norms is None else with_norms(metadata, norms))
         writer.header = dataclasses.replace(writer.header, extra=extra)
         _record_what_others_score(job, writer)  # or no other number of ranks could take over what these finish
-        sweeps.at_once.begun(metadata)  # before workers share the threads
+        sweeps.early.begun(metadata)  # before workers share the threads
         bar = sweeps.console.bar("scoring", len(sweep), "layer")
         scores = score_rounds(tile_plan, sweep, exchange, roles, sweeps.settings, job.topology, sweeps.may_stop)
         with measured.phase("scoring"), bar as advance, kept_heap(job.device), closing(scores) as scored:
@@ -265,7 +265,7 @@ def _score_sweep(sweeps: _Sweeps, sweep: Sequence[Round], writer: PartialWriter,
                 measured.see_scores(blocks)
                 part = layer_partial(blocks)
                 writer.write_layer(layer.layer, part.blocks, part.shared)
-                sweeps.at_once.take(metadata, layer.layer, part, blocks)
+                sweeps.early.take(metadata, layer.layer, part, blocks)
                 advance(1)
         measured.see_sent(exchange.bytes_sent)
 
@@ -303,7 +303,7 @@ def _record_what_others_score(job: Job, writer: PartialWriter) -> None:
 
 
 def _capture(
-    job: Job, tile_plan: TilePlan, store: FactorStore, console: Console, may_stop: Callable[[], None]
+    job: Job, tile_plan: TilePlan, store: FactorStore, console: Console, may_stop: Callable[[], None], at_once: int
 ) -> HeatmapMetadata:
     """Run every sample once; returns the metadata of the whole job."""
     collection = Collection(
@@ -315,7 +315,7 @@ def _capture(
         topology=job.topology,
         console=console,
         soundness=job.soundness,
-        side_by_side=True,
+        at_once=at_once,
     )
     with console.bar("capturing", len(job.lengths_here), "sample") as advance:
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from qkov_dist.console import Console
@@ -18,13 +17,12 @@ from qkov_dist.distributed.shared_errors import together
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
-from qkov_dist.layout.modules import num_parameters
 from qkov_dist.memory import is_shortage
 from qkov_dist.modes import ModelError, input_device
 
 from .hooks import Capture, capture
 from .passes import DealtTask, Pass, TaskPasses
-from .side_by_side import batches_at_once, even_batch_tokens, running, sharing_weights
+from .side_by_side import even_batch_tokens, running, sharing_weights
 from .sinks import DeferredSink, Nowhere
 from .soundness import Soundness, richest
 from .spans import GatheredFactors, Spans
@@ -70,8 +68,8 @@ class Collection:
         records: Every sample by its pooled number.
         console: Is warned where something did not go as planned.
         soundness: What is known of the model's passes; one for all collections of a model.
-        side_by_side: Whether several batches may run at a time (``capture.side_by_side``): in threads, which know
-            nothing of what the caller has set for its own alone, such as autocast.
+        at_once: How many batches may run at a time (``capture.side_by_side``): in threads, which know nothing of what
+            the caller has set for its own alone, such as autocast.
     """
 
     store: FactorStore
@@ -84,7 +82,7 @@ class Collection:
     records: list[SampleRecord] = field(default_factory=list)
     console: Console = field(default_factory=Console)
     soundness: Soundness = field(default_factory=Soundness)
-    side_by_side: bool = False
+    at_once: int = 1
 
     @property
     def spans(self) -> Spans | None:
@@ -194,7 +192,7 @@ class Collection:
             ExitStack() as stack,
         ):
             sessions = [stack.enter_context(self._capture(one)) for one in models]
-            done = self._at_once(sessions, passes) if len(models) > 1 else self._one_by_one(sessions[0], passes)
+            done = self._side_by_side(sessions, passes) if len(models) > 1 else self._one_by_one(sessions[0], passes)
             with closing(done) as batches:
                 for part, found in batches:
                     losses += zip(part.samples, part.num_targets.tolist(), found.tolist(), strict=True)
@@ -213,17 +211,14 @@ class Collection:
 
     def _copies(self, model: nn.Module, passes: Sequence[Pass]) -> list[nn.Module]:
         """Copies of the model by which batches run at the same time as by the model itself; none for one at a time."""
-        if not (self.side_by_side and self.topology.passes_alone):
-            return []
-        operations = 4 * num_parameters(model) * sum(one.batch.input_ids.numel() for one in passes)
-        num = batches_at_once(len(passes), torch.get_num_threads(), operations)
+        num = min(self.at_once, len(passes)) if self.topology.passes_alone else 1
         return sharing_weights(model, num - 1)
 
     def _one_by_one(self, session: Capture, passes: Sequence[Pass]) -> Done:
         for one in passes:
             yield from self._pass(session, one)
 
-    def _at_once(self, sessions: Sequence[Capture], passes: Sequence[Pass]) -> Done:
+    def _side_by_side(self, sessions: Sequence[Capture], passes: Sequence[Pass]) -> Done:
         """Run several batches at a time; factors are kept, and losses come, in their order."""
         begun: deque[tuple[Batch, Callable[[], tuple[Tensor, DeferredSink]]]] = deque()
         with running(sessions) as submit:

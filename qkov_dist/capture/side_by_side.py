@@ -72,7 +72,7 @@ def even_batch_tokens(lengths: Sequence[int], batch_tokens: int, at_once: int) -
 
 def sharing_weights(model: nn.Module, num: int) -> list[nn.Module]:
     """So many copies of a model whose parameters are the model's own; none of a model that is not copied."""
-    if not num or not _is_as_made(model):
+    if num < 1 or not _is_as_made(model):
         return []
     shared = {id(parameter): parameter for parameter in model.parameters()}
     return [copy.deepcopy(model, {**shared}) for _ in range(num)]

@@ -119,10 +119,11 @@ class CaptureCost:
         again = 5 if self.work.model_sizes.recomputes else 4  # halves of the forward pass's operations
         forward = rates.token * tokens + rates.label * labelled + rates.square * squares
         backward = rates.back_token * tokens + rates.back_label * labelled + rates.back_square * squares * again // 2
-        at_once = self._at_once(len(batches), forward + backward)
-        activations = at_once * max((self._activations(batch, lowest, rates.kept) for batch in kept), default=0)
+        activations = max((self._activations(batch, lowest, rates.kept) for batch in kept), default=0)
+        factors = max((batch.tokens for batch in kept), default=0) * self._factors_of_a_token(lowest)
+        at_once = self._at_once(len(batches), forward + backward, activations + factors)
         if at_once > 1:  # each of these, and one that is done, has its factors with it until its turn comes
-            activations += (at_once + 1) * max(batch.tokens for batch in kept) * self._factors_of_a_token(lowest)
+            activations = at_once * activations + (at_once + 1) * factors
         return Passes(
             forward=forward,
             backward=backward,
@@ -133,12 +134,15 @@ class CaptureCost:
             moved_tokens=self._moved_tokens(tokens, lowest),
         )
 
-    def _at_once(self, num_batches: int, operations: int) -> int:
-        """How many batches run at a time."""
+    def _at_once(self, num_batches: int, operations: int, of_a_batch: int) -> int:
+        """How many batches run at a time: as many as half of the memory has room for beside the weights."""
         alone = self.parallelism.shards == self.parallelism.tp == self.parallelism.context == 1
         if self.work.on_gpu or not alone or self.parallelism.data == "device_map":
             return 1
-        return batches_at_once(num_batches, self.work.workers, operations)
+        most = batches_at_once(num_batches, self.work.workers, operations)
+        if self.work.memory is None or most == 1:
+            return most
+        return max(min(most, (self.work.memory // 2 - self.weights(0)) // of_a_batch), 1)
 
     def _factors_of_a_token(self, lowest: int) -> int:
         """Bytes of X and D of all projections of layers from ``lowest`` on."""

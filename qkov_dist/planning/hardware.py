@@ -7,7 +7,6 @@ sheets give them.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import cache
 import torch
 
 from qkov_dist.errors import QkovError
+from qkov_dist.memory import host_memory
 
 TERA, GIGA = 1e12, 1e9
 GPU_OVERHEAD = 2**30  # of a GPU's memory: the driver's context, kernels, workspaces of libraries
@@ -100,9 +100,8 @@ def measured_cpu() -> Hardware:
     source = torch.ones(COPIED_BYTES // 4)
     target = torch.empty_like(source)
     seconds = shortest(lambda: target.copy_(source))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     bandwidth = 2 * COPIED_BYTES / seconds
-    return Hardware("cpu", memory, rates, bandwidth, link=bandwidth / 2, is_gpu=False)
+    return Hardware("cpu", host_memory(), rates, bandwidth, link=bandwidth / 2, is_gpu=False)
 
 
 def _product_rate(dtype: torch.dtype) -> float:

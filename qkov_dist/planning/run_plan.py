@@ -7,6 +7,7 @@ makes; what is counted over them is in ``planning.capture_cost``, ``planning.sco
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from qkov_dist.distributed.plans import check_experts, check_tensor_parallel
 from qkov_dist.distributed.sharding import local_bytes
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.job import Job
+from qkov_dist.memory import host_memory
 from qkov_dist.scoring.schedule import Round, gpu_budget, layers_of, make_rounds, make_sweeps
 
 from .capture_cost import CaptureCost
@@ -143,9 +145,15 @@ def workload_of(job: Job) -> Workload:
         objective=job.objective,
         on_gpu=on_gpu,
         gpu_memory=min(job.topology.world.all_gather(_gpu_memory(job.device))) if on_gpu else None,
+        memory=host_memory() // ranks_per_node(job.topology.world.size),
         workers=1 if on_gpu else torch.get_num_threads(),
         disk=min(room),
     )
+
+
+def ranks_per_node(num_ranks: int) -> int:
+    """How many of the ranks share this node, as the launcher says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
 
 
 def parallelism_of(job: Job) -> Parallelism:

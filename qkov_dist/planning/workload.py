@@ -69,6 +69,7 @@ class Workload:
         objective: How labels align with outputs.
         on_gpu: Whether the model is on a GPU, and scores wait beside it in the host's memory.
         gpu_memory: Bytes of a GPU's memory that the run may use, where they are known.
+        memory: Bytes of the host's memory that a rank has beside the others on its node, where they are known.
         workers: Tiles that are formed at a time on a rank.
         disk: Bytes of factors that there is room for on disk; None sets no limit.
     """
@@ -81,6 +82,7 @@ class Workload:
     objective: Objective = "causal"
     on_gpu: bool = False
     gpu_memory: int | None = None
+    memory: int | None = None
     workers: int = 1
     disk: int | None = None
 

@@ -8,13 +8,14 @@ from contextlib import closing
 
 import pytest
 import torch
+from collecting import collected
 from jobs import job_for
 from samples import mixed_samples
 from sites import sites_of
 from torch import nn
 from zoo import TINY, VOCAB
 
-from qkov_dist.capture import collect, side_by_side
+from qkov_dist.capture import collect
 from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.hooks import Capture
 from qkov_dist.capture.side_by_side import (
@@ -42,8 +43,7 @@ def three_threads():
 
 @pytest.fixture
 def threads(monkeypatch):
-    """The threads in which batches ran; however small they are, they run side by side, in the batches of one by one."""
-    monkeypatch.setattr(side_by_side, "WORTH", 0)
+    """The threads in which batches ran; those that run side by side are the batches of one by one."""
     monkeypatch.setattr(collect, "even_batch_tokens", lambda lengths, batch_tokens, at_once: batch_tokens)
     seen, run = set(), Capture.run
 
@@ -58,7 +58,7 @@ def threads(monkeypatch):
 def run(model, objective="causal", samples=SAMPLES, **options):
     """A collection of one task, and every factor that it has left."""
     store = FactorStore(2**28, gradients_above=options.pop("gradients_above", None))
-    options = {"batch_tokens": 24, "side_by_side": True, **options}
+    options = {"batch_tokens": 24, "at_once": 3, **options}
     with closing(store):
         collection = Collection(store, tuple(sites_of(model)), objective, **options)
         collection.run(model, "a", samples)
@@ -87,7 +87,7 @@ def test_they_leave_bit_for_bit_what_batches_leave_one_by_one(name, threads):
     together = run(model, objective)
     assert any(thread.startswith("qkov-passes") for thread in threads)
     torch.set_num_threads(1)
-    assert_same(run(model, objective, side_by_side=False), together)
+    assert_same(run(model, objective, at_once=1), together)
     torch.set_num_threads(3)
     assert {path: {*vars(module)} for path, module in model.named_modules()} == before
 
@@ -100,7 +100,7 @@ def test_however_factors_are_kept(options, threads):
     together = run(model, **options)
     assert threads != {"MainThread"}
     torch.set_num_threads(1)
-    assert_same(run(model, side_by_side=False, **options), together)
+    assert_same(run(model, at_once=1, **options), together)
     torch.set_num_threads(3)
 
 
@@ -122,10 +122,10 @@ def test_whichever_batch_is_done_first_they_are_kept_and_told_in_order(threads, 
     monkeypatch.setattr(Capture, "run", late)
     monkeypatch.setattr(FactorStore, "batch", seen)
     expected = []
-    run(model, side_by_side=False)
+    run(model, at_once=1)
     expected, kept[:], finished[:] = [*kept], [], []
     with closing(FactorStore(2**28)) as store:
-        collection = Collection(store, tuple(sites_of(model)), batch_tokens=24, side_by_side=True)
+        collection = Collection(store, tuple(sites_of(model)), batch_tokens=24, at_once=3)
         collection.run(model, "a", SAMPLES, told.append)
     assert finished[0] != expected[0]
     assert kept == expected
@@ -141,15 +141,15 @@ def test_a_batch_that_fails_is_named_as_one_by_one_and_nothing_is_kept(threads, 
         sample.input_ids[sample.input_ids == 3] = 4
     samples[6].input_ids[2] = 3
     monkeypatch.setattr(Collection, "_look_at", lambda *_: None)
-    for at_once in (True, False):
+    for at_once in (3, 1):
         store = FactorStore(2**28)
         with closing(store):
-            collection = Collection(store, tuple(sites_of(model)), batch_tokens=16, side_by_side=at_once)
+            collection = Collection(store, tuple(sites_of(model)), batch_tokens=16, at_once=at_once)
             with pytest.raises(QkovError) as raised:
                 collection.run(model, "a", samples)
             messages.append(str(raised.value))
             assert collection.records == []
-        assert (threads != {"MainThread"}) or not at_once
+        assert (threads != {"MainThread"}) or at_once == 1
     assert messages[0] == messages[1]
     assert samples[6].id in messages[0]
 
@@ -157,7 +157,7 @@ def test_a_batch_that_fails_is_named_as_one_by_one_and_nothing_is_kept(threads, 
 def test_where_memory_is_short_batches_go_on_in_halves(threads, monkeypatch):
     model, watched = TINY["llama"].build(), Capture.run
     torch.set_num_threads(1)
-    expected = run(model, side_by_side=False)
+    expected = run(model, at_once=1)
     torch.set_num_threads(3)
 
     def small(session, batch, sink):
@@ -272,7 +272,6 @@ def test_batches_are_cut_so_that_none_runs_alone_at_the_end(monkeypatch):
     assert even_batch_tokens([95] * 12, 512, 2) // 95 == 3
     assert even_batch_tokens([95] * 40, 512, 2) == 512
     assert even_batch_tokens([1000] * 4 + [3], 512, 2) == 512  # each is a batch of its own
-    monkeypatch.setattr(side_by_side, "WORTH", 0)
     sizes, batch_of = [], FactorStore.batch
     monkeypatch.setattr(
         FactorStore, "batch", lambda store, batch: sizes.append(len(batch.samples)) or batch_of(store, batch)
@@ -281,13 +280,8 @@ def test_batches_are_cut_so_that_none_runs_alone_at_the_end(monkeypatch):
     assert sizes == [3, 3]  # in place of 5 and 1
 
 
-def test_few_operations_run_one_by_one(monkeypatch):
-    monkeypatch.setattr(collect, "running", lambda sessions: pytest.fail("nothing is worth a thread here"))
-    assert len(run(TINY["llama"].build())[0].records) == len(SAMPLES)
-
-
-def test_what_a_python_caller_has_set_for_its_thread_is_kept(threads):
-    """The Python API does not say so, and runs one by one: autocast is the caller's thread's alone."""
-    job = job_for(TINY["llama"])
-    job.run(TINY["llama"].build())
+def test_the_python_api_runs_one_by_one(threads):
+    """What its caller has set for its own thread, such as autocast, no other thread would know."""
+    entry = TINY["llama"]
+    collected(entry.build(), job_for(entry))
     assert threads == {"MainThread"}

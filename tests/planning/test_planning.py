@@ -259,13 +259,20 @@ def test_batches_that_run_side_by_side_are_planned_with_activations_and_factors_
     alone, tp = Parallelism(1, "none", 1), Parallelism(2, "none", 1)
     work = replace(work_of(TINY["llama"].build(), "llama", num=30), workers=3)
     batches = Dealt(work, 1, False).passes[0]
-    one, cut = (CaptureCost(work, how).passes(batches, 0).activations for how in (alone, tp))
+    few = CaptureCost(work, alone).passes(batches, 0)
+    one, cut = few.activations, CaptureCost(work, tp).passes(batches, 0).activations
     monkeypatch.setattr("qkov_dist.capture.side_by_side.WORTH", 0)
     factors = factor_bytes(work.layout.layer(0), [Site(0, p.module) for p in work.layout.layer(0).projections], [1], 4)
-    side_by_side = CaptureCost(work, alone).passes(batches, 0).activations
-    assert side_by_side == 3 * one + 4 * max(batch.tokens for batch in batches) * 2 * factors  # of two layers
+    side_by_side = CaptureCost(work, alone).passes(batches, 0)
+    assert (few.at_once, side_by_side.at_once) == (1, 3)
+    of_a_batch = max(batch.tokens for batch in batches) * 2 * factors  # of two layers
+    assert side_by_side.activations == 3 * one + 4 * of_a_batch
     assert CaptureCost(work, tp).passes(batches, 0).activations == cut
     assert CaptureCost(replace(work, on_gpu=True), alone).passes(batches, 0).activations == one
+    of_each = one + of_a_batch
+    for room, at_once in ((0, 1), (2 * of_each - 1, 1), (2 * of_each, 2), (9 * of_each, 3)):
+        limited = CaptureCost(replace(work, memory=2 * (CaptureCost(work, alone).weights(0) + room)), alone)
+        assert limited.passes(batches, 0).at_once == at_once
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 
 import h5py
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from comparing import as_blocks, assert_close, assert_identical
+from comparing import as_blocks, assert_close, assert_identical, deviation
 from expected import expected_scores
 from jobs import job_for
 from processes import forked
@@ -26,6 +27,8 @@ from zoo import VOCAB
 
 import qkov_dist.run
 from qkov_dist import load_heatmap
+from qkov_dist.capture.hooks import Capture
+from qkov_dist.capture.side_by_side import WORTH
 from qkov_dist.cli import main
 from qkov_dist.data.samples import Sample
 
@@ -58,6 +61,27 @@ def test_a_run_equals_the_oracle_and_writes_what_it_promises(config, entry, tmp_
     with h5py.File(tmp_path / "out" / "partial_rank00000.h5") as file:
         assert file["partial/K/layer_0001"].shape == (2, 8, 8)
         assert file["partial/K/layer_0001"].attrs["heads"].tolist() == [0, 1]
+
+
+def test_a_run_makes_several_passes_at_a_time_where_that_is_worth_it(config, tmp_path, monkeypatch):
+    """Of enough operations; what comes of it is the same to rounding."""
+    before, found, threads, run_batch = torch.get_num_threads(), [], set(), Capture.run
+
+    def watched(session, batch, sink):
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return run_batch(session, batch, sink)
+
+    monkeypatch.setattr(Capture, "run", watched)
+    torch.set_num_threads(2)
+    try:
+        for worth, expected in ((WORTH, {"MainThread"}), (0, {"MainThread", "qkov-passes"})):
+            monkeypatch.setattr("qkov_dist.capture.side_by_side.WORTH", worth)
+            assert qkov("run", config, "output.resume=false", "compute.batch_tokens=24") == 0
+            assert threads == expected
+            found.append(load_heatmap(tmp_path / "out" / "heatmap.h5"))
+    finally:
+        torch.set_num_threads(before)
+    assert deviation(*found) < PASSES
 
 
 def test_losses_are_those_of_transformers(config, entry, tmp_path):
