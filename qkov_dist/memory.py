@@ -50,6 +50,12 @@ def kept_heap(device: torch.device) -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+def give_back() -> None:
+    """Give the kernel what memory of this process is free, whichever thread it was of."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
 @cache
 def _glibc() -> Any:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

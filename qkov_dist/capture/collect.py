@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from qkov_dist.distributed.shared_errors import together
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
-from qkov_dist.memory import is_shortage
+from qkov_dist.memory import give_back, is_shortage
 from qkov_dist.modes import ModelError, input_device
 
 from .hooks import Capture, capture
 from .passes import DealtTask, Pass, TaskPasses
-from .side_by_side import even_batch_tokens, running, sharing_weights
-from .sinks import DeferredSink, Nowhere
+from .side_by_side import Running, even_batch_tokens, running, sharing_weights
+from .sinks import Nowhere
 from .soundness import Soundness, richest
 from .spans import GatheredFactors, Spans
 from .store import FactorStore
@@ -219,38 +219,42 @@ class Collection:
             yield from self._pass(session, one)
 
     def _side_by_side(self, sessions: Sequence[Capture], passes: Sequence[Pass]) -> Done:
-        """Run several batches at a time; factors are kept, and losses come, in their order."""
-        begun: deque[tuple[Batch, Callable[[], tuple[Tensor, DeferredSink]]]] = deque()
-        with running(sessions) as submit:
-            for one in passes:
-                begun.append((one.batch, submit(one.batch)))
-                if len(begun) > len(sessions):
-                    yield from self._keep(*begun.popleft(), sessions[0], begun)
-            while begun:
-                yield from self._keep(*begun.popleft(), sessions[0], begun)
+        """Run several batches at a time; factors are kept, and losses come, in their order.
 
-    def _keep(
-        self,
-        batch: Batch,
-        wait: Callable[[], tuple[Tensor, DeferredSink]],
-        session: Capture,
-        others: Iterable[tuple[Batch, Callable[[], object]]],
-    ) -> Done:
-        """Wait for a batch and keep its factors; where memory was short, run it once more when no other one runs."""
+        Once memory was short, what is left is run one by one.
+        """
+        left, begun, short = deque(one.batch for one in passes), deque[tuple[Batch, Running]](), list[Batch]()
+        with running(sessions) as submit:
+            while begun or (left and not short):
+                while left and not short and len(begun) <= len(sessions):
+                    begun.append((left[0], submit(left.popleft())))
+                batch, wait = begun.popleft()
+                found = self._kept(batch, wait)
+                del wait  # and with it the factors
+                if found is None:
+                    short.append(batch)
+                else:
+                    yield batch, found
+        if short:
+            give_back()
+            self.console.warn("out of memory with several batches at a time: going on one by one")
+        for batch in (*short, *left):
+            yield from self._run_batch(sessions[0], batch)
+
+    def _kept(self, batch: Batch, wait: Running) -> Tensor | None:
+        """Wait for a batch and keep its factors; its samples' losses, or None where memory was short."""
+        done = wait()
+        if done is None:
+            return None
+        found, factors = done
         try:
-            found, factors = wait()
             with self.store.batch(batch) as sink:
                 factors.release(sink)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
-        else:
-            yield batch, found
-            return
-        for _, other in others:
-            with suppress(QkovError, RuntimeError, MemoryError):  # it is raised when its turn comes
-                other()
-        yield from self._run_batch(session, batch)
+            return None
+        return found
 
     def _pass(self, session: Capture, one: Pass) -> Done:
         """Make one pass; yields the batches of this rank that were run, with their samples' losses."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qkov_dist.data.batches import Batch, groups_of
+from qkov_dist.memory import is_shortage
 from qkov_dist.modes import HOOKS
 
 from .hooks import Capture, recomputes
@@ -37,7 +38,8 @@ PATCHED = (
 KNOWN = ("torch", "transformers")
 ATTENTION = ("sdpa", "eager")
 
-Submit = Callable[[Batch], Callable[[], tuple[Tensor, DeferredSink]]]
+Running = Callable[[], tuple[Tensor, DeferredSink] | None]  # waits for a batch; None where memory was short
+Submit = Callable[[Batch], Running]
 
 
 def batches_at_once(num_batches: int, num_threads: int, operations: int) -> int:
@@ -71,11 +73,16 @@ def even_batch_tokens(lengths: Sequence[int], batch_tokens: int, at_once: int) -
 
 
 def sharing_weights(model: nn.Module, num: int) -> list[nn.Module]:
-    """So many copies of a model whose parameters are the model's own; none of a model that is not copied."""
+    """So many copies of a model whose parameters are its own; none of one that is not copied, or without room."""
     if num < 1 or not _is_as_made(model):
         return []
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    return [copy.deepcopy(model, {**shared}) for _ in range(num)]
+    try:
+        return [copy.deepcopy(model, {**shared}) for _ in range(num)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        return []
 
 
 def _is_as_made(model: nn.Module) -> bool:
@@ -112,17 +119,21 @@ def running(sessions: Sequence[Capture]) -> Iterator[Submit]:
 
     Yields:
         ``submit(batch)``: begins a batch; returns what waits for its samples' losses and its factors (and raises what
-        the pass raised).
+        the pass raised, but for a shortage of memory: what an error of it holds would still be there).
     """
     num_threads = torch.get_num_threads()
     free: SimpleQueue[Capture] = SimpleQueue()
     for session in sessions:
         free.put(session)
 
-    def run(batch: Batch) -> tuple[Tensor, DeferredSink]:
+    def run(batch: Batch) -> tuple[Tensor, DeferredSink] | None:
         session, factors = free.get(), DeferredSink()
         try:
             return session.run(batch, factors), factors
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            return None
         finally:
             free.put(session)
 
@@ -132,5 +143,7 @@ def running(sessions: Sequence[Capture]) -> Iterator[Submit]:
     try:
         yield lambda batch: pool.submit(run, batch).result
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(num_threads)  # what new threads begin with is what was set last
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:  # also where that is interrupted once more
+            torch.set_num_threads(num_threads)  # what new threads begin with is what was set last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from contextlib import closing
 
 import pytest
@@ -27,6 +28,7 @@ from qkov_dist.capture.side_by_side import (
     sharing_weights,
 )
 from qkov_dist.capture.store import FactorStore
+from qkov_dist.console import Console
 from qkov_dist.errors import QkovError
 
 SAMPLES = mixed_samples(11, VOCAB, seed=5, lengths=(4, 14))
@@ -174,6 +176,27 @@ def test_where_memory_is_short_batches_go_on_in_halves(threads, monkeypatch):
     assert found[0].records[0].id == expected[0].records[0].id
     for site, tensors in expected[2].items():
         assert [one.shape for one in found[2][site]] == [one.shape for one in tensors]
+
+
+def test_what_was_short_of_memory_holds_none_when_it_is_run_again(threads, monkeypatch):
+    """Passes that failed have let go of their graphs before another one begins, one by one."""
+    model, backward, graphs, alive = TINY["llama"].build(), Capture._backward, [], []
+
+    def short(session, state, losses):
+        if threading.current_thread().name != "MainThread" and len(losses) > 1:
+            graphs.append(weakref.ref(losses))
+            raise MemoryError
+        alive.append(sum(graph() is not None for graph in graphs))
+        return backward(session, state, losses)
+
+    monkeypatch.setattr(Capture, "_backward", short)
+    monkeypatch.setattr(Collection, "_look_at", lambda *_: None)
+    said = []
+    found = run(model, console=Console.of(said.append, show_progress=False))
+    assert len(graphs) >= 2
+    assert not any(alive)
+    assert sum("going on one by one" in line for line in said) == 1
+    assert len(found[0].records) == len(SAMPLES)
 
 
 class OfMyOwn(nn.Linear):
