@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,14 @@ def moved(values: Tensor, device: torch.device | str, dtype: torch.dtype | None 
 
 # In what is raised on CPUs and GPUs alike.
 _SIGNS = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+class UnlessShort(AbstractContextManager[None]):
+    """Goes on behind its block where memory ran out inside; nothing of the error is kept."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        """Whether to go on."""
+        return error is not None and is_shortage(error)
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from qkov_dist.distributed.shared_errors import together
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
-from qkov_dist.memory import give_back, is_shortage
+from qkov_dist.memory import UnlessShort, give_back, is_shortage
 from qkov_dist.modes import ModelError, input_device
 
 from .hooks import Capture, capture
@@ -247,14 +247,11 @@ class Collection:
         if done is None:
             return None
         found, factors = done
-        try:
+        with UnlessShort():
             with self.store.batch(batch) as sink:
                 factors.release(sink)
-        except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
-            return None
-        return found
+            return found
+        return None
 
     def _pass(self, session: Capture, one: Pass) -> Done:
         """Make one pass; yields the batches of this rank that were run, with their samples' losses."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qkov_dist.data.batches import Batch, groups_of
-from qkov_dist.memory import is_shortage
+from qkov_dist.memory import UnlessShort
 from qkov_dist.modes import HOOKS
 
 from .hooks import Capture, recomputes
@@ -77,12 +77,9 @@ def sharing_weights(model: nn.Module, num: int) -> list[nn.Module]:
     if num < 1 or not _is_as_made(model):
         return []
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    try:
+    with UnlessShort():
         return [copy.deepcopy(model, {**shared}) for _ in range(num)]
-    except (RuntimeError, MemoryError) as error:
-        if not is_shortage(error):
-            raise
-        return []
+    return []
 
 
 def _is_as_made(model: nn.Module) -> bool:
@@ -129,10 +126,8 @@ def running(sessions: Sequence[Capture]) -> Iterator[Submit]:
     def run(batch: Batch) -> tuple[Tensor, DeferredSink] | None:
         session, factors = free.get(), DeferredSink()
         try:
-            return session.run(batch, factors), factors
-        except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
+            with UnlessShort():
+                return session.run(batch, factors), factors
             return None
         finally:
             free.put(session)

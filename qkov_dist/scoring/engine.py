@@ -12,7 +12,6 @@ Every layer that this rank has to score, round by round: factors come, scores go
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import BLOCKS
 from qkov_dist.layout.rects import Rect, merged
-from qkov_dist.memory import is_shortage, scratch_array
+from qkov_dist.memory import UnlessShort, scratch_array
 
 from .block_totals import BlockTotals, block_totals
 from .exchange import Exchange
@@ -276,25 +275,18 @@ class _Kept:
     def add(self, block: str, at: int, formed: Tensor) -> None:
         """Add a part of a head's scores."""
         of_block = self._parts.setdefault(block, {})
-        with self._if_there_is_room():
+        with UnlessShort():
             of_block[at] = of_block[at] + formed if at in of_block else formed
+            return
+        self._parts.clear()  # the host has them
 
     def hand_on(self, blocks: Mapping[str, BlockScores]) -> None:
         """Give a layer its scores, and begin the next one."""
-        for name, of_block in [*self._parts.items()]:
-            if len(of_block) == len(blocks[name].heads):
-                with self._if_there_is_room():
+        with UnlessShort():
+            for name, of_block in self._parts.items():
+                if len(of_block) == len(blocks[name].heads):
                     blocks[name].kept = torch.stack([of_block[at] for at in range(len(of_block))])
         self._parts.clear()
-
-    @contextmanager
-    def _if_there_is_room(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
-            self._parts.clear()  # the host has them
 
 
 def score_layer(

@@ -17,7 +17,7 @@ import torch
 
 from qkov_dist.config import FEWEST_TASKS
 from qkov_dist.distributed.world import World
-from qkov_dist.memory import is_shortage
+from qkov_dist.memory import UnlessShort
 from qkov_dist.results.metadata import HeatmapMetadata
 from qkov_dist.results.partial_schema import LayerPartial
 from qkov_dist.results.task_pairs import of_pair, scores_of_pair
@@ -86,12 +86,11 @@ class PairTests:
 
     def _begin(self, both: Both, layer: int, part: LayerPartial, sizes: tuple[int, ...], there: Scores | None) -> None:
         """Begin the tests of a pair; from the host's scores, where there is no room beside those that are there."""
-        try:
-            self._begin_from(both, layer, part, sizes, there)
-        except (RuntimeError, MemoryError) as error:
-            if there is None or not is_shortage(error):
-                raise
-            self._begin_from(both, layer, part, sizes, None)
+        if there is not None:
+            with UnlessShort():
+                self._begin_from(both, layer, part, sizes, there)
+                return
+        self._begin_from(both, layer, part, sizes, None)
 
     def _begin_from(
         self, both: Both, layer: int, part: LayerPartial, sizes: tuple[int, ...], there: Scores | None
