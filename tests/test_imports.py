@@ -40,7 +40,7 @@ BELOW_ALL = {"config", "config_file", "console", "errors", "memory", "modes", "v
 FACE = "__init__"  # hands on names of all rooms; nobody in them asks it
 
 # Libraries with one home; no other room imports them.
-HOMES = {"torch.distributed": "distributed", "mpi4py": "distributed", "deepspeed": "distributed"}
+HOMES = {"torch.distributed": "distributed", "mpi4py": "distributed", "deepspeed": "distributed", "triton": "scoring"}
 
 # Libraries that a module does without.
 WITHOUT = {"layout.rects": {"torch", "numpy"}, "report.summary": {"torch", "scipy"}, "report.write": {"torch", "scipy"}}

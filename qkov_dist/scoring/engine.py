@@ -12,7 +12,7 @@ Every layer that this rank has to score, round by round: factors come, scores go
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import numpy as np
@@ -35,6 +35,7 @@ from .own_share_records import Records as ShareRecords
 from .own_share_records import no_shares
 from .own_shares import Chosen, OwnShares, chosen, stride_of
 from .packed_factors import knows
+from .pair_trial import PairTrials
 from .pipeline import Found, Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import Fused, added_fisher_sums, compiled, fisher_sums
@@ -97,6 +98,7 @@ class _HeadScorer:
         ridges: Lambda by layer and block; that of a layer is there before its heads are.
         strides: Likewise, which elements are looked at for own shares.
         fused: The elementwise part, compiled; None maps in place.
+        trials: Which kernel forms a batch's scores fastest on a GPU; None has torch's products do it.
     """
 
     roles: Roles
@@ -104,11 +106,12 @@ class _HeadScorer:
     ridges: Mapping[tuple[int, str], float]
     strides: Mapping[tuple[int, str], int]
     fused: Fused | None
+    trials: PairTrials | None
 
     def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> Found[_HeadPart]:
         """Scores of all pairs, and what is known of I, of each head; of its tiles in this projection."""
         settings, roles, tile, members = self.settings, self.roles, batch.first, site.members
-        rule = self.rule(tile.site.layer, [one.block for one in batch.first_tiles])
+        rule = self._fastest(self.rule(tile.site.layer, [one.block for one in batch.first_tiles]), batch, members)
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
         effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
         if batch.by_kernel and site.packed is not None:
@@ -122,8 +125,8 @@ class _HeadScorer:
             found.append(members.records_in_order_of_roles(effects.records()))
         if own is not None:
             found.append(members.shares_in_order_of_roles(own.records()))
-        in_half = batch.by_kernel or rule.in_cache(len(batch.heads), scores.device)
-        pairs = pair_products(*roles.shape, in_half=in_half and rule.is_symmetric)
+        in_half = rule.in_half(len(batch.heads), scores.device) or (batch.by_kernel and rule.is_symmetric)
+        pairs = pair_products(*roles.shape, in_half=in_half)
         flops = [
             sum(
                 tile_flops(members.ordering.groups, tile.rect.area, pairs, bias=tile.bias, effects=effects)
@@ -139,6 +142,12 @@ class _HeadScorer:
         settings, roles = self.settings, self.roles
         ridges = tuple(self.ridges[layer, block] for block in blocks)
         return Rule(settings.score, settings.epsilon, ridges, roles.left, roles.right, self.fused)
+
+    def _fastest(self, rule: Rule, batch: HeadBatch, members: Members) -> Rule:
+        """The rule with what forms a batch's scores fastest."""
+        if self.trials is None or batch.by_kernel:
+            return rule
+        return replace(rule, pairs=self.trials.fastest(len(batch.heads), batch.largest, rule, members.weights))
 
     def _records(
         self,
@@ -242,7 +251,7 @@ def score_layers(
 
     device_type = torch.device(settings.device).type
     fused = compiled(device_type) if settings.compile and device_type != "cpu" else None
-    scorer = _HeadScorer(roles, settings, ridges, strides, fused)
+    scorer = _HeadScorer(roles, settings, ridges, strides, fused, PairTrials.of(settings))
     blocks: dict[str, BlockScores] | None = None
     kept = _Kept()
     for done in through_workers(begun(), roles, settings, scorer):

@@ -2,8 +2,8 @@
 
 A tile's gradients [N, P], as :mod:`~qkov_dist.scoring.tile_gradients` forms them, are squared, summed into the Fisher,
 mapped in place and multiplied into the scores of all pairs: on a CPU in chunks of columns that stay in a core's cache,
-on a GPU whole, for several heads side by side [N, heads, P] and in as many parts of P as fill it. A worker keeps its
-buffers from tile to tile.
+on a GPU whole, for several heads side by side [N, heads, P] and in as many parts of P as fill it, or by ``pair_kernel``
+where that is faster. A worker keeps its buffers from tile to tile.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from .influence_sums import InfluenceSums, effect_products, num_vectors
 from .own_shares import Chosen, OwnShares
 from .padded_groups import PaddedGroup
+from .pair_kernel import PairKernel
 from .score import Fused, maps, power_of, regularised
 from .score_kinds import KINDS, ElementMap, Score
 from .tile_gradients import Buffers
@@ -38,6 +39,7 @@ class Rule:
         left: Samples in the role of i, in the order of the gradients' rows.
         right: Samples in the role of j.
         fused: The elementwise part, compiled; None maps in place.
+        pairs: What forms maps and their products at once; None has torch's products do it.
     """
 
     score: Score
@@ -46,6 +48,7 @@ class Rule:
     left: slice
     right: slice
     fused: Fused | None = None
+    pairs: PairKernel | None = None
 
     @property
     def is_symmetric(self) -> bool:
@@ -59,7 +62,11 @@ class Rule:
 
     def in_cache(self, heads: int, device: torch.device) -> bool:
         """Whether a tile is worked on in chunks that lie near a core: on a CPU, a head at a time."""
-        return heads == 1 and device.type == "cpu" and not self.fused
+        return heads == 1 and device.type == "cpu" and not self.fused and not self.pairs
+
+    def in_half(self, heads: int, device: torch.device) -> bool:
+        """Whether half of a symmetric result is left out."""
+        return self.is_symmetric and (self.pairs is not None or self.in_cache(heads, device))
 
     def may_vanish(self, dtype: torch.dtype) -> bool:
         """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
@@ -92,12 +99,31 @@ def add_tile(
     num, heads, size = gradients.shape
     flat = gradients.view(num, heads * size)
     by_task = flat.new_empty(len(weights), heads * size)
-    in_cache = rule.in_cache(heads, flat.device)
     if rule.may_vanish(flat.dtype):
-        rule = replace(rule, fused=None)
+        rule = replace(rule, fused=None, pairs=None)
     kept = None if own is None else own[0].kept(flat, own[1])  # gradients are used up
-    step = max(CHUNK_BYTES // (num * flat.element_size()), 1) if in_cache else heads * size
-    for start in range(0, heads * size, step):
+    if rule.pairs is not None:
+        _add_in_two_passes(scores, flat, weights, by_task, rule, rule.pairs, buffers, effects)
+    else:
+        _add_in_chunks(scores, flat, weights, by_task, rule, buffers, effects)
+    if own is not None and kept is not None:
+        own[0].add(kept, by_task[:, own[1].places].sum(0))
+    return by_task.view(len(weights), heads, size)
+
+
+def _add_in_chunks(
+    scores: Tensor,
+    flat: Tensor,
+    weights: Tensor,
+    by_task: Tensor,
+    rule: Rule,
+    buffers: Buffers,
+    effects: InfluenceSums | None,
+) -> None:
+    """Add the tile of a head chunk by chunk, or those of several heads [N, heads * P] at once."""
+    (num, size), in_cache = flat.shape, rule.in_cache(len(scores), flat.device)
+    step = max(CHUNK_BYTES // (num * flat.element_size()), 1) if in_cache else size
+    for start in range(0, size, step):
         chunk = slice(start, start + step)
         of_i, of_j = _maps(flat[:, chunk], weights, by_task[:, chunk], rule, buffers, effects)
         if in_cache:
@@ -106,9 +132,25 @@ def add_tile(
             _add_pairs(scores, of_i[rule.left], of_j[rule.right])
     if in_cache and rule.is_symmetric:
         mirror(scores[0])
-    if own is not None and kept is not None:
-        own[0].add(kept, by_task[:, own[1].places].sum(0))
-    return by_task.view(len(weights), heads, size)
+
+
+def _add_in_two_passes(
+    scores: Tensor,
+    flat: Tensor,
+    weights: Tensor,
+    by_task: Tensor,
+    rule: Rule,
+    pairs: PairKernel,
+    buffers: Buffers,
+    effects: InfluenceSums | None,
+) -> None:
+    """Add the tiles of several heads [N, heads * P], whose maps are never in memory."""
+    pairs.put_squares(flat, weights, by_task)
+    inverse = _inverse(by_task, rule)
+    if effects is not None:
+        squares = _squares(flat, buffers) if effects.needs_squares else None
+        _add_effects(effects, flat, squares, by_task, inverse, rule, buffers)
+    pairs.add_pairs(scores, flat, inverse, KINDS[rule.score], rule.left, rule.right)
 
 
 def _maps(
