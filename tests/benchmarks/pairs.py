@@ -2,10 +2,10 @@
 
     python tests/benchmarks/pairs.py [--samples 64 192 400] [--rounds 5] [--score interference]
 
-For tiles of 8 heads of 128 x 4096 and of all heads of a layer of SmolLM2-135M (64 x 576), for float32 products and those
-that may use TF32: the time of what ``torch.compile`` fuses and of each kernel in two passes, as ratios to torch's own
-products in the same round (medians with their range), and how far scores are off these, of the largest. Random gradients
-of one seed; effects are left out, as they take the same beside all of them. Needs a CUDA device with Triton.
+For tiles of 8 heads of 128 x 4096 and of all heads of a layer of SmolLM2-135M (64 x 576), for float32 products and
+those that may use TF32: the time of what ``torch.compile`` fuses and of each kernel in two passes, as ratios to torch's
+own products in the same round (medians with their range), and how far scores are off these, of the largest. Random
+gradients of one seed; effects are left out, as they take the same beside all of them. Needs a CUDA device with Triton.
 """
 
 from __future__ import annotations
