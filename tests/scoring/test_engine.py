@@ -25,7 +25,7 @@ from qkov_dist.data.batches import Batch
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring import block_totals, engine, gram_norms, packed_factors, tile_gradients
+from qkov_dist.scoring import block_totals, gram_norms, head_scorer, packed_factors, tile_gradients
 from qkov_dist.scoring.engine import score_layer
 from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.influence_records import SUMS
@@ -230,7 +230,7 @@ class Waits(TorchDispatchMode):
 def test_the_host_waits_for_nothing_while_heads_are_scored_together(score, how, monkeypatch):
     """As on a GPU: several heads at a time. What is waited for there is a projection's results alone."""
     seen: list[str] = []
-    work = engine._HeadScorer.__call__
+    work = head_scorer.HeadScorer.__call__
     heads = []
 
     def watched(scorer, batch, site, buffers):
@@ -238,7 +238,7 @@ def test_the_host_waits_for_nothing_while_heads_are_scored_together(score, how, 
         with Waits(seen):
             return work(scorer, batch, site, buffers)
 
-    monkeypatch.setattr(engine._HeadScorer, "__call__", watched)
+    monkeypatch.setattr(head_scorer.HeadScorer, "__call__", watched)
     entry = TINY["llama"]
     job_for(entry, settings=ScoreSettings(score, head_batch_bytes=2**20), include_bias=True, **how).run(entry.build())
     assert max(heads) > 1
@@ -294,7 +294,7 @@ def test_products_have_the_precision_asked_for_whatever_the_process_has_set(prec
         seen.add(("norms", torch.get_float32_matmul_precision()))
         return gram(*of)
 
-    monkeypatch.setattr(engine, "tile_gradients", looked_at)
+    monkeypatch.setattr(head_scorer, "tile_gradients", looked_at)
     monkeypatch.setattr(gram_norms, "gram", gram_looked_at)
     job_for(entry, settings=ScoreSettings(matmul_precision=precision)).run(entry.build())
     assert seen == {("gradients", precision), ("norms", "highest")}  # terms of norms cancel

@@ -16,7 +16,7 @@ from qkov_dist.capture.store import FactorStore
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.resolve import resolve
-from qkov_dist.scoring import engine
+from qkov_dist.scoring import head_scorer
 from qkov_dist.scoring.block_totals import block_totals
 from qkov_dist.scoring.engine import score_layer, score_layers
 from qkov_dist.scoring.settings import ScoreSettings
@@ -108,14 +108,14 @@ def test_workers_compute_while_the_next_layers_factors_come(case, monkeypatch, t
     """A worker that waits, in layer 0's last projection, until layer 1 is asked for, does not wait in vain."""
     work = {site: (case.store.x_site(site), work_of(case, site)) for site in case.tile_plan.layers[0].sites}
     last = in_order_of_work(work)[-1]
-    asked, waited, gradients = threading.Event(), [], engine._gradients
+    asked, waited, gradients = threading.Event(), [], head_scorer._gradients
 
     def waiting(band, site, buffers):
         if band[0].site == last:
             waited.append(asked.wait(PATIENCE_S))
         return gradients(band, site, buffers)
 
-    monkeypatch.setattr(engine, "_gradients", waiting)
+    monkeypatch.setattr(head_scorer, "_gradients", waiting)
 
     def sources():
         for layer in case.tile_plan.layers[:2]:
@@ -168,14 +168,14 @@ def test_what_was_begun_is_given_back_before_the_error_of_the_next(case, failing
 
 
 def test_an_error_of_the_work_itself_ends_it_and_its_layer_is_not_given_back(case, monkeypatch):
-    gradients = engine._gradients
+    gradients = head_scorer._gradients
 
     def broken(band, site, buffers):
         if band[0].site.layer == 2:
             raise ValueError("broken")
         return gradients(band, site, buffers)
 
-    monkeypatch.setattr(engine, "_gradients", broken)
+    monkeypatch.setattr(head_scorer, "_gradients", broken)
     found = []
     with pytest.raises(ValueError, match="broken"):
         keep(case.scored(case.sources()), found)

@@ -14,7 +14,7 @@ from zoo import TINY
 
 from qkov_dist.layout.heads import Site
 from qkov_dist.layout.rects import Rect
-from qkov_dist.scoring import engine, kernel, own_shares
+from qkov_dist.scoring import engine, head_scorer, kernel, own_shares
 from qkov_dist.scoring.fisher_sums import column
 from qkov_dist.scoring.head_batches import head_batches
 from qkov_dist.scoring.score import fisher_and_maps
@@ -81,7 +81,7 @@ class Products:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.areas: list[int] = []
         self.blocks: list[set[str]] = []
-        put, work = Padded.put_gradients, engine._HeadScorer.__call__
+        put, work = Padded.put_gradients, head_scorer.HeadScorer.__call__
 
         def formed(padded, rect, bias, out, *, turned=False):
             self.areas.append(rect.area)
@@ -92,7 +92,7 @@ class Products:
             return work(scorer, batch, site, buffers)
 
         monkeypatch.setattr(Padded, "put_gradients", formed)
-        monkeypatch.setattr(engine._HeadScorer, "__call__", worked)
+        monkeypatch.setattr(head_scorer.HeadScorer, "__call__", worked)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
@@ -132,7 +132,7 @@ def test_each_block_keeps_its_own_ridge_among_others(score, changes, monkeypatch
     model, settings = entry.build().double(), replace(F64, score=score, **changes)
     one_by_one = pooled(entry, settings=settings).run(model)
     for fused in (None, fisher_and_maps):
-        monkeypatch.setattr(engine, "Rule", lambda *rule, fused=fused: kernel.Rule(*rule[:5], fused))
+        monkeypatch.setattr(head_scorer, "Rule", lambda *rule, fused=fused: kernel.Rule(*rule[:5], fused))
         together = pooled(entry, settings=replace(settings, head_batch_bytes=2**20)).run(model)
         for layer, blocks in one_by_one.items():
             for block, part in blocks.items():

@@ -26,7 +26,7 @@ from qkov_dist.distributed.topology import Topology
 from qkov_dist.errors import QkovError
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.memory import is_shortage
-from qkov_dist.scoring import engine, packed_factors
+from qkov_dist.scoring import head_scorer, packed_factors
 from qkov_dist.scoring.native_kernel import has_native_kernel
 from qkov_dist.scoring.packed_factors import PackedSite
 from qkov_dist.scoring.settings import ScoreSettings
@@ -121,7 +121,7 @@ def test_tiles_are_halved_until_they_fit_with_the_same_results(elements, monkeyp
     entry = TINY["llama"]
     model = entry.build()
     expected = job_for(entry).run(model)
-    add_tile, said = engine.add_tile, []
+    add_tile, said = head_scorer.add_tile, []
 
     def small(scores, gradients, *args):
         by_task = add_tile(scores, gradients, *args)
@@ -129,7 +129,7 @@ def test_tiles_are_halved_until_they_fit_with_the_same_results(elements, monkeyp
             raise shortage()  # the scores have been added to: they must not count
         return by_task
 
-    monkeypatch.setattr(engine, "add_tile", small)
+    monkeypatch.setattr(head_scorer, "add_tile", small)
     job = job_for(entry)
     got = replace(job, settings=replace(job.settings, warn=said.append)).run(model)
     assert said
@@ -168,7 +168,7 @@ def test_an_element_that_does_not_fit_is_named(monkeypatch):
     def none(*args):
         raise shortage()
 
-    monkeypatch.setattr(engine, "add_tile", none)
+    monkeypatch.setattr(head_scorer, "add_tile", none)
     with pytest.raises(QkovError, match=r"layer 0, block \w, head \d: expected memory for one element"):
         job_for(entry).run(entry.build())
 
