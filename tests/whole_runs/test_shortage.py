@@ -17,7 +17,7 @@ from rounding import PASSES, SCORES
 from samples import mixed_samples
 from zoo import TINY, VOCAB
 
-from qkov_dist.capture import collect as collection
+from qkov_dist.capture import hooks
 from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.factors import FeatureSlice
 from qkov_dist.capture.store import FactorStore
@@ -60,7 +60,7 @@ class Small:
         def run(session, batch, sink):
             return self(session, batch, sink)
 
-        monkeypatch.setattr(collection.Capture, "run", run)
+        monkeypatch.setattr(hooks.Capture, "run", run)
 
     def __call__(self, session, batch, sink):
         if "first tokens" in batch.names[0]:  # of the proof, before any batch
@@ -77,7 +77,7 @@ def test_batches_are_halved_until_they_fit_with_the_same_results(tokens, monkeyp
     entry = TINY["llama"]
     model = entry.build()
     expected = job_for(entry, batch_tokens=10**6).run(model)
-    room = Small(tokens, collection.Capture.run)
+    room = Small(tokens, hooks.Capture.run)
     room.put_into(monkeypatch)
     got = job_for(entry, batch_tokens=10**6).run(model)
     assert room.sizes[0] == 5
@@ -89,7 +89,7 @@ def test_batches_are_halved_until_they_fit_with_the_same_results(tokens, monkeyp
 
 def test_one_sample_that_does_not_fit_is_named(monkeypatch):
     entry = TINY["llama"]
-    room = Small(4, collection.Capture.run)
+    room = Small(4, hooks.Capture.run)
     room.put_into(monkeypatch)
     with pytest.raises(QkovError, match=r"task 'a', sample '1-\d': expected memory for one sample of \d+ tokens"):
         job_for(entry).run(entry.build())
@@ -99,7 +99,7 @@ def test_where_all_ranks_pass_together_the_batch_size_is_named(monkeypatch):
     model = TINY["llama"].build()
     samples = mixed_samples(4, VOCAB, seed=1)
     tile_plan = make_tile_plan(resolve(model), Selection(), include_bias=False, num_samples=4)
-    room = Small(4, collection.Capture.run)
+    room = Small(4, hooks.Capture.run)
     room.put_into(monkeypatch)
     run = Collection(FactorStore(2**30), tile_plan.sites, topology=replace(Topology(), gathers_weights=True))
     with pytest.raises(QkovError, match=r"a batch of 4 samples.*compute\.batch_tokens"):
