@@ -325,8 +325,7 @@ def _capture(
                 may_stop()
 
         with kept_heap(job.device):
-            for task in job.tasks:
-                collection.run(job.loaded.model, task.name, task.samples, after_batch)
+            collection.run_tasks(job.loaded.model, [(task.name, task.samples) for task in job.tasks], after_batch)
     return make_metadata(
         job.tile_plan,
         job.layout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -21,6 +22,8 @@ from .passes import DealtTask, Pass, TaskPasses
 from .side_by_side import even_batch_tokens, sharing_weights
 from .soundness import Soundness, richest
 from .store import FactorStore
+
+NamedSamples = tuple[str, Sequence[Sample]]  # a task's name and its samples
 
 
 @dataclass(frozen=True)
@@ -86,43 +89,55 @@ class Collection:
         samples: Sequence[Sample],
         on_samples: Callable[[int], object] = lambda count: None,
     ) -> list[int]:
-        """Pass samples of a task through the model, each on one data-parallel rank; all ranks call this alike.
+        """Pass samples of one task through the model, as :meth:`run_tasks` does those of several.
+
+        Returns:
+            The samples' pooled numbers, in the order given.
+        """
+        first = len(self.records)
+        self.run_tasks(model, [(task, samples)], on_samples)
+        return list(range(first, first + len(samples)))
+
+    def run_tasks(
+        self,
+        model: nn.Module,
+        tasks: Sequence[NamedSamples],
+        on_samples: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        """Pass samples of some tasks through the model, each on one data-parallel rank; all ranks call this alike.
 
         Nothing is kept of the samples if any of them fails.
 
         Args:
             model: The model; left as it is found.
-            task: Name of the task.
-            samples: Its samples, in file order.
+            tasks: Each one's name and its samples, in file order. Samples are numbered in this order.
             on_samples: Called with the number of samples after each batch of this rank.
-
-        Returns:
-            The samples' pooled numbers, in the order given.
 
         Raises:
             QkovError: for a loss or gradient that is not finite (names task, sample and layer), and for a model whose
                 passes do not give gradients (see :mod:`qkov_dist.capture.soundness`).
         """
-        first = len(self.records)
         topology = self.topology
         together(topology.world, lambda: refuse_cut_samples(model))
-        if topology.pass_group.size > 1:
-            self._look_at(model, task, samples)  # with the same tokens on all ranks: what fails, fails on all
-        else:
-            together(topology.world, lambda: self._look_at(model, task, samples))
-        passes = self._passes(task, samples, self.batch_tokens)
+        for task, samples in tasks:
+            if topology.pass_group.size > 1:
+                self._look_at(model, task, samples)  # with the same tokens on all ranks: what fails, fails on all
+            else:
+                together(topology.world, partial(self._look_at, model, task, samples))
+        passes = self._passes(tasks, self.batch_tokens)
         if topology.passes_wait:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
             here = self._runner.run([model], passes, on_samples)
         else:
-            here = together(topology.dp_group, lambda: self._run_alone(model, task, samples, passes, on_samples))
+            here = together(topology.dp_group, lambda: self._run_alone(model, tasks, passes, on_samples))
         found = {
             number: (count, loss) for theirs in topology.dp_group.all_gather(here) for number, count, loss in theirs
         }
+        first = len(self.records)
+        everyone = enumerate(((task, sample) for task, samples in tasks for sample in samples), start=first)
         self.records.extend(
-            SampleRecord(task, sample.id, sample.text, *found[first + n], content_of(sample, self.objective))
-            for n, sample in enumerate(samples)
+            SampleRecord(task, sample.id, sample.text, *found[number], content_of(sample, self.objective))
+            for number, (task, sample) in everyone
         )
-        return list(range(first, first + len(samples)))
 
     def _look_at(self, model: nn.Module, task: str, samples: Sequence[Sample]) -> None:
         """Check what was not checked before, on all ranks alike; say where samples have to run alone."""
@@ -142,32 +157,39 @@ class Collection:
                 "outputs depend on the length of a batch: samples run uncut, each beside those of its length"
             )
 
-    def _passes(self, task: str, samples: Sequence[Sample], batch_tokens: int) -> list[Pass]:
-        """This rank's passes; then, where passes need all ranks, idle ones up to the longest list."""
-        passes = TaskPasses(
-            DealtTask(samples, self.objective, self.topology.dp_group.size),
-            batch_tokens,
-            self.topology.gathers_weights,
-            [_named(task, sample) for sample in samples],
-            first=len(self.records),
-            alone=self.soundness.alone,
-            context=self.topology.cp_group.size,
-        )
-        return passes.on(self.topology.dp_group.rank)
+    def _passes(self, tasks: Sequence[NamedSamples], batch_tokens: int) -> list[Pass]:
+        """This rank's passes, task by task; where passes need all ranks, with idle ones as long as others have some."""
+        found, first = list[Pass](), len(self.records)
+        for task, samples in tasks:
+            passes = TaskPasses(
+                self._dealt(samples),
+                batch_tokens,
+                self.topology.gathers_weights,
+                [_named(task, sample) for sample in samples],
+                first=first,
+                alone=self.soundness.alone,
+                context=self.topology.cp_group.size,
+            )
+            found += passes.on(self.topology.dp_group.rank)
+            first += len(samples)
+        return found
+
+    def _dealt(self, samples: Sequence[Sample]) -> DealtTask:
+        return DealtTask(samples, self.objective, self.topology.dp_group.size)
 
     def _run_alone(
         self,
         model: nn.Module,
-        task: str,
-        samples: Sequence[Sample],
+        tasks: Sequence[NamedSamples],
         passes: Sequence[Pass],
         on_samples: Callable[[int], object],
     ) -> list[Ran]:
         """Make passes that need no other rank's, several at a time where that is worth it."""
         if copies := self._copies(model, passes):
-            lengths = [length for one in passes for length in one.batch.attention_mask.sum(1).tolist()]
+            rank = self.topology.dp_group.rank
+            lengths = [self._dealt(samples).lengths_on(rank) for _, samples in tasks]
             tokens = even_batch_tokens(lengths, self.batch_tokens, 1 + len(copies))
-            passes = self._passes(task, samples, tokens)
+            passes = self._passes(tasks, tokens)
         return self._runner.run([model, *copies], passes, on_samples)
 
     def _copies(self, model: nn.Module, passes: Sequence[Pass]) -> list[nn.Module]:

@@ -53,11 +53,11 @@ def batches_at_once(num_batches: int, num_threads: int, operations: int) -> int:
     return max(min(num_batches, num_threads, MOST), 1) if operations >= WORTH else 1
 
 
-def even_batch_tokens(lengths: Sequence[int], batch_tokens: int, at_once: int) -> int:
+def even_batch_tokens(lengths: Sequence[Sequence[int]], batch_tokens: int, at_once: int) -> int:
     """Padded tokens of a batch, at most ``batch_tokens``, with which so many batches at a time are done first.
 
     Args:
-        lengths: Tokens of each sample.
+        lengths: Tokens of each sample of each task; a batch is of one task.
         batch_tokens: The most padded tokens of a batch.
         at_once: How many batches run at a time.
     """
@@ -65,8 +65,9 @@ def even_batch_tokens(lengths: Sequence[int], batch_tokens: int, at_once: int) -
     def longest(tokens: int) -> int:
         """Tokens that go through one of them, at most."""
         loads = [0] * at_once
-        for group in groups_of(lengths, tokens):
-            loads[loads.index(min(loads))] += len(group) * lengths[group[0]]
+        for of_task in lengths:
+            for group in groups_of(of_task, tokens):
+                loads[loads.index(min(loads))] += len(group) * of_task[group[0]]
         return max(loads)
 
     return min((batch_tokens * part // PARTS for part in range(PARTS, PARTS // 2 - 1, -1)), key=longest)

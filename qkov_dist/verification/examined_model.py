@@ -115,8 +115,7 @@ class ExaminedModel:
                 batch_tokens=batch_tokens,
                 soundness=self.soundness,
             )
-            collection.run(self.model, "a", self.a)
-            collection.run(self.model, "b", self.b)
+            collection.run_tasks(self.model, [("a", self.a), ("b", self.b)])
             yield Captured(self, store, np.array([record.loss for record in collection.records]))
 
     def scores(self, settings: ScoreSettings, *, loss_factor: float = 1.0) -> Scores:

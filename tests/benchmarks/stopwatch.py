@@ -22,7 +22,7 @@ from qkov_dist.planning.measured import Measured
 PHASES: dict[str, tuple[str, ...]] = {
     "loading": ("qkov_dist.distributed.parallelism:load_parallel",),
     "preparing": ("qkov_dist.job:prepare",),
-    "capture": ("qkov_dist.capture.collect:Collection.run",),
+    "capture": ("qkov_dist.capture.collect:Collection.run_tasks",),
     "scoring": ("qkov_dist.scoring.engine:score_rounds",),
     "statistics": ("qkov_dist.finish:combine",),
     "writing": ("qkov_dist.results.heatmap:Heatmap.save",),

@@ -291,10 +291,11 @@ def test_as_many_as_there_are_threads_and_batches(batches, threads, operations, 
 
 def test_batches_are_cut_so_that_none_runs_alone_at_the_end(monkeypatch):
     """32 samples of 95 tokens: 8 batches of 4 take two at a time as long as 4; 7 of up to 5, as 3 of 5 and one of 2."""
-    assert even_batch_tokens([95] * 32, 512, 2) // 95 == 4
-    assert even_batch_tokens([95] * 12, 512, 2) // 95 == 3
-    assert even_batch_tokens([95] * 40, 512, 2) == 512
-    assert even_batch_tokens([1000] * 4 + [3], 512, 2) == 512  # each is a batch of its own
+    assert even_batch_tokens([[95] * 32], 512, 2) // 95 == 4
+    assert even_batch_tokens([[95] * 12], 512, 2) // 95 == 3
+    assert even_batch_tokens([[95] * 40], 512, 2) == 512
+    assert even_batch_tokens([[95] * 15, [95] * 25], 512, 2) == 512  # 3 and 5 batches, one after another
+    assert even_batch_tokens([[1000] * 4 + [3]], 512, 2) == 512  # each is a batch of its own
     sizes, batch_of = [], FactorStore.batch
     monkeypatch.setattr(
         FactorStore, "batch", lambda store, batch: sizes.append(len(batch.samples)) or batch_of(store, batch)

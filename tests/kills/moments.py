@@ -29,7 +29,7 @@ PHASES: dict[str, tuple[str, ...]] = {
         "qkov_dist.results.resume:forget",
     ),
     "taking up": ("qkov_dist.results.partials:PartialWriter.__enter__",),
-    "capture": ("qkov_dist.capture.collect:Collection.run",),
+    "capture": ("qkov_dist.capture.collect:Collection.run_tasks",),
     "scoring": ("qkov_dist.scoring.engine:score_rounds",),
     "writing a layer": ("qkov_dist.results.partials:PartialWriter.write_layer",),
     "bringing together": ("qkov_dist.results.partials:PartialWriter.__exit__",),
