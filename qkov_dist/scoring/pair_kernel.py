@@ -57,7 +57,9 @@ class PairKernel:
 
         (num, size), tasks = gradients.shape, len(weights)
         padded, programs = 1 << (tasks - 1).bit_length(), -(-size // SQUARED_COLUMNS)
-        put_squares[programs,](gradients, weights.contiguous(), by_task, num, tasks, size, padded, SQUARED_COLUMNS)
+        weights = weights.contiguous()
+        with torch.cuda.device_of(gradients):  # type: ignore[no-untyped-call]  # Triton launches on the current one
+            put_squares[programs,](gradients, weights, by_task, num, tasks, size, padded, SQUARED_COLUMNS)
 
     def add_pairs(
         self, scores: Tensor, gradients: Tensor, inverse: Tensor, kind: ScoreKind, left: slice, right: slice
@@ -81,26 +83,27 @@ class PairKernel:
         parts = max(min(PROGRAMS // (heads * blocks), size // LEAST_PART), 1)
         of_part = -(-size // (parts * self.step)) * self.step
         products = scores.new_empty(heads, parts, num_left, num_right)
-        put_products[blocks, parts, heads](
-            gradients,
-            inverse,
-            products,
-            left.start,
-            num_left,
-            right.start,
-            num_right,
-            size,
-            of_part,
-            row,
-            MAPS[kind.left],
-            MAPS[kind.right],
-            kind.weight_power != 1.0,
-            half,
-            self.block,
-            self.step,
-            self.precision,
-            num_warps=self.warps,
-        )
+        with torch.cuda.device_of(gradients):  # type: ignore[no-untyped-call]
+            put_products[blocks, parts, heads](
+                gradients,
+                inverse,
+                products,
+                left.start,
+                num_left,
+                right.start,
+                num_right,
+                size,
+                of_part,
+                row,
+                MAPS[kind.left],
+                MAPS[kind.right],
+                kind.weight_power != 1.0,
+                half,
+                self.block,
+                self.step,
+                self.precision,
+                num_warps=self.warps,
+            )
         added = products.sum(1)
         scores += added.triu() + added.triu(1).mT if half else added
 
