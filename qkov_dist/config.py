@@ -224,8 +224,8 @@ class ComputeConfig(_Section):
     )
     compile: str | bool = _key(
         one_of("auto", True, False),
-        "compile scoring: its elementwise part on GPUs, all of it on CPUs, with the system's C compiler; auto does so "
-        "where that saves more time than it takes",
+        "compile scoring: on GPUs its elementwise part, or maps and pairs where that is faster, on CPUs all of it, by "
+        "the system's C compiler; auto does so where that saves more time than it takes",
         "auto",
         identity=False,
     )

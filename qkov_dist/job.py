@@ -36,6 +36,8 @@ from .scoring.extent import Scoring, sides
 from .scoring.fisher import Estimator, Scope, by_task, fisher_steps, fisher_weights
 from .scoring.influence_records import mean_weights
 from .scoring.own_share_records import formed_with
+from .scoring.pair_kernel import can_use
+from .scoring.pair_trial import PairTrials
 from .scoring.score import MEANING, compiled, worth_compiling
 from .scoring.settings import Roles, ScoreSettings
 from .scoring.tiles import TilePlan
@@ -128,7 +130,10 @@ class Job:
             QkovError: where ``compute.compile`` is true and nothing can be compiled.
         """
         settings = replace(ScoreSettings.of(self.config), device=self.device, scratch=scratch, warn=console.warn)
-        return replace(settings, compile=self._compiles(settings, console))
+        settings = replace(settings, compile=self._compiles(settings, console))
+        if not settings.compile or not can_use(settings.dtype, self.device):
+            return settings
+        return replace(settings, trials=PairTrials(settings.matmul_precision, console.warn))
 
     def _compiles(self, settings: ScoreSettings, console: Console) -> bool:
         """Whether scores are formed by what is compiled, and it is.

@@ -30,7 +30,6 @@ from .own_share_records import Records as ShareRecords
 from .own_share_records import no_shares
 from .own_shares import stride_of
 from .packed_factors import knows
-from .pair_trial import PairTrials
 from .pipeline import Turn, through_workers, workers
 from .schedule import Round, layers_of, make_rounds
 from .score import compiled
@@ -113,7 +112,7 @@ def score_layers(
 
     device_type = torch.device(settings.device).type
     fused = compiled(device_type) if settings.compile and device_type != "cpu" else None
-    scorer = HeadScorer(roles, settings, ridges, strides, fused, PairTrials.of(settings))
+    scorer = HeadScorer(roles, settings, ridges, strides, fused)
     blocks: dict[str, BlockScores] | None = None
     kept = _Kept()
     for done in through_workers(begun(), roles, settings, scorer):

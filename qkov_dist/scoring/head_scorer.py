@@ -7,7 +7,7 @@ host.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
@@ -24,7 +24,6 @@ from .kernel import Rule, add_tile, pair_products, tile_flops
 from .own_share_records import Records as ShareRecords
 from .own_share_records import no_shares
 from .own_shares import Chosen, OwnShares, chosen
-from .pair_trial import PairTrials
 from .pipeline import Found
 from .score import Fused, added_fisher_sums, fisher_sums
 from .settings import Roles, ScoreSettings
@@ -56,7 +55,6 @@ class HeadScorer:
         ridges: Lambda by layer and block; that of a layer is there before its heads are.
         strides: Likewise, which elements are looked at for own shares.
         fused: The elementwise part, compiled; None maps in place.
-        trials: Which kernel forms a batch's scores fastest on a GPU; None has torch's products do it.
     """
 
     roles: Roles
@@ -64,12 +62,11 @@ class HeadScorer:
     ridges: Mapping[tuple[int, str], float]
     strides: Mapping[tuple[int, str], int]
     fused: Fused | None
-    trials: PairTrials | None
 
     def __call__(self, batch: HeadBatch, site: SiteFactors, buffers: Buffers) -> Found[HeadPart]:
         """Scores of all pairs, and what is known of I, of each head; of its tiles in this projection."""
         settings, roles, tile, members = self.settings, self.roles, batch.first, site.members
-        rule = self._fastest(self.rule(tile.site.layer, [one.block for one in batch.first_tiles]), batch, members)
+        rule = self.rule(tile.site.layer, [one.block for one in batch.first_tiles])
         scores = torch.zeros((len(batch.heads), *roles.shape), dtype=settings.dtype, device=settings.device)
         effects, own = self._effects(batch, members), self._own_shares(batch, members, rule)
         if batch.by_kernel and site.packed is not None:
@@ -83,8 +80,8 @@ class HeadScorer:
             found.append(members.records_in_order_of_roles(effects.records()))
         if own is not None:
             found.append(members.shares_in_order_of_roles(own.records()))
-        in_half = rule.in_half(len(batch.heads), scores.device) or (batch.by_kernel and rule.is_symmetric)
-        pairs = pair_products(*roles.shape, in_half=in_half)
+        in_half = batch.by_kernel or rule.in_cache(len(batch.heads), scores.device)
+        pairs = pair_products(*roles.shape, in_half=in_half and rule.is_symmetric)
         flops = [
             sum(
                 tile_flops(members.ordering.groups, tile.rect.area, pairs, bias=tile.bias, effects=effects)
@@ -101,11 +98,11 @@ class HeadScorer:
         ridges = tuple(self.ridges[layer, block] for block in blocks)
         return Rule(settings.score, settings.epsilon, ridges, roles.left, roles.right, self.fused)
 
-    def _fastest(self, rule: Rule, batch: HeadBatch, members: Members) -> Rule:
-        """The rule with what forms a batch's scores fastest."""
-        if self.trials is None or batch.by_kernel:
+    def _fastest(self, rule: Rule, band: Sequence[Tile], members: Members, buffers: Buffers) -> Rule:
+        """The rule with what scores tiles of one shape fastest."""
+        if (trials := self.settings.trials) is None or band[0].bias:
             return rule
-        return replace(rule, pairs=self.trials.fastest(len(batch.heads), batch.largest, rule, members.weights))
+        return trials.fastest(rule, len(band), band[0].rect.area, members.weights, buffers)
 
     def _records(
         self,
@@ -119,8 +116,9 @@ class HeadScorer:
     ) -> Iterator[Tensor]:
         """Add a tile of each head at a time by torch's products; yields what is known of I there."""
         for band in batch.bands:
+            by = self._fastest(rule, band, site.members, buffers)
             gradients, of_own = _gradients(band, site, buffers), self._with_elements(own, band, site)
-            by_task = add_tile(scores, gradients, site.members.weights, rule, buffers, effects, of_own)
+            by_task = add_tile(scores, gradients, site.members.weights, by, buffers, effects, of_own)
             yield fisher_sums(by_task, rule.least)
 
     def _effects(self, batch: HeadBatch, members: Members) -> InfluenceSums | None:

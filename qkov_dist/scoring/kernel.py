@@ -64,10 +64,6 @@ class Rule:
         """Whether a tile is worked on in chunks that lie near a core: on a CPU, a head at a time."""
         return heads == 1 and device.type == "cpu" and not self.fused and not self.pairs
 
-    def in_half(self, heads: int, device: torch.device) -> bool:
-        """Whether half of a symmetric result is left out."""
-        return self.is_symmetric and (self.pairs is not None or self.in_cache(heads, device))
-
     def may_vanish(self, dtype: torch.dtype) -> bool:
         """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
         return min(self.least) * torch.finfo(dtype).max <= 1

@@ -14,11 +14,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .score import power_of
 from .score_kinds import ElementMap, ScoreKind
 
 MAPS: Mapping[ElementMap, int] = {"gradient": 0, "magnitude": 1, "square": 2}  # as the kernels number them
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}  # ``compute.matmul_precision`` in Triton's words
-SQUARED_COLUMNS = 512  # of gradients that are squared at a time
+SQUARED_COLUMNS, SQUARED_TASKS = 512, 8  # that a program sums squares for
 PROGRAMS, LEAST_PART = 512, 512  # products that fill a GPU; the fewest elements that are summed in one
 
 
@@ -40,26 +41,26 @@ class PairKernel:
 
     @staticmethod
     def candidates(matmul_precision: str) -> list[PairKernel]:
-        """What may be fastest, none of which spills registers on an H100 (as ``ptxas`` says); none without Triton."""
+        """What may be fastest: as large as blocks may be before registers of an A100 or H100 are spilled, and less."""
         precision = PRECISIONS[matmul_precision]
-        shapes = ((128, 16, 8), (64, 16, 4), (32, 16, 4)) if precision == "ieee" else ((128, 32, 8), (64, 32, 4))
-        return [PairKernel(*shape, precision) for shape in shapes] if has_triton() else []
+        shapes = ((128, 16, 8), (64, 16, 4), (32, 16, 4)) if precision == "ieee" else ((128, 16, 8), (64, 16, 4))
+        return [PairKernel(*shape, precision) for shape in shapes]
 
     def put_squares(self, gradients: Tensor, weights: Tensor, by_task: Tensor) -> None:
         """Put the weighted sums of squares into ``by_task``.
 
         Args:
-            gradients: float32 [N, P], contiguous.
+            gradients: float32 [N, P], rows contiguous.
             weights: Each sample's weight in the Fisher, by task [T, N].
             by_task: [T, P], contiguous.
         """
         from .triton_kernels import put_squares
 
-        (num, size), tasks = gradients.shape, len(weights)
-        padded, programs = 1 << (tasks - 1).bit_length(), -(-size // SQUARED_COLUMNS)
-        weights = weights.contiguous()
+        (num, size), row, tasks = gradients.shape, gradients.stride(0), len(weights)
+        at_once = min(1 << (tasks - 1).bit_length(), SQUARED_TASKS)
+        programs, weights = (-(-size // SQUARED_COLUMNS), -(-tasks // at_once)), weights.contiguous()
         with torch.cuda.device_of(gradients):  # type: ignore[no-untyped-call]  # Triton launches on the current one
-            put_squares[programs,](gradients, weights, by_task, num, tasks, size, padded, SQUARED_COLUMNS)
+            put_squares[programs](gradients, weights, by_task, num, tasks, size, row, at_once, SQUARED_COLUMNS)
 
     def add_pairs(
         self, scores: Tensor, gradients: Tensor, inverse: Tensor, kind: ScoreKind, left: slice, right: slice
@@ -68,7 +69,7 @@ class PairKernel:
 
         Args:
             scores: [heads, left, right].
-            gradients: float32 [N, heads * P], contiguous.
+            gradients: float32 [N, heads * P], rows contiguous.
             inverse: 1 / R [heads * P], finite.
             kind: The score.
             left: Samples in the role of i.
@@ -77,27 +78,25 @@ class PairKernel:
         from .triton_kernels import put_products
 
         heads, num_left, num_right = scores.shape
-        row = gradients.shape[1]
-        size, half = row // heads, kind.is_symmetric and left == right
+        size, half = gradients.shape[1] // heads, kind.is_symmetric and left == right
         blocks = -(-num_left // self.block) * -(-num_right // self.block)
         parts = max(min(PROGRAMS // (heads * blocks), size // LEAST_PART), 1)
-        of_part = -(-size // (parts * self.step)) * self.step
         products = scores.new_empty(heads, parts, num_left, num_right)
         with torch.cuda.device_of(gradients):  # type: ignore[no-untyped-call]
             put_products[blocks, parts, heads](
                 gradients,
-                inverse,
+                power_of(inverse, kind.weight_power),
                 products,
                 left.start,
                 num_left,
                 right.start,
                 num_right,
                 size,
-                of_part,
-                row,
+                -(-size // (parts * self.step)) * self.step,
+                gradients.stride(0),
                 MAPS[kind.left],
                 MAPS[kind.right],
-                kind.weight_power != 1.0,
+                kind.is_symmetric,
                 half,
                 self.block,
                 self.step,

@@ -13,6 +13,7 @@ import torch
 from qkov_dist.config import RunConfig
 
 from .native_kernel import NativeKernel, native_kernel
+from .pair_trial import PairTrials
 from .score_kinds import Score
 from .tiles import GPU_TILE_BYTES
 
@@ -43,6 +44,7 @@ class ScoreSettings:
         None  # of gradients of several heads at a time; 0: one head; None: as the device likes it
     )
     kernel_heads: int | None = None  # that a worker has the kernel score at a time; None: as a layer has many
+    trials: PairTrials | None = None  # which kernel scores tiles fastest on a GPU; None: torch's products do
     kept_layers: frozenset[int] = frozenset()  # whose scores stay where they were formed, too, for tests there
 
     @staticmethod

@@ -26,6 +26,7 @@ from qkov_dist.scoring.pair_kernel import PairKernel, can_use
 from qkov_dist.scoring.pair_trial import largest_deviation, timed_scores
 from qkov_dist.scoring.score import compiled
 from qkov_dist.scoring.score_kinds import KINDS
+from qkov_dist.scoring.tile_gradients import Buffers
 
 SHAPES = {"8 x 128 x 4096": (8, 128 * 4096), "15 x 64 x 576": (15, 64 * 576)}
 PRECISIONS = ("highest", "high")
@@ -56,9 +57,8 @@ def rows(
     title: str, shape: Sequence[int], score: Any, precision: str, rounds: int, device: torch.device
 ) -> Iterator[dict[str, str]]:
     """A row for each way to score all pairs of gradients of a shape [N, heads, P]."""
-    num, everyone = shape[0], slice(0, shape[0])
-    gradients = torch.randn(*shape, generator=torch.Generator(device).manual_seed(0), device=device)
-    weights = torch.full((2, num), 0.5 / num, device=device)
+    (num, heads, size), everyone = shape, slice(0, shape[0])
+    weights, buffers = torch.full((2, num), 0.5 / num, device=device), Buffers()
     plain = Rule(score, 0.0, (1e-3,), everyone, everyone)
     ways = {"products": plain, "torch.compile": replace(plain, fused=compiled(device.type))}
     ways |= {str(kernel.block): replace(plain, pairs=kernel) for kernel in PairKernel.candidates(precision)}
@@ -68,14 +68,14 @@ def rows(
         for _ in range(rounds):
             expected = None
             for name, rule in ways.items():
-                scores, taken = timed_scores(rule, gradients, weights)
+                scores, taken = timed_scores(rule, heads, size, weights, buffers)
                 expected = expected or scores
                 seconds[name].append(taken)
                 off[name] = largest_deviation(scores, expected)
     for name, taken in seconds.items():
         ratios = [one / other for one, other in zip(taken, seconds["products"], strict=True)]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rate = f"{1e9 * statistics.median(taken) / (shape[1] * shape[2]):.2f}"
+        rate = f"{1e9 * statistics.median(taken) / (heads * size):.2f}"
         yield {
             "tile": title,
             "precision": precision,
