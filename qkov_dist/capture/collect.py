@@ -17,9 +17,9 @@ from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.heads import Site
 from qkov_dist.memory import is_shortage
 
-from .pass_runner import PassRunner, Ran
+from .pass_runner import PassRunner
 from .passes import DealtTask, Pass, TaskPasses
-from .side_by_side import even_batch_tokens, sharing_weights
+from .side_by_side import both, even_batch_tokens, sharing_weights
 from .soundness import Soundness, richest
 from .store import FactorStore
 
@@ -119,16 +119,17 @@ class Collection:
         """
         topology = self.topology
         together(topology.world, lambda: refuse_cut_samples(model))
+        models = [model, *self._copies(model, tasks)]
         for task, samples in tasks:
             if topology.pass_group.size > 1:
-                self._look_at(model, task, samples)  # with the same tokens on all ranks: what fails, fails on all
+                self._look_at(models, task, samples)  # with the same tokens on all ranks: what fails, fails on all
             else:
-                together(topology.world, partial(self._look_at, model, task, samples))
-        passes = self._passes(tasks, self.batch_tokens)
+                together(topology.world, partial(self._look_at, models, task, samples))
+        passes = self._passes(tasks, self._tokens_at_a_time(tasks, len(models)))
         if topology.passes_wait:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
-            here = self._runner.run([model], passes, on_samples)
+            here = self._runner.run(models, passes, on_samples)
         else:
-            here = together(topology.dp_group, lambda: self._run_alone(model, tasks, passes, on_samples))
+            here = together(topology.dp_group, lambda: self._runner.run(models, passes, on_samples))
         found = {
             number: (count, loss) for theirs in topology.dp_group.all_gather(here) for number, count, loss in theirs
         }
@@ -139,14 +140,19 @@ class Collection:
             for number, (task, sample) in everyone
         )
 
-    def _look_at(self, model: nn.Module, task: str, samples: Sequence[Sample]) -> None:
+    def _look_at(self, models: Sequence[nn.Module], task: str, samples: Sequence[Sample]) -> None:
         """Check what was not checked before, on all ranks alike; say where samples have to run alone."""
-        before, runner = self.soundness.alone, self._runner
+        before, runner, sound = self.soundness.alone, self._runner, self.soundness
+        first, spans = richest(samples), runner.spans
+        prove = partial(sound.prove, models[0], self.sites, self.objective, first, _named(task, first), spans)
+        see = partial(sound.see, models[-1], samples, self.objective, spans)
         try:
-            first = richest(samples)
-            with runner.plan_named(model):
-                self.soundness.prove(model, self.sites, self.objective, first, _named(task, first), runner.spans)
-                self.soundness.see(model, samples, self.objective, runner.spans)
+            with runner.plan_named(models[0]):
+                if len(models) > 1:
+                    both(prove, see)
+                else:
+                    prove()
+                    see()
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
@@ -177,25 +183,19 @@ class Collection:
     def _dealt(self, samples: Sequence[Sample]) -> DealtTask:
         return DealtTask(samples, self.objective, self.topology.dp_group.size)
 
-    def _run_alone(
-        self,
-        model: nn.Module,
-        tasks: Sequence[NamedSamples],
-        passes: Sequence[Pass],
-        on_samples: Callable[[int], object],
-    ) -> list[Ran]:
-        """Make passes that need no other rank's, several at a time where that is worth it."""
-        if copies := self._copies(model, passes):
-            rank = self.topology.dp_group.rank
-            lengths = [self._dealt(samples).lengths_on(rank) for _, samples in tasks]
-            tokens = even_batch_tokens(lengths, self.batch_tokens, 1 + len(copies))
-            passes = self._passes(tasks, tokens)
-        return self._runner.run([model, *copies], passes, on_samples)
-
-    def _copies(self, model: nn.Module, passes: Sequence[Pass]) -> list[nn.Module]:
+    def _copies(self, model: nn.Module, tasks: Sequence[NamedSamples]) -> list[nn.Module]:
         """Copies of the model by which batches run at the same time as by the model itself; none for one at a time."""
-        num = min(self.at_once, len(passes)) if self.topology.passes_alone else 1
-        return sharing_weights(model, num - 1)
+        if self.at_once == 1 or not self.topology.passes_alone:
+            return []
+        return sharing_weights(model, min(self.at_once, len(self._passes(tasks, self.batch_tokens))) - 1)
+
+    def _tokens_at_a_time(self, tasks: Sequence[NamedSamples], num_models: int) -> int:
+        """Padded tokens of a batch; of several at a time, those with which they are done first."""
+        if num_models == 1:
+            return self.batch_tokens
+        rank = self.topology.dp_group.rank
+        lengths = [self._dealt(samples).lengths_on(rank) for _, samples in tasks]
+        return even_batch_tokens(lengths, self.batch_tokens, num_models)
 
 
 def _named(task: str, sample: Sample) -> str:

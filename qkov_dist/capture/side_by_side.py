@@ -143,3 +143,17 @@ def running(sessions: Sequence[Capture]) -> Iterator[Submit]:
             pool.shutdown(cancel_futures=True)
         finally:  # also where that is interrupted once more
             torch.set_num_threads(num_threads)  # what new threads begin with is what was set last
+
+
+def both(one: Callable[[], object], other: Callable[[], object]) -> None:
+    """Do two things at a time, each with half of the threads; what the first raises comes first."""
+    num_threads = torch.get_num_threads()
+    each = max(num_threads // 2, 1)
+    torch.set_num_threads(each)
+    try:
+        with ThreadPoolExecutor(1, "qkov-passes", torch.set_num_threads, (each,)) as pool:
+            waiting = pool.submit(other)
+            one()
+            waiting.result()
+    finally:
+        torch.set_num_threads(num_threads)  # what new threads begin with is what was set last

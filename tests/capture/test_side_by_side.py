@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from contextlib import closing
+from functools import partial
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from sites import sites_of
 from torch import nn
 from zoo import TINY, VOCAB
 
-from qkov_dist.capture import collect
+from qkov_dist.capture import collect, soundness
 from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.hooks import Capture
 from qkov_dist.capture.side_by_side import (
     MOST,
     WORTH,
     batches_at_once,
+    both,
     even_batch_tokens,
     running,
     sharing_weights,
@@ -309,3 +311,40 @@ def test_the_python_api_runs_one_by_one(threads):
     entry = TINY["llama"]
     collected(entry.build(), job_for(entry))
     assert threads == {"MainThread"}
+
+
+def test_a_model_is_looked_at_by_two_threads_at_a_time(monkeypatch):
+    """Its gradients in one, whether its outputs depend on length in another, through a copy."""
+    model, seen = TINY["llama"].build(), {}
+
+    def noted(name):
+        ask = getattr(soundness, name)
+
+        def noting(one, *of):
+            seen[name] = (one is model, threading.current_thread().name, torch.get_num_threads())
+            return ask(one, *of)
+
+        return noting
+
+    for name in ("check_gradients", "depends_on_length"):
+        monkeypatch.setattr(soundness, name, noted(name))
+    run(model)
+    assert seen["check_gradients"] == (True, "MainThread", 1)
+    assert seen["depends_on_length"] == (False, "qkov-passes_0", 1)
+    run(model, at_once=1)
+    assert seen["depends_on_length"] == (True, "MainThread", 3)
+
+
+def test_of_two_things_at_a_time_the_first_one_that_fails_is_raised():
+    done = []
+
+    def fails(name):
+        time.sleep(0.05)
+        done.append(name)
+        raise KeyError(name)
+
+    for one, other, raised in ((fails, fails, "one"), (lambda name: None, fails, "other"), (fails, print, "one")):
+        with pytest.raises(KeyError, match=raised):
+            both(partial(one, "one"), partial(other, "other"))
+        assert torch.get_num_threads() == 3
+    assert sorted(done) == ["one", "one", "other", "other"]  # each is waited for
