@@ -316,6 +316,7 @@ def _capture(
         console=console,
         soundness=job.soundness,
         at_once=at_once,
+        same_model=True,  # by its fingerprint
     )
     with console.bar("capturing", len(job.lengths_here), "sample") as advance:
 

@@ -20,7 +20,7 @@ from qkov_dist.memory import is_shortage
 from .pass_runner import PassRunner
 from .passes import DealtTask, Pass, TaskPasses
 from .side_by_side import both, even_batch_tokens, sharing_weights
-from .soundness import Soundness, richest
+from .soundness import PROVES, SEES, Soundness, richest
 from .store import FactorStore
 
 NamedSamples = tuple[str, Sequence[Sample]]  # a task's name and its samples
@@ -64,6 +64,7 @@ class Collection:
         soundness: What is known of the model's passes; one for all collections of a model.
         at_once: How many batches may run at a time (``capture.side_by_side``): in threads, which know nothing of what
             the caller has set for its own alone, such as autocast.
+        same_model: Whether the models of all ranks are known to be one: what is asked of it, single ranks then ask.
     """
 
     store: FactorStore
@@ -77,6 +78,7 @@ class Collection:
     console: Console = field(default_factory=Console)
     soundness: Soundness = field(default_factory=Soundness)
     at_once: int = 1
+    same_model: bool = False
 
     @property
     def _runner(self) -> PassRunner:
@@ -121,10 +123,7 @@ class Collection:
         together(topology.world, lambda: refuse_cut_samples(model))
         models = [model, *self._copies(model, tasks)]
         for task, samples in tasks:
-            if topology.pass_group.size > 1:
-                self._look_at(models, task, samples)  # with the same tokens on all ranks: what fails, fails on all
-            else:
-                together(topology.world, partial(self._look_at, models, task, samples))
+            self._look_at(models, task, samples)
         passes = self._passes(tasks, self._tokens_at_a_time(tasks, len(models)))
         if topology.passes_wait:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
             here = self._runner.run(models, passes, on_samples)
@@ -142,26 +141,47 @@ class Collection:
 
     def _look_at(self, models: Sequence[nn.Module], task: str, samples: Sequence[Sample]) -> None:
         """Check what was not checked before, on all ranks alike; say where samples have to run alone."""
-        before, runner, sound = self.soundness.alone, self._runner, self.soundness
-        first, spans = richest(samples), runner.spans
+        world, before = self.topology.world, self.soundness.alone
+        ask = partial(self._ask, models, task, samples)
+        if self.topology.pass_group.size > 1:
+            ask()  # with the same tokens on all ranks: what fails, fails on all
+        elif self.same_model and self.topology.passes_alone and world.size > 1:
+            together(world, partial(ask, proves=world.rank == PROVES, sees=world.rank == SEES))
+            self.soundness.share(world, self.sites)
+        else:
+            together(world, ask)
+        if self.soundness.alone and not before:
+            self.console.warn(
+                "outputs depend on the length of a batch: samples run uncut, each beside those of its length"
+            )
+
+    def _ask(
+        self,
+        models: Sequence[nn.Module],
+        task: str,
+        samples: Sequence[Sample],
+        *,
+        proves: bool = True,
+        sees: bool = True,
+    ) -> None:
+        """Ask whether passes give gradients, and whether samples have to run alone."""
+        runner, sound, first = self._runner, self.soundness, richest(samples)
+        spans = runner.spans
         prove = partial(sound.prove, models[0], self.sites, self.objective, first, _named(task, first), spans)
         see = partial(sound.see, models[-1], samples, self.objective, spans)
+        asked = [*([prove] if proves else []), *([see] if sees else [])]
         try:
             with runner.plan_named(models[0]):
-                if len(models) > 1:
-                    both(prove, see)
-                else:
-                    prove()
-                    see()
+                if len(models) == len(asked) == 2:
+                    both(*asked)
+                    return
+                for each in asked:
+                    each()
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
             longest = max(samples, key=lambda sample: sample.num_tokens)
             raise runner.too_long(_named(task, longest), longest.num_tokens) from error
-        if self.soundness.alone and not before:
-            self.console.warn(
-                "outputs depend on the length of a batch: samples run uncut, each beside those of its length"
-            )
 
     def _passes(self, tasks: Sequence[NamedSamples], batch_tokens: int) -> list[Pass]:
         """This rank's passes, task by task; where passes need all ranks, with idle ones as long as others have some."""

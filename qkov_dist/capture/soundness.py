@@ -8,7 +8,8 @@ r"""Whether what a pass leaves is what scores are made of, asked of the model it
     length      the outputs of a sample do not depend on how long its batch is; where they do, samples run alone
 
 The first tokens of a sample are enough for all but the last, which takes two forward passes of one sample: whole on
-each rank, as a few tokens are no burden, but for the last, whose tokens ranks share as they do in a run.
+each rank, as a few tokens are no burden, but for the last, whose tokens ranks share as they do in a run. Where ranks
+are known to have one model whole, one asks for the last and another for all before, on behalf of all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from qkov_dist.data.batches import Batch, Objective, sequence
 from qkov_dist.data.samples import IGNORED, Sample
+from qkov_dist.distributed.world import World
 from qkov_dist.layout.heads import Site
 
 from .gradient_proof import check_gradients
@@ -31,6 +33,7 @@ from .own_weights import check_weights
 from .spans import Spans
 
 NUM_TOKENS = 16  # of a sample, which are enough for all but lengths
+PROVES, SEES = 0, 1  # the ranks that ask what is asked of the one model of all
 LEAST_TOKENS = 4  # of these a labelled one has earlier ones to attend to
 
 
@@ -86,6 +89,12 @@ class Soundness:
             return
         self.alone = depends_on_length(model, shortest, longest, spans)
         self.lengths = min(known[0], len(shortest.input_ids)), max(known[1], longest)
+
+    def share(self, world: World, sites: Sequence[Site]) -> None:
+        """Know what single ranks have found out of the one model of all ranks; every rank calls this alike."""
+        self.proved.update(sites)
+        self.alone, lengths = world.all_gather([self.alone, self.lengths])[SEES]
+        self.lengths = lengths and (lengths[0], lengths[1])
 
 
 def richest(samples: Sequence[Sample]) -> Sample:

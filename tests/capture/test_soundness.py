@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from comparing import assert_close, closeness
 from expected import expected_scores
 from jobs import Job, job_for
 from samples import mixed_samples
+from sites import sites_of
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.modules import module as torch_module
@@ -21,8 +23,13 @@ from wrong_layouts import wrong_layouts
 from zoo import COMMON, GROUPED, TINY, VOCAB, randomize
 
 from qkov_dist import FisherCollector, QKOVConfig, QkovError, QKOVInterferenceMetric
+from qkov_dist.capture import soundness
+from qkov_dist.capture.collect import Collection
 from qkov_dist.capture.ropes import ropes_by_length
+from qkov_dist.capture.store import FactorStore
 from qkov_dist.data.samples import Sample
+from qkov_dist.distributed.connect import current
+from qkov_dist.distributed.topology import Topology
 from qkov_dist.layout.proof import prove, resolve_proved
 from qkov_dist.layout.resolve import resolve
 from qkov_dist.modes import HOOKS, bare
@@ -687,3 +694,38 @@ def test_an_error_inside_the_model_is_one_message_of_the_proof_too(is_known):
     model.model.layers[0].register_forward_hook(fail)
     with pytest.raises(QkovError, match=r"LlamaForCausalLM: expected a forward .*ValueError: a hook of the user's"):
         resolve_proved(model)
+
+
+def asked(same_model: bool, error: str) -> tuple[list[str], bool, tuple[int, int] | None, str]:
+    """What this rank asks of a model that all have whole, what it then knows of it, and what it raises."""
+    world, names, said = current(), [], ""
+    topology, model = Topology(world=world, dp_group=world, dp_ranks=tuple(range(world.size))), LLAMA.build()
+
+    def ask(name: str, found: object) -> object:
+        names.append(name)
+        if name == error:
+            raise QkovError(name, expected="a sound model", got="another", remedy="none")
+        return found
+
+    with pytest.MonkeyPatch.context() as patched, closing(FactorStore(2**28)) as store:
+        patched.setattr(soundness, "check_gradients", lambda *of: ask("gradients", None))
+        patched.setattr(soundness, "depends_on_length", lambda *of: ask("length", True))
+        collection = Collection(store, tuple(sites_of(model)), topology=topology, same_model=same_model)
+        try:
+            for seed, task in ((1, "a"), (2, "b")):
+                collection.run(model, task, mixed_samples(4, VOCAB, seed=seed))
+        except QkovError as raised:
+            said = str(raised).partition(":")[0]
+        return names, collection.soundness.alone, collection.soundness.lengths, said
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_of_one_model_on_all_ranks_one_asks_for_gradients_and_another_for_lengths(size, ranks):
+    """What they find all know; of models that may differ each rank asks by itself."""
+    first, second, *others = ranks(size).run(asked, True, "")
+    assert [first[0], second[0], *(one[0] for one in others)] == [["gradients"], ["length"], *([[]] * (size - 2))]
+    assert len({one[1:] for one in (first, second, *others)}) == 1
+    assert first[1] is True
+    for error, rank in (("gradients", 0), ("length", 1)):
+        assert {one[3] for one in ranks(size).run(asked, True, error)} == {f"rank {rank}"}
+    assert [one[0] for one in ranks(size).run(asked, False, "")] == [["gradients", "length"]] * size
