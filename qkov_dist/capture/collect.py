@@ -172,7 +172,7 @@ class Collection:
         asked = [*([prove] if proves else []), *([see] if sees else [])]
         try:
             with runner.plan_named(models[0]):
-                if len(models) == len(asked) == 2:
+                if len(models) > 1 and len(asked) > 1:
                     both(*asked)
                     return
                 for each in asked:
