@@ -47,7 +47,7 @@ def kept_heap(device: torch.device) -> Iterator[None]:
         libc.mallopt(_MMAP_MAX, _ANY)
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
-        libc.malloc_trim(0)
+        give_back()
 
 
 def give_back() -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 
 from qkov_dist.console import Console
-from qkov_dist.data.batches import Objective, content_of
+from qkov_dist.data.batches import Objective, content_of, groups_of
 from qkov_dist.data.samples import Sample
 from qkov_dist.distributed.cut_samples import refuse_cut_samples
 from qkov_dist.distributed.shared_errors import together
@@ -62,8 +62,8 @@ class Collection:
         records: Every sample by its pooled number.
         console: Is warned where something did not go as planned.
         soundness: What is known of the model's passes; one for all collections of a model.
-        at_once: How many batches may run at a time (``capture.side_by_side``): in threads, which know nothing of what
-            the caller has set for its own alone, such as autocast.
+        at_once: How many batches run at a time, where passes need no other rank (``capture.side_by_side``): in threads,
+            which know nothing of what the caller has set for its own alone, such as autocast.
         same_model: Whether the models of all ranks are known to be one: what is asked of it, single ranks then ask.
     """
 
@@ -121,10 +121,15 @@ class Collection:
         """
         topology = self.topology
         together(topology.world, lambda: refuse_cut_samples(model))
-        models = [model, *self._copies(model, tasks)]
+        dealt = [DealtTask(samples, self.objective, topology.dp_group.size) for _, samples in tasks]
+        lengths = [task.lengths_on(topology.dp_group.rank) for task in dealt]
+        models = [model, *self._copies(model, lengths)]
         for task, samples in tasks:
             self._look_at(models, task, samples)
-        passes = self._passes(tasks, self._tokens_at_a_time(tasks, len(models)))
+        batch_tokens = self.batch_tokens
+        if len(models) > 1:
+            batch_tokens = even_batch_tokens(lengths, batch_tokens, len(models))
+        passes = self._passes([task for task, _ in tasks], dealt, batch_tokens)
         if topology.passes_wait:  # a rank that fails leaves the others waiting in a pass: they learn it as it goes
             here = self._runner.run(models, passes, on_samples)
         else:
@@ -183,39 +188,30 @@ class Collection:
             longest = max(samples, key=lambda sample: sample.num_tokens)
             raise runner.too_long(_named(task, longest), longest.num_tokens) from error
 
-    def _passes(self, tasks: Sequence[NamedSamples], batch_tokens: int) -> list[Pass]:
+    def _copies(self, model: nn.Module, lengths: Sequence[Sequence[int]]) -> list[nn.Module]:
+        """Copies of the model by which batches run at the same time as by the model itself; none for one at a time."""
+        if self.at_once == 1 or not self.topology.passes_alone:
+            return []
+        alike = self.soundness.alone
+        num_batches = sum(1 for of_task in lengths for _ in groups_of(of_task, self.batch_tokens, alike=alike))
+        return sharing_weights(model, min(self.at_once, num_batches) - 1)
+
+    def _passes(self, names: Sequence[str], tasks: Sequence[DealtTask], batch_tokens: int) -> list[Pass]:
         """This rank's passes, task by task; where passes need all ranks, with idle ones as long as others have some."""
         found, first = list[Pass](), len(self.records)
-        for task, samples in tasks:
+        for name, task in zip(names, tasks, strict=True):
             passes = TaskPasses(
-                self._dealt(samples),
+                task,
                 batch_tokens,
                 self.topology.gathers_weights,
-                [_named(task, sample) for sample in samples],
+                [_named(name, sample) for sample in task.samples],
                 first=first,
                 alone=self.soundness.alone,
                 context=self.topology.cp_group.size,
             )
             found += passes.on(self.topology.dp_group.rank)
-            first += len(samples)
+            first += len(task.samples)
         return found
-
-    def _dealt(self, samples: Sequence[Sample]) -> DealtTask:
-        return DealtTask(samples, self.objective, self.topology.dp_group.size)
-
-    def _copies(self, model: nn.Module, tasks: Sequence[NamedSamples]) -> list[nn.Module]:
-        """Copies of the model by which batches run at the same time as by the model itself; none for one at a time."""
-        if self.at_once == 1 or not self.topology.passes_alone:
-            return []
-        return sharing_weights(model, min(self.at_once, len(self._passes(tasks, self.batch_tokens))) - 1)
-
-    def _tokens_at_a_time(self, tasks: Sequence[NamedSamples], num_models: int) -> int:
-        """Padded tokens of a batch; of several at a time, those with which they are done first."""
-        if num_models == 1:
-            return self.batch_tokens
-        rank = self.topology.dp_group.rank
-        lengths = [self._dealt(samples).lengths_on(rank) for _, samples in tasks]
-        return even_batch_tokens(lengths, self.batch_tokens, num_models)
 
 
 def _named(task: str, sample: Sample) -> str:

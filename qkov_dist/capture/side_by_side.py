@@ -119,7 +119,6 @@ def running(sessions: Sequence[Capture]) -> Iterator[Submit]:
         ``submit(batch)``: begins a batch; returns what waits for its samples' losses and its factors (and raises what
         the pass raised, but for a shortage of memory: what an error of it holds would still be there).
     """
-    num_threads = torch.get_num_threads()
     free: SimpleQueue[Capture] = SimpleQueue()
     for session in sessions:
         free.put(session)
@@ -133,27 +132,30 @@ def running(sessions: Sequence[Capture]) -> Iterator[Submit]:
         finally:
             free.put(session)
 
-    torch.set_num_threads(1)
-    each = max(num_threads // len(sessions), 1)
-    pool = ThreadPoolExecutor(len(sessions), "qkov-passes", torch.set_num_threads, (each,))
-    try:
+    each = max(torch.get_num_threads() // len(sessions), 1)
+    with _pool(len(sessions), each, of_caller=1) as pool:
         yield lambda batch: pool.submit(run, batch).result
+
+
+def both(one: Callable[[], object], other: Callable[[], object]) -> None:
+    """Do two things at a time, each with half of the threads; what the first raises comes first."""
+    each = max(torch.get_num_threads() // 2, 1)
+    with _pool(1, each, of_caller=each) as pool:
+        waiting = pool.submit(other)
+        one()
+        waiting.result()
+
+
+@contextmanager
+def _pool(num: int, each: int, *, of_caller: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads that make passes, of which torch gives each some of its own, and the caller some meanwhile."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(of_caller)
+    pool = ThreadPoolExecutor(num, "qkov-passes", torch.set_num_threads, (each,))
+    try:
+        yield pool
     finally:
         try:
             pool.shutdown(cancel_futures=True)
         finally:  # also where that is interrupted once more
             torch.set_num_threads(num_threads)  # what new threads begin with is what was set last
-
-
-def both(one: Callable[[], object], other: Callable[[], object]) -> None:
-    """Do two things at a time, each with half of the threads; what the first raises comes first."""
-    num_threads = torch.get_num_threads()
-    each = max(num_threads // 2, 1)
-    torch.set_num_threads(each)
-    try:
-        with ThreadPoolExecutor(1, "qkov-passes", torch.set_num_threads, (each,)) as pool:
-            waiting = pool.submit(other)
-            one()
-            waiting.result()
-    finally:
-        torch.set_num_threads(num_threads)  # what new threads begin with is what was set last

@@ -18,7 +18,7 @@ from .influence_sums import InfluenceSums, effect_products, num_vectors
 from .own_shares import Chosen, OwnShares
 from .padded_groups import PaddedGroup
 from .pair_kernel import PairKernel
-from .score import Fused, maps, power_of, regularised
+from .score import Fused, maps, mirror, power_of, regularised
 from .score_kinds import KINDS, ElementMap, Score
 from .tile_gradients import Buffers
 
@@ -62,7 +62,7 @@ class Rule:
 
     def in_cache(self, heads: int, device: torch.device) -> bool:
         """Whether a tile is worked on in chunks that lie near a core: on a CPU, a head at a time."""
-        return heads == 1 and device.type == "cpu" and not self.fused and not self.pairs
+        return heads == 1 and device.type == "cpu" and not self.fused
 
     def may_vanish(self, dtype: torch.dtype) -> bool:
         """Whether R may be so small in a dtype that 1 / R is infinite: where nothing but I keeps it above 0."""
@@ -212,11 +212,6 @@ def _add_pairs_of_head(scores: Tensor, of_i: Tensor, of_j: Tensor, *, symmetric:
     for start in range(0, len(of_i), step):
         first = start if symmetric else 0
         scores[start : start + step, first:].addmm_(of_i[start : start + step], of_j[first:].t())
-
-
-def mirror(scores: Tensor) -> None:
-    """Complete symmetric scores from what is on and above the diagonal."""
-    scores.copy_(scores.triu() + scores.triu(1).t())
 
 
 def _add_pairs(scores: Tensor, of_i: Tensor, of_j: Tensor) -> None:

@@ -16,7 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,14 +27,11 @@ from torch import Tensor
 
 from qkov_dist.errors import QkovError
 
-from .score_kinds import ElementMap
-
 SOURCE = Path(__file__).with_name("tile_kernel.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC")
 OF_DTYPE = {torch.float32: (), torch.float64: ("-DQKOV_DOUBLE",)}
 TIMEOUT = 120  # seconds that compiling may take
-MAPS: Mapping[ElementMap, int] = {"gradient": 0, "magnitude": 1, "square": 2}  # as the kernel numbers them
 
 
 class Tile(ctypes.Structure):

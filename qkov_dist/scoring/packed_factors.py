@@ -17,13 +17,13 @@ from torch import Tensor
 from qkov_dist.layout.rects import Rect
 
 from .influence_sums import InfluenceSums, MeanWeights
-from .kernel import Rule, mirror
-from .native_kernel import MAPS, NativeKernel, Rows, Tile, pointers
+from .kernel import Rule
+from .native_kernel import NativeKernel, Rows, Tile, pointers
 from .own_share_records import SUMS
 from .own_shares import Chosen, OwnShares, Shares
 from .padded_groups import PaddedGroup
-from .score import fisher_records
-from .score_kinds import KINDS
+from .score import fisher_records, mirror
+from .score_kinds import KINDS, MAP_NUMBERS
 from .tile_gradients import Buffers
 
 LEAST_FILLED = 0.6  # of all lanes' tokens that are a sample's; with fewer, torch's products take less
@@ -134,7 +134,7 @@ class LaneWeights:
 def knows(rule: Rule, dtype: torch.dtype) -> bool:
     """Whether the kernel forms such scores in a type."""
     kind = KINDS[rule.score]
-    known = {kind.left, kind.right} <= MAPS.keys() and kind.power == 1
+    known = {kind.left, kind.right} <= MAP_NUMBERS.keys() and kind.power == 1
     return known and not rule.may_vanish(dtype)
 
 
@@ -226,8 +226,8 @@ def _rule_fields(rule: Rule) -> dict[str, Any]:
         "epsilon": rule.epsilon,
         "ridge": rule.ridges[0],
         "least": rule.least[0],
-        "left_map": MAPS[kind.left],
-        "right_map": MAPS[kind.right],
+        "left_map": MAP_NUMBERS[kind.left],
+        "right_map": MAP_NUMBERS[kind.right],
         "alike": kind.is_symmetric,
         "half": rule.is_symmetric,
         "left": rule.left.start,

@@ -7,17 +7,15 @@ are tried, on a tile of the run's own shape (``pair_trial``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .score import power_of
-from .score_kinds import ElementMap, ScoreKind
+from .score import mirror, power_of
+from .score_kinds import MAP_NUMBERS, ScoreKind
 
-MAPS: Mapping[ElementMap, int] = {"gradient": 0, "magnitude": 1, "square": 2}  # as the kernels number them
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}  # ``compute.matmul_precision`` in Triton's words
 SQUARED_COLUMNS, SQUARED_TASKS = 512, 8  # that a program sums squares for
 PROGRAMS, LEAST_PART = 512, 512  # products that fill a GPU; the fewest elements that are summed in one
@@ -94,8 +92,8 @@ class PairKernel:
                 size,
                 -(-size // (parts * self.step)) * self.step,
                 gradients.stride(0),
-                MAPS[kind.left],
-                MAPS[kind.right],
+                MAP_NUMBERS[kind.left],
+                MAP_NUMBERS[kind.right],
                 kind.is_symmetric,
                 half,
                 self.block,
@@ -104,7 +102,9 @@ class PairKernel:
                 num_warps=self.warps,
             )
         added = products.sum(1)
-        scores += added.triu() + added.triu(1).mT if half else added
+        if half:
+            mirror(added)
+        scores += added
 
 
 @cache

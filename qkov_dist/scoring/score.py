@@ -139,6 +139,11 @@ def power_of(values: Tensor, power: float) -> Tensor:
     return values.sqrt() if power == 0.5 else values.pow(power)
 
 
+def mirror(scores: Tensor) -> None:
+    """Complete symmetric scores [..., N, N] from what is on and above the diagonal."""
+    scores.copy_(scores.triu() + scores.triu(1).mT)
+
+
 def _product(values: Tensor, factor: Tensor) -> Tensor:
     """The product, 0 where a value is 0 though its factor is infinite."""
     return torch.where(values == 0, values, values * factor)

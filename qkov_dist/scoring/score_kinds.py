@@ -20,6 +20,7 @@ from typing import Literal
 
 Score = Literal["interference", "signed", "symmetric", "curvature"]
 ElementMap = Literal["gradient", "magnitude", "square"]
+MAP_NUMBERS: Mapping[ElementMap, int] = {"gradient": 0, "magnitude": 1, "square": 2}  # as compiled kernels number them
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ kernel is compiled for. Only what is built into the language is used, so that it
 import triton
 import triton.language as tl
 
-GRADIENT, MAGNITUDE = tl.constexpr(0), tl.constexpr(1)  # maps, as ``pair_kernel.MAPS`` numbers them; else the square
+GRADIENT, MAGNITUDE = tl.constexpr(0), tl.constexpr(1)  # maps by ``score_kinds.MAP_NUMBERS``; else the square
 HALF_ULP, KEPT_BITS = tl.constexpr(0x1000), tl.constexpr(-0x2000)  # of TF32, in the bits of a float32
 
 
